@@ -1,0 +1,105 @@
+"""What every adapter reader returns: plain data, no file format left in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ia3_export.checkpoint.header import StoredTensor
+from ia3_export.checkpoint.hub import Location
+from ia3_export.fold import Array, Direction
+
+Pattern = str | tuple[str, ...] | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Site:
+    """One learned vector: `vector` is 1-D and exact (float32 or float64), `shape` and `dtype` as stored."""
+
+    module: str
+    direction: Direction
+    vector: Array
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def is_conv(self) -> bool:
+        """PEFT stores vectors of convolutions with as many dimensions as the weight, of Linear with two."""
+        return len(self.shape) > 2
+
+
+@dataclass(frozen=True, slots=True)
+class TargetRules:
+    """Which modules an adapter covers, matched as PEFT matches them (``check_target_module_exists``).
+
+    A list entry matches a path equal to it or ending in ``.entry``; a string is a regular expression for
+    the whole path. ``feedforward`` is different in PEFT: a list entry matches any path that *ends* in it,
+    without the dot.
+    """
+
+    target: Pattern
+    feedforward: Pattern
+    exclude: Pattern = None
+    to_save: tuple[str, ...] = ()
+
+    def targets(self, module: str) -> bool:
+        """Whether PEFT would wrap `module`, if it is of a kind that can be wrapped."""
+        if _matches(self.exclude, module) or self.saves(module):
+            return False
+        return _matches(self.target, module)
+
+    def saves(self, module: str) -> bool:
+        """Whether `module` is, or lies in, one of ``modules_to_save``."""
+        return any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) for name in self.to_save)
+
+    def is_feedforward(self, module: str) -> bool:
+        """Whether PEFT puts the vector on the input of `module`."""
+        if isinstance(self.feedforward, str):
+            return re.fullmatch(self.feedforward, module) is not None
+        return any(module.endswith(entry) for entry in self.feedforward or ())
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An IA3 adapter: its vectors by module path, and the tensors it brings besides (heads, embeddings).
+
+    Module paths and the names of `extras` are those of the model that was trained, without PEFT's prefix.
+    """
+
+    name: str
+    format: str
+    location: Location
+    files: tuple[str, ...]
+    sites: Mapping[str, Site]
+    extras: Mapping[str, StoredTensor]
+    rules: TargetRules
+    config: Mapping[str, Any]
+
+    @property
+    def task_type(self) -> str | None:
+        """PEFT's task type, ``SEQ_CLS``, ``CAUSAL_LM``, ..., or None."""
+        return self.config.get("task_type")
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all vectors."""
+        return sum(len(site.vector) for site in self.sites.values())
+
+
+def _matches(pattern: Pattern, module: str) -> bool:
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, module) is not None
+    return any(module == entry or module.endswith(f".{entry}") for entry in pattern or ())
+
+
+def as_pattern(value: object) -> Pattern:
+    """A configuration value (string, list, None) as a `Pattern`; raises `ValueError` for anything else."""
+    if value is None or isinstance(value, str):
+        if value is not None:
+            re.compile(value)
+        return value
+    if isinstance(value, Sequence) and all(isinstance(entry, str) for entry in value):
+        return tuple(sorted(value))
+    raise ValueError("neither a list of names nor a regular expression")

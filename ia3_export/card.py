@@ -1,0 +1,82 @@
+"""The model card of a merged folder: ``README.md`` with the Hub's metadata (model card specification of the Hub)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from ia3_export.checkpoint.hub import is_hub_id
+from ia3_export.plan import Plan
+
+#: The base's own card keeps its text under this name.
+BASE_CARD = "README.base.md"
+_KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
+_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
+
+
+def make_card(plan: Plan) -> str:
+    """Markdown of the card. ``base_model`` holds hub ids or is left out: a local path would be a broken link."""
+    import yaml
+
+    base_card = plan.base.folder / "README.md"
+    kept = _read_front_matter(base_card) if "README.md" in plan.base.side_files else {}
+    front: dict[str, Any] = {key: kept[key] for key in _KEPT if key in kept}
+    front.setdefault("library_name", "transformers")
+    base_id = _base_id(plan)
+    if base_id is not None:
+        front["base_model"] = [base_id]
+        front["base_model_relation"] = "merge"
+    front["tags"] = ["ia3", "merge"]
+    location = plan.base.location
+    title = f"{location.hub_id or location.path.resolve().name} + {' + '.join(a.name for a in plan.adapters)}"
+    lines = [
+        "---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {title}", "",
+        "(IA)3 vectors folded into the weights of "
+        + (f"`{base_id}`" if base_id else "a local base model")
+        + " with ia3-export. The model runs without PEFT and at the base's speed.",
+        "",
+        "| adapter | format | task | vectors | parameters |", "| --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for adapter in plan.adapters:
+        shown = adapter.location.hub_id or adapter.name
+        lines.append(
+            f"| {_cell(shown)} | {adapter.format} | {_cell(adapter.task_type or '')} | {len(adapter.sites)} "
+            f"| {adapter.parameters:,} |"
+        )
+    changed = sum(change.nbytes for change in plan.changes.values())
+    lines += [
+        "",
+        f"{len(plan.changes)} of {len(plan.base.tensors)} tensors changed ({changed:,} bytes); combined by "
+        f"`{plan.combine}`"
+        + (f" with weights {', '.join(f'{w:g}' for w in plan.weights)}" if plan.weights else "")
+        + f", cast `{plan.cast}`, dtype `{plan.dtype}`. Every other tensor is byte for byte the base's.",
+        "",
+        "`ia3_export.json` lists every changed tensor and the digests of all files."
+        + (f" The base's own card is `{BASE_CARD}`." if "README.md" in plan.base.side_files else ""),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _base_id(plan: Plan) -> str | None:
+    if plan.base.location.hub_id is not None:
+        return plan.base.location.hub_id
+    named = {adapter.config.get("base_model_name_or_path") for adapter in plan.adapters}
+    name = named.pop() if len(named) == 1 else None
+    return name if isinstance(name, str) and is_hub_id(name) else None
+
+
+def _read_front_matter(path: Path) -> dict[str, Any]:
+    import yaml
+
+    match = _FRONT_MATTER.match(path.read_text(encoding="utf-8", errors="replace"))
+    try:
+        front = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        return {}
+    return front if isinstance(front, dict) else {}
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,195 @@
+"""A base model on disk: index, shards, configuration and side files. Never instantiated, headers only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ia3_export.checkpoint.header import Shard, StoredTensor, read_header
+from ia3_export.checkpoint.hub import Location, locate
+from ia3_export.errors import DamagedFile, NotFound, Refused, Unsupported
+
+#: Files that hold the base's weights once more, in another format: folding does not reach them.
+_OTHER_WEIGHTS = (
+    "model*.safetensors", "consolidated*", "pytorch_model*.bin", "tf_model*.h5", "flax_model*.msgpack",
+    "rust_model.ot", "*.gguf", "*.onnx", "*.onnx_data*", "*.tflite", "*.pth", "model*.safetensors.index.json",
+    "pytorch_model*.bin.index.json", "tf_model*.h5.index.json", "flax_model*.msgpack.index.json",
+)  # fmt: skip
+_OTHER_WEIGHT_FOLDERS = ("onnx", "openvino", "coreml", "original", "gguf")
+_SKIPPED_FOLDERS = (".git", ".cache", "__pycache__")
+_DOWNLOAD_IGNORE = ("*.gguf", "*.onnx*", "*.h5", "*.msgpack", "*.ot", "*.tflite", "*.pth", "original/*")
+
+_LAYOUTS = (  # the order in which transformers looks for weights
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A base model's files. `tensors` maps stored names to where their bytes lie."""
+
+    location: Location
+    shards: tuple[Shard, ...]
+    tensors: Mapping[str, StoredTensor]
+    index: Mapping[str, Any] | None
+    config: Mapping[str, Any] | None
+    side_files: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        """The folder that holds the weights."""
+        return self.location.path if self.location.path.is_dir() else self.location.path.parent
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def read_checkpoint(source: str | Path) -> Checkpoint:
+    """Read the headers of a base: a folder, a single weight file, or a hub id.
+
+    A lone file stands for itself: no configuration or tokenizer is looked for beside it.
+    Raises `NotFound`, `DamagedFile`, `Unsupported`, `Refused`.
+    """
+    location = locate(source, ignore=_DOWNLOAD_IGNORE)
+    if location.path.is_dir():
+        return _read_folder(location)
+    shard = _read_shard(location.path, location.path.name)
+    return Checkpoint(location, (shard,), _by_name((shard,)), None, None, (), ())
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises `NotFound` and `DamagedFile`."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NotFound(f"{path} does not exist", hint="the folder is incomplete; fetch it again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedFile(f"{path} is not readable JSON: {error}", hint="fetch the file again") from None
+    if not isinstance(value, dict):
+        raise DamagedFile(f"{path} holds no JSON object", hint="fetch the file again")
+    return value
+
+
+def _read_folder(location: Location) -> Checkpoint:
+    folder = location.path
+    layout = next((name for name in _LAYOUTS if (folder / name).is_file()), None)
+    if layout is None:
+        raise _no_weights(folder)
+    index = read_config(folder / layout) if layout.endswith(".index.json") else None
+    names = [layout] if index is None else _shard_names(folder / layout, index)
+    shards = tuple(_read_shard(folder / name, name) for name in names)
+    tensors = _by_name(shards)
+    if index is not None:
+        _check_index(folder / layout, index, shards)
+    config = read_config(folder / "config.json") if (folder / "config.json").exists() else None
+    side_files, left_out = _side_files(folder, {layout, *names})
+    return Checkpoint(location, shards, tensors, index, config, side_files, left_out)
+
+
+def _no_weights(folder: Path) -> NotFound | Unsupported:
+    if (folder / "adapter_config.json").is_file():
+        return Unsupported(
+            f"{folder} is an adapter, not a base model",
+            hint="--base takes the model that the adapter was trained on, --adapter takes this folder",
+        )
+    for pattern, kind in (("*.gguf", "GGUF"), ("*.h5", "TensorFlow"), ("*.msgpack", "Flax")):
+        if any(folder.glob(pattern)):
+            return Unsupported(
+                f"{folder} holds {kind} weights only, which this version does not fold",
+                hint="give the safetensors or PyTorch checkpoint of the same model",
+            )
+    return NotFound(
+        f"{folder} holds no model weights (looked for {', '.join(_LAYOUTS)})",
+        hint="give the folder that save_pretrained() wrote, or the weight file itself",
+    )
+
+
+def _read_shard(path: Path, name: str) -> Shard:
+    if path.suffix == ".safetensors":
+        return read_header(path, name)
+    if path.suffix in (".bin", ".pt", ".pth"):
+        from ia3_export.checkpoint.pickled import read_bin
+
+        return read_bin(path, name)
+    raise Unsupported(
+        f"{path} is neither a safetensors nor a PyTorch file",
+        hint="bases are read as .safetensors or .bin; GGUF bases are not folded by this version",
+    )
+
+
+def _shard_names(index_file: Path, index: Mapping[str, Any]) -> list[str]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise DamagedFile(f"{index_file} has no weight_map", hint="fetch the file again")
+    names = []
+    for name in dict.fromkeys(weight_map.values()):
+        parts = PurePosixPath(name).parts if isinstance(name, str) else ()
+        if not parts or ".." in parts or parts[0] == "/" or "\\" in name or ":" in name:
+            raise Refused(
+                f"{index_file} names the shard {name!r}, which lies outside its folder",
+                hint="do not use this checkpoint; tell whoever published it",
+            )
+        if not (index_file.parent / name).is_file():
+            raise NotFound(
+                f"{index_file.parent / name} does not exist, but {index_file.name} names it",
+                hint="a shard is missing; fetch the folder again",
+            )
+        names.append(name)
+    return sorted(names)
+
+
+def _by_name(shards: tuple[Shard, ...]) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for shard in shards:
+        for tensor in shard.tensors:
+            if tensor.name in tensors:
+                raise DamagedFile(
+                    f"tensor {tensor.name} is both in {tensors[tensor.name].file.name} and in {shard.name}",
+                    hint="files of two checkpoints lie in one folder; fetch it into an empty one",
+                )
+            tensors[tensor.name] = tensor
+    return tensors
+
+
+def _check_index(index_file: Path, index: Mapping[str, Any], shards: tuple[Shard, ...]) -> None:
+    held = {shard.name: {tensor.name for tensor in shard.tensors} for shard in shards}
+    for name, shard_name in index["weight_map"].items():
+        if name not in held[shard_name]:
+            raise DamagedFile(
+                f"{index_file.name} places tensor {name} in {shard_name}, which does not hold it",
+                hint="index and shards are of different checkpoints; fetch the folder again",
+            )
+
+
+def _side_files(folder: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Every other file of the folder, as (to copy, left out because it holds unmerged weights)."""
+    root = folder.resolve()
+    blobs = root.parent.parent / "blobs"  # a hub cache snapshot links into this
+    copied, left_out = [], []
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if relative.parts[0] in _SKIPPED_FOLDERS or not path.is_file() or relative.as_posix() in weights:
+            continue
+        target = path.resolve()
+        if not target.is_relative_to(root) and not target.is_relative_to(blobs):
+            raise Refused(
+                f"{path} is a link to {target}, outside the base folder",
+                hint="replace the link by the file itself",
+            )
+        at_root = len(relative.parts) == 1
+        other_weights = at_root and any(fnmatch(relative.name, pattern) for pattern in _OTHER_WEIGHTS)
+        if other_weights or relative.parts[0] in _OTHER_WEIGHT_FOLDERS:
+            left_out.append(relative.as_posix())
+        else:
+            copied.append(relative.as_posix())
+    return tuple(copied), tuple(left_out)

@@ -1,0 +1,195 @@
+"""The safetensors header: parse, validate, write canonically.
+
+Format (https://github.com/huggingface/safetensors, "Format"): 8 bytes little-endian length N, N bytes of JSON,
+then the data. Offsets tile the data without holes or overlap. The library refuses headers above 100 MB; so do we.
+Nothing here allocates more than the file holds.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ia3_export.errors import DamagedFile, NotFound
+from ia3_export.fold import DTYPE_BITS, Array
+
+MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredTensor:
+    """A tensor on disk, never loaded: `nbytes` C-ordered little-endian bytes at `offset` of `file`.
+
+    `data` (uint8) stands in for the file where bytes cannot be addressed there (old ``.bin`` files).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+    data: Array | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return count_elements(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One weight file. `prefix` is its length field and header, verbatim; empty for ``.bin`` files."""
+
+    name: str
+    path: Path
+    prefix: bytes
+    metadata: Mapping[str, str]
+    tensors: tuple[StoredTensor, ...]
+
+
+def read_bytes(tensor: StoredTensor) -> bytes:
+    """All bytes of a (small) tensor. Raises `DamagedFile` when the file has become shorter."""
+    if tensor.data is not None:
+        return tensor.data.tobytes()
+    with tensor.file.open("rb") as file:
+        file.seek(tensor.offset)
+        data = file.read(tensor.nbytes)
+    if len(data) != tensor.nbytes:
+        raise DamagedFile(f"{tensor.file} ends inside tensor {tensor.name}", hint="fetch the file again")
+    return data
+
+
+def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors have equal dtype, shape and bytes."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return read_bytes(one) == read_bytes(other)
+
+
+def count_elements(shape: Iterable[int]) -> int:
+    """Product of the dimensions, as a Python integer of any size."""
+    count = 1
+    for extent in shape:
+        count *= extent
+    return count
+
+
+def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
+    """Bytes that a tensor of `dtype` and `shape` occupies; -1 when its bits do not fill whole bytes."""
+    bits = DTYPE_BITS[dtype] * count_elements(shape)
+    return bits // 8 if bits % 8 == 0 else -1
+
+
+def read_header(path: Path, name: str | None = None) -> Shard:
+    """Parse and validate the header of the safetensors file `path`; tensors come in file order.
+
+    Raises `NotFound` and `DamagedFile`, naming file and tensor.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+            if length < 2 or length > MAX_HEADER or 8 + length > size:
+                raise DamagedFile(
+                    f"{path} is no complete safetensors file: its header would be {length:,} bytes, "
+                    f"the file has {size:,}",
+                    hint="the download was cut off, or the file has another format; fetch it again",
+                )
+            body = file.read(length)
+    except FileNotFoundError:
+        raise NotFound(f"{path} does not exist", hint="check the path, or download the file again") from None
+    except OSError as error:
+        raise DamagedFile(f"{path} cannot be read: {error.strerror}") from error
+    entries = _parse_json(path, body)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _damaged(path, "its __metadata__ is not a table of strings")
+    start = 8 + length
+    tensors = sorted((_entry(path, key, value, start) for key, value in entries.items()), key=_file_order)
+    _check_tiling(path, tensors, start, size)
+    return Shard(name or path.name, path, prefix + body, metadata, tuple(tensors))
+
+
+def write_header(
+    entries: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """Header bytes for tensors given as (name, dtype, shape), and the file offset of each tensor.
+
+    Order as the safetensors library writes it, falling element size and then name (which aligns every
+    tensor), metadata sorted by key: the same input always gives the same bytes.
+    """
+    ordered = sorted(entries, key=lambda entry: (-DTYPE_BITS[entry[1]], entry[0]))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    starts: dict[str, int] = {}
+    end = 0
+    for name, dtype, shape in ordered:
+        starts[name], end = end, end + tensor_bytes(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [starts[name], end]}
+    body = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    body += b" " * (-len(body) % 8)
+    prefix = struct.pack("<Q", len(body)) + body
+    return prefix, {name: len(prefix) + start for name, start in starts.items()}
+
+
+def _file_order(tensor: StoredTensor) -> tuple[int, int]:
+    return tensor.offset, tensor.nbytes
+
+
+def _damaged(path: Path, what: str) -> DamagedFile:
+    return DamagedFile(f"{path} is damaged: {what}", hint="fetch the file again, or ask its author")
+
+
+def _parse_json(path: Path, body: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            raise ValueError("a name occurs twice in its header")
+        return table
+
+    try:
+        entries = json.loads(body.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"its header is not the JSON it should be ({error})") from None
+    if not isinstance(entries, dict):
+        raise _damaged(path, "its header is not a JSON object")
+    return entries
+
+
+def _entry(path: Path, name: str, value: Any, start: int) -> StoredTensor:
+    try:
+        dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+        whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+    except (TypeError, KeyError, ValueError):
+        raise _damaged(path, f"the header entry of tensor {name} is malformed") from None
+    if not whole:
+        raise _damaged(path, f"tensor {name} has a shape or offset that is not a whole number")
+    if dtype not in DTYPE_BITS:
+        raise _damaged(path, f"tensor {name} has the unknown dtype {dtype!r}")
+    if end - begin != tensor_bytes(dtype, shape):
+        raise _damaged(
+            path, f"tensor {name} is {dtype} {list(shape)} but its offsets span {end - begin:,} bytes"
+        )
+    return StoredTensor(name, dtype, shape, path, start + begin, end - begin)
+
+
+def _check_tiling(path: Path, tensors: list[StoredTensor], start: int, size: int) -> None:
+    position = start
+    for tensor in tensors:
+        if tensor.offset != position:
+            kind = "overlaps the one before it" if tensor.offset < position else "leaves a hole before it"
+            raise _damaged(path, f"tensor {tensor.name} {kind}")
+        position += tensor.nbytes
+        if position > size:
+            raise DamagedFile(
+                f"{path} is {position - size:,} bytes short: tensor {tensor.name} ends at {position:,}, "
+                f"the file at {size:,}",
+                hint="the download was cut off; fetch the file again",
+            )
+    if position != size:
+        raise _damaged(path, f"{size - position:,} bytes follow its last tensor")

@@ -1,0 +1,116 @@
+"""Moving byte ranges between files, as fast as the platform allows.
+
+Linux copies inside the kernel (``copy_file_range``; ``FICLONE`` shares blocks on btrfs and xfs). Elsewhere, and
+with ``IA3_EXPORT_PLAIN_IO=1``, plain reads and writes do the same work.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+#: Bytes that the kernel moves between two progress reports, and the unit in which it is fast.
+STEP = 16 << 20
+PAGE = 4096
+_FICLONE = 0x40049409
+_NO_FAST_PATH = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY)
+
+
+def fast_paths() -> bool:
+    """Whether kernel-side copying may be tried here."""
+    return hasattr(os, "copy_file_range") and os.environ.get("IA3_EXPORT_PLAIN_IO", "0") in ("", "0")
+
+
+def clone(source: Path, target: Path) -> bool:
+    """Make `target` a copy-on-write clone of `source`; False where the file system cannot."""
+    if not fast_paths():
+        return False
+    import fcntl
+
+    with source.open("rb") as src, target.open("wb") as dst:
+        try:
+            fcntl.ioctl(dst.fileno(), _FICLONE, src.fileno())
+        except OSError:
+            return False
+    return True
+
+
+def copy_range(
+    source: int, offset: int, target: int, position: int, count: int, report: Callable[[int], None], buffer: memoryview
+) -> None:
+    """Copy `count` bytes between two open files (descriptors) through `buffer`, telling `report` every portion.
+
+    Whole pages that keep their place in the file move inside the kernel; it is slow at anything else (on
+    ext4 and Linux 6.18 unaligned ``copy_file_range`` took 2.5 times as long as reading and writing).
+    """
+    fast = fast_paths() and offset % PAGE == position % PAGE
+    while count:
+        moved = 0
+        ahead = -offset % PAGE
+        if fast and ahead == 0 and count >= PAGE:
+            moved = _kernel_copy(source, offset, target, position, min(count // PAGE * PAGE, STEP))
+            fast = moved > 0
+        if moved == 0:
+            portion = min(count, ahead) if fast and ahead else min(count, len(buffer))
+            moved = read_into(source, buffer[:portion], offset)
+            write_all(target, buffer[:moved], position)
+        offset, position, count = offset + moved, position + moved, count - moved
+        report(moved)
+
+
+def read_into(source: int, buffer: memoryview, offset: int) -> int:
+    """Fill `buffer` from `offset`; returns its length. Raises `EOFError` when the file ends before."""
+    done = 0
+    while done < len(buffer):
+        got = _preadv(source, [buffer[done:]], offset + done)
+        if got == 0:
+            raise EOFError(f"file ends at byte {offset + done}")
+        done += got
+    return done
+
+
+def write_all(target: int, data: memoryview, position: int) -> None:
+    """Write all of `data` at `position`."""
+    while data:
+        written = _pwrite(target, data, position)
+        data, position = data[written:], position + written
+
+
+def link_or_copy(source: Path, target: Path) -> bool:
+    """Hard-link `target` to the file behind `source` (symbolic links followed); copy where links fail.
+
+    Returns whether it is a link.
+    """
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+        return False
+    return True
+
+
+def _kernel_copy(source: int, offset: int, target: int, position: int, count: int) -> int:
+    try:
+        return os.copy_file_range(source, target, count, offset, position)
+    except OSError as error:
+        if error.errno in _NO_FAST_PATH:
+            return 0
+        raise
+
+
+if hasattr(os, "preadv"):
+    _preadv, _pwrite = os.preadv, os.pwrite
+else:  # Windows: every thread has its own descriptors, so seeking is safe
+
+    def _preadv(fd: int, buffers: list[memoryview], offset: int, /) -> int:
+        os.lseek(fd, offset, os.SEEK_SET)
+        data = os.read(fd, len(buffers[0]))
+        buffers[0][: len(data)] = data
+        return len(data)
+
+    def _pwrite(fd: int, data: memoryview, offset: int, /) -> int:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.write(fd, data)

@@ -1,0 +1,135 @@
+"""Writing a whole folder at once: stage beside the target, then rename.
+
+Interrupted at any moment, the target is absent or complete (with ``overwrite``: absent, old or new). What a
+killed run left behind is removed by the next run to the same target. The lock keeps two runs apart.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ia3_export.errors import OutputError, Refused
+
+
+def check_target(target: Path, inputs: list[Path], *, overwrite: bool) -> None:
+    """Refuse a target that lies in an input, holds one, or exists (unless `overwrite` or empty).
+
+    Raises `Refused` (exit 3) for the first two and `OutputError` (exit 4) for the last.
+    """
+    resolved = target.resolve()
+    for path in inputs:
+        source = path.resolve()
+        folder = source if source.is_dir() else source.parent
+        if resolved == folder or resolved.is_relative_to(folder) and source.is_dir():
+            raise Refused(
+                f"the output {target} lies inside the input folder {folder}", hint="give a folder of its own"
+            )
+        if source.is_relative_to(resolved):
+            raise Refused(
+                f"the output {target} is a folder that holds the input {source}",
+                hint="give a folder of its own",
+            )
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise OutputError(f"{target} exists and is no folder", hint="give another --output")
+    if target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise OutputError(f"{target} already exists", hint="give another --output, or --overwrite")
+        if any(place.resolve().is_relative_to(resolved) for place in (Path.cwd(), Path.home())):
+            raise OutputError(
+                f"{target} holds the working or home directory and is not replaced",
+                hint="give another --output",
+            )
+
+
+@contextmanager
+def staged(target: Path, *, flush: bool = False) -> Iterator[Path]:
+    """A new empty folder beside `target` that takes its place when the block ends without an error.
+
+    `flush` syncs every file to disk before the rename, so that the result also survives a power cut.
+    Raises `OutputError`; disk-full and permission errors of the block are turned into it as well.
+    """
+    target = target.absolute()
+    stage = target.with_name(f".{target.name}.ia3-export-stage")
+    old = target.with_name(f".{target.name}.ia3-export-old")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(target.with_name(f".{target.name}.ia3-export-lock"), target):
+            _recover(target, stage, old)
+            stage.mkdir()
+            try:
+                yield stage
+                if flush:
+                    _sync_tree(stage)
+                _swap(stage, target, old)
+                if flush:
+                    _sync_file(target.parent)
+            finally:
+                shutil.rmtree(stage, ignore_errors=True)
+    except OSError as error:
+        hint = "free some space, or give an --output on another disk" if error.errno == errno.ENOSPC else ""
+        place = error.filename or target
+        raise OutputError(f"cannot write {place}: {error.strerror or error}", hint=hint) from error
+
+
+def _recover(target: Path, stage: Path, old: Path) -> None:
+    """Undo what a killed run left: its stage goes; the folder it was about to replace comes back."""
+    shutil.rmtree(stage, ignore_errors=True)
+    if old.exists() and not target.exists():
+        old.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _swap(stage: Path, target: Path, old: Path) -> None:
+    if target.is_dir() and any(target.iterdir()):
+        target.rename(old)
+    elif target.is_dir():
+        target.rmdir()
+    stage.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _lock(path: Path, target: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        try:
+            _lock_file(file.fileno())
+        except OSError:
+            raise OutputError(
+                f"another ia3-export is writing {target}", hint="wait for it, or give another --output"
+            ) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _lock_file(descriptor: int) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+    else:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _sync_file(path)
+    _sync_file(folder)
+
+
+def _sync_file(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows has no directory handles to sync
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,67 @@
+"""The command line: one module a command, no logic. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+
+from ia3_export.cli.inspect_command import inspect_command
+from ia3_export.cli.merge_command import merge_command
+from ia3_export.cli.onnx_command import onnx_command
+from ia3_export.cli.verify_command import verify_command
+from ia3_export.errors import IA3ExportError
+
+INTERRUPTED = 130
+
+
+class _Commands(click.Group):
+    """Turns every error of ours into its text and exit code, in this one place."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except IA3ExportError as error:
+            _show_error(error, as_json=bool(ctx.meta.get("ia3_export.json")))
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted; nothing was left behind", err=True)
+            ctx.exit(INTERRUPTED)
+
+
+def _show_error(error: IA3ExportError, *, as_json: bool) -> None:
+    click.echo(f"error: {error}", err=True)
+    if error.hint:
+        click.echo(f"hint: {error.hint}", err=True)
+    if as_json:
+        document = {"error": str(error), "hint": error.hint, "exit_code": error.exit_code}
+        click.echo(json.dumps(document, indent=2))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="ia3-export")
+def cli() -> None:
+    """Take an IA3 fine-tune to the device: fold it into the base model, prove it, export it.
+
+    \b
+      ia3-export inspect my-adapter --base my-base
+      ia3-export merge --base my-base --adapter my-adapter --output merged
+      ia3-export onnx --model merged --output exported
+      ia3-export verify --base my-base --adapter my-adapter --merged merged --onnx exported
+
+    BASE and ADAPTER are a folder, a file, or a hub id org/name[@revision].
+
+    Exit codes: 0 done and in parity, 1 a check failed, 2 wrong usage, 3 an input is not readable or refused,
+    4 the output could not be written, 130 interrupted.
+    """
+
+
+for _command in (inspect_command, merge_command, onnx_command, verify_command):
+    cli.add_command(_command)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(cli(prog_name="ia3-export"))

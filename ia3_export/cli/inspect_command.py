@@ -1,0 +1,95 @@
+"""``ia3-export inspect``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ia3_export.cli.options import output_options
+from ia3_export.cli.output import Output, human_bytes
+
+if TYPE_CHECKING:
+    from ia3_export.inspection import Inspection
+    from ia3_export.plan import Plan
+
+
+@click.command("inspect")
+@click.argument("adapter")
+@click.option("--base", metavar="BASE", help="Plan the merge into this base: folder, file or hub id.")
+@output_options
+def inspect_command(adapter: str, base: str | None, as_json: bool, quiet: bool, verbose: bool) -> None:
+    """Show what an adapter is and, with --base, what a merge would change.
+
+    Reads headers and the vectors only. Refusals of the plan are findings: the exit code stays 0.
+
+    \b
+      ia3-export inspect my-adapter
+      ia3-export inspect my-adapter --base my-base --json
+    """
+    from ia3_export.inspection import inspect
+
+    out = Output(as_json, quiet, verbose)
+    found = inspect(adapter, base)
+    content = found.to_json()
+    _show_adapter(out, found, content)
+    if found.plan is not None:
+        show_plan(out, found.plan)
+    out.document(content)
+
+
+def _show_adapter(out: Output, found: Inspection, content: dict[str, Any]) -> None:
+    adapter = found.adapter
+    out.text(
+        f"{adapter.name}: {adapter.format} IA3 adapter, {len(adapter.sites)} vectors, "
+        f"{adapter.parameters:,} parameters, {human_bytes(content['bytes'])}"
+    )
+    out.text(f"task {adapter.task_type or 'not stated'}, trained on {content['base_model'] or 'an unnamed base'}")
+    out.table(
+        ("module path", "scales", "length", "dtype", "min", "max", "mean", "from ones"),
+        [
+            (
+                row.module, f"{row.direction}put", row.length, row.dtype, f"{row.min:.4f}", f"{row.max:.4f}",
+                f"{row.mean:.4f}", f"{row.from_ones:.4f}" + (" not finite!" if row.not_finite else ""),
+            )
+            for row in found.sites
+        ],
+        numbers=("length", "min", "max", "mean", "from ones"),
+    )  # fmt: skip
+    if adapter.extras:
+        out.text("tensors besides the vectors:")
+        out.table(
+            ("tensor", "dtype", "shape", "size"),
+            [(n, t.dtype, list(t.shape), human_bytes(t.nbytes)) for n, t in adapter.extras.items()],
+            numbers=("size",),
+        )
+
+
+def show_plan(out: Output, plan: Plan) -> None:
+    """The plan for people: totals, rows (all with --verbose), edits, warnings, refusals."""
+    from ia3_export.inspection import summarize
+
+    total = summarize(plan)
+    share = total["adapter_parameters"] / max(1, total["base_parameters"])
+    out.text(
+        f"plan: {total['adapter_parameters']:,} adapter parameters ({share:.4%} of {total['base_parameters']:,}) "
+        f"change {total['tensors_changed']} of {total['tensors']} tensors, {human_bytes(total['bytes_changed'])} of "
+        f"{human_bytes(total['bytes'])}, in {len(total['shards_touched'])} of {total['shards']} shards"
+    )
+    rows = sorted(plan.changes.values(), key=lambda change: change.name)
+    shown = rows if out.verbose else rows[:8]
+    if shown:
+        out.table(
+            ("tensor", "how", "dtype", "shape", "from"),
+            [(c.name, c.how, c.dtype, list(c.shape), "; ".join(c.folds)) for c in shown],
+        )
+    if len(shown) < len(rows):
+        out.text(f"... and {len(rows) - len(shown)} more tensors (--verbose shows all)")
+    for edit in plan.config_edits:
+        out.text(f"config.json: {edit}")
+    if plan.base.left_out:
+        out.text(f"left out, the base's weights in other formats: {', '.join(plan.base.left_out)}")
+    for warning in plan.warnings:
+        out.text(f"warning: {warning}")
+    for problem in plan.problems:
+        out.text(f"refused: {problem}" + (f" ({problem.hint})" if problem.hint else ""))

@@ -1,0 +1,142 @@
+"""``ia3-export merge``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from ia3_export.cli.inspect_command import show_plan
+from ia3_export.cli.options import (
+    adapters_option,
+    base_option,
+    output_options,
+    overwrite_option,
+    parse_size,
+    parse_weights,
+)
+from ia3_export.cli.output import Output, human_bytes
+
+if TYPE_CHECKING:
+    from ia3_export.manifest import Manifest
+
+
+@click.command("merge")
+@base_option
+@adapters_option
+@click.option("--output", type=click.Path(path_type=Path), help="Folder to create.")
+@click.option(
+    "--output-per-adapter", type=click.Path(path_type=Path), metavar="DIR",
+    help="Instead of --output: DIR/<adapter name> for each adapter alone, reading the base once.",
+)
+@click.option(
+    "--combine", type=click.Choice(["product", "linear", "delta"]), default="product", show_default=True,
+    help="Several adapters: one after the other, sum of w*l, or 1 + sum of w*(l-1).",
+)
+@click.option("--weights", callback=parse_weights, metavar="W,W,...", help="One per adapter, for linear and delta.")
+@click.option(
+    "--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto", show_default=True,
+    help="Dtype of the output; auto keeps what is stored.",
+)
+@click.option(
+    "--cast", type=click.Choice(["peft", "peft-low-mem"]), default="peft", show_default=True,
+    help="peft-low-mem rounds the vector to the base's dtype first, as PEFT's low-memory loading does.",
+)
+@click.option("--shard-size", callback=parse_size, metavar="SIZE", help="Largest shard, such as 5GB; default as the base.")
+@click.option("--link", is_flag=True, help="Hard-link shards that no vector touches.")
+@click.option("--dry-run", is_flag=True, help="Show the plan, write nothing.")
+@overwrite_option
+@click.option("--allow-missing", is_flag=True, help="Leave targeted modules without a vector as they are.")
+@click.option("--allow-unused", is_flag=True, help="Drop vectors and tensors that have no place in the base.")
+@click.option(
+    "--digests", type=click.Choice(["full", "output", "none"]), default="output", show_default=True,
+    help="SHA-256 of inputs and outputs, of outputs, or none.",
+)
+@click.option("--flush", is_flag=True, help="Sync to disk before the final rename: survives a power cut, slower.")
+@output_options
+def merge_command(
+    base: str,
+    adapters: tuple[str, ...],
+    output: Path | None,
+    output_per_adapter: Path | None,
+    combine: Literal["product", "linear", "delta"],
+    weights: tuple[float, ...],
+    dtype: Literal["auto", "float32", "float16", "bfloat16"],
+    cast: Literal["peft", "peft-low-mem"],
+    shard_size: int | None,
+    link: bool,
+    dry_run: bool,
+    overwrite: bool,
+    allow_missing: bool,
+    allow_unused: bool,
+    digests: Literal["full", "output", "none"],
+    flush: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Fold IA3 adapters into a base model.
+
+    Streams shard by shard, without loading the model; the output folder loads in transformers as it stands.
+
+    \b
+      ia3-export merge --base my-base --adapter my-adapter --output merged
+      ia3-export merge --base org/model@main --adapter a --adapter b --combine linear --weights 0.7,0.3 --output ab
+    """  # fmt: skip
+    if not dry_run and (output is None) == (output_per_adapter is None):
+        raise click.UsageError("give either --output or --output-per-adapter")
+    if output_per_adapter is not None and (combine != "product" or weights):
+        raise click.UsageError("--output-per-adapter merges each adapter alone: no --combine, no --weights")
+    from ia3_export.merging import merge, merge_each, plan_merge
+
+    out = Output(as_json, quiet, verbose)
+    if dry_run:
+        from ia3_export.inspection import summarize
+        from ia3_export.manifest import describe_plan
+
+        plan = plan_merge(
+            base, adapters, combine=combine, weights=weights, cast=cast, dtype=dtype,
+            allow_missing=allow_missing, allow_unused=allow_unused,
+        )  # fmt: skip
+        show_plan(out, plan)
+        plan.raise_problems()
+        out.document(describe_plan(plan) | summarize(plan))
+        return
+    with out.progress("merging") as report:
+        if output_per_adapter is not None:
+            manifests = merge_each(
+                base, adapters, output_per_adapter, cast=cast, dtype=dtype, shard_size=shard_size, link=link,
+                overwrite=overwrite, allow_missing=allow_missing, allow_unused=allow_unused, digests=digests,
+                flush=flush, on_progress=report,
+            )  # fmt: skip
+            out.document({"manifests": [manifest.content for manifest in manifests]})
+        else:
+            assert output is not None
+            manifests = [
+                merge(
+                    base, adapters, output, combine=combine, weights=weights, cast=cast, dtype=dtype,
+                    shard_size=shard_size, link=link, overwrite=overwrite, allow_missing=allow_missing,
+                    allow_unused=allow_unused, digests=digests, flush=flush, on_progress=report,
+                )
+            ]  # fmt: skip
+            out.document(manifests[0].content)
+    for manifest in manifests:
+        _show(out, manifest)
+
+
+def _show(out: Output, manifest: Manifest) -> None:
+    content = manifest.content
+    changed: list[dict[str, Any]] = content["changes"]
+    for warning in content["warnings"]:
+        out.text(f"warning: {warning}")
+    if content["left_out"]:
+        out.text(f"left out, the base's weights in other formats: {', '.join(content['left_out'])}")
+    if out.verbose:
+        for row in changed:
+            out.text(f"{row['how']:8} {row['tensor']} {row['dtype']} {row['shape']} {'; '.join(row['folds'])}")
+    flushed = sum(row["flushed_to_zero"] for row in changed)
+    out.text(
+        f"{manifest.folder}: {len(changed)} tensors changed, {human_bytes(sum(row['bytes'] for row in changed))}, "
+        f"{len(content['files'])} files" + (f", {flushed} elements became zero" if flushed else "")
+    )

@@ -1,0 +1,4 @@
+import click
+@click.command("onnx")
+def onnx_command() -> None:
+    ""

@@ -1,0 +1,56 @@
+"""Options that several commands share, as decorators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _remember_json(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
+    ctx.find_root().meta["ia3_export.json"] = value
+    return value
+
+
+base_option = click.option("--base", required=True, metavar="BASE", help="Base model: folder, file or hub id.")
+adapters_option = click.option(
+    "--adapter", "adapters", required=True, multiple=True, metavar="ADAPTER",
+    help="IA3 adapter: folder, file or hub id. Repeat it for several, in the order of folding.",
+)  # fmt: skip
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
+
+
+def output_options(function: F) -> F:
+    """``--json``, ``--quiet`` and ``--verbose``."""
+    function = click.option(
+        "--json", "as_json", is_flag=True, callback=_remember_json, help="One JSON document on stdout."
+    )(function)
+    function = click.option("-q", "--quiet", is_flag=True, help="Errors only.")(function)
+    return click.option("-v", "--verbose", is_flag=True, help="Every tensor, every step.")(function)
+
+
+def parse_weights(_: click.Context, __: click.Parameter, value: str | None) -> tuple[float, ...]:
+    """``0.7,0.3`` as numbers."""
+    try:
+        return tuple(float(part) for part in value.split(",")) if value else ()
+    except ValueError:
+        raise click.BadParameter("give numbers separated by commas, for example 0.7,0.3") from None
+
+
+def parse_size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    """``5GB``, ``500MB``, ``2GiB`` or plain bytes."""
+    if value is None:
+        return None
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    number = value.strip().rstrip("BbKkMmGgIi ")
+    unit = value.strip()[len(number) :].strip().upper()
+    try:
+        size = int(float(number) * units[unit])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise click.BadParameter("give a size such as 5GB or 500MB")
+    return size

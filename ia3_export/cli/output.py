@@ -1,0 +1,103 @@
+"""What people see: text, tables, JSON, progress. JSON goes to stdout and moves all text to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from ia3_export.execute import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Where a command writes: `as_json`, `quiet` and `verbose` as given on the command line."""
+
+    as_json: bool
+    quiet: bool
+    verbose: bool
+
+    def text(self, line: str = "") -> None:
+        """A line for people."""
+        if not self.quiet:
+            click.echo(line, err=self.as_json)
+
+    def document(self, content: Mapping[str, Any]) -> None:
+        """The JSON document, if asked for."""
+        if self.as_json:
+            click.echo(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False))
+
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: Sequence[str] = ()) -> None:
+        """A plain table; `numbers` are the columns set flush right."""
+        if self.quiet:
+            return
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in columns:
+            table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(str(cell)) for cell in row))
+        stream = sys.stderr if self.as_json else sys.stdout
+        # a pipe has no width of its own: rows stay whole for grep
+        Console(file=stream, width=None if stream.isatty() or "COLUMNS" in os.environ else 160).print(table)
+
+    @contextmanager
+    def progress(self, what: str) -> Iterator[Callable[[Progress], None]]:
+        """A callback that draws bytes and rate: a bar on a terminal, a line every ten seconds otherwise."""
+        if self.quiet:
+            yield lambda _: None
+        elif sys.stderr.isatty():
+            with _bar(what) as report:
+                yield report
+        else:
+            yield _lines(what)
+
+
+def human_bytes(count: float) -> str:
+    """``2.2 GB``, in powers of ten as disks and hubs count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Callable[[Progress], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (what, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda progress: bar.update(task, completed=progress.done, total=progress.total)
+
+
+def _lines(what: str) -> Callable[[Progress], None]:
+    start = time.monotonic()
+    last = start
+
+    def report(progress: Progress) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= 10:
+            last = now
+            rate = human_bytes(progress.done / (now - start))
+            click.echo(
+                f"{what}: {human_bytes(progress.done)} of {human_bytes(progress.total)}, {rate}/s", err=True
+            )
+
+    return report

@@ -1,0 +1,4 @@
+import click
+@click.command("verify")
+def verify_command() -> None:
+    ""

@@ -1,0 +1,180 @@
+"""The arithmetic of folding IA3 vectors into tensors, on plain numpy arrays.
+
+(IA)3 multiplies activations by a learned vector (Liu et al. 2022, arXiv:2205.05638, section 3.3). On the
+output of ``y = W x + b`` it scales rows of ``W`` and ``b``; on the input it scales columns of ``W`` only.
+In memory both are the same thing: a C-ordered tensor in which every run of ``inner`` elements shares one
+factor, and the factors repeat with period ``len(factors) * inner``. That one rule, :class:`Scale`, covers
+Linear, Conv1D, convolutions with groups and slices of fused expert parameters.
+
+Bits: PEFT's ``merge_and_unload`` computes ``round_to_dtype(f32(W) * f32(l))``, once per adapter, in float64
+for float64 bases; so does :func:`fold_block`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Direction = Literal["out", "in"]
+Layout = Literal["linear", "conv1d", "conv"]
+
+#: Bits per element of every dtype of the safetensors format (its specification, and ``safetensors`` 0.8).
+DTYPE_BITS: dict[str, int] = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "C64": 64,
+    "F64": 64, "I64": 64, "U64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+
+#: The dtypes that a vector can be folded into.
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+_STORAGE: dict[str, str] = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_BITS: dict[str, tuple[str, int, int]] = {  # unsigned view, mask without the sign, bits of infinity
+    "F64": ("<u8", 0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000),
+    "F32": ("<u4", 0x7FFF_FFFF, 0x7F80_0000),
+    "F16": ("<u2", 0x7FFF, 0x7C00),
+    "BF16": ("<u2", 0x7FFF, 0x7F80),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scale:
+    """One vector laid over a whole C-ordered tensor.
+
+    ``factors`` is 1-D, float32 (float64 for float64 tensors); ``inner`` consecutive elements share a factor,
+    and the factors repeat until the tensor ends.
+    """
+
+    factors: Array
+    inner: int
+
+    @property
+    def period(self) -> int:
+        """Elements after which the factors repeat."""
+        return len(self.factors) * self.inner
+
+
+def storage_dtype(dtype: str) -> np.dtype[Any]:
+    """The numpy dtype that holds the bits of `dtype`; bfloat16 is kept as its 16 bits."""
+    return np.dtype(_STORAGE[dtype])
+
+
+def work_dtype(stored: str, written: str) -> str:
+    """The dtype rounded to after every adapter: the stored one, or the narrowest that holds both."""
+    if stored == written:
+        return stored
+    if "F64" in (stored, written):
+        return "F64"
+    return "F32"
+
+
+def to_float(raw: Array, dtype: str) -> Array:
+    """Widen the stored bits `raw` exactly to float32 (float64 stays float64)."""
+    if dtype == "BF16":
+        wide = raw.astype("<u4")
+        wide <<= 16
+        return wide.view("<f4")
+    return raw.astype("<f8" if dtype == "F64" else "<f4")
+
+
+def from_float(values: Array, dtype: str) -> Array:
+    """Round float32 or float64 `values` to `dtype`, to nearest even; returns the stored bits.
+
+    May use `values` as scratch space.
+    """
+    if dtype == "BF16":
+        bits = values.astype("<f4", copy=False).view("<u4")
+        lsb = bits >> 16
+        lsb &= 1
+        lsb += 0x7FFF
+        bits += lsb
+        bits >>= 16
+        return bits.astype("<u2")
+    with np.errstate(over="ignore", under="ignore"):
+        return values.astype(_STORAGE[dtype], copy=False)
+
+
+def round_vector(vector: Array, dtype: str) -> Array:
+    """`vector` rounded to `dtype` and widened again: what PEFT's low-memory loading makes of it."""
+    wide = np.array(vector, dtype="<f8" if dtype == "F64" else "<f4")
+    return to_float(from_float(wide, dtype), dtype)
+
+
+def make_scale(vector: Array, shape: Sequence[int], direction: Direction, layout: Layout) -> Scale:
+    """Lay an IA3 `vector` (n,) over a stored weight or bias of `shape`.
+
+    `layout` says how the weight is stored: ``linear`` (out, in), ``conv1d`` (in, out), ``conv``
+    (out, in / groups, ...). A 1-D `shape` is a bias and takes output vectors only. The caller has checked
+    the lengths.
+    """
+    axis = 0 if direction == "out" else 1
+    if len(shape) == 1:
+        axis = 0
+    elif layout == "conv1d":
+        axis = 1 - axis
+    inner = int(np.prod(shape[axis + 1 :], dtype=np.int64))
+    if layout == "conv" and direction == "in" and len(vector) != shape[1]:
+        groups = len(vector) // shape[1]
+        per_group = vector.reshape(groups, 1, shape[1])
+        vector = np.repeat(per_group, shape[0] // groups, axis=1).reshape(-1)
+    return Scale(np.ascontiguousarray(vector), inner)
+
+
+def scale_values(values: Array, first: int, scale: Scale) -> None:
+    """Multiply `values`, elements ``first:first+len(values)`` of a tensor, by `scale`, in place.
+
+    Blocks of whole periods, and blocks of whole rows inside one period, take the fast ways.
+    """
+    n, inner, period = len(scale.factors), scale.inner, scale.period
+    start = first % period
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        if start == 0 and len(values) % period == 0:
+            view = values.reshape(-1, n, inner)
+            np.multiply(view, scale.factors[None, :, None], out=view)
+        elif start % inner == 0 and len(values) % inner == 0 and start + len(values) <= period:
+            row = start // inner
+            view = values.reshape(-1, inner)
+            np.multiply(view, scale.factors[row : row + len(view), None], out=view)
+        else:
+            index = np.arange(start, start + len(values)) // inner % n
+            np.multiply(values, scale.factors[index], out=values)
+
+
+def fold_block(raw: Array, first: int, stored: str, written: str, scales: Sequence[Scale]) -> Array:
+    """Fold `scales` one after the other into `raw`, elements ``first:first+len(raw)`` of a tensor.
+
+    `raw` holds the stored bits (:func:`storage_dtype`); the result holds the bits of dtype `written`.
+    Between two scales the values are rounded to :func:`work_dtype`, as PEFT rounds after every adapter.
+    """
+    between = work_dtype(stored, written)
+    values = to_float(raw, stored)
+    if between == "F64" and values.dtype != np.dtype("<f8"):
+        values = values.astype("<f8")
+    for i, scale in enumerate(scales):
+        if i and between in ("F16", "BF16"):
+            values = to_float(from_float(values, between), between)
+        scale_values(values, first, scale)
+    return from_float(values, written)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCheck:
+    """What :func:`check_block` found: index of the first NaN or infinity (or -1), number of zeros."""
+
+    not_finite: int
+    zeros: int
+
+
+def check_block(raw: Array, dtype: str) -> BlockCheck:
+    """Look for NaN, infinity and zeros (of either sign) in stored bits."""
+    view, mask, infinity = _BITS[dtype]
+    magnitude = raw.view(view) & np.dtype(view).type(mask)
+    bad = -1
+    if len(magnitude) and magnitude.max() >= infinity:
+        bad = int(np.argmax(magnitude >= infinity))
+    return BlockCheck(bad, len(magnitude) - int(np.count_nonzero(magnitude)))

@@ -1,0 +1,105 @@
+"""``inspect``: what an adapter is, and what a merge would do. Reads headers and the vectors, nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ia3_export.adapters import read_adapter
+from ia3_export.adapters.model import Adapter
+from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
+from ia3_export.manifest import describe_plan
+from ia3_export.plan import Plan, make_plan
+
+
+@dataclass(frozen=True, slots=True)
+class SiteStatistics:
+    """One vector. ``from_ones`` is the root mean square of ``l - 1``: 0 for a vector that changes nothing."""
+
+    module: str
+    direction: str
+    length: int
+    dtype: str
+    min: float
+    max: float
+    mean: float
+    from_ones: float
+    not_finite: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Inspection:
+    """What `inspect` returns: the adapter, statistics of every vector, and with a base the plan of a merge."""
+
+    adapter: Adapter
+    sites: tuple[SiteStatistics, ...]
+    plan: Plan | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON document of ``inspect --json``."""
+        adapter = self.adapter
+        content: dict[str, Any] = {
+            "schema": "ia3-export/inspect/1",
+            "name": adapter.name,
+            "format": adapter.format,
+            "task_type": adapter.task_type,
+            "base_model": adapter.config.get("base_model_name_or_path"),
+            "parameters": adapter.parameters,
+            "bytes": sum((adapter.location.path / name).stat().st_size for name in adapter.files),
+            "sites": [asdict(site) for site in self.sites],
+            "extra_tensors": [
+                {"name": name, "dtype": tensor.dtype, "shape": list(tensor.shape), "bytes": tensor.nbytes}
+                for name, tensor in adapter.extras.items()
+            ],
+        }
+        if self.plan is not None:
+            content["plan"] = describe_plan(self.plan) | summarize(self.plan)
+        return content
+
+
+def inspect(adapter: str | Path, base: str | Path | None = None) -> Inspection:
+    """Describe an IA3 adapter, and with `base` plan its merge without writing anything.
+
+    Neither torch nor transformers is imported while names and shapes settle everything (``.bin`` files need torch).
+    Refusals of the plan are part of the result. Raises `IA3ExportError` for inputs that cannot be read.
+    """
+    read = read_adapter(adapter)
+    plan = make_plan(read_checkpoint(base), [read]) if base is not None else None
+    return Inspection(read, tuple(_statistics(read)), plan)
+
+
+def summarize(plan: Plan) -> dict[str, Any]:
+    """The plan's totals: parameters, tensors, bytes and shards, touched and in all."""
+    base = plan.base
+    return {
+        "base_parameters": _parameters(base),
+        "adapter_parameters": sum(adapter.parameters for adapter in plan.adapters),
+        "tensors_changed": len(plan.changes),
+        "tensors": len(base.tensors),
+        "bytes_changed": sum(change.nbytes for change in plan.changes.values()),
+        "bytes": base.nbytes,
+        "shards_touched": list(plan.touched_shards),
+        "shards": len(base.shards),
+    }
+
+
+def _parameters(base: Checkpoint) -> int:
+    return sum(tensor.size for tensor in base.tensors.values())
+
+
+def _statistics(adapter: Adapter) -> list[SiteStatistics]:
+    rows = []
+    for site in adapter.sites.values():
+        values = site.vector.astype("<f8")
+        with np.errstate(invalid="ignore", over="ignore"):
+            rows.append(
+                SiteStatistics(
+                    site.module, site.direction, len(values), site.dtype,
+                    float(values.min()), float(values.max()), float(values.mean()),
+                    float(np.sqrt(np.mean((values - 1.0) ** 2))), int(np.sum(~np.isfinite(values))),
+                )
+            )  # fmt: skip
+    return rows

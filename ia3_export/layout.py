@@ -1,0 +1,146 @@
+"""Which output file holds which tensor, at which byte. Decided before anything is written."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ia3_export.checkpoint.header import Shard, StoredTensor, count_elements, write_header
+from ia3_export.plan import Change, Plan
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """A tensor at byte `position` of an output file: the base's bytes, or a `change`."""
+
+    source: StoredTensor
+    position: int
+    change: Change | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OutputFile:
+    """One weight file to write. `verbatim` is the base's shard when header and offsets are the same."""
+
+    name: str
+    prefix: bytes
+    size: int
+    pieces: tuple[Piece, ...]
+    verbatim: Shard | None
+
+    @property
+    def untouched(self) -> bool:
+        """Whether the file is the base's, byte for byte."""
+        return self.verbatim is not None and not any(piece.change for piece in self.pieces)
+
+
+def lay_out(plan: Plan, shard_size: int | None = None) -> tuple[OutputFile, ...]:
+    """The weight files of the output: the base's shards and names, or new shards of at most `shard_size` bytes.
+
+    Added tensors go into the last shard. ``.bin`` shards become safetensors of the matching name.
+    """
+    if shard_size is not None:
+        return _reshard(plan, shard_size)
+    stored = {tensor.name for shard in plan.base.shards for tensor in shard.tensors}
+    added = [change for name, change in plan.changes.items() if name not in stored]
+    files = []
+    for i, shard in enumerate(plan.base.shards):
+        rows: list[tuple[StoredTensor, Change | None]] = [
+            (tensor, plan.changes.get(tensor.name)) for tensor in shard.tensors
+        ]
+        if i == len(plan.base.shards) - 1:
+            rows += [(change.source, change) for change in added]
+        files.append(_lay_shard(shard, rows))
+    return tuple(files)
+
+
+def make_index(plan: Plan, files: Iterable[OutputFile]) -> bytes | None:
+    """The output's index, None when one file needs none. The base's own bytes where they stay true."""
+    files = tuple(files)
+    if len(files) == 1 and plan.base.index is None:
+        return None
+    if all(file.verbatim is not None for file in files) and plan.base.index is not None:
+        return (plan.base.folder / INDEX).read_bytes()
+    if len(files) == 1:
+        return None
+    weight_map = {_name(piece): file.name for file in files for piece in file.pieces}
+    metadata: dict[str, Any] = dict((plan.base.index or {}).get("metadata") or {})
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = sum(count_elements(p.source.shape) for f in files for p in f.pieces)
+    metadata["total_size"] = sum(_nbytes(piece) for file in files for piece in file.pieces)
+    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(index, indent=2) + "\n").encode()
+
+
+def _lay_shard(shard: Shard, rows: list[tuple[StoredTensor, Change | None]]) -> OutputFile:
+    same = bool(shard.prefix) and all(
+        change is None or (change.dtype, change.shape) == (tensor.dtype, tensor.shape) and change.how != "add"
+        for tensor, change in rows
+    )
+    same = same and len(rows) == len(shard.tensors)
+    if same:
+        pieces = tuple(
+            Piece(change.source if change else tensor, tensor.offset, change) for tensor, change in rows
+        )
+        size = len(shard.prefix) + sum(tensor.nbytes for tensor in shard.tensors)
+        return OutputFile(shard.name, shard.prefix, size, pieces, shard)
+    return _lay_new(_safetensors_name(shard.name), shard.metadata, rows)
+
+
+def _lay_new(
+    name: str, metadata: Mapping[str, str], rows: list[tuple[StoredTensor, Change | None]]
+) -> OutputFile:
+    entries = {}
+    for tensor, change in rows:
+        row = change or tensor
+        entries[row.name] = (row.name, row.dtype, row.shape)
+    prefix, offsets = write_header(entries.values(), {"format": "pt"} | dict(metadata))
+    pieces = [
+        Piece(change.source if change else tensor, offsets[(change or tensor).name], change)
+        for tensor, change in rows
+    ]
+    pieces.sort(key=lambda piece: piece.position)
+    return OutputFile(name, prefix, len(prefix) + sum(map(_nbytes, pieces)), tuple(pieces), None)
+
+
+def _reshard(plan: Plan, shard_size: int) -> tuple[OutputFile, ...]:
+    rows: list[tuple[StoredTensor, Change | None]] = [
+        (tensor, plan.changes.get(tensor.name)) for shard in plan.base.shards for tensor in shard.tensors
+    ]
+    rows += [(change.source, change) for name, change in plan.changes.items() if name not in plan.base.tensors]
+    groups: list[list[tuple[StoredTensor, Change | None]]] = [[]]
+    filled = 0
+    for tensor, change in rows:
+        nbytes = (change or tensor).nbytes
+        if groups[-1] and filled + nbytes > shard_size:
+            groups.append([])
+            filled = 0
+        groups[-1].append((tensor, change))
+        filled += nbytes
+    metadata = plan.base.shards[0].metadata
+    if len(groups) == 1:
+        return (_lay_new("model.safetensors", metadata, groups[0]),)
+    return tuple(
+        _lay_new(f"model-{i:05d}-of-{len(groups):05d}.safetensors", metadata, group)
+        for i, group in enumerate(groups, 1)
+    )
+
+
+def _safetensors_name(name: str) -> str:
+    """``pytorch_model-00001-of-00002.bin`` → ``model-00001-of-00002.safetensors``."""
+    if name.endswith(".safetensors"):
+        return name
+    return re.sub(r"\.(bin|pt|pth)$", ".safetensors", re.sub(r"(^|/)pytorch_model", r"\1model", name))
+
+
+def _name(piece: Piece) -> str:
+    return piece.change.name if piece.change else piece.source.name
+
+
+def _nbytes(piece: Piece) -> int:
+    return piece.change.nbytes if piece.change else piece.source.nbytes

@@ -1,0 +1,128 @@
+"""``ia3_export.json``: what was done, to which bytes, by which versions. No time stamps, no paths of the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from ia3_export.checkpoint.hub import Location
+from ia3_export.execute import TensorResult, Written, hash_file
+from ia3_export.plan import Plan
+
+SCHEMA = "ia3-export/manifest/1"
+NAME = "ia3_export.json"
+Digests = Literal["full", "output", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The manifest of a merge. `content` is the JSON document, `folder` where the output is."""
+
+    folder: Path
+    content: Mapping[str, Any]
+
+    def to_json(self) -> str:
+        """Canonical text: keys sorted, two spaces, a newline at the end."""
+        return json.dumps(self.content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def describe_plan(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON: options, every changed tensor, edits, warnings and refusals."""
+    return {
+        "options": {
+            "combine": plan.combine, "weights": list(plan.weights), "cast": plan.cast, "dtype": plan.dtype,
+        },
+        "adapters": [a.name for a in plan.adapters],
+        "model_class": plan.model_class,
+        "changes": [
+            {
+                "tensor": change.name, "how": change.how, "dtype": change.dtype, "shape": list(change.shape),
+                "from_dtype": change.source.dtype, "folds": list(change.folds), "bytes": change.nbytes,
+            }
+            for change in sorted(plan.changes.values(), key=lambda change: change.name)
+        ],
+        "config_edits": list(plan.config_edits),
+        "left_out": list(plan.base.left_out),
+        "warnings": list(plan.warnings),
+        "refusals": [{"error": str(p), "hint": p.hint} for p in plan.problems],
+    }  # fmt: skip
+
+
+def make_manifest(
+    plan: Plan,
+    stage: Path,
+    target: Path,
+    written: Written,
+    digests: Digests,
+) -> Manifest:
+    """The manifest of the files in `stage`, which will become `target`."""
+    content = describe_plan(plan)
+    del content["refusals"]
+    for row in content["changes"]:
+        result = written.tensors.get(row["tensor"], TensorResult(None, 0, 0))
+        row |= {"zeros": result.zeros, "flushed_to_zero": result.flushed}
+        if result.sha256 is not None:
+            row["sha256"] = result.sha256
+    content |= {
+        "schema": SCHEMA,
+        "tool": {"name": "ia3-export", "version": metadata.version("ia3-export")},
+        "python": platform.python_version(),
+        "libraries": _versions(plan),
+        "base": _source(plan.base.location, _base_files(plan), digests),
+        "adapters": [
+            _source(adapter.location, adapter.files, digests)
+            | {
+                "name": adapter.name, "format": adapter.format, "task_type": adapter.task_type,
+                "vectors": len(adapter.sites), "parameters": adapter.parameters,
+            }
+            for adapter in plan.adapters
+        ],
+        "linked": list(written.linked),
+        "files": _files(stage, written.sha256, digests != "none"),
+    }  # fmt: skip
+    return Manifest(target, content)
+
+
+def _versions(plan: Plan) -> dict[str, str]:
+    used = ["numpy"] + (["transformers", "torch"] if plan.model_class is not None else [])
+    return {name: metadata.version(name) for name in used}
+
+
+def _base_files(plan: Plan) -> list[str]:
+    names = [shard.name for shard in plan.base.shards] + list(plan.base.side_files)
+    if plan.base.location.path.is_file():
+        return names
+    return sorted(names)
+
+
+def _source(location: Location, names: Sequence[str], digests: Digests) -> dict[str, Any]:
+    folder = location.path if location.path.is_dir() else location.path.parent
+    source: dict[str, Any] = {
+        "id": location.hub_id or location.path.resolve().name, "revision": location.revision,
+    }  # fmt: skip
+    if digests == "full":
+        source["files"] = _table(folder, names, {}, hashed=True)
+    return source
+
+
+def _files(stage: Path, known: Mapping[str, str], hashed: bool) -> dict[str, Any]:
+    names = sorted(path.relative_to(stage).as_posix() for path in stage.rglob("*") if path.is_file())
+    return _table(stage, names, known, hashed=hashed)
+
+
+def _table(folder: Path, names: Sequence[str], known: Mapping[str, str], *, hashed: bool) -> dict[str, Any]:
+    table: dict[str, dict[str, Any]] = {name: {"size": (folder / name).stat().st_size} for name in names}
+    if hashed:
+        missing = [name for name in names if name not in known]
+        with ThreadPoolExecutor(max(1, min(os.cpu_count() or 1, 8))) as pool:
+            digests = pool.map(hash_file, [folder / name for name in missing])
+            for name, digest in (*known.items(), *zip(missing, digests, strict=True)):
+                table[name]["sha256"] = digest
+    return table

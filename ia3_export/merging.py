@@ -1,0 +1,213 @@
+"""``merge``: fold IA3 adapters into a base, streaming, into a complete checkpoint folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from ia3_export.adapters import read_adapter
+from ia3_export.adapters.combine import Combine
+from ia3_export.card import BASE_CARD, make_card
+from ia3_export.checkpoint import ranges
+from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
+from ia3_export.checkpoint.stage import check_target, staged
+from ia3_export.errors import OutputError, UsageError
+from ia3_export.execute import Progress, write_outputs
+from ia3_export.layout import INDEX, OutputFile, lay_out, make_index
+from ia3_export.manifest import NAME, Digests, Manifest, make_manifest
+from ia3_export.plan import Cast, Dtype, Plan, make_plan
+
+
+def ignore_progress(_: Progress) -> None:
+    """The default progress callback: does nothing."""
+
+
+def plan_merge(
+    base: str | Path,
+    adapters: Sequence[str | Path],
+    *,
+    combine: Combine = "product",
+    weights: Sequence[float] = (),
+    cast: Cast = "peft",
+    dtype: Dtype = "auto",
+    allow_missing: bool = False,
+    allow_unused: bool = False,
+) -> Plan:
+    """What `merge` with the same arguments would do (``--dry-run``). Refusals are in ``Plan.problems``.
+
+    Raises `IA3ExportError` for inputs that cannot be read.
+    """
+    if not adapters:
+        raise UsageError("no adapter given", hint="give at least one --adapter")
+    read = [read_adapter(source) for source in adapters]
+    return make_plan(
+        read_checkpoint(base), read, combine=combine, weights=weights, cast=cast, dtype=dtype,
+        allow_missing=allow_missing, allow_unused=allow_unused,
+    )  # fmt: skip
+
+
+def merge(
+    base: str | Path,
+    adapters: Sequence[str | Path],
+    output: str | Path,
+    *,
+    combine: Combine = "product",
+    weights: Sequence[float] = (),
+    cast: Cast = "peft",
+    dtype: Dtype = "auto",
+    shard_size: int | None = None,
+    link: bool = False,
+    overwrite: bool = False,
+    allow_missing: bool = False,
+    allow_unused: bool = False,
+    digests: Digests = "output",
+    flush: bool = False,
+    on_progress: Callable[[Progress], None] = ignore_progress,
+) -> Manifest:
+    """Fold IA3 `adapters` into `base` and write a complete checkpoint folder.
+
+    Every changed tensor is bit-identical to PEFT's ``merge_and_unload`` after a default ``from_pretrained`` in
+    the stored dtype: ``round_to_dtype(f32(W) * f32(l))``, once per adapter, in float64 for float64 tensors;
+    every other tensor is byte-identical to the base (Liu et al. 2022, arXiv:2205.05638; peft 0.21,
+    ``tuners/ia3/layer.py``).
+
+    Args:
+        base: folder, weight file or hub id ``org/name[@revision]`` of the unquantized base model.
+        adapters: folders, files or hub ids of PEFT IA3 adapters, in the order in which they are folded.
+        output: folder to create.
+        combine: ``product`` folds one adapter after the other; ``linear`` is PEFT's ``add_weighted_adapter``
+            (``sum w l``); ``delta`` is ``1 + sum w (l - 1)``.
+        weights: one number an adapter, for ``linear`` and ``delta``.
+        cast: ``peft`` multiplies with the vector as saved; ``peft-low-mem`` rounds it to the base's dtype first.
+        dtype: ``auto`` keeps every tensor's stored dtype; others convert all floating tensors, rounding once.
+        shard_size: largest shard in bytes; None keeps the base's shards and names.
+        link: hard-link shards that no vector touches instead of copying them.
+        overwrite: replace an existing output folder.
+        allow_missing: leave targeted modules without a vector as they are.
+        allow_unused: drop vectors and tensors that have no place in the base.
+        digests: SHA-256 of all input and output files (``full``), of outputs (``output``), or ``none``.
+        flush: sync everything to disk before the final rename.
+        on_progress: called with bytes done and in total, from several threads, one at a time.
+
+    Returns the manifest that was written as ``ia3_export.json``.
+
+    Raises `IA3ExportError`: `NotFound`, `DamagedFile`, `Unsupported`, `Refused` and its kinds for inputs,
+    `UsageError` for options, `OutputError` for the output. Nothing is left behind in any of these cases.
+    """
+    target = Path(output)
+    plan = plan_merge(
+        base, adapters, combine=combine, weights=weights, cast=cast, dtype=dtype,
+        allow_missing=allow_missing, allow_unused=allow_unused,
+    )  # fmt: skip
+    plan.raise_problems()
+    return _write([(plan, target)], shard_size, link, overwrite, digests, flush, on_progress)[0]
+
+
+def merge_each(
+    base: str | Path,
+    adapters: Sequence[str | Path],
+    directory: str | Path,
+    *,
+    cast: Cast = "peft",
+    dtype: Dtype = "auto",
+    shard_size: int | None = None,
+    link: bool = False,
+    overwrite: bool = False,
+    allow_missing: bool = False,
+    allow_unused: bool = False,
+    digests: Digests = "output",
+    flush: bool = False,
+    on_progress: Callable[[Progress], None] = ignore_progress,
+) -> list[Manifest]:
+    """One merged model for each adapter alone, as ``directory/<adapter name>``, reading the base once.
+
+    Arguments and errors as in `merge`; adapters of the same name are a `UsageError`.
+    """
+    if not adapters:
+        raise UsageError("no adapter given", hint="give at least one --adapter")
+    read = [read_adapter(source) for source in adapters]
+    names = [adapter.name for adapter in read]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise UsageError(
+            f"several adapters are called {', '.join(sorted(twice))}", hint="rename their folders, or merge them apart"
+        )
+    checkpoint = read_checkpoint(base)
+    jobs = []
+    for adapter in read:
+        plan = make_plan(
+            checkpoint, [adapter], cast=cast, dtype=dtype, allow_missing=allow_missing, allow_unused=allow_unused
+        )
+        plan.raise_problems()
+        jobs.append((plan, Path(directory) / adapter.name))
+    return _write(jobs, shard_size, link, overwrite, digests, flush, on_progress)
+
+
+def _write(
+    jobs: Sequence[tuple[Plan, Path]],
+    shard_size: int | None,
+    link: bool,
+    overwrite: bool,
+    digests: Digests,
+    flush: bool,
+    on_progress: Callable[[Progress], None],
+) -> list[Manifest]:
+    for plan, target in jobs:
+        inputs = [plan.base.location.path, *(adapter.location.path for adapter in plan.adapters)]
+        check_target(target, inputs, overwrite=overwrite)
+    with ExitStack() as stack:
+        outputs = [
+            (stack.enter_context(staged(target, flush=flush)), lay_out(plan, shard_size)) for plan, target in jobs
+        ]
+        _check_space(outputs, jobs[0][0].base, link)
+        written = write_outputs(
+            outputs, link=link, digests=digests != "none", on_progress=on_progress
+        )
+        manifests = []
+        for (plan, target), (stage, files), done in zip(jobs, outputs, written, strict=True):
+            _write_side_files(plan, stage, files)
+            manifest = make_manifest(plan, stage, target, done, digests)
+            (stage / NAME).write_text(manifest.to_json(), encoding="utf-8")
+            manifests.append(manifest)
+    return manifests
+
+
+def _check_space(
+    outputs: Sequence[tuple[Path, Sequence[OutputFile]]], base: Checkpoint, link: bool
+) -> None:
+    """Refuse early when the disk is too small; a file system that clones needs next to nothing."""
+    stage = outputs[0][0]
+    needed = sum(
+        file.size for _, files in outputs for file in files if not (link and file.untouched)
+    )
+    free = shutil.disk_usage(stage).free
+    if needed <= free:
+        return
+    probe = stage / ".probe"
+    cloned = ranges.clone(base.shards[0].path, probe)
+    probe.unlink(missing_ok=True)
+    if not cloned:
+        raise OutputError(
+            f"the output needs {needed:,} bytes, {stage.parent} has {free:,} free",
+            hint="free some space, give an --output on another disk, or use --link",
+        )
+
+
+def _write_side_files(plan: Plan, stage: Path, files: Sequence[OutputFile]) -> None:
+    for relative in plan.base.side_files:
+        target = stage / (BASE_CARD if relative == "README.md" else relative)
+        if relative in (NAME, BASE_CARD):
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(plan.base.folder / relative, target)
+    if plan.config is not None:
+        text = json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n"
+        (stage / "config.json").write_text(text, encoding="utf-8")
+    index = make_index(plan, files)
+    if index is not None:
+        (stage / INDEX).write_bytes(index)
+    (stage / "README.md").write_text(make_card(plan), encoding="utf-8")
+

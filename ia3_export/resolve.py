@@ -1,0 +1,390 @@
+"""Where every vector and extra tensor of an adapter lands in a checkpoint.
+
+First by names and shapes alone. Only what those leave open (see `_open_questions`) goes to the model class,
+which costs an import of transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from ia3_export.adapters.model import Adapter, Site
+from ia3_export.checkpoint.folder import Checkpoint
+from ia3_export.checkpoint.header import same_bytes
+from ia3_export.errors import (
+    IA3ExportError,
+    MissingVector,
+    Refused,
+    ShapeMismatch,
+    Unsupported,
+    UnusedVector,
+)
+from ia3_export.fold import FLOAT_DTYPES, Layout
+from ia3_export.modules import (
+    in_layer_stack,
+    model_types,
+    refuse_untraceable,
+    square_is_conv1d,
+    stored_modules,
+    weight_layout,
+)
+
+if TYPE_CHECKING:
+    from ia3_export.model_class import RuntimeModel
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A tensor that a site's vector multiplies.
+
+    ``direct``: the stored tensor `source` (written as `tensor`, another name where a tie is split) holds the
+    weight or bias in `layout`. ``converted``: transformers builds the state-dict entry `tensor` while loading.
+    ``expert``: the entry is not known yet, the module is an expert of a fused parameter.
+    """
+
+    kind: Literal["direct", "converted", "expert"]
+    tensor: str
+    source: str
+    shape: tuple[int, ...]
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A site and the tensors its vector multiplies, weight first."""
+
+    site: Site
+    parts: tuple[Part, ...]
+
+
+@dataclass(slots=True)
+class Resolution:
+    """One adapter laid over one checkpoint.
+
+    `placements` is keyed by the tensor that holds the weight (so that two adapters can be compared), `extras`
+    maps names of the adapter's further tensors to stored names. `untied` are the output names that leave a tie.
+    """
+
+    adapter: Adapter
+    placements: dict[str, Placement] = field(default_factory=dict)
+    extras: dict[str, str] = field(default_factory=dict)
+    untied: list[str] = field(default_factory=list)
+    runtime: RuntimeModel | None = None
+    problems: list[IA3ExportError] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def resolve(
+    adapter: Adapter, base: Checkpoint, *, allow_missing: bool = False, allow_unused: bool = False
+) -> Resolution:
+    """Lay `adapter` over `base`; whatever does not fit is in the result's `problems`, nothing is raised."""
+    result = Resolution(adapter)
+    questions = _open_questions(adapter, base)
+    if questions and base.config is not None:
+        from ia3_export.model_class import load_runtime_model
+
+        try:
+            result.runtime = load_runtime_model(base.config, adapter, base.tensors)
+        except Unsupported as error:
+            result.warnings.append(f"{error}; names are taken as stored")
+    square = square_is_conv1d(adapter, base.tensors, model_types(base.config))
+    if result.runtime is None and base.config is None and _has_square_sites(adapter, base):
+        result.warnings.append(
+            "the base has no config.json, so square weights are taken as "
+            + ("Conv1D (in, out)" if square else "Linear (out, in)")
+        )
+    unused = []
+    for module, site in adapter.sites.items():
+        try:
+            placement = _place(site, base, result, square)
+            if placement is None:
+                unused.append(module)
+            else:
+                _insert(result, placement)
+        except Refused as error:
+            result.problems.append(error)
+        except Unsupported as error:
+            result.problems.append(error)
+    for name in adapter.extras:
+        try:
+            _place_extra(name, base, result, allow_unused=allow_unused)
+        except Refused as error:
+            result.problems.append(error)
+    _report_unused(adapter, base, unused, result, allow_unused=allow_unused)
+    _report_missing(adapter, base, result, allow_missing=allow_missing)
+    return result
+
+
+def _open_questions(adapter: Adapter, base: Checkpoint) -> bool:
+    """Whether names and shapes leave something open that the model class can answer."""
+    may_be_tied = base.config is None or base.config.get("tie_word_embeddings") is not False
+    for module in adapter.sites:
+        if f"{module}.weight" not in base.tensors or (may_be_tied and not in_layer_stack(module)):
+            return True
+    for name, tensor in adapter.extras.items():
+        stored = base.tensors.get(name)
+        if stored is None or stored.shape != tensor.shape or (may_be_tied and not in_layer_stack(name)):
+            return True
+    return bool(_missing_by_name(adapter, base))
+
+
+def _missing_by_name(adapter: Adapter, base: Checkpoint) -> list[str]:
+    return sorted(
+        module
+        for module in stored_modules(base.tensors)
+        if module not in adapter.sites and adapter.rules.targets(module)
+    )
+
+
+def _has_square_sites(adapter: Adapter, base: Checkpoint) -> bool:
+    weights = (base.tensors.get(f"{module}.weight") for module in adapter.sites)
+    return any(w is not None and len(w.shape) == 2 and w.shape[0] == w.shape[1] for w in weights)
+
+
+def _insert(result: Resolution, placement: Placement) -> None:
+    key = placement.parts[0].tensor if placement.parts[0].kind != "expert" else placement.site.module
+    if key in result.placements:
+        raise Refused(
+            f"the vectors of {result.placements[key].site.module} and {placement.site.module} both land on {key}",
+            hint="the modules share a weight; a merged checkpoint cannot give them different ones",
+        )
+    result.placements[key] = placement
+
+
+def _place(site: Site, base: Checkpoint, result: Resolution, square: bool) -> Placement | None:
+    """The tensors under `site`, or None when the module has no weight in the base."""
+    runtime, module = result.runtime, site.module
+    refuse_untraceable(module, base.tensors if runtime is None else [*base.tensors, *runtime.shapes])
+    if runtime is not None and module in runtime.layouts:
+        return _place_by_class(site, base, result, runtime)
+    weight = base.tensors.get(f"{module}.weight")
+    if weight is not None:
+        _check_dtype(module, weight.dtype)
+        layout = weight_layout(site, weight.shape, square_is_conv1d=square)
+        parts = [Part("direct", weight.name, weight.name, weight.shape, layout)]
+        bias = base.tensors.get(f"{module}.bias")
+        if bias is not None and site.direction == "out":
+            parts.append(Part("direct", bias.name, bias.name, bias.shape, layout))
+        return Placement(site, tuple(parts))
+    if runtime is not None and _is_fused_expert(module, runtime):
+        return Placement(site, (Part("expert", module, "", (), "linear"),))
+    return None
+
+
+def _is_fused_expert(module: str, runtime: RuntimeModel) -> bool:
+    from ia3_export.model_class import state_entry
+
+    entry, converted = state_entry(runtime, f"{module}.weight")
+    return converted and entry in runtime.shapes and len(runtime.shapes[entry]) == 3
+
+
+def _place_by_class(
+    site: Site, base: Checkpoint, result: Resolution, runtime: RuntimeModel
+) -> Placement | None:
+    parts = []
+    for leaf in ("weight", "bias"):
+        entry = f"{site.module}.{leaf}"
+        if entry not in runtime.shapes or (leaf == "bias" and site.direction == "in"):
+            continue
+        shape = runtime.shapes[entry]
+        layout = runtime.layouts[site.module]
+        if leaf == "weight" and (found := _layout_for(site, shape, layout)) != layout:
+            raise ShapeMismatch(f"the vector of {site.module} fits its weight only as {found}, it is {layout}")
+        part = _find_part(entry, shape, layout, base, result, runtime)
+        if part is None:
+            if leaf == "weight":
+                return None
+            result.problems.append(Refused(f"{entry} is in the model, but not in the base"))
+            continue
+        parts.append(part)
+    return Placement(site, tuple(parts))
+
+
+def _layout_for(site: Site, shape: tuple[int, ...], layout: Layout) -> Layout:
+    return weight_layout(site, shape, square_is_conv1d=layout == "conv1d")
+
+
+def _find_part(
+    entry: str,
+    shape: tuple[int, ...],
+    layout: Layout,
+    base: Checkpoint,
+    result: Resolution,
+    runtime: RuntimeModel,
+) -> Part | None:
+    tied_to = [source for target, source in runtime.ties.items() if target == entry]
+    tied_from = [target for target, source in runtime.ties.items() if source == entry]
+    stored = runtime.stored.get(entry)
+    if entry in runtime.converted:
+        for source in runtime.converted[entry]:
+            _check_dtype(entry, base.tensors[source].dtype)
+        return Part("converted", entry, "", shape, layout)
+    if tied_to or tied_from:
+        module = entry.rpartition(".")[0]
+        others = {name.rpartition(".")[0] for name in (*tied_to, *tied_from)} & set(result.adapter.sites)
+        if others - {module}:
+            raise Refused(
+                f"modules {module} and {', '.join(sorted(others))} share {entry}, but have vectors of their own",
+                hint="this architecture cannot hold two weights for them",
+            )
+        if tied_from and not in_output(entry, runtime):
+            raise Refused(
+                f"{entry} is shared with {', '.join(tied_from)}, which has no vector",
+                hint="this architecture cannot hold two weights for them",
+            )
+        source = stored or next((runtime.stored[s] for s in tied_to if s in runtime.stored), None)
+        if source is None:
+            return None
+        _check_dtype(entry, base.tensors[source].dtype)
+        name = stored or entry
+        result.untied.append(entry)
+        return Part("direct", name, source, shape, layout)
+    if stored is None:
+        return None
+    _check_dtype(entry, base.tensors[stored].dtype)
+    return Part("direct", stored, stored, shape, layout)
+
+
+def in_output(entry: str, runtime: RuntimeModel) -> bool:
+    """Whether `entry` belongs to the output embedding (the language-model head)."""
+    output = runtime.output_embedding
+    return output is not None and entry.rpartition(".")[0] == output.rpartition(".")[0]
+
+
+def _check_dtype(name: str, dtype: str) -> None:
+    if dtype not in FLOAT_DTYPES:
+        raise Unsupported(
+            f"the weight of {name} is stored as {dtype}: the base is quantized, which this version does not fold",
+            hint="give the unquantized checkpoint of the same model",
+        )
+
+
+def _place_extra(name: str, base: Checkpoint, result: Resolution, *, allow_unused: bool) -> None:
+    """Find the stored name that the adapter's own tensor `name` replaces, or under which it is added."""
+    runtime, tensor = result.runtime, result.adapter.extras[name]
+    target, expected = None, None
+    if name in base.tensors:
+        target, expected = name, base.tensors[name].shape
+    if runtime is not None and name in runtime.shapes:
+        target, expected = runtime.stored.get(name, name), runtime.shapes[name]
+        if name in runtime.converted:
+            raise Refused(
+                f"the adapter replaces {name}, which transformers builds from "
+                f"{', '.join(runtime.converted[name])} while loading",
+                hint="save the base again without that packing, or merge with PEFT",
+            )
+        target = _place_in_tie(name, target, base, result, runtime)
+    if target is None:
+        message = f"the adapter brings the tensor {name}, for which neither the base nor its class has a place"
+        if not allow_unused:
+            raise UnusedVector(message, hint="the adapter belongs to another model; --allow-unused drops it")
+        result.warnings.append(message + "; dropped")
+    elif expected != tensor.shape:
+        raise ShapeMismatch(
+            f"the adapter brings {name} as {list(tensor.shape)}, its place in the model is {list(expected or ())}",
+            hint="the adapter was trained on another base model, or on another size of it",
+        )
+    else:
+        result.extras[name] = target
+
+
+def _place_in_tie(
+    name: str, target: str, base: Checkpoint, result: Resolution, runtime: RuntimeModel
+) -> str:
+    """Where a tensor that is tied to others in the class goes.
+
+    A member of ``modules_to_save`` is a copy of its own in PEFT, so it leaves the tie; any other tensor is loaded
+    into the shared parameter and stays tied (``PeftModel.load_adapter``). Two equal tensors stay tied as well.
+    """
+    source = runtime.ties.get(name, name)
+    members = [source, *(entry for entry, shared in runtime.ties.items() if shared == source)]
+    if len(members) == 1:
+        return target
+    brought = [result.adapter.extras[entry] for entry in members if entry in result.adapter.extras]
+    if len(brought) > 1:
+        stays_tied = all(same_bytes(brought[0], other) for other in brought[1:])
+    else:
+        stays_tied = not result.adapter.rules.saves(name.rpartition(".")[0])
+    if stays_tied:
+        return _stored_or_tied(name, runtime)
+    result.untied.append(name)
+    return target
+
+
+def _stored_or_tied(entry: str, runtime: RuntimeModel) -> str:
+    source = runtime.ties.get(entry, entry)
+    return runtime.stored.get(entry) or runtime.stored.get(source) or source
+
+
+def _report_unused(
+    adapter: Adapter, base: Checkpoint, unused: list[str], result: Resolution, *, allow_unused: bool
+) -> None:
+    if not unused:
+        return
+    message = (
+        f"{len(unused)} of {len(adapter.sites)} vectors of {adapter.name} land on no tensor of "
+        f"{base.location.given}, first: {unused[0]}"
+    )
+    if allow_unused and len(unused) < len(adapter.sites):
+        result.warnings.append(message + "; dropped")
+        return
+    near = _nearest(unused[0], base.tensors)
+    result.problems.append(
+        UnusedVector(
+            message,
+            hint="the adapter was trained on another model, or its keys have another prefix"
+            + (f" (the base has {near})" if near else "")
+            + ("; --allow-unused drops them" if len(unused) < len(adapter.sites) else ""),
+        )
+    )
+
+
+def _nearest(module: str, tensors: Mapping[str, Any]) -> str | None:
+    parts = module.split(".")
+    for start in range(1, len(parts)):
+        tail = ".".join(parts[start:]) + ".weight"
+        for name in tensors:
+            if name == tail or name.endswith("." + tail):
+                return str(name)
+    return None
+
+
+def _report_missing(adapter: Adapter, base: Checkpoint, result: Resolution, *, allow_missing: bool) -> None:
+    runtime = result.runtime
+    if runtime is None:
+        missing = _missing_by_name(adapter, base)
+    else:
+        missing = sorted(
+            module
+            for module in runtime.layouts
+            if module not in adapter.sites and adapter.rules.targets(module)
+            # a module that the class has and the checkpoint has not (a head made anew) cannot be folded either
+            and _is_stored(f"{module}.weight", runtime)
+        )
+        # modules that exist in the file only: fused at run time, so PEFT never saw them
+        absent = set(_missing_by_name(adapter, base)) - set(missing)
+        absent -= {runtime.stored[e].removesuffix(".weight") for e in runtime.stored if e.endswith(".weight")}
+        if absent and any(_is_fused_expert(module, runtime) for module in absent):
+            result.warnings.append(
+                f"{len(absent)} stored modules match target_modules but are no modules of {runtime.class_name} "
+                f"(fused at run time), first: {min(absent)}; the adapter has no vectors for them"
+            )
+    if not missing:
+        return
+    message = f"{len(missing)} modules that {adapter.name} targets have no vector in it, first: {missing[0]}"
+    if allow_missing:
+        result.warnings.append(message + "; left as they are")
+    else:
+        result.problems.append(
+            MissingVector(
+                message,
+                hint="the adapter file is incomplete, or belongs to another base; --allow-missing leaves those "
+                "modules as they are",
+            )
+        )
+
+
+def _is_stored(entry: str, runtime: RuntimeModel) -> bool:
+    return entry in runtime.stored or entry in runtime.converted or entry in runtime.ties
