@@ -19,9 +19,9 @@ from ia3_export import errors
 if TYPE_CHECKING:
     from ia3_export.adapters import read_adapter
     from ia3_export.checkpoint.folder import read_checkpoint
+    from ia3_export.exporting import export_onnx
     from ia3_export.inspection import inspect
     from ia3_export.merging import merge, merge_each, plan_merge
-    from ia3_export.onnx.export import export_onnx
     from ia3_export.parity.verification import verify
 
 __all__ = [
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "export_onnx": "ia3_export.onnx.export",
+    "export_onnx": "ia3_export.exporting",
     "inspect": "ia3_export.inspection",
     "merge": "ia3_export.merging",
     "merge_each": "ia3_export.merging",

@@ -115,7 +115,9 @@ def write_outputs(
     meter = _Meter(queue.nbytes, on_progress)
     workers = max(1, min(os.cpu_count() or 1, 8, queue.length))
     with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(_work, queue, results, sha256 if digests else None, meter) for _ in range(workers)]
+        futures = [
+            pool.submit(_work, queue, results, sha256 if digests else None, meter) for _ in range(workers)
+        ]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
@@ -124,7 +126,11 @@ def write_outputs(
     for error in sorted(errors, key=lambda e: isinstance(e, _Stopped)):
         raise error
     return [
-        Written(results[i], {file.name: sha256[folder / file.name] for file in files} if digests else {}, linked[i])
+        Written(
+            results[i],
+            {file.name: sha256[folder / file.name] for file in files} if digests else {},
+            linked[i],
+        )
         for i, (folder, files) in enumerate(outputs)
     ]
 
@@ -364,7 +370,7 @@ class _State:
             if check.zeros:
                 self._zeros += check.zeros
                 self._flushed += max(0, check.zeros - check_block(raw, dtype).zeros)
-        data = memoryview(out).cast("B")
+        data = out.data.cast("B")
         if self._hash is not None:
             self._hash.update(data)
         ranges.write_all(target, data, self._position)
@@ -392,4 +398,3 @@ def _not_finite(change: Change, element: int) -> NotFinite:
         f"{change.name}{index} is NaN or infinite in {change.dtype} after {'; '.join(change.folds) or 'the cast'}",
         hint="the value does not fit this dtype: try --dtype float32 or bfloat16, or look for it in the base",
     )
-

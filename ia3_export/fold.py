@@ -134,12 +134,12 @@ def scale_values(values: Array, first: int, scale: Scale) -> None:
     start = first % period
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         if start == 0 and len(values) % period == 0:
-            view = values.reshape(-1, n, inner)
-            np.multiply(view, scale.factors[None, :, None], out=view)
+            periods = values.reshape(-1, n, inner)
+            np.multiply(periods, scale.factors[None, :, None], out=periods)
         elif start % inner == 0 and len(values) % inner == 0 and start + len(values) <= period:
+            rows = values.reshape(-1, inner)
             row = start // inner
-            view = values.reshape(-1, inner)
-            np.multiply(view, scale.factors[row : row + len(view), None], out=view)
+            np.multiply(rows, scale.factors[row : row + len(rows), None], out=rows)
         else:
             index = np.arange(start, start + len(values)) // inner % n
             np.multiply(values, scale.factors[index], out=values)

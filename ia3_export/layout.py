@@ -79,11 +79,10 @@ def make_index(plan: Plan, files: Iterable[OutputFile]) -> bytes | None:
 
 def _lay_shard(shard: Shard, rows: list[tuple[StoredTensor, Change | None]]) -> OutputFile:
     same = bool(shard.prefix) and all(
-        change is None or (change.dtype, change.shape) == (tensor.dtype, tensor.shape) and change.how != "add"
+        change is None or (change.dtype, change.shape) == (tensor.dtype, tensor.shape)
         for tensor, change in rows
     )
-    same = same and len(rows) == len(shard.tensors)
-    if same:
+    if same and len(rows) == len(shard.tensors):
         pieces = tuple(
             Piece(change.source if change else tensor, tensor.offset, change) for tensor, change in rows
         )
@@ -112,7 +111,9 @@ def _reshard(plan: Plan, shard_size: int) -> tuple[OutputFile, ...]:
     rows: list[tuple[StoredTensor, Change | None]] = [
         (tensor, plan.changes.get(tensor.name)) for shard in plan.base.shards for tensor in shard.tensors
     ]
-    rows += [(change.source, change) for name, change in plan.changes.items() if name not in plan.base.tensors]
+    rows += [
+        (change.source, change) for name, change in plan.changes.items() if name not in plan.base.tensors
+    ]
     groups: list[list[tuple[StoredTensor, Change | None]]] = [[]]
     filled = 0
     for tensor, change in rows:

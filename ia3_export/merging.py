@@ -133,13 +133,19 @@ def merge_each(
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise UsageError(
-            f"several adapters are called {', '.join(sorted(twice))}", hint="rename their folders, or merge them apart"
+            f"several adapters are called {', '.join(sorted(twice))}",
+            hint="rename their folders, or merge them apart",
         )
     checkpoint = read_checkpoint(base)
     jobs = []
     for adapter in read:
         plan = make_plan(
-            checkpoint, [adapter], cast=cast, dtype=dtype, allow_missing=allow_missing, allow_unused=allow_unused
+            checkpoint,
+            [adapter],
+            cast=cast,
+            dtype=dtype,
+            allow_missing=allow_missing,
+            allow_unused=allow_unused,
         )
         plan.raise_problems()
         jobs.append((plan, Path(directory) / adapter.name))
@@ -160,12 +166,11 @@ def _write(
         check_target(target, inputs, overwrite=overwrite)
     with ExitStack() as stack:
         outputs = [
-            (stack.enter_context(staged(target, flush=flush)), lay_out(plan, shard_size)) for plan, target in jobs
+            (stack.enter_context(staged(target, flush=flush)), lay_out(plan, shard_size))
+            for plan, target in jobs
         ]
         _check_space(outputs, jobs[0][0].base, link)
-        written = write_outputs(
-            outputs, link=link, digests=digests != "none", on_progress=on_progress
-        )
+        written = write_outputs(outputs, link=link, digests=digests != "none", on_progress=on_progress)
         manifests = []
         for (plan, target), (stage, files), done in zip(jobs, outputs, written, strict=True):
             _write_side_files(plan, stage, files)
@@ -175,14 +180,10 @@ def _write(
     return manifests
 
 
-def _check_space(
-    outputs: Sequence[tuple[Path, Sequence[OutputFile]]], base: Checkpoint, link: bool
-) -> None:
+def _check_space(outputs: Sequence[tuple[Path, Sequence[OutputFile]]], base: Checkpoint, link: bool) -> None:
     """Refuse early when the disk is too small; a file system that clones needs next to nothing."""
     stage = outputs[0][0]
-    needed = sum(
-        file.size for _, files in outputs for file in files if not (link and file.untouched)
-    )
+    needed = sum(file.size for _, files in outputs for file in files if not (link and file.untouched))
     free = shutil.disk_usage(stage).free
     if needed <= free:
         return
@@ -210,4 +211,3 @@ def _write_side_files(plan: Plan, stage: Path, files: Sequence[OutputFile]) -> N
     if index is not None:
         (stage / INDEX).write_bytes(index)
     (stage / "README.md").write_text(make_card(plan), encoding="utf-8")
-

@@ -144,11 +144,12 @@ def fused_multiplier(
         )
         if pattern is not None and entry in runtime.shapes:
             groups.setdefault(entry, {}).setdefault(pattern, []).append(module)
-    multipliers, understood = {}, set()
+    multipliers: dict[str, Array] = {}
+    understood: set[str] = set()
     for entry, by_pattern in groups.items():
         shape = runtime.shapes[entry]
         converter = next(c for c in converters if set(by_pattern) <= set(c.source_patterns))
-        for pattern, modules in by_pattern.items():
+        for modules in by_pattern.values():
             if len(modules) != shape[0]:
                 raise MissingVector(
                     f"{entry} holds {shape[0]} experts, but the adapter has vectors for {len(modules)} of them "
@@ -187,8 +188,8 @@ def same_but_untied(config: Mapping[str, Any], edited: Mapping[str, Any]) -> boo
     T5 does not: there the flag also decides whether the decoder's output is scaled.
     """
     with _quiet_transformers():
-        before, after = _make_config(config).to_dict(), _make_config(edited).to_dict()
-    return _without_ties(before) == _without_ties(after)
+        before, after = make_config(config).to_dict(), make_config(edited).to_dict()
+    return bool(_without_ties(before) == _without_ties(after))
 
 
 def _without_ties(value: Any) -> Any:
@@ -208,7 +209,8 @@ def _quiet_transformers() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _make_config(config: Mapping[str, Any]) -> Any:
+def make_config(config: Mapping[str, Any]) -> Any:
+    """transformers' configuration object for a ``config.json``. Raises `Unsupported` for an unknown model type."""
     from transformers import CONFIG_MAPPING
 
     model_type = config.get("model_type")
@@ -243,7 +245,7 @@ def _build(name: str, config: Mapping[str, Any]) -> Any:
     import torch
     import transformers
 
-    made = _make_config(config)
+    made = make_config(config)
     cls = getattr(transformers, name)
     if not isinstance(made, cls.config_class or object):
         made = getattr(made, "text_config", made)

@@ -116,7 +116,7 @@ def make_plan(
             _cast_rest(base, changes, dtype)
         except IA3ExportError as error:
             problems.append(error)
-    config, edits = _edit_config(resolutions, base, changes, dtype, warnings)
+    config, edits = _edit_config(resolutions, base, dtype, warnings)
     problems += _check_vocabulary(resolutions, base, changes, config)
     classes = [r.runtime.class_name for r in resolutions if r.runtime is not None]
     return Plan(
@@ -236,9 +236,7 @@ def _fold_vectors(
     for key in union:
         parts = [r.placements[key].site.vector if key in r.placements else None for r in resolutions]
         vectors[key] = combine_vectors(parts, weights, combine, "<f8" if wide else "<f4")
-    label = " + ".join(
-        f"{w:g} {r.adapter.name}" for w, r in zip(weights, resolutions, strict=True)
-    )
+    label = " + ".join(f"{w:g} {r.adapter.name}" for w, r in zip(weights, resolutions, strict=True))
     _lay(resolutions[0], vectors, union, base, changes, cast, dtype, label)
 
 
@@ -270,7 +268,9 @@ def _lay(
                 factors = _factors(vector, base.tensors[part.source].dtype, cast)
                 scale = make_scale(factors, part.shape, site.direction, part.layout)
                 how: How = "fold" if part.tensor in base.tensors else "untie"
-                _append(changes, part.tensor, how, base.tensors[part.source].dtype, source, scale, note, dtype)
+                _append(
+                    changes, part.tensor, how, base.tensors[part.source].dtype, source, scale, note, dtype
+                )
     if experts and result.runtime is not None:
         from ia3_export.model_class import fused_multiplier
 
@@ -304,9 +304,7 @@ def _spread(
         if (factors != 1).any():
             tensor = base.tensors[stored]
             source = changes[stored].source if stored in changes else tensor
-            _append(
-                changes, stored, "fold", tensor.dtype, source, Scale(factors, 1), note, dtype
-            )
+            _append(changes, stored, "fold", tensor.dtype, source, Scale(factors, 1), note, dtype)
 
 
 def _append(
@@ -361,7 +359,9 @@ def _write_ties(
             if target in runtime.stored or name in changes or stored is None or not _flips(result, base):
                 continue
             tensor = base.tensors[stored]
-            changes[name] = Change(name, "untie", written_dtype(tensor.dtype, dtype), tensor, (), (f"copy of {stored}",))
+            changes[name] = Change(
+                name, "untie", written_dtype(tensor.dtype, dtype), tensor, (), (f"copy of {stored}",)
+            )
 
 
 def _cast_rest(base: Checkpoint, changes: dict[str, Change], dtype: Dtype) -> None:
@@ -396,7 +396,6 @@ def _untie_nested(value: Any) -> Any:
 def _edit_config(
     resolutions: Sequence[Resolution],
     base: Checkpoint,
-    changes: Mapping[str, Change],
     dtype: Dtype,
     warnings: list[str],
 ) -> tuple[dict[str, Any] | None, list[str]]:

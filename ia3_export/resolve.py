@@ -191,7 +191,9 @@ def _place_by_class(
         shape = runtime.shapes[entry]
         layout = runtime.layouts[site.module]
         if leaf == "weight" and (found := _layout_for(site, shape, layout)) != layout:
-            raise ShapeMismatch(f"the vector of {site.module} fits its weight only as {found}, it is {layout}")
+            raise ShapeMismatch(
+                f"the vector of {site.module} fits its weight only as {found}, it is {layout}"
+            )
         part = _find_part(entry, shape, layout, base, result, runtime)
         if part is None:
             if leaf == "weight":
@@ -264,20 +266,23 @@ def _check_dtype(name: str, dtype: str) -> None:
 def _place_extra(name: str, base: Checkpoint, result: Resolution, *, allow_unused: bool) -> None:
     """Find the stored name that the adapter's own tensor `name` replaces, or under which it is added."""
     runtime, tensor = result.runtime, result.adapter.extras[name]
-    target, expected = None, None
+    target: str | None = None
+    expected: tuple[int, ...] | None = None
     if name in base.tensors:
         target, expected = name, base.tensors[name].shape
     if runtime is not None and name in runtime.shapes:
-        target, expected = runtime.stored.get(name, name), runtime.shapes[name]
+        expected = runtime.shapes[name]
         if name in runtime.converted:
             raise Refused(
                 f"the adapter replaces {name}, which transformers builds from "
                 f"{', '.join(runtime.converted[name])} while loading",
                 hint="save the base again without that packing, or merge with PEFT",
             )
-        target = _place_in_tie(name, target, base, result, runtime)
+        target = _place_in_tie(name, runtime.stored.get(name, name), result, runtime)
     if target is None:
-        message = f"the adapter brings the tensor {name}, for which neither the base nor its class has a place"
+        message = (
+            f"the adapter brings the tensor {name}, for which neither the base nor its class has a place"
+        )
         if not allow_unused:
             raise UnusedVector(message, hint="the adapter belongs to another model; --allow-unused drops it")
         result.warnings.append(message + "; dropped")
@@ -290,9 +295,7 @@ def _place_extra(name: str, base: Checkpoint, result: Resolution, *, allow_unuse
         result.extras[name] = target
 
 
-def _place_in_tie(
-    name: str, target: str, base: Checkpoint, result: Resolution, runtime: RuntimeModel
-) -> str:
+def _place_in_tie(name: str, target: str, result: Resolution, runtime: RuntimeModel) -> str:
     """Where a tensor that is tied to others in the class goes.
 
     A member of ``modules_to_save`` is a copy of its own in PEFT, so it leaves the tie; any other tensor is loaded
@@ -359,7 +362,8 @@ def _report_missing(adapter: Adapter, base: Checkpoint, result: Resolution, *, a
         missing = sorted(
             module
             for module in runtime.layouts
-            if module not in adapter.sites and adapter.rules.targets(module)
+            if module not in adapter.sites
+            and adapter.rules.targets(module)
             # a module that the class has and the checkpoint has not (a head made anew) cannot be folded either
             and _is_stored(f"{module}.weight", runtime)
         )

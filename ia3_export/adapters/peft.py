@@ -104,9 +104,7 @@ def _read_weights(location: Location, folder: Path) -> Shard:
     return read_bin(file)
 
 
-def _sort_keys(
-    shard: Shard, adapter_name: str
-) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
+def _sort_keys(shard: Shard, adapter_name: str) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
     """Split the file into vectors by module path and extra tensors by their name in the trained model."""
     vectors: dict[str, StoredTensor] = {}
     extras: dict[str, StoredTensor] = {}
@@ -151,7 +149,9 @@ def _sort_keys(
 
 def _read_rules(config_file: Path, config: dict[str, Any], vectors: dict[str, StoredTensor]) -> TargetRules:
     if config.get("feedforward_modules") is None:
-        inputs = {name.rpartition(".")[2] for name, t in vectors.items() if t.shape[:1] == (1,) != t.shape[-1:]}
+        inputs = {
+            name.rpartition(".")[2] for name, t in vectors.items() if t.shape[:1] == (1,) != t.shape[-1:]
+        }
         raise Refused(
             f"{config_file} has no feedforward_modules, so it does not say which vectors scale an input",
             hint=f'by their shapes, "feedforward_modules": {sorted(inputs)}; add it if that is what was trained'

@@ -39,7 +39,13 @@ def clone(source: Path, target: Path) -> bool:
 
 
 def copy_range(
-    source: int, offset: int, target: int, position: int, count: int, report: Callable[[int], None], buffer: memoryview
+    source: int,
+    offset: int,
+    target: int,
+    position: int,
+    count: int,
+    report: Callable[[int], None],
+    buffer: memoryview,
 ) -> None:
     """Copy `count` bytes between two open files (descriptors) through `buffer`, telling `report` every portion.
 
@@ -101,16 +107,18 @@ def _kernel_copy(source: int, offset: int, target: int, position: int, count: in
         raise
 
 
-if hasattr(os, "preadv"):
-    _preadv, _pwrite = os.preadv, os.pwrite
-else:  # Windows: every thread has its own descriptors, so seeking is safe
+def _seek_and_read(fd: int, buffers: list[memoryview], offset: int, /) -> int:
+    os.lseek(fd, offset, os.SEEK_SET)
+    data = os.read(fd, len(buffers[0]))
+    buffers[0][: len(data)] = data
+    return len(data)
 
-    def _preadv(fd: int, buffers: list[memoryview], offset: int, /) -> int:
-        os.lseek(fd, offset, os.SEEK_SET)
-        data = os.read(fd, len(buffers[0]))
-        buffers[0][: len(data)] = data
-        return len(data)
 
-    def _pwrite(fd: int, data: memoryview, offset: int, /) -> int:
-        os.lseek(fd, offset, os.SEEK_SET)
-        return os.write(fd, data)
+def _seek_and_write(fd: int, data: memoryview, offset: int, /) -> int:
+    os.lseek(fd, offset, os.SEEK_SET)
+    return os.write(fd, data)
+
+
+# Windows has no positional reads and writes; every thread has descriptors of its own, so seeking is safe
+_preadv = getattr(os, "preadv", _seek_and_read)
+_pwrite = getattr(os, "pwrite", _seek_and_write)

@@ -25,7 +25,7 @@ def check_target(target: Path, inputs: list[Path], *, overwrite: bool) -> None:
     for path in inputs:
         source = path.resolve()
         folder = source if source.is_dir() else source.parent
-        if resolved == folder or resolved.is_relative_to(folder) and source.is_dir():
+        if resolved == folder or (source.is_dir() and resolved.is_relative_to(folder)):
             raise Refused(
                 f"the output {target} lies inside the input folder {folder}", hint="give a folder of its own"
             )

@@ -44,7 +44,9 @@ def _show_adapter(out: Output, found: Inspection, content: dict[str, Any]) -> No
         f"{adapter.name}: {adapter.format} IA3 adapter, {len(adapter.sites)} vectors, "
         f"{adapter.parameters:,} parameters, {human_bytes(content['bytes'])}"
     )
-    out.text(f"task {adapter.task_type or 'not stated'}, trained on {content['base_model'] or 'an unnamed base'}")
+    out.text(
+        f"task {adapter.task_type or 'not stated'}, trained on {content['base_model'] or 'an unnamed base'}"
+    )
     out.table(
         ("module path", "scales", "length", "dtype", "min", "max", "mean", "from ones"),
         [

@@ -27,33 +27,56 @@ if TYPE_CHECKING:
 @adapters_option
 @click.option("--output", type=click.Path(path_type=Path), help="Folder to create.")
 @click.option(
-    "--output-per-adapter", type=click.Path(path_type=Path), metavar="DIR",
+    "--output-per-adapter",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
     help="Instead of --output: DIR/<adapter name> for each adapter alone, reading the base once.",
 )
 @click.option(
-    "--combine", type=click.Choice(["product", "linear", "delta"]), default="product", show_default=True,
+    "--combine",
+    type=click.Choice(["product", "linear", "delta"]),
+    default="product",
+    show_default=True,
     help="Several adapters: one after the other, sum of w*l, or 1 + sum of w*(l-1).",
 )
-@click.option("--weights", callback=parse_weights, metavar="W,W,...", help="One per adapter, for linear and delta.")
 @click.option(
-    "--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto", show_default=True,
+    "--weights", callback=parse_weights, metavar="W,W,...", help="One per adapter, for linear and delta."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+    default="auto",
+    show_default=True,
     help="Dtype of the output; auto keeps what is stored.",
 )
 @click.option(
-    "--cast", type=click.Choice(["peft", "peft-low-mem"]), default="peft", show_default=True,
+    "--cast",
+    type=click.Choice(["peft", "peft-low-mem"]),
+    default="peft",
+    show_default=True,
     help="peft-low-mem rounds the vector to the base's dtype first, as PEFT's low-memory loading does.",
 )
-@click.option("--shard-size", callback=parse_size, metavar="SIZE", help="Largest shard, such as 5GB; default as the base.")
+@click.option(
+    "--shard-size",
+    callback=parse_size,
+    metavar="SIZE",
+    help="Largest shard, such as 5GB; default as the base.",
+)
 @click.option("--link", is_flag=True, help="Hard-link shards that no vector touches.")
 @click.option("--dry-run", is_flag=True, help="Show the plan, write nothing.")
 @overwrite_option
 @click.option("--allow-missing", is_flag=True, help="Leave targeted modules without a vector as they are.")
 @click.option("--allow-unused", is_flag=True, help="Drop vectors and tensors that have no place in the base.")
 @click.option(
-    "--digests", type=click.Choice(["full", "output", "none"]), default="output", show_default=True,
+    "--digests",
+    type=click.Choice(["full", "output", "none"]),
+    default="output",
+    show_default=True,
     help="SHA-256 of inputs and outputs, of outputs, or none.",
 )
-@click.option("--flush", is_flag=True, help="Sync to disk before the final rename: survives a power cut, slower.")
+@click.option(
+    "--flush", is_flag=True, help="Sync to disk before the final rename: survives a power cut, slower."
+)
 @output_options
 def merge_command(
     base: str,
@@ -134,7 +157,9 @@ def _show(out: Output, manifest: Manifest) -> None:
         out.text(f"left out, the base's weights in other formats: {', '.join(content['left_out'])}")
     if out.verbose:
         for row in changed:
-            out.text(f"{row['how']:8} {row['tensor']} {row['dtype']} {row['shape']} {'; '.join(row['folds'])}")
+            out.text(
+                f"{row['how']:8} {row['tensor']} {row['dtype']} {row['shape']} {'; '.join(row['folds'])}"
+            )
     flushed = sum(row["flushed_to_zero"] for row in changed)
     out.text(
         f"{manifest.folder}: {len(changed)} tensors changed, {human_bytes(sum(row['bytes'] for row in changed))}, "

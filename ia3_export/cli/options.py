@@ -15,7 +15,9 @@ def _remember_json(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
     return value
 
 
-base_option = click.option("--base", required=True, metavar="BASE", help="Base model: folder, file or hub id.")
+base_option = click.option(
+    "--base", required=True, metavar="BASE", help="Base model: folder, file or hub id."
+)
 adapters_option = click.option(
     "--adapter", "adapters", required=True, multiple=True, metavar="ADAPTER",
     help="IA3 adapter: folder, file or hub id. Repeat it for several, in the order of folding.",

@@ -35,7 +35,9 @@ class Output:
         if self.as_json:
             click.echo(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False))
 
-    def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: Sequence[str] = ()) -> None:
+    def table(
+        self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: Sequence[str] = ()
+    ) -> None:
         """A plain table; `numbers` are the columns set flush right."""
         if self.quiet:
             return

@@ -1,0 +1,156 @@
+"""The unmerged model: base plus live adapters, as they were trained.
+
+PEFT's own forward where PEFT applies every vector; hooks of ours that multiply activations where it does not, or
+where the combination is one that PEFT does not know (``delta``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ia3_export.adapters.combine import Combine, combine_vectors
+from ia3_export.adapters.model import Adapter, Site
+from ia3_export.checkpoint.folder import Checkpoint
+from ia3_export.checkpoint.header import read_bytes
+from ia3_export.errors import Unsupported
+from ia3_export.fold import storage_dtype, to_float
+from ia3_export.model_class import load_runtime_model, make_config
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LiveModel:
+    """A model with its adapters live. `by` is ``peft`` or ``hooks``; `hooks` are the handles of the latter."""
+
+    model: Any
+    class_name: str
+    by: str
+    hooks: tuple[Any, ...]
+
+    def without_adapter(self) -> AbstractContextManager[Any]:
+        """In this context the vectors (and with PEFT the adapter's heads) are off; hooks are off for good."""
+        if self.by == "peft":
+            context: AbstractContextManager[Any] = self.model.disable_adapter()
+            return context
+        for handle in self.hooks:
+            handle.remove()
+        return nullcontext()
+
+
+def load_live(
+    base: Checkpoint, adapters: Sequence[Adapter], combine: Combine, weights: Sequence[float], dtype: str
+) -> LiveModel:
+    """Load the base in `dtype` with every adapter live. Raises `Unsupported` without a transformers class."""
+    import torch
+    import transformers
+
+    if base.config is None:
+        raise Unsupported(
+            f"{base.location.given} has no config.json, so no model can be built from it",
+            hint="give the model folder that save_pretrained() wrote",
+        )
+    runtime = load_runtime_model(base.config, adapters[0], base.tensors)
+    torch.manual_seed(0)
+    cls = getattr(transformers, runtime.class_name)
+    model = cls.from_pretrained(
+        base.folder, config=make_config(runtime.config), dtype=getattr(torch, dtype)
+    ).eval()
+    if combine == "product":
+        live = _with_peft(model, adapters)
+        if live is not None:
+            return LiveModel(live.eval(), runtime.class_name, "peft", ())
+        model = cls.from_pretrained(
+            base.folder, config=make_config(runtime.config), dtype=getattr(torch, dtype)
+        ).eval()
+    return LiveModel(
+        model, runtime.class_name, "hooks", tuple(_with_hooks(model, adapters, combine, weights))
+    )
+
+
+def _with_peft(model: Any, adapters: Sequence[Adapter]) -> Any | None:
+    """The PEFT model, or None when PEFT leaves out a vector or a tensor of an adapter."""
+    import warnings
+
+    from peft import PeftModel
+
+    names = [f"adapter_{i}" for i in range(len(adapters))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            live = PeftModel.from_pretrained(model, adapters[0].location.path, adapter_name=names[0])
+            for name, adapter in zip(names[1:], adapters[1:], strict=True):
+                live.load_adapter(adapter.location.path, adapter_name=name)
+        except (ValueError, RuntimeError, KeyError, AttributeError, TypeError):
+            return None
+    live.base_model.set_adapter(names)
+    loaded = dict(live.named_parameters())
+    for name, adapter in zip(names, adapters, strict=True):
+        for module, site in adapter.sites.items():
+            vector = loaded.get(f"base_model.model.{module}.ia3_l.{name}")
+            if vector is None:
+                return None
+            held = vector.detach().double().cpu().numpy().reshape(-1)
+            if (
+                not np.array_equal(held, site.vector.astype(held.dtype))
+                and vector.dtype == vector.float().dtype
+            ):
+                return None
+    return live
+
+
+def _with_hooks(
+    model: Any, adapters: Sequence[Adapter], combine: Combine, weights: Sequence[float]
+) -> list[Any]:
+    import torch
+
+    modules = dict(model.named_modules())
+    state = model.state_dict()
+    for adapter in adapters:
+        for name, tensor in adapter.extras.items():
+            if name in state:
+                raw = np.frombuffer(read_bytes(tensor), storage_dtype(tensor.dtype))
+                values = to_float(raw, tensor.dtype).reshape(tensor.shape)
+                with torch.no_grad():
+                    state[name].copy_(torch.from_numpy(values))
+    handles = []
+    for module, site, vector in _combined(adapters, combine, weights):
+        target = modules.get(module)
+        if target is None:
+            raise Unsupported(
+                f"module {module} does not exist in {type(model).__name__}, so its vector cannot be applied live",
+                hint="its weight is fused at run time (experts of a mixture); this version proves such a merge by its "
+                "weights only",
+            )
+        handles.append(_hook(target, site, vector))
+    return handles
+
+
+def _combined(
+    adapters: Sequence[Adapter], combine: Combine, weights: Sequence[float]
+) -> list[tuple[str, Site, Any]]:
+    if combine == "product":
+        return [(module, site, site.vector) for a in adapters for module, site in a.sites.items()]
+    union: Mapping[str, Site] = {m: s for a in reversed(adapters) for m, s in a.sites.items()}
+    rows = []
+    for module, site in union.items():
+        vectors = [a.sites[module].vector if module in a.sites else None for a in adapters]
+        rows.append((module, site, combine_vectors(vectors, weights, combine, "<f8")))
+    return rows
+
+
+def _hook(target: Any, site: Site, vector: Any) -> Any:
+    import torch
+
+    shape = (1, -1, *(1,) * (len(site.shape) - 2)) if site.is_conv else (-1,)
+    factors = torch.from_numpy(np.array(vector)).reshape(shape)
+
+    def scaled(values: Any) -> Any:
+        return values * factors.to(device=values.device, dtype=values.dtype)
+
+    if site.direction == "out":
+        return target.register_forward_hook(lambda _m, _i, output: scaled(output))
+    return target.register_forward_pre_hook(lambda _m, inputs: (scaled(inputs[0]), *inputs[1:]))
