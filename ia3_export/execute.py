@@ -341,7 +341,7 @@ def _transform(
         if tensor.data is None:
             ranges.read_into(source, block, tensor.offset + start)
         else:
-            block[:] = memoryview(tensor.data)[start : start + len(block)]
+            block[:] = tensor.data.data[start : start + len(block)]
         raw = np.frombuffer(block, stored)
         for target, state in zip(targets, states, strict=True):
             state.write(target, raw, first, tensor.dtype, floats)

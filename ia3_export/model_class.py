@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -36,13 +37,14 @@ class RuntimeModel:
     """A transformers model as the adapter saw it, and how the checkpoint's names lead to it.
 
     `layouts` gives the kind of every module that IA3 can wrap, `shapes` every state-dict entry, `ties` maps
-    a tied entry to its source, `stored` a state-dict entry to the one stored tensor it is loaded from unchanged.
+    a tied entry to its source, `needed` are the entries that a checkpoint must hold, `stored` maps a state-dict entry to the one stored tensor it is loaded from unchanged.
     `config` is the configuration that fits the adapter's heads and embeddings. `model` lives on the meta device.
     """
 
     class_name: str
     config: Mapping[str, Any]
     layouts: Mapping[str, Layout]
+    needed: frozenset[str]
     shapes: Mapping[str, tuple[int, ...]]
     ties: Mapping[str, str]
     stored: Mapping[str, str]
@@ -237,20 +239,27 @@ def _candidate_classes(config: Mapping[str, Any], adapter: Adapter) -> Iterator[
     names += [of_task, *(config.get("architectures") or ()), bare]
     for name in dict.fromkeys(n[0] if isinstance(n, tuple | list) else n for n in names):
         found = getattr(transformers, name, None) if isinstance(name, str) else None
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+            continue
+        if _class_config(name, config) is not None:
             yield name
+
+
+def _class_config(name: str, config: Mapping[str, Any]) -> Any | None:
+    """The configuration object that the class `name` takes: the whole, or its text part; None if neither fits."""
+    import transformers
+
+    made = make_config(config)
+    wanted = getattr(transformers, name).config_class or object
+    return next((c for c in (made, getattr(made, "text_config", None)) if isinstance(c, wanted)), None)
 
 
 def _build(name: str, config: Mapping[str, Any]) -> Any:
     import torch
     import transformers
 
-    made = make_config(config)
-    cls = getattr(transformers, name)
-    if not isinstance(made, cls.config_class or object):
-        made = getattr(made, "text_config", made)
     with torch.device("meta"):
-        return cls(made).eval()
+        return getattr(transformers, name)(_class_config(name, config)).eval()
 
 
 def _fit_config(name: str, config: Mapping[str, Any], adapter: Adapter) -> tuple[dict[str, Any], Any]:
@@ -333,7 +342,7 @@ def _describe(
         else:
             converted.setdefault(entry, []).append(key)
     runtime = RuntimeModel(
-        name, config, layouts, {key: tuple(value.shape) for key, value in state.items()},
+        name, config, layouts, _needed(model, state), {key: tuple(value.shape) for key, value in state.items()},
         dict(model.get_expanded_tied_weights_keys(all_submodels=True)), stored, {},
         _embedding_name(model, "input"), _embedding_name(model, "output"), model, state, renamings, converters,
     )  # fmt: skip
@@ -342,6 +351,14 @@ def _describe(
         for target in _convert_stored(runtime, entry, keys, tensors, meta=True):
             every[target] = tuple(keys)
     return replace(runtime, converted=every)
+
+
+def _needed(model: Any, state: Mapping[str, Any]) -> frozenset[str]:
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    return frozenset(
+        name for name in state if name in parameters and not any(pattern.search(name) for pattern in ignored)
+    )
 
 
 def _conversions(model: Any) -> tuple[list[Any], list[Any]]:

@@ -114,6 +114,7 @@ def resolve(
             result.problems.append(error)
     _report_unused(adapter, base, unused, result, allow_unused=allow_unused)
     _report_missing(adapter, base, result, allow_missing=allow_missing)
+    _report_random(result)
     return result
 
 
@@ -236,13 +237,12 @@ def _find_part(
                 f"{entry} is shared with {', '.join(tied_from)}, which has no vector",
                 hint="this architecture cannot hold two weights for them",
             )
-        source = stored or next((runtime.stored[s] for s in tied_to if s in runtime.stored), None)
-        if source is None:
+        shared = stored or next((runtime.stored[s] for s in tied_to if s in runtime.stored), None)
+        if shared is None:
             return None
-        _check_dtype(entry, base.tensors[source].dtype)
-        name = stored or entry
+        _check_dtype(entry, base.tensors[shared].dtype)
         result.untied.append(entry)
-        return Part("direct", name, source, shape, layout)
+        return Part("direct", stored or entry, shared, shape, layout)
     if stored is None:
         return None
     _check_dtype(entry, base.tensors[stored].dtype)
@@ -370,7 +370,10 @@ def _report_missing(adapter: Adapter, base: Checkpoint, result: Resolution, *, a
         # modules that exist in the file only: fused at run time, so PEFT never saw them
         absent = set(_missing_by_name(adapter, base)) - set(missing)
         absent -= {runtime.stored[e].removesuffix(".weight") for e in runtime.stored if e.endswith(".weight")}
-        if absent and any(_is_fused_expert(module, runtime) for module in absent):
+        absent = {module for module in absent if _is_fused_expert(module, runtime)}
+        if any(_is_fused_expert(module, runtime) for module in adapter.sites):
+            missing += sorted(absent)  # trained where every expert was a module of its own
+        elif absent:
             result.warnings.append(
                 f"{len(absent)} stored modules match target_modules but are no modules of {runtime.class_name} "
                 f"(fused at run time), first: {min(absent)}; the adapter has no vectors for them"
@@ -387,6 +390,22 @@ def _report_missing(adapter: Adapter, base: Checkpoint, result: Resolution, *, a
                 hint="the adapter file is incomplete, or belongs to another base; --allow-missing leaves those "
                 "modules as they are",
             )
+        )
+
+
+def _report_random(result: Resolution) -> None:
+    """Point out what the model needs and neither base nor adapter has: transformers fills it at random."""
+    if result.runtime is None:
+        return
+    absent = sorted(
+        entry
+        for entry in result.runtime.needed
+        if not _is_stored(entry, result.runtime) and entry not in result.adapter.extras
+    )
+    if absent:
+        result.warnings.append(
+            f"{result.runtime.class_name} needs {', '.join(absent[:3])}{' ...' if len(absent) > 3 else ''}, which "
+            "neither the base nor the adapter holds: transformers will fill in random values"
         )
 
 

@@ -58,7 +58,7 @@ def show_report(out: Output, report: Report) -> None:
     """The report for people."""
     out.text(
         f"{report.model_class} in {report.dtype} on {report.device}, reference: base + live adapters "
-        f"(applied by {report.reference}) in float64"
+        f"(applied by {report.reference}) in {report.precision}"
     )
     for name in report.inputs:
         if out.verbose:

@@ -45,30 +45,38 @@ def load_live(
     base: Checkpoint, adapters: Sequence[Adapter], combine: Combine, weights: Sequence[float], dtype: str
 ) -> LiveModel:
     """Load the base in `dtype` with every adapter live. Raises `Unsupported` without a transformers class."""
-    import torch
-    import transformers
-
     if base.config is None:
         raise Unsupported(
             f"{base.location.given} has no config.json, so no model can be built from it",
             hint="give the model folder that save_pretrained() wrote",
         )
     runtime = load_runtime_model(base.config, adapters[0], base.tensors)
-    torch.manual_seed(0)
-    cls = getattr(transformers, runtime.class_name)
-    model = cls.from_pretrained(
-        base.folder, config=make_config(runtime.config), dtype=getattr(torch, dtype)
-    ).eval()
     if combine == "product":
-        live = _with_peft(model, adapters)
+        live = _with_peft(load_plain(base, runtime.class_name, runtime.config, dtype), adapters)
         if live is not None:
             return LiveModel(live.eval(), runtime.class_name, "peft", ())
-        model = cls.from_pretrained(
-            base.folder, config=make_config(runtime.config), dtype=getattr(torch, dtype)
-        ).eval()
+    model = load_plain(base, runtime.class_name, runtime.config, dtype)
     return LiveModel(
         model, runtime.class_name, "hooks", tuple(_with_hooks(model, adapters, combine, weights))
     )
+
+
+def load_plain(base: Checkpoint, class_name: str, config: Mapping[str, Any] | None, dtype: str) -> Any:
+    """The checkpoint as a transformers model of `class_name`, in eval mode; seeded where a head is made anew.
+
+    `config` replaces the checkpoint's own configuration. Experts run one after the other, in plain matrix products:
+    the grouped kernel knows no float64.
+    """
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    made = None if config is None else make_config(config)
+    kind = "auto" if dtype == "auto" else getattr(torch, dtype)
+    model = getattr(transformers, class_name).from_pretrained(base.folder, config=made, dtype=kind)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    return model.eval()
 
 
 def _with_peft(model: Any, adapters: Sequence[Adapter]) -> Any | None:

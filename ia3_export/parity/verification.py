@@ -20,7 +20,7 @@ from ia3_export.manifest import NAME
 from ia3_export.merging import merge
 from ia3_export.parity.inputs import Case, make_cases
 from ia3_export.parity.metrics import Distance, Outputs, bound, compare
-from ia3_export.parity.reference import LiveModel, load_live
+from ia3_export.parity.reference import LiveModel, load_live, load_plain
 
 SCHEMA = "ia3-export/report/0"
 
@@ -38,11 +38,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What `verify` found. `effect` is the largest change that the adapters make to the base's outputs."""
+    """What `verify` found. `reference` says who applied the vectors (``peft`` or ``hooks``) and `precision` in which
+    dtype, `dtype` that of the unmerged forward it is compared with; `effect` is the largest change that the
+    adapters make to the base's outputs."""
 
     in_parity: bool
     model_class: str
     reference: str
+    precision: str
     dtype: str
     device: str
     inputs: tuple[str, ...]
@@ -103,8 +106,12 @@ def verify(
         cases = make_cases(_inner(live), seed=seed)
         hidden = onnx is not None and _onnx_outputs(find_onnx(onnx)) == ["last_hidden_state"]
         unmerged = run_torch(live.model, cases, device, hidden=hidden)
-        live.model.double()
-        reference = run_torch(live.model, cases, device, hidden=hidden)
+        precision = "float64"
+        try:
+            reference = run_torch(live.model.double(), cases, device, hidden=hidden)
+        except RuntimeError:  # an operator without a float64 kernel
+            precision = "float32"
+            reference = run_torch(live.model.float(), cases, device, hidden=hidden)
         with live.without_adapter():
             plain = run_torch(live.model, cases, device, hidden=hidden)
         class_name, by = live.class_name, live.by
@@ -126,7 +133,7 @@ def verify(
             "this comparison could not tell the artifact from the base"
         )
     return Report(
-        all(row.in_parity for row in rows), class_name, by, dtype, device, tuple(c.name for c in cases), effect, own,
+        all(row.in_parity for row in rows), class_name, by, precision, dtype, device, tuple(c.name for c in cases), effect, own,
         tuple(rows), tuple(notes),
     )  # fmt: skip
 
@@ -271,10 +278,7 @@ def _inner(live: LiveModel) -> Any:
 def _run_merged(
     merged: str | Path, class_name: str, cases: Sequence[Case], device: str, hidden: bool
 ) -> list[dict[str, Any]]:
-    import transformers
-
-    folder = read_checkpoint(merged).folder
-    model = getattr(transformers, class_name).from_pretrained(folder, dtype="auto").eval().to(device)
+    model = load_plain(read_checkpoint(merged), class_name, None, "auto").to(device)
     return run_torch(model, cases, device, hidden=hidden)
 
 
