@@ -1,8 +1,8 @@
 """Executes laid-out plans, streaming: nothing is decided here.
 
-Untouched bytes are moved by the kernel; a touched tensor goes through memory in blocks of about 1 MB. Several
-outputs of one base are written side by side, so that the base is read once. Threads work on runs of tensors, each
-with its own file descriptors.
+Bytes are moved by the kernel; a touched tensor goes through memory in blocks of half a megabyte. Several outputs of
+one base are written side by side, so that the base is read once. Threads work on runs of tensors, each with its own
+file descriptors.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,9 +25,9 @@ from ia3_export.errors import DamagedFile, NotFinite
 from ia3_export.fold import FLOAT_DTYPES, check_block, fold_block, storage_dtype
 from ia3_export.layout import OutputFile
 from ia3_export.plan import Change
+from ia3_export.schedule import Item, Queue, Sink, make_runs
 
 _BLOCK = 1 << 19
-_RUN = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,26 +56,6 @@ class Written:
     linked: Sequence[str]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Sink:
-    """Where a source range goes in one output."""
-
-    output: int
-    path: Path
-    position: int
-    change: Change | None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Item:
-    """A range of a source file (or in-memory tensor) and its sinks; a whole tensor where a sink changes it."""
-
-    tensor: StoredTensor
-    offset: int
-    nbytes: int
-    sinks: tuple[_Sink, ...]
-
-
 def write_outputs(
     outputs: Sequence[tuple[Path, Sequence[OutputFile]]],
     *,
@@ -91,7 +70,7 @@ def write_outputs(
     results: list[dict[str, TensorResult]] = [{} for _ in outputs]
     linked: list[list[str]] = [[] for _ in outputs]
     sha256: dict[Path, str] = {}
-    sinks: list[tuple[StoredTensor, _Sink]] = []
+    sinks: list[tuple[StoredTensor, Sink]] = []
     for i, (folder, files) in enumerate(outputs):
         for file in files:
             path = folder / file.name
@@ -105,13 +84,16 @@ def write_outputs(
                 with path.open("wb") as target:
                     target.write(file.prefix)
                     target.truncate(file.size)
-            sinks += [
-                (piece.source, _Sink(i, path, piece.position, piece.change))
-                for piece in file.pieces
-                if piece.source.nbytes and not (cloned and piece.change is None)
-            ]
+            for piece in file.pieces:
+                sink = Sink(i, path, piece.position, piece.change)
+                in_place = file.verbatim is not None and piece.source.file == file.verbatim.path
+                # pages that the kernel has copied are overwritten faster than new ones are written
+                if in_place and piece.change is not None and not cloned:
+                    sinks.append((piece.source, Sink(i, path, piece.position, None)))
+                if piece.source.nbytes and not (cloned and piece.change is None):
+                    sinks.append((piece.source, sink))
     paths = [folder / file.name for folder, files in outputs for file in files]
-    queue = _Queue(_split_runs(_items(sinks)), to_hash=paths if digests else [])
+    queue = Queue(make_runs(sinks), to_hash=paths if digests else [])
     meter = _Meter(queue.nbytes, on_progress)
     workers = max(1, min(os.cpu_count() or 1, 8, queue.length))
     with ThreadPoolExecutor(workers) as pool:
@@ -171,118 +153,8 @@ class _Meter:
             self._on_progress(Progress(self._done, self._total))
 
 
-class _Queue:
-    """What the threads do next: runs of tensors, by output file, and then the digest of each finished file.
-
-    A thread takes a file that no other writes to, else a finished file to hash, else shares one: file systems lock
-    a file against a second writer, so two threads on one file are slower than one.
-    """
-
-    def __init__(self, runs: Iterable[list[_Item]], *, to_hash: Sequence[Path]) -> None:
-        self._waiting: dict[Path, deque[list[_Item]]] = {}
-        self._unfinished: Counter[Path] = Counter()
-        self.nbytes = 0
-        for run in runs:
-            self._waiting.setdefault(run[0].sinks[0].path, deque()).append(run)
-            self._unfinished.update({sink.path for item in run for sink in item.sinks})
-            self.nbytes += sum(item.nbytes * len(item.sinks) for item in run)
-        self._writers: Counter[Path] = Counter()
-        self._to_hash = list(to_hash)
-        self.length = sum(map(len, self._waiting.values())) + len(self._to_hash)
-        self._changed = threading.Condition()
-
-    def jobs(self, stopped: Callable[[], bool]) -> Iterator[list[_Item] | Path]:
-        """Runs to write and finished files to hash, for one thread, until nothing is left."""
-        while True:
-            with self._changed:
-                job = self._next()
-                while job is None and (self._to_hash or any(self._waiting.values())) and not stopped():
-                    self._changed.wait(0.1)
-                    job = self._next()
-            if job is None:
-                return
-            yield job
-            if isinstance(job, list):
-                with self._changed:
-                    self._writers[job[0].sinks[0].path] -= 1
-                    self._unfinished.subtract({sink.path for item in job for sink in item.sinks})
-                    self._changed.notify_all()
-
-    def _next(self) -> list[_Item] | Path | None:
-        files = [path for path, waiting in self._waiting.items() if waiting]
-        file = min(files, key=lambda p: (self._writers[p], -len(self._waiting[p])), default=None)
-        finished = next((path for path in self._to_hash if self._unfinished[path] == 0), None)
-        if finished is not None and (file is None or self._writers[file]):
-            self._to_hash.remove(finished)
-            return finished
-        if file is None:
-            return None
-        self._writers[file] += 1
-        return self._waiting[file].popleft()
-
-
-def _items(sinks: Sequence[tuple[StoredTensor, _Sink]]) -> Iterator[_Item]:
-    """Group sinks by source tensor and join neighbours that every output copies alike into one range."""
-    by_source: dict[tuple[Any, int, int], tuple[StoredTensor, list[_Sink]]] = {}
-    for tensor, sink in sinks:
-        place: Any = tensor.file if tensor.data is None else id(tensor)
-        by_source.setdefault((place, tensor.offset, tensor.nbytes), (tensor, []))[1].append(sink)
-    pending: _Item | None = None
-    for key in sorted(by_source, key=lambda k: (str(k[0]), k[1])):
-        tensor, group = by_source[key]
-        item = _Item(tensor, tensor.offset, tensor.nbytes, tuple(group))
-        if pending is not None and _continues(pending, item):
-            pending = _Item(pending.tensor, pending.offset, pending.nbytes + item.nbytes, pending.sinks)
-            continue
-        if pending is not None:
-            yield pending
-        pending = item
-    if pending is not None:
-        yield pending
-
-
-def _continues(before: _Item, item: _Item) -> bool:
-    plain = all(sink.change is None for sink in (*before.sinks, *item.sinks))
-    return (
-        plain
-        and before.tensor.data is None
-        and item.tensor.data is None
-        and before.tensor.file == item.tensor.file
-        and before.offset + before.nbytes == item.offset
-        and len(before.sinks) == len(item.sinks)
-        and all(
-            a.path == b.path and a.position + before.nbytes == b.position
-            for a, b in zip(before.sinks, item.sinks, strict=True)
-        )
-    )
-
-
-def _split_runs(items: Iterator[_Item]) -> Iterator[list[_Item]]:
-    """Portions of about 64 MB for the threads; plain ranges are cut, changed tensors stay whole."""
-    run: list[_Item] = []
-    filled = 0
-    for item in items:
-        for part in _cut(item):
-            run.append(part)
-            filled += part.nbytes
-            if filled >= _RUN:
-                yield run
-                run, filled = [], 0
-    if run:
-        yield run
-
-
-def _cut(item: _Item) -> Iterator[_Item]:
-    if item.tensor.data is not None or any(sink.change is not None for sink in item.sinks):
-        yield item
-        return
-    for start in range(0, item.nbytes, _RUN):
-        sinks = tuple(_Sink(s.output, s.path, s.position + start, None) for s in item.sinks)
-        yield _Item(item.tensor, item.offset + start, min(_RUN, item.nbytes - start), sinks)
-
-
 def _work(
-    queue: _Queue, results: Sequence[dict[str, TensorResult]], sha256: dict[Path, str] | None, meter: _Meter
+    queue: Queue, results: Sequence[dict[str, TensorResult]], sha256: dict[Path, str] | None, meter: _Meter
 ) -> None:
     buffer = memoryview(bytearray(_BLOCK))
     with ExitStack() as stack:
@@ -298,11 +170,11 @@ def _work(
                 assert sha256 is not None
                 sha256[job] = hash_file(job)
                 continue
-            for item in job:
+            for item in (*job.copies, *job.transforms):
                 targets = [descriptor(sink.path, "r+b") for sink in item.sinks]
                 source = descriptor(item.tensor.file, "rb") if item.tensor.data is None else -1
                 try:
-                    if source >= 0 and all(sink.change is None for sink in item.sinks):
+                    if item.is_copy:
                         _copy(item, source, targets, meter, buffer)
                     else:
                         _transform(item, source, targets, sha256 is not None, results, meter, buffer)
@@ -313,13 +185,13 @@ def _work(
                     ) from None
 
 
-def _copy(item: _Item, source: int, targets: Sequence[int], meter: _Meter, buffer: memoryview) -> None:
+def _copy(item: Item, source: int, targets: Sequence[int], meter: _Meter, buffer: memoryview) -> None:
     for target, sink in zip(targets, item.sinks, strict=True):
         ranges.copy_range(source, item.offset, target, sink.position, item.nbytes, meter.add, buffer)
 
 
 def _transform(
-    item: _Item,
+    item: Item,
     source: int,
     targets: Sequence[int],
     digests: bool,
@@ -354,7 +226,7 @@ def _transform(
 class _State:
     """A changed tensor while it is written to one sink."""
 
-    def __init__(self, sink: _Sink, digests: bool) -> None:
+    def __init__(self, sink: Sink, digests: bool) -> None:
         self.sink = sink
         self._hash = content_hash(sink.change.dtype, sink.change.shape) if digests and sink.change else None
         self._position, self._zeros, self._flushed = sink.position, 0, 0

@@ -19,7 +19,7 @@ import numpy as np
 
 from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.header import StoredTensor
-from ia3_export.errors import MissingVector, Refused, Unsupported
+from ia3_export.errors import IA3ExportError, MissingVector, Refused, Unsupported
 from ia3_export.fold import Array, Layout
 
 _TASK_TABLES = {
@@ -67,25 +67,40 @@ def load_runtime_model(
     Raises `Unsupported` when transformers has no class for the configuration.
     """
     with _quiet_transformers():
-        model_type = config.get("model_type")
-        candidates = list(_candidate_classes(config, adapter))
-        if not candidates:
+        try:
+            return _best_class(config, adapter, tensors)
+        except IA3ExportError:
+            raise
+        except Exception as error:  # a damaged config.json makes transformers fail in any way there is
             raise Unsupported(
-                f"transformers has no model class for model_type {model_type!r}",
-                hint="the adapter's module names must be the stored names for such a model; remote code is not run",
-            )
-        best: tuple[int, RuntimeModel] | None = None
-        for name in candidates:
-            fitted, model = _fit_config(name, config, adapter)
-            runtime = _describe(name, fitted, model, tensors)
-            left_over = sum(module not in runtime.layouts for module in adapter.sites)
-            left_over += sum(extra not in runtime.shapes for extra in adapter.extras)
-            if best is None or left_over < best[0]:
-                best = left_over, runtime
-            if left_over == 0:
-                break
-    assert best is not None
+                f"transformers cannot build a model from config.json: {type(error).__name__}: {_first_line(error)}",
+                hint="check config.json; without a model class the adapter's names must be the stored names",
+            ) from error
+
+
+def _best_class(
+    config: Mapping[str, Any], adapter: Adapter, tensors: Mapping[str, StoredTensor]
+) -> RuntimeModel:
+    best: tuple[int, RuntimeModel] | None = None
+    for name in _candidate_classes(config, adapter):
+        fitted, model = _fit_config(name, config, adapter)
+        runtime = _describe(name, fitted, model, tensors)
+        left_over = sum(module not in runtime.layouts for module in adapter.sites)
+        left_over += sum(extra not in runtime.shapes for extra in adapter.extras)
+        if best is None or left_over < best[0]:
+            best = left_over, runtime
+        if left_over == 0:
+            break
+    if best is None:
+        raise Unsupported(
+            f"transformers has no model class for model_type {config.get('model_type')!r}",
+            hint="the adapter's module names must be the stored names for such a model; remote code is not run",
+        )
     return best[1]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
 
 
 def state_entry(runtime: RuntimeModel, stored_name: str) -> tuple[str, bool]:

@@ -57,10 +57,9 @@ def compare(outputs: Outputs, reference: Outputs) -> Distance:
 
 
 def largest(outputs: Outputs) -> float:
-    """Largest absolute value in `outputs`."""
-    return max(
-        (float(np.abs(v).max(initial=0.0)) for output in outputs for v in output.values()), default=0.0
-    )
+    """Largest absolute value in `outputs`, infinite when one is NaN."""
+    values = [float(np.abs(v).max(initial=0.0)) for output in outputs for v in output.values()]
+    return max((np.inf if np.isnan(v) else v for v in values), default=0.0)
 
 
 def bound(unmerged: Distance, reference: Outputs, dtype: str, adapters: int) -> float:

@@ -73,7 +73,14 @@ def load_plain(base: Checkpoint, class_name: str, config: Mapping[str, Any] | No
     torch.manual_seed(0)
     made = None if config is None else make_config(config)
     kind = "auto" if dtype == "auto" else getattr(torch, dtype)
-    model = getattr(transformers, class_name).from_pretrained(base.folder, config=made, dtype=kind)
+    try:
+        model = getattr(transformers, class_name).from_pretrained(base.folder, config=made, dtype=kind)
+    except Exception as error:  # whatever a damaged or half-known checkpoint makes transformers raise
+        raise Unsupported(
+            f"transformers cannot load {base.location.given} as {class_name}: {type(error).__name__}: "
+            f"{(str(error).strip().splitlines() or [''])[0]}",
+            hint="load it with from_pretrained() yourself to see the whole message",
+        ) from error
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     return model.eval()

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.combine import Combine
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
@@ -19,7 +21,7 @@ from ia3_export.errors import DamagedFile, NotFound, Unsupported, UsageError
 from ia3_export.manifest import NAME
 from ia3_export.merging import merge
 from ia3_export.parity.inputs import Case, make_cases
-from ia3_export.parity.metrics import Distance, Outputs, bound, compare
+from ia3_export.parity.metrics import Distance, Outputs, bound, compare, largest
 from ia3_export.parity.reference import LiveModel, load_live, load_plain
 
 SCHEMA = "ia3-export/report/0"
@@ -109,7 +111,7 @@ def verify(
         precision = "float64"
         try:
             reference = run_torch(live.model.double(), cases, device, hidden=hidden)
-        except RuntimeError:  # an operator without a float64 kernel
+        except Unsupported:  # an operator without a float64 kernel
             precision = "float32"
             reference = run_torch(live.model.float(), cases, device, hidden=hidden)
         with live.without_adapter():
@@ -117,6 +119,11 @@ def verify(
         class_name, by = live.class_name, live.by
         del live
         gc.collect()
+        if not np.isfinite(largest(reference)):
+            raise Unsupported(
+                f"the unmerged forward itself gives NaN or infinity in {precision}: there is nothing to compare with",
+                hint="check base and adapter; a diverged training looks like this",
+            )
         effect = compare(plain, reference).max_error
         own = compare(unmerged, reference)
         limit = bound(own, reference, dtype, len(read))
@@ -163,8 +170,14 @@ def run_torch(
             name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
             for name, value in case.tensors.items()
         }
-        with torch.no_grad():
-            output = model(**inputs)
+        try:
+            with torch.no_grad():
+                output = model(**inputs)
+        except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError) as error:
+            raise Unsupported(
+                f"the model does not run on generated inputs ({case.name}): {type(error).__name__}: {error}",
+                hint="this version makes plain text, image and sound inputs only",
+            ) from error
         named = {
             name: value.double().cpu().numpy()
             for name, value in output.items()
@@ -173,7 +186,7 @@ def run_torch(
         if not named:
             first = next(v for v in output.values() if isinstance(v, torch.Tensor))
             named = {"output": first.double().cpu().numpy()}
-        results.append(named)
+        results.append(_attended(case, named))
     return results
 
 
@@ -187,8 +200,22 @@ def run_onnx(path: Path, cases: Sequence[Case]) -> list[dict[str, Any]]:
         feeds = {name: value.numpy() for name, value in case.tensors.items() if name in wanted}
         if "token_type_ids" in wanted and "token_type_ids" not in feeds:
             feeds["token_type_ids"] = feeds["input_ids"] * 0
-        results.append(dict(zip(names, session.run(None, feeds), strict=True)))
+        results.append(_attended(case, dict(zip(names, session.run(None, feeds), strict=True))))
     return results
+
+
+def _attended(case: Case, outputs: dict[str, Any]) -> dict[str, Any]:
+    """`outputs` with zeros at padded positions: what a model computes there is nobody's business (some give NaN)."""
+    mask = case.tensors.get("attention_mask")
+    if mask is None or "decoder_input_ids" in case.tensors:
+        return outputs
+    kept = mask.cpu().numpy().astype(bool)
+    return {
+        name: np.where(kept.reshape(*kept.shape, *(1,) * (values.ndim - 2)), values, 0)
+        if values.shape[:2] == kept.shape
+        else values
+        for name, values in outputs.items()
+    }
 
 
 def _session(path: Path) -> Any:
