@@ -63,7 +63,8 @@ def load_runtime_model(
     """The class in which the adapter's module paths exist, tried in this order: the adapter's own record
     (``auto_mapping``), its task type, the base's ``architectures``, the bare model.
 
-    When no class has all of them the one with the most is returned; the caller names what is left over.
+    When no class has all of them the one with the most is returned; the caller names what is left over. Among classes
+    that have them all, the one that the checkpoint fills best.
     Raises `Unsupported` when transformers has no class for the configuration.
     """
     with _quiet_transformers():
@@ -81,15 +82,16 @@ def load_runtime_model(
 def _best_class(
     config: Mapping[str, Any], adapter: Adapter, tensors: Mapping[str, StoredTensor]
 ) -> RuntimeModel:
-    best: tuple[int, RuntimeModel] | None = None
+    best: tuple[tuple[int, int], RuntimeModel] | None = None
     for name in _candidate_classes(config, adapter):
         fitted, model = _fit_config(name, config, adapter)
         runtime = _describe(name, fitted, model, tensors)
         left_over = sum(module not in runtime.layouts for module in adapter.sites)
         left_over += sum(extra not in runtime.shapes for extra in adapter.extras)
-        if best is None or left_over < best[0]:
-            best = left_over, runtime
-        if left_over == 0:
+        absent = sum(entry not in adapter.extras for entry in absent_entries(runtime))
+        if best is None or (left_over, absent) < best[0]:
+            best = (left_over, absent), runtime
+        if left_over == absent == 0:
             break
     if best is None:
         raise Unsupported(
@@ -97,6 +99,12 @@ def _best_class(
             hint="the adapter's module names must be the stored names for such a model; remote code is not run",
         )
     return best[1]
+
+
+def absent_entries(runtime: RuntimeModel) -> list[str]:
+    """What the model needs and the checkpoint has not, by name."""
+    present = runtime.stored.keys() | runtime.converted.keys() | runtime.ties.keys()
+    return sorted(runtime.needed - present)
 
 
 def _first_line(error: Exception) -> str:

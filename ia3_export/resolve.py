@@ -397,11 +397,9 @@ def _report_random(result: Resolution) -> None:
     """Point out what the model needs and neither base nor adapter has: transformers fills it at random."""
     if result.runtime is None:
         return
-    absent = sorted(
-        entry
-        for entry in result.runtime.needed
-        if not _is_stored(entry, result.runtime) and entry not in result.adapter.extras
-    )
+    from ia3_export.model_class import absent_entries
+
+    absent = [entry for entry in absent_entries(result.runtime) if entry not in result.adapter.extras]
     if absent:
         result.warnings.append(
             f"{result.runtime.class_name} needs {', '.join(absent[:3])}{' ...' if len(absent) > 3 else ''}, which "
