@@ -22,7 +22,7 @@ import numpy as np
 from ia3_export.checkpoint import ranges
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import DamagedFile, NotFinite
-from ia3_export.fold import FLOAT_DTYPES, check_block, fold_block, storage_dtype
+from ia3_export.fold import FLOAT_DTYPES, Workspace, check_block, fold_block, storage_dtype
 from ia3_export.layout import OutputFile
 from ia3_export.plan import Change
 from ia3_export.schedule import Item, Queue, Sink, make_runs
@@ -156,7 +156,7 @@ class _Meter:
 def _work(
     queue: Queue, results: Sequence[dict[str, TensorResult]], sha256: dict[Path, str] | None, meter: _Meter
 ) -> None:
-    buffer = memoryview(bytearray(_BLOCK))
+    work = Workspace()
     with ExitStack() as stack:
         opened: dict[tuple[Path, str], int] = {}
 
@@ -175,9 +175,9 @@ def _work(
                 source = descriptor(item.tensor.file, "rb") if item.tensor.data is None else -1
                 try:
                     if item.is_copy:
-                        _copy(item, source, targets, meter, buffer)
+                        _copy(item, source, targets, meter, work)
                     else:
-                        _transform(item, source, targets, sha256 is not None, results, meter, buffer)
+                        _transform(item, source, targets, sha256 is not None, results, meter, work)
                 except EOFError:
                     raise DamagedFile(
                         f"{item.tensor.file} became shorter while it was read, at tensor {item.tensor.name}",
@@ -185,7 +185,8 @@ def _work(
                     ) from None
 
 
-def _copy(item: Item, source: int, targets: Sequence[int], meter: _Meter, buffer: memoryview) -> None:
+def _copy(item: Item, source: int, targets: Sequence[int], meter: _Meter, work: Workspace) -> None:
+    buffer = work.get("bytes", _BLOCK, "u1").data
     for target, sink in zip(targets, item.sinks, strict=True):
         ranges.copy_range(source, item.offset, target, sink.position, item.nbytes, meter.add, buffer)
 
@@ -197,7 +198,7 @@ def _transform(
     digests: bool,
     results: Sequence[dict[str, TensorResult]],
     meter: _Meter,
-    buffer: memoryview,
+    work: Workspace,
 ) -> None:
     """Read one tensor once, block by block, and write it, folded, to every sink."""
     tensor = item.tensor
@@ -209,14 +210,14 @@ def _transform(
     for first in range(0, count, step):
         length = min(step, count - first)
         start = first * stored.itemsize
-        block = buffer[: length * stored.itemsize]
+        block = work.get("bytes", length * stored.itemsize, "u1").data
         if tensor.data is None:
             ranges.read_into(source, block, tensor.offset + start)
         else:
             block[:] = tensor.data.data[start : start + len(block)]
         raw = np.frombuffer(block, stored)
         for target, state in zip(targets, states, strict=True):
-            state.write(target, raw, first, tensor.dtype, floats)
+            state.write(target, raw, first, tensor.dtype, floats, work)
             meter.add(len(block))
     for state in states:
         if state.sink.change is not None:
@@ -231,17 +232,17 @@ class _State:
         self._hash = content_hash(sink.change.dtype, sink.change.shape) if digests and sink.change else None
         self._position, self._zeros, self._flushed = sink.position, 0, 0
 
-    def write(self, target: int, raw: Any, first: int, dtype: str, floats: bool) -> None:
+    def write(self, target: int, raw: Any, first: int, dtype: str, floats: bool, work: Workspace) -> None:
         change = self.sink.change
         out = raw
         if change is not None and floats:
-            out = fold_block(raw, first, dtype, change.dtype, change.scales)
-            check = check_block(out, change.dtype)
+            out = fold_block(raw, first, dtype, change.dtype, change.scales, work)
+            check = check_block(out, change.dtype, work)
             if check.not_finite >= 0:
                 raise _not_finite(change, first + check.not_finite)
             if check.zeros:
                 self._zeros += check.zeros
-                self._flushed += max(0, check.zeros - check_block(raw, dtype).zeros)
+                self._flushed += max(0, check.zeros - check_block(raw, dtype, work).zeros)
         data = out.data.cast("B")
         if self._hash is not None:
             self._hash.update(data)

@@ -73,30 +73,61 @@ def work_dtype(stored: str, written: str) -> str:
     return "F32"
 
 
-def to_float(raw: Array, dtype: str) -> Array:
+class Workspace:
+    """Buffers that :func:`fold_block` and :func:`check_block` reuse, one set a thread.
+
+    Fresh arrays for every block would be mapped, cleared and unmapped by the kernel each time, which costs more than
+    the arithmetic.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, str], Array] = {}
+
+    def get(self, use: str, count: int, dtype: str) -> Array:
+        """An array of `count` elements; a second call with the same `use` and `dtype` overwrites it."""
+        buffer = self._buffers.get((use, dtype))
+        if buffer is None or len(buffer) < count:
+            buffer = self._buffers[use, dtype] = np.empty(count, dtype)
+        return buffer[:count]
+
+
+def to_float(raw: Array, dtype: str, work: Workspace | None = None) -> Array:
     """Widen the stored bits `raw` exactly to float32 (float64 stays float64)."""
+    work = work or Workspace()
     if dtype == "BF16":
-        wide = raw.astype("<u4")
+        wide = work.get("wide", len(raw), "<u4")
+        np.copyto(wide, raw)
         wide <<= 16
         return wide.view("<f4")
-    return raw.astype("<f8" if dtype == "F64" else "<f4")
+    values = work.get("values", len(raw), "<f8" if dtype == "F64" else "<f4")
+    np.copyto(values, raw)
+    return values
 
 
-def from_float(values: Array, dtype: str) -> Array:
+def from_float(values: Array, dtype: str, work: Workspace | None = None) -> Array:
     """Round float32 or float64 `values` to `dtype`, to nearest even; returns the stored bits.
 
-    May use `values` as scratch space.
+    Uses `values` as scratch space.
     """
+    work = work or Workspace()
     if dtype == "BF16":
-        bits = values.astype("<f4", copy=False).view("<u4")
-        lsb = bits >> 16
+        if values.dtype != np.dtype("<f4"):
+            values = values.astype("<f4")
+        bits = values.view("<u4")
+        lsb = np.right_shift(bits, 16, out=work.get("lsb", len(bits), "<u4"))
         lsb &= 1
         lsb += 0x7FFF
         bits += lsb
         bits >>= 16
-        return bits.astype("<u2")
+        narrow = work.get("narrow", len(bits), "<u2")
+        np.copyto(narrow, bits, casting="unsafe")
+        return narrow
+    if values.dtype == np.dtype(_STORAGE[dtype]):
+        return values
+    narrow = work.get("narrow", len(values), _STORAGE[dtype])
     with np.errstate(over="ignore", under="ignore"):
-        return values.astype(_STORAGE[dtype], copy=False)
+        np.copyto(narrow, values, casting="unsafe")
+    return narrow
 
 
 def round_vector(vector: Array, dtype: str) -> Array:
@@ -145,21 +176,25 @@ def scale_values(values: Array, first: int, scale: Scale) -> None:
             np.multiply(values, scale.factors[index], out=values)
 
 
-def fold_block(raw: Array, first: int, stored: str, written: str, scales: Sequence[Scale]) -> Array:
+def fold_block(
+    raw: Array, first: int, stored: str, written: str, scales: Sequence[Scale], work: Workspace | None = None
+) -> Array:
     """Fold `scales` one after the other into `raw`, elements ``first:first+len(raw)`` of a tensor.
 
-    `raw` holds the stored bits (:func:`storage_dtype`); the result holds the bits of dtype `written`.
-    Between two scales the values are rounded to :func:`work_dtype`, as PEFT rounds after every adapter.
+    `raw` holds the stored bits (:func:`storage_dtype`) and is left alone; the result holds the bits of dtype `written`
+    and is valid until `work` is used again. Between two scales the values are rounded to :func:`work_dtype`, as
+    PEFT rounds after every adapter.
     """
+    work = work or Workspace()
     between = work_dtype(stored, written)
-    values = to_float(raw, stored)
-    if between == "F64" and values.dtype != np.dtype("<f8"):
+    values = to_float(raw, stored, work)
+    if between == "F64" and stored != "F64":
         values = values.astype("<f8")
     for i, scale in enumerate(scales):
         if i and between in ("F16", "BF16"):
-            values = to_float(from_float(values, between), between)
+            values = to_float(from_float(values, between, work), between, work)
         scale_values(values, first, scale)
-    return from_float(values, written)
+    return from_float(values, written, work)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +205,12 @@ class BlockCheck:
     zeros: int
 
 
-def check_block(raw: Array, dtype: str) -> BlockCheck:
+def check_block(raw: Array, dtype: str, work: Workspace | None = None) -> BlockCheck:
     """Look for NaN, infinity and zeros (of either sign) in stored bits."""
+    work = work or Workspace()
     view, mask, infinity = _BITS[dtype]
-    magnitude = raw.view(view) & np.dtype(view).type(mask)
+    magnitude = work.get("magnitude", len(raw), view)
+    np.bitwise_and(raw.view(view), np.dtype(view).type(mask), out=magnitude)
     bad = -1
     if len(magnitude) and magnitude.max() >= infinity:
         bad = int(np.argmax(magnitude >= infinity))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -64,4 +65,6 @@ for _command in (inspect_command, merge_command, onnx_command, verify_command):
 
 def main() -> None:
     """Entry point of the console script."""
+    # numpy's BLAS would start a thread per core at import; no command uses it
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     sys.exit(cli(prog_name="ia3-export"))
