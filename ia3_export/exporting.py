@@ -101,7 +101,7 @@ def export_onnx(
         if config is None:
             raise UsageError("the model has no config.json", hint="give the folder that merge wrote")
         chosen = canonical_task(task) if task is not None else infer_task(config)
-        stage = stack.enter_context(staged(target))
+        stage = stack.enter_context(staged(target, overwrite=overwrite))
         distance = _export(checkpoint, stage, chosen, opset, check)
         report = None
         if check and base is not None:

@@ -112,8 +112,11 @@ def from_float(values: Array, dtype: str, work: Workspace | None = None) -> Arra
     work = work or Workspace()
     if dtype == "BF16":
         if values.dtype != np.dtype("<f4"):
-            values = values.astype("<f4")
+            values = _to_odd_float32(values)
+        not_a_number = np.isnan(values, out=work.get("nan", len(values), "?"))
         bits = values.view("<u4")
+        if not_a_number.any():  # the addition below would carry a NaN's bits over into a zero
+            bits[not_a_number] = 0x7FC0_0000
         lsb = np.right_shift(bits, 16, out=work.get("lsb", len(bits), "<u4"))
         lsb &= 1
         lsb += 0x7FFF
@@ -128,6 +131,18 @@ def from_float(values: Array, dtype: str, work: Workspace | None = None) -> Arra
     with np.errstate(over="ignore", under="ignore"):
         np.copyto(narrow, values, casting="unsafe")
     return narrow
+
+
+def _to_odd_float32(values: Array) -> Array:
+    """float64 to float32, rounded to odd: a second rounding to bfloat16 then gives what one rounding would."""
+    with np.errstate(over="ignore", under="ignore"):
+        nearest = values.astype("<f4")
+    bits = nearest.view("<u4")
+    even_neighbour = (nearest.astype("<f8") != values) & (bits & 1 == 0) & ~np.isnan(values)
+    too_large = np.abs(nearest.astype("<f8")) > np.abs(values)
+    bits[even_neighbour & too_large] -= 1
+    bits[even_neighbour & ~too_large] += 1
+    return nearest
 
 
 def round_vector(vector: Array, dtype: str) -> Array:

@@ -166,7 +166,7 @@ def _write(
         check_target(target, inputs, overwrite=overwrite)
     with ExitStack() as stack:
         outputs = [
-            (stack.enter_context(staged(target, flush=flush)), lay_out(plan, shard_size))
+            (stack.enter_context(staged(target, overwrite=overwrite, flush=flush)), lay_out(plan, shard_size))
             for plan, target in jobs
         ]
         _check_space(outputs, jobs[0][0].base, link)

@@ -139,7 +139,7 @@ def _check_weights(adapters: Sequence[Adapter], combine: Combine, weights: Seque
             hint="for example --weights " + ",".join(["0.5"] * len(adapters)),
         )
     if not all(np.isfinite(weight) for weight in weights):
-        raise UsageError("--weights must be finite numbers")
+        raise UsageError("--weights must be finite numbers", hint="for example --weights 0.7,0.3")
     paths = [adapter.location.path.resolve() for adapter in adapters]
     if len(set(paths)) != len(paths):
         raise UsageError("the same adapter is given twice", hint="its vectors would be applied twice")
@@ -231,11 +231,12 @@ def _fold_vectors(
                     f"one adapter scales the input of {placement.site.module}, another its output",
                     hint=f"--combine {combine} needs the same side; --combine product folds both",
                 )
-    wide = _main_dtype(base) == "F64"
     vectors = {}
-    for key in union:
+    for key, placement in union.items():
+        weight = base.tensors.get(placement.parts[0].source)
+        stored = weight.dtype if weight is not None else _main_dtype(base)
         parts = [r.placements[key].site.vector if key in r.placements else None for r in resolutions]
-        vectors[key] = combine_vectors(parts, weights, combine, "<f8" if wide else "<f4")
+        vectors[key] = combine_vectors(parts, weights, combine, stored)
     label = " + ".join(f"{w:g} {r.adapter.name}" for w, r in zip(weights, resolutions, strict=True))
     _lay(resolutions[0], vectors, union, base, changes, cast, dtype, label)
 

@@ -12,25 +12,27 @@ from typing import Literal
 
 import numpy as np
 
-from ia3_export.fold import Array
+from ia3_export.fold import Array, round_vector
 
 Combine = Literal["product", "linear", "delta"]
 
 
 def combine_vectors(
-    vectors: Sequence[Array | None], weights: Sequence[float], how: Combine, dtype: str
+    vectors: Sequence[Array | None], weights: Sequence[float], how: Combine, stored: str
 ) -> Array:
     """One vector from those of several adapters for one module (None where an adapter has none).
 
-    `dtype` is ``<f4`` (PEFT keeps vectors in float32) or ``<f8`` for float64 bases. ``linear`` has PEFT's bits:
-    each product and each sum rounded to `dtype`; ``delta`` is computed in float64 and rounded once.
+    `stored` is the dtype of the module's weight in the base. ``linear`` has PEFT's bits: its new vector lives in that
+    dtype, and is rounded after every addition. ``delta`` is computed in float64 and rounded once, to float32 (float64
+    for float64 bases).
     """
     length = next(len(vector) for vector in vectors if vector is not None)
+    dtype = np.dtype("<f8" if stored == "F64" else "<f4")
     if how == "linear":
-        total = np.zeros(length, dtype)
+        total: Array = np.zeros(length, dtype)
         for vector, weight in zip(vectors, weights, strict=True):
             if vector is not None:
-                total += vector.astype(dtype) * np.dtype(dtype).type(weight)
+                total = round_vector(total + vector.astype(dtype) * dtype.type(weight), stored)
         return total
     change = np.zeros(length, "<f8")
     for vector, weight in zip(vectors, weights, strict=True):

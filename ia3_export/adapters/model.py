@@ -35,7 +35,7 @@ class TargetRules:
     """Which modules an adapter covers, matched as PEFT matches them (``check_target_module_exists``).
 
     A list entry matches a path equal to it or ending in ``.entry``; a string is a regular expression for
-    the whole path. ``feedforward`` is different in PEFT: a list entry matches any path that *ends* in it,
+    the whole path, and so is each entry of ``to_save``, for a path or its part after a dot. ``feedforward`` is different in PEFT: a list entry matches any path that *ends* in it,
     without the dot.
     """
 
@@ -52,7 +52,7 @@ class TargetRules:
 
     def saves(self, module: str) -> bool:
         """Whether `module` is, or lies in, one of ``modules_to_save``."""
-        return any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) for name in self.to_save)
+        return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.to_save)
 
     def is_feedforward(self, module: str) -> bool:
         """Whether PEFT puts the vector on the input of `module`."""

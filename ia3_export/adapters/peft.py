@@ -40,6 +40,11 @@ def read_peft(source: str | Path) -> Adapter:
     config_file = folder / "adapter_config.json"
     config = read_config(config_file)
     _check_type(config_file, config)
+    for key in ("task_type", "base_model_name_or_path"):
+        if not isinstance(config.get(key), str | None):
+            raise DamagedFile(
+                f"{config_file} has a {key} that is no text: {config[key]!r}", hint="fetch the file again"
+            )
     shard = _read_weights(location, folder)
     vectors, extras = _sort_keys(shard, folder.name)
     rules = _read_rules(config_file, config, vectors)
@@ -126,7 +131,10 @@ def _sort_keys(shard: Shard, adapter_name: str) -> tuple[dict[str, StoredTensor]
             extras[name] = tensor
         elif match["adapter"] in (None, "default", adapter_name):
             if match["module"] in vectors:
-                raise DamagedFile(f"{shard.path} holds two vectors for module {match['module']}")
+                raise DamagedFile(
+                    f"{shard.path} holds two vectors for module {match['module']}",
+                    hint="save the adapter again with PEFT's save_pretrained()",
+                )
             vectors[match["module"]] = tensor
         else:
             raise UnusedVector(
@@ -166,7 +174,7 @@ def _read_rules(config_file: Path, config: dict[str, Any], vectors: dict[str, St
             as_pattern(config["target_modules"]),
             as_pattern(config["feedforward_modules"]),
             as_pattern(config.get("exclude_modules")),
-            tuple(config.get("modules_to_save") or ()),
+            _saved(config.get("modules_to_save")),
         )
     except (ValueError, re.error, TypeError) as error:
         raise DamagedFile(
@@ -174,6 +182,13 @@ def _read_rules(config_file: Path, config: dict[str, Any], vectors: dict[str, St
             f"that cannot be read: {error}",
             hint="each is a list of names or one regular expression",
         ) from None
+
+
+def _saved(value: object) -> tuple[str, ...]:
+    names = as_pattern([value] if isinstance(value, str) else value) or ()
+    for name in names:
+        re.compile(name)
+    return tuple(names)
 
 
 def _read_site(module: str, tensor: StoredTensor, rules: TargetRules) -> Site:

@@ -132,7 +132,9 @@ def _shard_names(index_file: Path, index: Mapping[str, Any]) -> list[str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise DamagedFile(f"{index_file} has no weight_map", hint="fetch the file again")
     names = []
-    for name in dict.fromkeys(weight_map.values()):
+    for name in weight_map.values():
+        if name in names:
+            continue
         parts = PurePosixPath(name).parts if isinstance(name, str) else ()
         if not parts or ".." in parts or parts[0] == "/" or "\\" in name or ":" in name:
             raise Refused(

@@ -105,7 +105,9 @@ def read_header(path: Path, name: str | None = None) -> Shard:
     except FileNotFoundError:
         raise NotFound(f"{path} does not exist", hint="check the path, or download the file again") from None
     except OSError as error:
-        raise DamagedFile(f"{path} cannot be read: {error.strerror}") from error
+        raise DamagedFile(
+            f"{path} cannot be read: {error.strerror}", hint="check the file's permissions and the disk"
+        ) from error
     entries = _parse_json(path, body)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -158,6 +160,10 @@ def _parse_json(path: Path, body: bytes) -> dict[str, Any]:
         raise _damaged(path, f"its header is not the JSON it should be ({error})") from None
     if not isinstance(entries, dict):
         raise _damaged(path, "its header is not a JSON object")
+    try:
+        "".join(entries).encode()
+    except UnicodeEncodeError:
+        raise _damaged(path, "a tensor name in its header is not valid Unicode") from None
     return entries
 
 
@@ -169,7 +175,7 @@ def _entry(path: Path, name: str, value: Any, start: int) -> StoredTensor:
         raise _damaged(path, f"the header entry of tensor {name} is malformed") from None
     if not whole:
         raise _damaged(path, f"tensor {name} has a shape or offset that is not a whole number")
-    if dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise _damaged(path, f"tensor {name} has the unknown dtype {dtype!r}")
     if end - begin != tensor_bytes(dtype, shape):
         raise _damaged(

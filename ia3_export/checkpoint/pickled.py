@@ -9,6 +9,8 @@ safetensors one. Files of the format before torch 1.6, and strided tensors, are 
 from __future__ import annotations
 
 import pickle
+import struct
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,8 @@ def read_bin(path: Path, name: str | None = None) -> Shard:
     """
     if not path.is_file():
         raise NotFound(f"{path} does not exist", hint="check the path, or download the file again")
-    addressable = zipfile.is_zipfile(path)
-    state = _load(path, fake=addressable)
+    records = _records(path)
+    state = _load(path, fake=records is not None)
     if isinstance(state, dict) and set(state) == {"state_dict"}:
         state = state["state_dict"]
     if not isinstance(state, dict):
@@ -39,17 +41,47 @@ def read_bin(path: Path, name: str | None = None) -> Shard:
             f"{path} holds a {type(state).__name__}, not a table of tensors",
             hint="save model.state_dict(), better with save_pretrained(), which writes safetensors",
         )
-    size = path.stat().st_size
+    if records is not None and not _where_torch_thinks(path, state, records):
+        records, state = None, _load(path, fake=False)
     tensors = []
-    real: dict[str, Any] | None = None if addressable else state
+    real = None if records is not None else state
     for key, value in state.items():
-        stored = _address(path, str(key), value, size) if addressable else None
+        stored = _address(path, str(key), value) if records is not None else None
         if stored is None:
-            if real is None:
-                real = _load(path, fake=False)
-            stored = _in_memory(path, str(key), real[key])
+            real = _load(path, fake=False) if real is None else real
+            stored = _in_memory(path, str(key), real.get("state_dict", real)[key])
         tensors.append(stored)
     return Shard(name or path.name, path, b"", {"format": "pt"}, tuple(tensors))
+
+
+def _records(path: Path) -> dict[int, int] | None:
+    """Start and size of every uncompressed record of a zip-format file; None when its bytes cannot be addressed."""
+    try:
+        if not zipfile.is_zipfile(path):
+            return None
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            records = {}
+            for entry in archive.infolist():
+                if entry.filename.endswith("/byteorder") and archive.read(entry) != b"little":
+                    return None
+                file.seek(entry.header_offset + 26)
+                name_length, extra_length = struct.unpack("<HH", file.read(4))
+                if entry.compress_type == zipfile.ZIP_STORED:
+                    records[entry.header_offset + 30 + name_length + extra_length] = entry.file_size
+            return records
+    except (zipfile.BadZipFile, struct.error, OSError, NotImplementedError, RuntimeError):
+        return None
+
+
+def _where_torch_thinks(path: Path, state: dict[Any, Any], records: dict[int, int]) -> bool:
+    """Whether every storage lies where torch computes it to lie: it knows the layout of its own writer only."""
+    for key, value in state.items():
+        _dtype_name(path, str(key), value)
+        storage = value.untyped_storage()
+        start = getattr(storage, "_checkpoint_offset", None)
+        if start is not None and records.get(start, -1) < storage.nbytes():
+            return False
+    return True
 
 
 def _load(path: Path, *, fake: bool) -> Any:
@@ -57,20 +89,22 @@ def _load(path: Path, *, fake: bool) -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     try:
-        if fake:
-            with FakeTensorMode():
-                return torch.load(path, map_location="cpu", weights_only=True)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        first_line = str(error).splitlines()[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if fake:
+                with FakeTensorMode():
+                    return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
         raise Unsupported(
-            f"{path} is a pickle with more than tensors in it, which is not executed ({first_line})",
+            f"{path} is a pickle with more than tensors in it, which is not executed",
             hint="load it where you trust it and save it again with save_pretrained(), as safetensors",
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # a damaged file makes torch raise nearly anything
+        first_line = (str(error).strip().splitlines() or [""])[0]
         raise DamagedFile(
-            f"{path} cannot be read as a torch file: {first_line}", hint="fetch the file again"
+            f"{path} cannot be read as a torch file: {type(error).__name__}: {first_line}",
+            hint="fetch the file again",
         ) from None
 
 
@@ -82,27 +116,29 @@ def _dtype_name(path: Path, key: str, value: Any) -> str:
             f"{path} holds {key}, a {type(value).__name__}, beside its tensors",
             hint="save model.state_dict() alone, better with save_pretrained()",
         )
+    if value.layout != torch.strided or value.is_meta or value.is_quantized:
+        raise Unsupported(
+            f"tensor {key} in {path} is sparse, quantized or without data",
+            hint="save it as a plain dense tensor",
+        )
     name = str(value.dtype).removeprefix("torch.")
     if name not in _SAFETENSORS_DTYPES:
         raise Unsupported(f"tensor {key} in {path} has dtype {name}, which safetensors cannot hold")
     return _SAFETENSORS_DTYPES[name]
 
 
-def _address(path: Path, key: str, value: Any, size: int) -> StoredTensor | None:
+def _address(path: Path, key: str, value: Any) -> StoredTensor | None:
     dtype = _dtype_name(path, key, value)
-    storage_start = getattr(value.untyped_storage(), "_checkpoint_offset", None)
-    if storage_start is None or not value.is_contiguous():
+    start = getattr(value.untyped_storage(), "_checkpoint_offset", None)
+    if start is None or not value.is_contiguous() or value.is_conj() or value.is_neg():
         return None
-    offset = storage_start + value.storage_offset() * value.element_size()
-    nbytes = tensor_bytes(dtype, value.shape)
-    if offset + nbytes > size:
-        raise DamagedFile(f"{path} is too short for tensor {key}", hint="fetch the file again")
-    return StoredTensor(key, dtype, tuple(value.shape), path, offset, nbytes)
+    offset = start + value.storage_offset() * value.element_size()
+    return StoredTensor(key, dtype, tuple(value.shape), path, offset, tensor_bytes(dtype, value.shape))
 
 
 def _in_memory(path: Path, key: str, value: Any) -> StoredTensor:
     import torch
 
     dtype = _dtype_name(path, key, value)
-    data = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    data = value.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
     return StoredTensor(key, dtype, tuple(value.shape), path, 0, data.nbytes, data)

@@ -10,7 +10,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ia3_export.errors import OutputError, Refused
@@ -47,19 +47,22 @@ def check_target(target: Path, inputs: list[Path], *, overwrite: bool) -> None:
 
 
 @contextmanager
-def staged(target: Path, *, flush: bool = False) -> Iterator[Path]:
+def staged(target: Path, *, overwrite: bool = False, flush: bool = False) -> Iterator[Path]:
     """A new empty folder beside `target` that takes its place when the block ends without an error.
 
     `flush` syncs every file to disk before the rename, so that the result also survives a power cut.
-    Raises `OutputError`; disk-full and permission errors of the block are turned into it as well.
+    Folders above it that had to be made disappear again after an error. Raises `OutputError`; disk-full and permission errors of the block are turned into it as well.
     """
     target = target.absolute()
     stage = target.with_name(f".{target.name}.ia3-export-stage")
     old = target.with_name(f".{target.name}.ia3-export-old")
+    made = [folder for folder in target.parents if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock(target.with_name(f".{target.name}.ia3-export-lock"), target):
             _recover(target, stage, old)
+            if not overwrite and target.is_dir() and any(target.iterdir()):
+                raise OutputError(f"{target} already exists", hint="give another --output, or --overwrite")
             stage.mkdir()
             try:
                 yield stage
@@ -71,9 +74,23 @@ def staged(target: Path, *, flush: bool = False) -> Iterator[Path]:
             finally:
                 shutil.rmtree(stage, ignore_errors=True)
     except OSError as error:
-        hint = "free some space, or give an --output on another disk" if error.errno == errno.ENOSPC else ""
-        place = error.filename or target
-        raise OutputError(f"cannot write {place}: {error.strerror or error}", hint=hint) from error
+        _remove_empty(made)
+        full = error.errno == errno.ENOSPC
+        raise OutputError(
+            f"cannot write {error.filename or target}: {error.strerror or error}",
+            hint="free some space, or give an --output on another disk"
+            if full
+            else "check that the folder can be made there and written to",
+        ) from error
+    except BaseException:
+        _remove_empty(made)
+        raise
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _recover(target: Path, stage: Path, old: Path) -> None:
@@ -98,10 +115,13 @@ def _lock(path: Path, target: Path) -> Iterator[None]:
     with path.open("w") as file:
         try:
             _lock_file(file.fileno())
+            ours = os.path.samestat(os.fstat(file.fileno()), path.stat())
         except OSError:
+            ours = False
+        if not ours:  # locked by another run, or removed by one that was just finishing
             raise OutputError(
                 f"another ia3-export is writing {target}", hint="wait for it, or give another --output"
-            ) from None
+            )
         try:
             yield
         finally:

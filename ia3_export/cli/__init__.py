@@ -13,7 +13,7 @@ from ia3_export.cli.inspect_command import inspect_command
 from ia3_export.cli.merge_command import merge_command
 from ia3_export.cli.onnx_command import onnx_command
 from ia3_export.cli.verify_command import verify_command
-from ia3_export.errors import IA3ExportError
+from ia3_export.errors import IA3ExportError, UsageError
 
 INTERRUPTED = 130
 
@@ -27,6 +27,10 @@ class _Commands(click.Group):
         except IA3ExportError as error:
             _show_error(error, as_json=bool(ctx.meta.get("ia3_export.json")))
             ctx.exit(error.exit_code)
+        except click.UsageError as error:
+            path = error.ctx.command_path if error.ctx is not None else ctx.command_path
+            _show_error(UsageError(error.format_message(), hint=f"see '{path} --help'"), as_json=False)
+            ctx.exit(UsageError.exit_code)
         except KeyboardInterrupt:
             click.echo("interrupted; nothing was left behind", err=True)
             ctx.exit(INTERRUPTED)

@@ -153,7 +153,7 @@ def _combined(
     rows = []
     for module, site in union.items():
         vectors = [a.sites[module].vector if module in a.sites else None for a in adapters]
-        rows.append((module, site, combine_vectors(vectors, weights, combine, "<f8")))
+        rows.append((module, site, combine_vectors(vectors, weights, combine, "F64")))
     return rows
 
 
