@@ -84,6 +84,11 @@ def write_outputs(
                 with path.open("wb") as target:
                     target.write(file.prefix)
                     target.truncate(file.size)
+            if file.verbatim is not None and not cloned:  # from byte 0 on, so that the copy is aligned
+                header = StoredTensor(
+                    "__header__", "U8", (len(file.prefix),), file.verbatim.path, 0, len(file.prefix)
+                )
+                sinks.append((header, Sink(i, path, 0, None)))
             for piece in file.pieces:
                 sink = Sink(i, path, piece.position, piece.change)
                 in_place = file.verbatim is not None and piece.source.file == file.verbatim.path
@@ -170,7 +175,7 @@ def _work(
                 assert sha256 is not None
                 sha256[job] = hash_file(job)
                 continue
-            for item in (*job.copies, *job.transforms):
+            for item in job.items:
                 targets = [descriptor(sink.path, "r+b") for sink in item.sinks]
                 source = descriptor(item.tensor.file, "rb") if item.tensor.data is None else -1
                 try:

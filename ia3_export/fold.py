@@ -96,34 +96,34 @@ def to_float(raw: Array, dtype: str, work: Workspace | None = None) -> Array:
     work = work or Workspace()
     if dtype == "BF16":
         wide = work.get("wide", len(raw), "<u4")
-        np.copyto(wide, raw)
-        wide <<= 16
+        np.left_shift(raw, np.uint32(16), out=wide, dtype="<u4", casting="unsafe")
         return wide.view("<f4")
     values = work.get("values", len(raw), "<f8" if dtype == "F64" else "<f4")
     np.copyto(values, raw)
     return values
 
 
-def from_float(values: Array, dtype: str, work: Workspace | None = None) -> Array:
+def from_float(values: Array, dtype: str, work: Workspace | None = None, *, may_carry: bool = True) -> Array:
     """Round float32 or float64 `values` to `dtype`, to nearest even; returns the stored bits.
 
-    Uses `values` as scratch space.
+    Uses `values` as scratch space. `may_carry` may be false when every NaN among `values` has 16 low zero bits, as the
+    product of a bfloat16 NaN has: rounding it up then cannot overflow.
     """
     work = work or Workspace()
     if dtype == "BF16":
         if values.dtype != np.dtype("<f4"):
             values = _to_odd_float32(values)
-        not_a_number = np.isnan(values, out=work.get("nan", len(values), "?"))
         bits = values.view("<u4")
-        if not_a_number.any():  # the addition below would carry a NaN's bits over into a zero
-            bits[not_a_number] = 0x7FC0_0000
+        if may_carry:
+            not_a_number = np.isnan(values, out=work.get("nan", len(values), "?"))
+            if not_a_number.any():  # the addition below would carry a NaN's bits over into a zero
+                bits[not_a_number] = 0x7FC0_0000
         lsb = np.right_shift(bits, 16, out=work.get("lsb", len(bits), "<u4"))
         lsb &= 1
         lsb += 0x7FFF
         bits += lsb
-        bits >>= 16
         narrow = work.get("narrow", len(bits), "<u2")
-        np.copyto(narrow, bits, casting="unsafe")
+        np.copyto(narrow, bits.view("<u2")[1::2])
         return narrow
     if values.dtype == np.dtype(_STORAGE[dtype]):
         return values
@@ -207,9 +207,9 @@ def fold_block(
         values = values.astype("<f8")
     for i, scale in enumerate(scales):
         if i and between in ("F16", "BF16"):
-            values = to_float(from_float(values, between, work), between, work)
+            values = to_float(from_float(values, between, work, may_carry=False), between, work)
         scale_values(values, first, scale)
-    return from_float(values, written, work)
+    return from_float(values, written, work, may_carry=stored != "BF16")
 
 
 @dataclass(frozen=True, slots=True)
