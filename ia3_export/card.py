@@ -11,6 +11,11 @@ from ia3_export.plan import Plan
 
 #: The base's own card keeps its text under this name.
 BASE_CARD = "README.base.md"
+_PIPELINES = {
+    "ForSequenceClassification": "text-classification", "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering", "ForCausalLM": "text-generation",
+    "ForImageClassification": "image-classification",
+}  # fmt: skip
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
 
@@ -22,6 +27,14 @@ def make_card(plan: Plan) -> str:
     base_card = plan.base.folder / "README.md"
     kept = _read_front_matter(base_card) if "README.md" in plan.base.side_files else {}
     front: dict[str, Any] = {key: kept[key] for key in _KEPT if key in kept}
+    if any(edit.startswith("architectures:") for edit in plan.config_edits):
+        # the head is another one, so the base's pipeline and library are no longer the model's
+        front.pop("library_name", None)
+        front.pop("pipeline_tag", None)
+        pipeline = next(
+            (tag for end, tag in _PIPELINES.items() if (plan.model_class or "").endswith(end)), None
+        )
+        front |= {"pipeline_tag": pipeline} if pipeline else {}
     front.setdefault("library_name", "transformers")
     base_id = _base_id(plan)
     if base_id is not None:

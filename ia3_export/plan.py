@@ -412,6 +412,10 @@ def _edit_config(
         config.update(fitted)
         if "id2label" in fitted:
             config.pop("num_labels", None)
+            warnings.append(
+                f"the adapter carries no label names: config.json calls them LABEL_0 to LABEL_{len(fitted['id2label']) - 1}, "
+                "in the order of training"
+            )
         brings_head = any(runtime.stored.get(name) is None for name in result.extras)
         if brings_head and config.get("architectures") != [runtime.class_name]:
             config["architectures"] = [runtime.class_name]
@@ -430,11 +434,15 @@ def _edit_config(
         if "dtype" not in config and "torch_dtype" not in config:
             config["dtype"] = dtype
     edits = [
-        f"{key}: {base.config.get(key, 'absent')!r} -> {value!r}"
+        f"{key}: {_shown(base.config.get(key, 'absent'))} -> {_shown(value)}"
         for key, value in config.items()
         if base.config.get(key, ...) != value
     ]
     return (config if edits else None), edits
+
+
+def _shown(value: Any) -> str:
+    return f"{{{len(value)} entries}}" if isinstance(value, dict) else repr(value)
 
 
 def _check_vocabulary(

@@ -45,7 +45,7 @@ def _show_adapter(out: Output, found: Inspection, content: dict[str, Any]) -> No
         f"{adapter.parameters:,} parameters, {human_bytes(content['bytes'])}"
     )
     out.text(
-        f"task {adapter.task_type or 'not stated'}, trained on {content['base_model'] or 'an unnamed base'}"
+        f"task: {adapter.task_type or 'not stated'}; base named in it: {content['base_model'] or 'none'}"
     )
     out.table(
         ("module path", "scales", "length", "dtype", "min", "max", "mean", "from ones"),
@@ -57,6 +57,7 @@ def _show_adapter(out: Output, found: Inspection, content: dict[str, Any]) -> No
             for row in found.sites
         ],
         numbers=("length", "min", "max", "mean", "from ones"),
+        optional=("mean", "dtype", "min", "max"),
     )  # fmt: skip
     if adapter.extras:
         out.text("tensors besides the vectors:")
@@ -84,6 +85,7 @@ def show_plan(out: Output, plan: Plan) -> None:
         out.table(
             ("tensor", "how", "dtype", "shape", "from"),
             [(c.name, c.how, c.dtype, list(c.shape), "; ".join(c.folds)) for c in shown],
+            optional=("from", "dtype"),
         )
     if len(shown) < len(rows):
         out.text(f"... and {len(rows) - len(shown)} more tensors (--verbose shows all)")

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,9 +36,14 @@ class Output:
             click.echo(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False))
 
     def table(
-        self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: Sequence[str] = ()
+        self,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[object]],
+        *,
+        numbers: Sequence[str] = (),
+        optional: Sequence[str] = (),
     ) -> None:
-        """A plain table; `numbers` are the columns set flush right."""
+        """A plain table; `numbers` are set flush right, `optional` ones are left out, last first, if it is too wide."""
         if self.quiet:
             return
         from rich import box
@@ -46,14 +51,26 @@ class Output:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in columns:
-            table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(str(cell)) for cell in row))
         stream = sys.stderr if self.as_json else sys.stdout
         # a pipe has no width of its own: rows stay whole for grep
-        Console(file=stream, width=None if stream.isatty() or "COLUMNS" in os.environ else 160).print(table)
+        console = Console(file=stream, width=None if stream.isatty() or "COLUMNS" in os.environ else 400)
+        widths = {
+            c: max(len(str(cell)) for cell in (c, *(row[i] for row in rows))) for i, c in enumerate(columns)
+        }
+        shown = list(columns)
+        for column in reversed(optional):
+            if sum(widths[c] + 3 for c in shown) > console.width:
+                shown.remove(column)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in shown:
+            table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(str(cell)) for c, cell in zip(columns, row, strict=True) if c in shown))
+        with console.capture() as captured:
+            console.print(table)
+        for line in captured.get().splitlines():
+            if line.strip():
+                click.echo(line.rstrip(), file=stream)
 
     @contextmanager
     def progress(self, what: str) -> Iterator[Callable[[Progress], None]]:

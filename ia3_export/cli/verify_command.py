@@ -75,6 +75,7 @@ def show_report(out: Output, report: Report) -> None:
             for name, d, limit, finding in shown
         ],
         numbers=("max error", "bound", "mean error", "cosine", "top-1"),
+        optional=("cosine", "mean error"),
     )  # fmt: skip
     out.text(f"control: the adapters change the base's outputs by up to {report.effect:.3g}")
     for warning in report.warnings:
