@@ -6,7 +6,7 @@ What a file cannot tell (renamed or fused tensors, ties, base-model prefixes, he
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ia3_export.adapters.model import Adapter, Site
@@ -46,13 +46,12 @@ def stored_modules(tensors: Mapping[str, StoredTensor]) -> set[str]:
     }
 
 
-def refuse_untraceable(module: str, names: Iterable[str]) -> None:
-    """Refuse modules whose stored weight is not what their forward multiplies with.
+def refuse_untraceable(module: str, present: Collection[str]) -> None:
+    """Refuse modules whose stored weight is not what their forward multiplies with; `present` are all tensor names.
 
     Raises `Refused` for parametrized weights (PEFT's merge of them is lost) and for the output projection of
     ``nn.MultiheadAttention`` (its forward never runs, so PEFT trains a vector that has no effect).
     """
-    present = set(names)
     reparametrized = [f"{module}.{part}" for part in _REPARAMETRIZED if f"{module}.{part}" in present]
     if reparametrized:
         raise Refused(

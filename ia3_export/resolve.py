@@ -95,17 +95,17 @@ def resolve(
             "the base has no config.json, so square weights are taken as "
             + ("Conv1D (in, out)" if square else "Linear (out, in)")
         )
+    present = {*base.tensors, *(result.runtime.shapes if result.runtime is not None else ())}
     unused = []
     for module, site in adapter.sites.items():
         try:
+            refuse_untraceable(module, present)
             placement = _place(site, base, result, square)
             if placement is None:
                 unused.append(module)
             else:
                 _insert(result, placement)
-        except Refused as error:
-            result.problems.append(error)
-        except Unsupported as error:
+        except (Refused, Unsupported) as error:
             result.problems.append(error)
     for name in adapter.extras:
         try:
@@ -157,7 +157,6 @@ def _insert(result: Resolution, placement: Placement) -> None:
 def _place(site: Site, base: Checkpoint, result: Resolution, square: bool) -> Placement | None:
     """The tensors under `site`, or None when the module has no weight in the base."""
     runtime, module = result.runtime, site.module
-    refuse_untraceable(module, base.tensors if runtime is None else [*base.tensors, *runtime.shapes])
     if runtime is not None and module in runtime.layouts:
         return _place_by_class(site, base, result, runtime)
     weight = base.tensors.get(f"{module}.weight")
