@@ -13,13 +13,15 @@ TASKS: Mapping[str, str] = {"feature-extraction": "last_hidden_state", "text-cla
 
 def infer_task(config: Mapping[str, Any]) -> str:
     """The task of a checkpoint by its first architecture. Raises `Unsupported`, naming the tasks there are."""
-    names = config.get("architectures") or ["?"]
-    if str(names[0]).endswith("ForSequenceClassification"):
+    name = str((config.get("architectures") or ["?"])[0])
+    if name.endswith("ForSequenceClassification"):
         return "text-classification"
-    if str(names[0]).endswith("Model"):
+    if (
+        name.endswith("Model") and "Head" not in name
+    ):  # GPT2LMHeadModel, GPT2DoubleHeadsModel are no bare models
         return "feature-extraction"
     raise Unsupported(
-        f"{names[0]} is exported for no task by this version",
+        f"{name} is exported for no task by this version",
         hint=f"--task {' or --task '.join(TASKS)} exports its encoder or classifier, if it has one",
     )
 

@@ -162,7 +162,10 @@ def run_torch(
             run_torch(model, cases, device)
         finally:
             handle.remove()
-        return [{"last_hidden_state": out.last_hidden_state.double().cpu().numpy()} for out in captured]
+        return [
+            _attended(case, {"last_hidden_state": out.last_hidden_state.double().cpu().numpy()})
+            for case, out in zip(cases, captured, strict=True)
+        ]
     results = []
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     for case in cases:
