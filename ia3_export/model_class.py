@@ -10,17 +10,16 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.header import StoredTensor
-from ia3_export.errors import IA3ExportError, MissingVector, Refused, Unsupported
-from ia3_export.fold import Array, Layout
+from ia3_export.conversions import Loading, converted_names, loading_rules, state_entry
+from ia3_export.errors import IA3ExportError, Unsupported
+from ia3_export.fold import Layout
 
 _TASK_TABLES = {
     "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
@@ -38,7 +37,7 @@ class RuntimeModel:
 
     `layouts` gives the kind of every module that IA3 can wrap, `shapes` every state-dict entry, `ties` maps
     a tied entry to its source, `needed` are the entries that a checkpoint must hold, `stored` maps a state-dict entry to the one stored tensor it is loaded from unchanged.
-    `config` is the configuration that fits the adapter's heads and embeddings. `model` lives on the meta device.
+    `config` is the configuration that fits the adapter's heads and embeddings.
     """
 
     class_name: str
@@ -51,10 +50,7 @@ class RuntimeModel:
     converted: Mapping[str, tuple[str, ...]]
     input_embedding: str | None
     output_embedding: str | None
-    model: Any
-    state: Mapping[str, Any]
-    renamings: Sequence[Any]
-    converters: Sequence[Any]
+    rules: Loading
 
 
 def load_runtime_model(
@@ -109,102 +105,6 @@ def absent_entries(runtime: RuntimeModel) -> list[str]:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0]
-
-
-def state_entry(runtime: RuntimeModel, stored_name: str) -> tuple[str, bool]:
-    """The state-dict entry into which transformers would load a tensor of this stored name, and whether it
-    goes through a conversion (fusion, split, transposition) on the way."""
-    from transformers.core_model_loading import rename_source_key
-
-    entry, pattern = rename_source_key(
-        stored_name, runtime.renamings, runtime.converters, runtime.model.base_model_prefix, runtime.state
-    )
-    return entry, pattern is not None
-
-
-def spread(
-    runtime: RuntimeModel, name: str, multiplier: Array, tensors: Mapping[str, StoredTensor]
-) -> dict[str, Array]:
-    """Carry an elementwise `multiplier` of the state-dict entry `name` over to the stored tensors.
-
-    transformers' own loading operations are run on element numbers instead of weights; where the numbers end up
-    says which stored element each element of the parameter comes from. Returns a multiplier, flat, per stored
-    tensor. Raises `Refused` when the loading computes with the weights instead of moving them.
-    """
-    if name in runtime.stored:
-        return {runtime.stored[name]: multiplier.reshape(-1)}
-    sources = runtime.converted[name]
-    sizes = {stored: tensors[stored].size for stored in sources}
-    numbers = _trace_conversion(runtime, name, tensors)
-    if numbers.shape != multiplier.shape or not np.array_equal(numbers, np.floor(numbers)):
-        raise Refused(
-            f"transformers computes {name} from {', '.join(sources)} while loading, instead of moving elements",
-            hint="load the base with transformers, save it again, and merge into that copy",
-        )
-    flat = np.ones(sum(sizes.values()), multiplier.dtype)
-    flat[numbers.reshape(-1).astype("<i8")] = multiplier.reshape(-1)
-    parts, start = {}, 0
-    for stored, size in sizes.items():
-        parts[stored] = flat[start : start + size]
-        start += size
-    return parts
-
-
-def fused_multiplier(
-    runtime: RuntimeModel, vectors: Mapping[str, tuple[Array, str]]
-) -> tuple[dict[str, Array], set[str]]:
-    """Multipliers of fused parameters for vectors under per-expert (transformers 4) module paths.
-
-    `vectors` maps module path to (vector, direction). Returns (multiplier per state-dict entry, the module
-    paths understood). Raises `MissingVector` when some experts of a fused parameter have vectors and others not.
-    """
-    import torch
-    from transformers.core_model_loading import dot_natural_key, rename_source_key
-
-    converters = runtime.converters
-    groups: dict[str, dict[str, list[str]]] = {}
-    for module in sorted(vectors, key=dot_natural_key):
-        entry, pattern = rename_source_key(
-            f"{module}.weight", runtime.renamings, converters, runtime.model.base_model_prefix, runtime.state
-        )
-        if pattern is not None and entry in runtime.shapes:
-            groups.setdefault(entry, {}).setdefault(pattern, []).append(module)
-    multipliers: dict[str, Array] = {}
-    understood: set[str] = set()
-    for entry, by_pattern in groups.items():
-        shape = runtime.shapes[entry]
-        converter = next(c for c in converters if set(by_pattern) <= set(c.source_patterns))
-        for modules in by_pattern.values():
-            if len(modules) != shape[0]:
-                raise MissingVector(
-                    f"{entry} holds {shape[0]} experts, but the adapter has vectors for {len(modules)} of them "
-                    f"({modules[0]}, ...)",
-                    hint="the adapter file is incomplete",
-                )
-        multiplier = None
-        parts = len(converter.source_patterns)
-        for weight_shape in ((shape[1] // parts, shape[2]), (shape[2] // parts, shape[1])):
-            inputs = {}
-            for pattern in converter.source_patterns:
-                modules = by_pattern.get(pattern, [])
-                ones = torch.ones(shape[0], *weight_shape, dtype=torch.float64)
-                for expert, module in enumerate(modules):
-                    vector, direction = vectors[module]
-                    if len(vector) != weight_shape[0 if direction == "out" else 1]:
-                        break
-                    factors = torch.from_numpy(vector.astype("<f8"))
-                    ones[expert] *= factors[:, None] if direction == "out" else factors[None, :]
-                else:
-                    inputs[pattern] = list(ones)
-            if len(inputs) == parts:
-                result = _convert(runtime, converter, entry, inputs)
-                if tuple(result.shape) == shape:
-                    multiplier = result
-                    break
-        if multiplier is not None:
-            multipliers[entry] = multiplier
-            understood.update(module for modules in by_pattern.values() for module in modules)
-    return multipliers, understood
 
 
 def same_but_untied(config: Mapping[str, Any], edited: Mapping[str, Any]) -> bool:
@@ -339,7 +239,6 @@ def _describe(
     name: str, config: Mapping[str, Any], model: Any, tensors: Mapping[str, StoredTensor]
 ) -> RuntimeModel:
     from torch import nn
-    from transformers.core_model_loading import rename_source_key
     from transformers.pytorch_utils import Conv1D
 
     kinds: tuple[tuple[type, Layout], ...] = (
@@ -350,30 +249,26 @@ def _describe(
         for cls, layout in kinds:
             if isinstance(module, cls):
                 layouts[path] = layout
-    state = model.state_dict()
-    renamings, converters = _conversions(model)
+    rules = loading_rules(model)
     stored: dict[str, str] = {}
-    converted: dict[str, list[str]] = {}
+    sources: dict[str, list[str]] = {}
     for key in tensors:
-        entry, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-        if entry not in state and key in state:
-            entry, pattern = key, None
-        if entry not in state:
-            continue
-        if pattern is None:
+        entry, pattern = state_entry(rules, key)
+        if entry in rules.state and pattern is None:
             stored[entry] = key
-        else:
-            converted.setdefault(entry, []).append(key)
-    runtime = RuntimeModel(
-        name, config, layouts, _needed(model, state), {key: tuple(value.shape) for key, value in state.items()},
-        dict(model.get_expanded_tied_weights_keys(all_submodels=True)), stored, {},
-        _embedding_name(model, "input"), _embedding_name(model, "output"), model, state, renamings, converters,
+        elif entry in rules.state:
+            sources.setdefault(entry, []).append(key)
+    converted = {
+        target: tuple(keys)
+        for entry, keys in sources.items()
+        for target in converted_names(rules, entry, keys, tensors)
+    }
+    return RuntimeModel(
+        name, config, layouts, _needed(model, rules.state),
+        {key: tuple(value.shape) for key, value in rules.state.items()},
+        dict(model.get_expanded_tied_weights_keys(all_submodels=True)), stored, converted,
+        _embedding_name(model, "input"), _embedding_name(model, "output"), rules,
     )  # fmt: skip
-    every: dict[str, tuple[str, ...]] = {}
-    for entry, keys in converted.items():
-        for target in _convert_stored(runtime, entry, keys, tensors, meta=True):
-            every[target] = tuple(keys)
-    return replace(runtime, converted=every)
 
 
 def _needed(model: Any, state: Mapping[str, Any]) -> frozenset[str]:
@@ -382,67 +277,3 @@ def _needed(model: Any, state: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(
         name for name in state if name in parameters and not any(pattern.search(name) for pattern in ignored)
     )
-
-
-def _conversions(model: Any) -> tuple[list[Any], list[Any]]:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-    mapping = get_model_conversion_mapping(model)
-    return (
-        [entry for entry in mapping if isinstance(entry, WeightRenaming)],
-        [entry for entry in mapping if isinstance(entry, WeightConverter)],
-    )
-
-
-def _convert_stored(
-    runtime: RuntimeModel, entry: str, keys: Sequence[str], tensors: Mapping[str, StoredTensor], *, meta: bool
-) -> dict[str, Any]:
-    """Run the loading operations of `entry` on element numbers (or, `meta`, on shapes alone)."""
-    import torch
-    from transformers.core_model_loading import dot_natural_key, rename_source_key
-
-    converters = runtime.converters
-    inputs: dict[str, list[Any]] = {}
-    first = 0
-    numbered = {}
-    for key in keys:
-        count, shape = tensors[key].size, tensors[key].shape
-        if meta:
-            numbered[key] = torch.empty(shape, dtype=torch.float64, device="meta")
-        else:
-            numbered[key] = torch.arange(first, first + count, dtype=torch.float64).reshape(shape)
-        first += count
-    for key in sorted(keys, key=dot_natural_key):
-        _, pattern = rename_source_key(
-            key, runtime.renamings, converters, runtime.model.base_model_prefix, runtime.state
-        )
-        assert pattern is not None
-        inputs.setdefault(pattern, []).append(numbered[key])
-    converter = next(c for c in converters if set(inputs) <= set(c.source_patterns))
-    return dict(_run(runtime, converter, entry, inputs))
-
-
-def _run(
-    runtime: RuntimeModel, converter: Any, entry: str, inputs: Mapping[str, Iterable[Any]]
-) -> Iterator[tuple[str, Any]]:
-    fresh = copy.deepcopy(converter)
-    for pattern, values in inputs.items():
-        for position, value in enumerate(values):
-            fresh.add_tensor(entry, f"{entry}.{position}", pattern, value)
-    for name, value in fresh.convert(entry, model=runtime.model, config=runtime.model.config).items():
-        yield name, value[0] if isinstance(value, list) else value
-
-
-def _convert(runtime: RuntimeModel, converter: Any, entry: str, inputs: Mapping[str, Iterable[Any]]) -> Array:
-    results = dict(_run(runtime, converter, entry, inputs))
-    return np.asarray(results[entry].contiguous().numpy()) if entry in results else np.empty(0)
-
-
-def _trace_conversion(runtime: RuntimeModel, name: str, tensors: Mapping[str, StoredTensor]) -> Array:
-    keys = runtime.converted[name]
-    for entry in dict.fromkeys([name, *(e for e, k in runtime.converted.items() if k == keys)]):
-        results = _convert_stored(runtime, entry, keys, tensors, meta=False)
-        if name in results:
-            return np.asarray(results[name].contiguous().numpy())
-    raise Refused(f"transformers does not load {name} from {', '.join(keys)}")

@@ -12,6 +12,7 @@ from ia3_export.adapters.combine import Combine, combine_vectors
 from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.header import StoredTensor, count_elements, same_bytes, tensor_bytes
+from ia3_export.config_edits import can_untie, check_vocabulary, edit_config
 from ia3_export.errors import IA3ExportError, NotFinite, Refused, Unsupported, UsageError
 from ia3_export.fold import FLOAT_DTYPES, Array, Scale, make_scale, round_vector
 from ia3_export.resolve import Placement, Resolution, resolve
@@ -20,8 +21,7 @@ Cast = Literal["peft", "peft-low-mem"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 How = Literal["fold", "replace", "add", "untie", "cast"]
 
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
-_CONFIG_DTYPES = {stored: name for name, stored in _DTYPES.items()}
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _QUANTIZED_SUFFIXES = (
     ".qweight", ".qzeros", ".SCB", ".absmax", ".weight_scale", ".weight_scale_inv", ".weight_packed",
     ".quant_map", "_blocks", ".W_q",
@@ -116,8 +116,10 @@ def make_plan(
             _cast_rest(base, changes, dtype)
         except IA3ExportError as error:
             problems.append(error)
-    config, edits = _edit_config(resolutions, base, dtype, warnings)
-    problems += _check_vocabulary(resolutions, base, changes, config)
+    config, edits = edit_config(resolutions, base, dtype, warnings)
+    shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+    shapes |= {name: change.shape for name, change in changes.items()}
+    problems += check_vocabulary(resolutions, shapes, config)
     classes = [r.runtime.class_name for r in resolutions if r.runtime is not None]
     return Plan(
         base, tuple(adapters), combine, tuple(weights), cast, dtype, changes, config, tuple(edits),
@@ -176,14 +178,6 @@ def _not_finite(adapter: Adapter) -> list[IA3ExportError]:
     return found
 
 
-def _main_dtype(base: Checkpoint) -> str:
-    sizes: dict[str, int] = {}
-    for tensor in base.tensors.values():
-        if tensor.dtype in FLOAT_DTYPES:
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
-    return max(sizes, key=lambda name: sizes[name], default="F32")
-
-
 def _replace_tensors(
     resolutions: Sequence[Resolution], base: Checkpoint, changes: dict[str, Change], dtype: Dtype
 ) -> None:
@@ -198,7 +192,7 @@ def _replace_tensors(
                     hint="merge the adapters one at a time, or drop the head from one of them",
                 )
             stored = base.tensors.get(target)
-            kept = stored.dtype if stored is not None else _main_dtype(base)
+            kept = stored.dtype if stored is not None else base.main_dtype
             if tensor.dtype not in FLOAT_DTYPES or kept not in FLOAT_DTYPES:
                 kept = tensor.dtype
             how: How = "replace" if stored is not None else "add"
@@ -234,7 +228,7 @@ def _fold_vectors(
     vectors = {}
     for key, placement in union.items():
         weight = base.tensors.get(placement.parts[0].source)
-        stored = weight.dtype if weight is not None else _main_dtype(base)
+        stored = weight.dtype if weight is not None else base.main_dtype
         parts = [r.placements[key].site.vector if key in r.placements else None for r in resolutions]
         vectors[key] = combine_vectors(parts, weights, combine, stored)
     label = " + ".join(f"{w:g} {r.adapter.name}" for w, r in zip(weights, resolutions, strict=True))
@@ -273,9 +267,9 @@ def _lay(
                     changes, part.tensor, how, base.tensors[part.source].dtype, source, scale, note, dtype
                 )
     if experts and result.runtime is not None:
-        from ia3_export.model_class import fused_multiplier
+        from ia3_export.conversions import fused_multiplier
 
-        multipliers, understood = fused_multiplier(result.runtime, experts)
+        multipliers, understood = fused_multiplier(result.runtime.rules, experts)
         if set(experts) - understood:
             first = min(set(experts) - understood)
             raise Unsupported(
@@ -298,10 +292,17 @@ def _spread(
     dtype: Dtype,
     note: str,
 ) -> None:
-    from ia3_export.model_class import spread
+    from ia3_export.conversions import spread
 
-    assert result.runtime is not None
-    for stored, factors in spread(result.runtime, entry, multiplier, base.tensors).items():
+    runtime = result.runtime
+    assert runtime is not None
+    if entry in runtime.stored:
+        parts = {runtime.stored[entry]: multiplier.reshape(-1)}
+    else:
+        sources = runtime.converted[entry]
+        siblings = [name for name, keys in runtime.converted.items() if keys == sources]
+        parts = spread(runtime.rules, entry, sources, siblings, multiplier, base.tensors)
+    for stored, factors in parts.items():
         if (factors != 1).any():
             tensor = base.tensors[stored]
             source = changes[stored].source if stored in changes else tensor
@@ -357,7 +358,7 @@ def _write_ties(
         for target, source in runtime.ties.items():
             name = runtime.stored.get(target, target)
             stored = runtime.stored.get(source)
-            if target in runtime.stored or name in changes or stored is None or not _flips(result, base):
+            if target in runtime.stored or name in changes or stored is None or not can_untie(result, base):
                 continue
             tensor = base.tensors[stored]
             changes[name] = Change(
@@ -370,104 +371,3 @@ def _cast_rest(base: Checkpoint, changes: dict[str, Change], dtype: Dtype) -> No
         written = written_dtype(tensor.dtype, dtype)
         if name not in changes and written != tensor.dtype:
             changes[name] = Change(name, "cast", written, tensor, (), ())
-
-
-def _flips(result: Resolution, base: Checkpoint) -> bool:
-    """Whether ``tie_word_embeddings`` may be set to false without changing anything else."""
-    from ia3_export.model_class import same_but_untied
-
-    config = result.runtime.config if result.runtime is not None else base.config or {}
-    return same_but_untied(config, _untie(config))
-
-
-def _untie(config: Mapping[str, Any]) -> dict[str, Any]:
-    edited: dict[str, Any] = {}
-    for key, value in config.items():
-        edited[key] = _untie_nested(value)
-    edited["tie_word_embeddings"] = False
-    return edited
-
-
-def _untie_nested(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    return {k: False if k == "tie_word_embeddings" else _untie_nested(v) for k, v in value.items()}
-
-
-def _edit_config(
-    resolutions: Sequence[Resolution],
-    base: Checkpoint,
-    dtype: Dtype,
-    warnings: list[str],
-) -> tuple[dict[str, Any] | None, list[str]]:
-    """The smallest edit of ``config.json`` that makes it true of the output, and what it changes."""
-    if base.config is None:
-        return None, []
-    config = dict(base.config)
-    for result in resolutions:
-        runtime = result.runtime
-        if runtime is None:
-            continue
-        fitted = {k: v for k, v in runtime.config.items() if base.config.get(k) != v}
-        config.update(fitted)
-        if "id2label" in fitted:
-            config.pop("num_labels", None)
-            warnings.append(
-                f"the adapter carries no label names: config.json calls them LABEL_0 to LABEL_{len(fitted['id2label']) - 1}, "
-                "in the order of training"
-            )
-        brings_head = any(runtime.stored.get(name) is None for name in result.extras)
-        if brings_head and config.get("architectures") != [runtime.class_name]:
-            config["architectures"] = [runtime.class_name]
-        if result.untied:
-            if _flips(result, base):
-                config = _untie(config)
-            else:
-                warnings.append(
-                    f"{runtime.class_name} reads tie_word_embeddings for more than the tie, so it is left as it is; "
-                    "transformers 5 keeps the two tensors apart because they differ, transformers 4 would tie them"
-                )
-    if dtype != "auto":
-        for key in ("dtype", "torch_dtype"):
-            if key in config:
-                config[key] = dtype
-        if "dtype" not in config and "torch_dtype" not in config:
-            config["dtype"] = dtype
-    edits = [
-        f"{key}: {_shown(base.config.get(key, 'absent'))} -> {_shown(value)}"
-        for key, value in config.items()
-        if base.config.get(key, ...) != value
-    ]
-    return (config if edits else None), edits
-
-
-def _shown(value: Any) -> str:
-    return f"{{{len(value)} entries}}" if isinstance(value, dict) else repr(value)
-
-
-def _check_vocabulary(
-    resolutions: Sequence[Resolution],
-    base: Checkpoint,
-    changes: Mapping[str, Change],
-    config: Mapping[str, Any] | None,
-) -> list[IA3ExportError]:
-    """With a resized vocabulary, every embedding of the output must have the new size."""
-    found: list[IA3ExportError] = []
-    for result in resolutions:
-        runtime = result.runtime
-        if runtime is None or config is None:
-            continue
-        for entry in (runtime.input_embedding, runtime.output_embedding):
-            stored = runtime.stored.get(entry or "")
-            if entry is None or stored is None:
-                continue
-            shape = changes[stored].shape if stored in changes else base.tensors[stored].shape
-            if shape != runtime.shapes[entry]:
-                found.append(
-                    Refused(
-                        f"the adapter's vocabulary makes {entry} {list(runtime.shapes[entry])}, but the base's "
-                        f"{list(shape)} is not replaced",
-                        hint="save the adapter with save_embedding_layers=True",
-                    )
-                )
-    return found

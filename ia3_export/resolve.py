@@ -174,10 +174,10 @@ def _place(site: Site, base: Checkpoint, result: Resolution, square: bool) -> Pl
 
 
 def _is_fused_expert(module: str, runtime: RuntimeModel) -> bool:
-    from ia3_export.model_class import state_entry
+    from ia3_export.conversions import state_entry
 
-    entry, converted = state_entry(runtime, f"{module}.weight")
-    return converted and entry in runtime.shapes and len(runtime.shapes[entry]) == 3
+    entry, pattern = state_entry(runtime.rules, f"{module}.weight")
+    return pattern is not None and len(runtime.shapes.get(entry, ())) == 3
 
 
 def _place_by_class(

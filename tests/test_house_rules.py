@@ -38,9 +38,10 @@ def test_every_public_function_and_class_has_a_docstring_and_every_module_too() 
 
 
 def test_no_module_grows_over_its_limit() -> None:
-    # plan.py and model_class.py each hold one thing that does not fall apart well; see docs/decisions.md
-    limits = {"plan.py": 520, "model_class.py": 450, "resolve.py": 430, "execute.py": 420}
-    long = {f.name: n for f in MODULES if (n := f.read_text().count("\n")) > limits.get(f.name, 400)}
+    # resolve.py holds one decision, where a vector lands, whose cases do not fall apart well
+    long = {
+        f.name: n for f in MODULES if (n := f.read_text().count("\n")) > {"resolve.py": 420}.get(f.name, 400)
+    }
     assert not long
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -12,6 +13,7 @@ from typing import Any
 from ia3_export.checkpoint.header import Shard, StoredTensor, read_header
 from ia3_export.checkpoint.hub import Location, locate
 from ia3_export.errors import DamagedFile, NotFound, Refused, Unsupported
+from ia3_export.fold import FLOAT_DTYPES
 
 #: Files that hold the base's weights once more, in another format: folding does not reach them.
 _OTHER_WEIGHTS = (
@@ -52,6 +54,15 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def main_dtype(self) -> str:
+        """The floating dtype that most bytes are stored in, ``F32`` when there is none."""
+        sizes: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            if tensor.dtype in FLOAT_DTYPES:
+                sizes[tensor.dtype] += tensor.nbytes
+        return sizes.most_common(1)[0][0] if sizes else "F32"
 
 
 def read_checkpoint(source: str | Path) -> Checkpoint:

@@ -125,7 +125,8 @@ def _lock(path: Path, target: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # Windows removes no open file: there it stays behind, empty and harmless
+                path.unlink()
 
 
 def _lock_file(descriptor: int) -> None:

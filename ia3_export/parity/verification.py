@@ -16,7 +16,7 @@ import numpy as np
 
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.combine import Combine
-from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
+from ia3_export.checkpoint.folder import read_checkpoint
 from ia3_export.errors import DamagedFile, NotFound, Unsupported, UsageError
 from ia3_export.manifest import NAME
 from ia3_export.merging import merge
@@ -25,6 +25,7 @@ from ia3_export.parity.metrics import Distance, Outputs, bound, compare, largest
 from ia3_export.parity.reference import LiveModel, load_live, load_plain
 
 SCHEMA = "ia3-export/report/0"
+_TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ def verify(
         if merged is None and onnx is None:
             merged = Path(scratch) / "merged"
             merge(base, adapters, merged, combine=combine, weights=weights, digests="none")
-        dtype = _working_dtype(checkpoint)
+        dtype = _TORCH_DTYPES[checkpoint.main_dtype]
         live = load_live(checkpoint, read, combine, weights, dtype)
         live.model.to(device)
         cases = make_cases(_inner(live), seed=seed)
@@ -290,15 +291,6 @@ def _recorded_combination(merged: str | Path | None) -> tuple[Combine, Sequence[
         return options["combine"], options["weights"]
     except (ValueError, KeyError, TypeError):
         return "product", ()
-
-
-def _working_dtype(base: Checkpoint) -> str:
-    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    sizes: dict[str, int] = {}
-    for tensor in base.tensors.values():
-        if tensor.dtype in names:
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
-    return names[max(sizes, key=lambda name: sizes[name])] if sizes else "float32"
 
 
 def _inner(live: LiveModel) -> Any:

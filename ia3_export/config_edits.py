@@ -1,0 +1,113 @@
+"""What a merge changes in ``config.json``: architecture, labels, vocabulary, ties, dtype. Nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ia3_export.checkpoint.folder import Checkpoint
+from ia3_export.errors import IA3ExportError, Refused
+from ia3_export.resolve import Resolution
+
+
+def edit_config(
+    resolutions: Sequence[Resolution],
+    base: Checkpoint,
+    dtype: str,
+    warnings: list[str],
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """The smallest edit of ``config.json`` that makes it true of the output, and what it changes.
+
+    `dtype` is the ``--dtype`` option; what a user should know is added to `warnings`.
+    """
+    if base.config is None:
+        return None, []
+    config = dict(base.config)
+    for result in resolutions:
+        runtime = result.runtime
+        if runtime is None:
+            continue
+        fitted = {k: v for k, v in runtime.config.items() if base.config.get(k) != v}
+        config.update(fitted)
+        if "id2label" in fitted:
+            config.pop("num_labels", None)
+            warnings.append(
+                f"the adapter carries no label names: config.json calls them LABEL_0 to LABEL_{len(fitted['id2label']) - 1}, "
+                "in the order of training"
+            )
+        brings_head = any(runtime.stored.get(name) is None for name in result.extras)
+        if brings_head and config.get("architectures") != [runtime.class_name]:
+            config["architectures"] = [runtime.class_name]
+        if result.untied:
+            if can_untie(result, base):
+                config = _untie(config)
+            else:
+                warnings.append(
+                    f"{runtime.class_name} reads tie_word_embeddings for more than the tie, so it is left as it is; "
+                    "transformers 5 keeps the two tensors apart because they differ, transformers 4 would tie them"
+                )
+    if dtype != "auto":
+        for key in ("dtype", "torch_dtype"):
+            if key in config:
+                config[key] = dtype
+        if "dtype" not in config and "torch_dtype" not in config:
+            config["dtype"] = dtype
+    edits = [
+        f"{key}: {_shown(base.config.get(key, 'absent'))} -> {_shown(value)}"
+        for key, value in config.items()
+        if base.config.get(key, ...) != value
+    ]
+    return (config if edits else None), edits
+
+
+def _shown(value: Any) -> str:
+    return f"{{{len(value)} entries}}" if isinstance(value, dict) else repr(value)
+
+
+def check_vocabulary(
+    resolutions: Sequence[Resolution],
+    shapes: Mapping[str, tuple[int, ...]],
+    config: Mapping[str, Any] | None,
+) -> list[IA3ExportError]:
+    """With a resized vocabulary, every embedding of the output (its `shapes` by stored name) must have the new size."""
+    found: list[IA3ExportError] = []
+    for result in resolutions:
+        runtime = result.runtime
+        if runtime is None or config is None:
+            continue
+        for entry in (runtime.input_embedding, runtime.output_embedding):
+            stored = runtime.stored.get(entry or "")
+            if entry is None or stored is None:
+                continue
+            shape = shapes[stored]
+            if shape != runtime.shapes[entry]:
+                found.append(
+                    Refused(
+                        f"the adapter's vocabulary makes {entry} {list(runtime.shapes[entry])}, but the base's "
+                        f"{list(shape)} is not replaced",
+                        hint="save the adapter with save_embedding_layers=True",
+                    )
+                )
+    return found
+
+
+def can_untie(result: Resolution, base: Checkpoint) -> bool:
+    """Whether ``tie_word_embeddings`` may be set to false without changing anything else."""
+    from ia3_export.model_class import same_but_untied
+
+    config = result.runtime.config if result.runtime is not None else base.config or {}
+    return same_but_untied(config, _untie(config))
+
+
+def _untie(config: Mapping[str, Any]) -> dict[str, Any]:
+    edited: dict[str, Any] = {}
+    for key, value in config.items():
+        edited[key] = _untie_nested(value)
+    edited["tie_word_embeddings"] = False
+    return edited
+
+
+def _untie_nested(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {k: False if k == "tie_word_embeddings" else _untie_nested(v) for k, v in value.items()}

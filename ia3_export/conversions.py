@@ -1,0 +1,188 @@
+"""How transformers turns stored tensors into a model's parameters, and the way back for vectors.
+
+transformers 5 renames, fuses, splits and transposes tensors while loading (``transformers.core_model_loading``). Instead of
+knowing any of these operations, we run them on element numbers: where the numbers end up says which stored element each
+element of a parameter comes from.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ia3_export.checkpoint.header import StoredTensor
+from ia3_export.errors import MissingVector, Refused
+from ia3_export.fold import Array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Loading:
+    """transformers' loading rules for one `model` (on the meta device): its state dict, renamings and converters."""
+
+    model: Any
+    state: Mapping[str, Any]
+    renamings: Sequence[Any]
+    converters: Sequence[Any]
+
+
+def loading_rules(model: Any) -> Loading:
+    """The rules by which ``from_pretrained`` would fill `model`."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    mapping = get_model_conversion_mapping(model)
+    return Loading(
+        model,
+        model.state_dict(),
+        [entry for entry in mapping if isinstance(entry, WeightRenaming)],
+        [entry for entry in mapping if isinstance(entry, WeightConverter)],
+    )
+
+
+def state_entry(rules: Loading, stored_name: str) -> tuple[str, str | None]:
+    """The state-dict entry into which a tensor of this stored name is loaded, and the pattern of the conversion (fusion,
+    split, transposition) that it goes through on the way, if any."""
+    from transformers.core_model_loading import rename_source_key
+
+    prefix = rules.model.base_model_prefix
+    entry, pattern = rename_source_key(stored_name, rules.renamings, rules.converters, prefix, rules.state)
+    if entry not in rules.state and stored_name in rules.state:
+        return stored_name, None
+    return entry, pattern
+
+
+def converted_names(
+    rules: Loading, entry: str, keys: Sequence[str], tensors: Mapping[str, StoredTensor]
+) -> list[str]:
+    """The parameters that the conversion at `entry` makes of the stored tensors `keys`."""
+    return list(_convert_stored(rules, entry, keys, tensors, meta=True))
+
+
+def spread(
+    rules: Loading,
+    name: str,
+    sources: Sequence[str],
+    siblings: Sequence[str],
+    multiplier: Array,
+    tensors: Mapping[str, StoredTensor],
+) -> dict[str, Array]:
+    """Carry an elementwise `multiplier` of the parameter `name` over to the stored tensors `sources`.
+
+    `siblings` are all parameters made of the same sources. Returns a flat multiplier per stored tensor. Raises
+    `Refused` when the loading computes with the weights instead of moving them.
+    """
+    numbers = None
+    for entry in (name, *siblings):
+        numbers = _convert_stored(rules, entry, sources, tensors, meta=False).get(name)
+        if numbers is not None:
+            break
+    traced = np.empty(0) if numbers is None else np.asarray(numbers.contiguous().numpy())
+    if traced.shape != multiplier.shape or not np.array_equal(traced, np.floor(traced)):
+        raise Refused(
+            f"transformers computes {name} from {', '.join(sources)} while loading, instead of moving elements",
+            hint="load the base with transformers, save it again, and merge into that copy",
+        )
+    sizes = [tensors[stored].size for stored in sources]
+    flat = np.ones(sum(sizes), multiplier.dtype)
+    flat[traced.reshape(-1).astype("<i8")] = multiplier.reshape(-1)
+    parts = np.split(flat, np.cumsum(sizes)[:-1])
+    return dict(zip(sources, parts, strict=True))
+
+
+def fused_multiplier(
+    rules: Loading, vectors: Mapping[str, tuple[Array, str]]
+) -> tuple[dict[str, Array], set[str]]:
+    """Multipliers of fused parameters for vectors under per-expert (transformers 4) module paths.
+
+    `vectors` maps module path to (vector, direction). Returns (multiplier per state-dict entry, the module
+    paths understood). Raises `MissingVector` when some experts of a fused parameter have vectors and others not.
+    """
+    import torch
+    from transformers.core_model_loading import dot_natural_key
+
+    groups: dict[str, dict[str, list[str]]] = {}
+    for module in sorted(vectors, key=dot_natural_key):
+        entry, pattern = state_entry(rules, f"{module}.weight")
+        if pattern is not None and entry in rules.state:
+            groups.setdefault(entry, {}).setdefault(pattern, []).append(module)
+    multipliers: dict[str, Array] = {}
+    understood: set[str] = set()
+    for entry, by_pattern in groups.items():
+        shape = tuple(rules.state[entry].shape)
+        converter = next(c for c in rules.converters if set(by_pattern) <= set(c.source_patterns))
+        for modules in by_pattern.values():
+            if len(modules) != shape[0]:
+                raise MissingVector(
+                    f"{entry} holds {shape[0]} experts, but the adapter has vectors for {len(modules)} of them "
+                    f"({modules[0]}, ...)",
+                    hint="the adapter file is incomplete",
+                )
+        multiplier = None
+        parts = len(converter.source_patterns)
+        for weight_shape in ((shape[1] // parts, shape[2]), (shape[2] // parts, shape[1])):
+            inputs = {}
+            for pattern in converter.source_patterns:
+                modules = by_pattern.get(pattern, [])
+                ones = torch.ones(shape[0], *weight_shape, dtype=torch.float64)
+                for expert, module in enumerate(modules):
+                    vector, direction = vectors[module]
+                    if len(vector) != weight_shape[0 if direction == "out" else 1]:
+                        break
+                    factors = torch.from_numpy(vector.astype("<f8"))
+                    ones[expert] *= factors[:, None] if direction == "out" else factors[None, :]
+                else:
+                    inputs[pattern] = list(ones)
+            if len(inputs) == parts:
+                result = _convert(rules, converter, entry, inputs)
+                if tuple(result.shape) == shape:
+                    multiplier = result
+                    break
+        if multiplier is not None:
+            multipliers[entry] = multiplier
+            understood.update(module for modules in by_pattern.values() for module in modules)
+    return multipliers, understood
+
+
+def _convert_stored(
+    rules: Loading, entry: str, keys: Sequence[str], tensors: Mapping[str, StoredTensor], *, meta: bool
+) -> dict[str, Any]:
+    """Run the loading operations of `entry` on element numbers (or, `meta`, on shapes alone)."""
+    import torch
+    from transformers.core_model_loading import dot_natural_key
+
+    numbered = {}
+    first = 0
+    for key in keys:
+        count, shape = tensors[key].size, tensors[key].shape
+        if meta:
+            numbered[key] = torch.empty(shape, dtype=torch.float64, device="meta")
+        else:
+            numbered[key] = torch.arange(first, first + count, dtype=torch.float64).reshape(shape)
+        first += count
+    inputs: dict[str, list[Any]] = {}
+    for key in sorted(keys, key=dot_natural_key):
+        _, pattern = state_entry(rules, key)
+        assert pattern is not None
+        inputs.setdefault(pattern, []).append(numbered[key])
+    converter = next(c for c in rules.converters if set(inputs) <= set(c.source_patterns))
+    return dict(_run(rules, converter, entry, inputs))
+
+
+def _run(
+    rules: Loading, converter: Any, entry: str, inputs: Mapping[str, Iterable[Any]]
+) -> Iterator[tuple[str, Any]]:
+    fresh = copy.deepcopy(converter)
+    for pattern, values in inputs.items():
+        for position, value in enumerate(values):
+            fresh.add_tensor(entry, f"{entry}.{position}", pattern, value)
+    for name, value in fresh.convert(entry, model=rules.model, config=rules.model.config).items():
+        yield name, value[0] if isinstance(value, list) else value
+
+
+def _convert(rules: Loading, converter: Any, entry: str, inputs: Mapping[str, Iterable[Any]]) -> Array:
+    results = dict(_run(rules, converter, entry, inputs))
+    return np.asarray(results[entry].contiguous().numpy()) if entry in results else np.empty(0)
