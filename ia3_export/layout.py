@@ -64,8 +64,8 @@ def make_index(plan: Plan, files: Iterable[OutputFile]) -> bytes | None:
     files = tuple(files)
     if len(files) == 1 and plan.base.index is None:
         return None
-    if all(file.verbatim is not None for file in files) and plan.base.index is not None:
-        return (plan.base.folder / INDEX).read_bytes()
+    if all(file.verbatim is not None for file in files) and plan.base.index_name is not None:
+        return (plan.base.folder / plan.base.index_name).read_bytes()
     if len(files) == 1:
         return None
     weight_map = {_name(piece): file.name for file in files for piece in file.pieces}

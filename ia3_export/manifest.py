@@ -97,8 +97,8 @@ def _versions(plan: Plan) -> dict[str, str]:
 
 def _base_files(plan: Plan) -> list[str]:
     names = [shard.name for shard in plan.base.shards] + list(plan.base.side_files)
-    if plan.base.location.path.is_file():
-        return names
+    if plan.base.index_name is not None:
+        names.append(plan.base.index_name)
     return sorted(names)
 
 

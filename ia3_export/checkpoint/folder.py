@@ -40,6 +40,7 @@ class Checkpoint:
     location: Location
     shards: tuple[Shard, ...]
     tensors: Mapping[str, StoredTensor]
+    index_name: str | None
     index: Mapping[str, Any] | None
     config: Mapping[str, Any] | None
     side_files: tuple[str, ...]
@@ -75,7 +76,7 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
     if location.path.is_dir():
         return _read_folder(location)
     shard = _read_shard(location.path, location.path.name)
-    return Checkpoint(location, (shard,), _by_name((shard,)), None, None, (), ())
+    return Checkpoint(location, (shard,), _by_name((shard,)), None, None, None, (), ())
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -104,7 +105,8 @@ def _read_folder(location: Location) -> Checkpoint:
         _check_index(folder / layout, index, shards)
     config = read_config(folder / "config.json") if (folder / "config.json").exists() else None
     side_files, left_out = _side_files(folder, {layout, *names})
-    return Checkpoint(location, shards, tensors, index, config, side_files, left_out)
+    index_name = layout if index is not None else None
+    return Checkpoint(location, shards, tensors, index_name, index, config, side_files, left_out)
 
 
 def _no_weights(folder: Path) -> NotFound | Unsupported:
