@@ -12,11 +12,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ia3_export.adapters import read_adapter
+from ia3_export.card import BASE_CARD
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.checkpoint.stage import check_target, staged
 from ia3_export.errors import CheckFailed, UsageError
-from ia3_export.manifest import NAME
+from ia3_export.execute import hash_file
+from ia3_export.manifest import NAME, list_files
 from ia3_export.merging import merge
 from ia3_export.onnx.graph import export_encoder, save
 from ia3_export.onnx.tasks import TASKS, canonical_task, infer_task, model_class
@@ -25,7 +26,7 @@ from ia3_export.parity.metrics import EPSILON, Distance, compare, largest
 from ia3_export.parity.verification import Report, exact_matmul, quiet, run_onnx, run_torch, verify
 
 SCHEMA = "ia3-export/onnx/1"
-_NOT_COPIED = ("README.md", "README.base.md", NAME, "model.safetensors.index.json")
+_NOT_COPIED = ("README.md", BASE_CARD, NAME)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +91,6 @@ def export_onnx(
         ]
         check_target(target, inputs, overwrite=overwrite)
         if base is not None:
-            for source in adapters:
-                read_adapter(source)
             merge(base, adapters, scratch / "merged", digests="none")
             checkpoint = read_checkpoint(scratch / "merged")
         else:
@@ -151,9 +150,6 @@ def _copy_side_files(checkpoint: Checkpoint, stage: Path) -> None:
 
 
 def _write_manifest(checkpoint: Checkpoint, stage: Path, task: str, opset: int) -> None:
-    from ia3_export.execute import hash_file
-
-    files = sorted(path for path in stage.rglob("*") if path.is_file())
     merged = checkpoint.folder / NAME
     content = {
         "schema": SCHEMA,
@@ -164,9 +160,6 @@ def _write_manifest(checkpoint: Checkpoint, stage: Path, task: str, opset: int) 
         "task": task,
         "opset": opset,
         "merge_manifest_sha256": hash_file(merged) if merged.is_file() else None,
-        "files": {
-            path.relative_to(stage).as_posix(): {"size": path.stat().st_size, "sha256": hash_file(path)}
-            for path in files
-        },
+        "files": list_files(stage, known={}, hashed=True),
     }
     (stage / NAME).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

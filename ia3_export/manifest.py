@@ -85,7 +85,7 @@ def make_manifest(
             for adapter in plan.adapters
         ],
         "linked": list(written.linked),
-        "files": _files(stage, written.sha256, digests != "none"),
+        "files": list_files(stage, known=written.sha256, hashed=digests != "none"),
     }  # fmt: skip
     return Manifest(target, content)
 
@@ -112,7 +112,8 @@ def _source(location: Location, names: Sequence[str], digests: Digests) -> dict[
     return source
 
 
-def _files(stage: Path, known: Mapping[str, str], hashed: bool) -> dict[str, Any]:
+def list_files(stage: Path, *, known: Mapping[str, str], hashed: bool) -> dict[str, Any]:
+    """Size, and if `hashed` SHA-256, of every file below `stage`; digests in `known` are not computed again."""
     names = sorted(path.relative_to(stage).as_posix() for path in stage.rglob("*") if path.is_file())
     return _table(stage, names, known, hashed=hashed)
 

@@ -109,10 +109,7 @@ def _with_peft(model: Any, adapters: Sequence[Adapter]) -> Any | None:
             if vector is None:
                 return None
             held = vector.detach().double().cpu().numpy().reshape(-1)
-            if (
-                not np.array_equal(held, site.vector.astype(held.dtype))
-                and vector.dtype == vector.float().dtype
-            ):
+            if not np.array_equal(held, site.vector):
                 return None
     return live
 
