@@ -22,8 +22,10 @@ from ia3_export.merging import merge
 from ia3_export.onnx.graph import export_encoder, save
 from ia3_export.onnx.tasks import TASKS, canonical_task, infer_task, model_class
 from ia3_export.parity.inputs import make_cases
-from ia3_export.parity.metrics import EPSILON, Distance, compare, largest
-from ia3_export.parity.verification import Report, exact_matmul, quiet, run_onnx, run_torch, verify
+from ia3_export.parity.metrics import EPSILON, compare, largest
+from ia3_export.parity.runners import exact_matmul, open_onnx, quiet, run_onnx, run_torch
+from ia3_export.parity.verification import verify
+from ia3_export.report.model import Distance, Report
 
 SCHEMA = "ia3-export/onnx/1"
 _NOT_COPIED = ("README.md", BASE_CARD, NAME)
@@ -104,11 +106,12 @@ def export_onnx(
         distance = _export(checkpoint, stage, chosen, opset, check)
         report = None
         if check and base is not None:
-            report = verify(base, adapters, onnx=stage)
+            report = verify(base, adapters, onnx=[stage], device="cpu")
             if not report.in_parity:
+                findings = [f"{f.tensor}: {f.what}" for proof in report.weights for f in proof.findings]
+                findings += [step.finding for step in report.steps if not step.passed]
                 raise CheckFailed(
-                    f"the exported graph does not compute what was trained: {report.rows[0].finding} "
-                    f"(max error {report.rows[0].distance.max_error:.3g}, bound {report.rows[0].bound:.3g})",
+                    f"the exported graph does not compute what was trained: {findings[0]}",
                     hint="nothing was written; please report the architecture",
                 )
         _copy_side_files(checkpoint, stage)
@@ -125,13 +128,13 @@ def _export(checkpoint: Checkpoint, stage: Path, task: str, opset: int, check: b
     )
     loaded.eval()
     cases = make_cases(loaded)
-    expected = run_torch(loaded, cases, "cpu") if check else []
+    expected = run_torch(loaded, cases).outputs if check else []
     path = stage / "onnx" / "model.onnx"
     save(export_encoder(loaded, TASKS[task], opset), path)
     if not check:
         return None
     wanted = [{TASKS[task]: row[TASKS[task]]} for row in expected]
-    distance = compare(run_onnx(path, cases), wanted)
+    distance = compare(run_onnx(open_onnx(path), cases), wanted, "float32")
     # both sides compute in float32 in another order of operations; 64 eps of the largest value is 7.6e-6 relative
     limit = 64 * EPSILON["float32"] * largest(wanted)
     if distance.max_error > limit:

@@ -38,6 +38,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
     return {
         "options": {
             "combine": plan.combine, "weights": list(plan.weights), "cast": plan.cast, "dtype": plan.dtype,
+            "allow_missing": plan.allow_missing, "allow_unused": plan.allow_unused,
         },
         "adapters": [a.name for a in plan.adapters],
         "model_class": plan.model_class,

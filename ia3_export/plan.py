@@ -64,6 +64,8 @@ class Plan:
     weights: tuple[float, ...]
     cast: Cast
     dtype: Dtype
+    allow_missing: bool
+    allow_unused: bool
     changes: Mapping[str, Change]
     config: Mapping[str, Any] | None
     config_edits: tuple[str, ...]
@@ -122,7 +124,7 @@ def make_plan(
     problems += check_vocabulary(resolutions, shapes, config)
     classes = [r.runtime.class_name for r in resolutions if r.runtime is not None]
     return Plan(
-        base, tuple(adapters), combine, tuple(weights), cast, dtype, changes, config, tuple(edits),
+        base, tuple(adapters), combine, tuple(weights), cast, dtype, allow_missing, allow_unused, changes, config, tuple(edits),
         classes[0] if classes else None, tuple(dict.fromkeys(warnings)), tuple(problems),
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ import click
 
 from ia3_export.cli.options import output_options, overwrite_option
 from ia3_export.cli.output import Output
-from ia3_export.cli.verify_command import show_report
+from ia3_export.cli.report_text import show_report
 
 
 @click.command("onnx")

@@ -28,7 +28,7 @@ class Output:
     def text(self, line: str = "") -> None:
         """A line for people."""
         if not self.quiet:
-            click.echo(line, err=self.as_json)
+            click.echo(_printable(line), err=self.as_json)
 
     def document(self, content: Mapping[str, Any]) -> None:
         """The JSON document, if asked for."""
@@ -65,7 +65,9 @@ class Output:
         for column in shown:
             table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
         for row in rows:
-            table.add_row(*(Text(str(cell)) for c, cell in zip(columns, row, strict=True) if c in shown))
+            table.add_row(
+                *(Text(_printable(str(cell))) for c, cell in zip(columns, row, strict=True) if c in shown)
+            )
         with console.capture() as captured:
             console.print(table)
         for line in captured.get().splitlines():
@@ -82,6 +84,11 @@ class Output:
                 yield report
         else:
             yield _lines(what)
+
+
+def _printable(text: str) -> str:
+    """`text` without control characters and the like: names come from untrusted files, and terminals obey escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def human_bytes(count: float) -> str:

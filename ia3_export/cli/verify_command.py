@@ -3,26 +3,77 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ia3_export.cli.options import adapters_option, base_option, output_options
+from ia3_export.cli.options import adapters_option, base_option, output_options, parse_size, parse_weights
 from ia3_export.cli.output import Output
 
 if TYPE_CHECKING:
-    from ia3_export.parity.verification import Report
+    from ia3_export.adapters.combine import Combine
+    from ia3_export.parity.verification import Dtype
+
+_FILE = click.Path(path_type=Path)
 
 
 @click.command("verify")
 @base_option
 @adapters_option
-@click.option("--merged", type=click.Path(path_type=Path), metavar="DIR", help="Folder that merge wrote.")
-@click.option("--onnx", type=click.Path(path_type=Path), metavar="DIR", help="Folder that onnx wrote.")
+@click.option("--merged", type=_FILE, metavar="DIR", help="Folder that merge wrote.")
 @click.option(
-    "--device", default="cpu", show_default=True, metavar="cpu|cuda[:N]", help="Where PyTorch runs."
+    "--onnx", type=_FILE, multiple=True, metavar="DIR|FILE",
+    help="Folder that onnx wrote, with all precisions in it, or a file. Repeat it for several, in the order of the chain.",
+)  # fmt: skip
+@click.option(
+    "--base-onnx", type=_FILE, metavar="DIR|FILE",
+    help="The base's own export: the graphs must have the same operators.",
+)  # fmt: skip
+@click.option(
+    "--weights-only",
+    is_flag=True,
+    help="No forward: compare bits, streaming, without torch where names allow.",
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of the inputs.")
+@click.option(
+    "--combine",
+    type=click.Choice(["product", "linear", "delta"]),
+    help="As in merge; default: what the manifest says.",
+)
+@click.option(
+    "--weights", callback=parse_weights, metavar="W,W", help="One weight an adapter, with --combine."
+)
+@click.option(
+    "--inputs",
+    type=_FILE,
+    metavar="FILE",
+    help="Inputs of your own: .jsonl, .npz or .safetensors, by argument name.",
+)
+@click.option(
+    "--text", type=_FILE, metavar="FILE", help="Texts of your own, one a line, for the base's tokenizer."
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of made-up inputs.")
+@click.option(
+    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where the forwards run."
+)
+@click.option(
+    "--dtype", type=click.Choice(["auto", "float64", "float32", "float16", "bfloat16"]), default="auto",
+    show_default=True, help="In which PyTorch runs the live and the merged model; auto: as stored.",
+)  # fmt: skip
+@click.option("--tf32", is_flag=True, help="Let CUDA use TF32 in float32 products.")
+@click.option(
+    "--atol", type=click.FloatRange(min=0), help="|a - b| <= atol + rtol |b| instead of every gate."
+)
+@click.option("--rtol", type=click.FloatRange(min=0), help="See --atol.")
+@click.option(
+    "--max-memory", callback=parse_size, metavar="SIZE",
+    help="Memory for models, such as 16GB; larger ones run layer by layer. Default: what is free.",
+)  # fmt: skip
+@click.option(
+    "--report", type=_FILE, metavar="FILE", help="Write the report as JSON (docs/report.schema.json)."
+)
+@click.option("--markdown", type=_FILE, metavar="FILE", help="Write it as Markdown.")
+@click.option("--junit", type=_FILE, metavar="FILE", help="Write it as JUnit XML.")
+@click.option("--html", type=_FILE, metavar="FILE", help="Write it as one self-contained page.")
 @output_options
 @click.pass_context
 def verify_command(
@@ -30,54 +81,56 @@ def verify_command(
     base: str,
     adapters: tuple[str, ...],
     merged: Path | None,
-    onnx: Path | None,
-    device: str,
+    onnx: tuple[Path, ...],
+    base_onnx: Path | None,
+    weights_only: bool,
+    combine: Combine | None,
+    weights: tuple[float, ...],
+    inputs: Path | None,
+    text: Path | None,
     seed: int,
+    device: str,
+    dtype: Dtype,
+    tf32: bool,
+    atol: float | None,
+    rtol: float | None,
+    max_memory: int | None,
+    report: Path | None,
+    markdown: Path | None,
+    junit: Path | None,
+    html: Path | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
 ) -> None:
-    """Compare artifacts with the unmerged forward. Exit 0 when in parity, 1 when not.
+    """Prove artifacts equal to the unmerged forward. Exit 0 when in parity, 1 when not.
 
-    With neither --merged nor --onnx, a merge into a temporary folder is verified.
+    First every weight, bit for bit; then forwards of base + live adapters, merged model and ONNX on the same
+    inputs. With neither --merged nor --onnx, a merge into a temporary folder is verified.
 
     \b
-      ia3-export verify --base my-base --adapter my-adapter --merged merged --onnx exported
+      ia3-export verify --base my-base --adapter my-adapter --merged merged --onnx exported --html report.html
+
+    In GitHub Actions the Markdown report also goes to $GITHUB_STEP_SUMMARY.
     """
+    from ia3_export.cli.report_text import show_report
     from ia3_export.parity.verification import verify
+    from ia3_export.report.files import append_step_summary, check_targets, write_reports
 
+    given: dict[str, Any] = {"report": report, "markdown": markdown, "junit": junit, "html": html}
+    targets = {kind: path for kind, path in given.items() if path is not None}
+    places = [Path(p) for p in (base, *adapters, merged, *onnx, base_onnx, inputs, text) if p is not None]
+    check_targets(targets, places)
     out = Output(as_json, quiet, verbose)
-    report = verify(base, adapters, merged=merged, onnx=onnx, device=device, seed=seed)
-    show_report(out, report)
-    out.document(report.to_json())
-    if not report.in_parity:
+    with out.progress("comparing weights") as on_progress:
+        result = verify(
+            base, adapters, merged=merged, onnx=onnx, base_onnx=base_onnx, weights_only=weights_only, combine=combine,
+            weights=weights, inputs=inputs, text=text, device=device, dtype=dtype, tf32=tf32, atol=atol, rtol=rtol,
+            max_memory=max_memory, seed=seed, on_progress=on_progress,
+        )  # fmt: skip
+    write_reports(result, targets)
+    append_step_summary(result)
+    show_report(out, result)
+    out.document(result.to_json())
+    if not result.in_parity:
         ctx.exit(1)
-
-
-def show_report(out: Output, report: Report) -> None:
-    """The report for people."""
-    out.text(
-        f"{report.model_class} in {report.dtype} on {report.device}, reference: base + live adapters "
-        f"(applied by {report.reference}) in {report.precision}"
-    )
-    for name in report.inputs:
-        if out.verbose:
-            out.text(f"input: {name}")
-    shown = [("unmerged", report.unmerged, "", "the rounding of the live model itself")]
-    shown += [(row.artifact, row.distance, f"{row.bound:.3g}", row.finding) for row in report.rows]
-    out.table(
-        ("", "max error", "bound", "mean error", "cosine", "top-1", ""),
-        [
-            (
-                name, f"{d.max_error:.3g}", limit, f"{d.mean_error:.3g}", f"{d.cosine:.9f}",
-                "" if d.top1 is None else f"{d.top1:.1%}", finding,
-            )
-            for name, d, limit, finding in shown
-        ],
-        numbers=("max error", "bound", "mean error", "cosine", "top-1"),
-        optional=("cosine", "mean error"),
-    )  # fmt: skip
-    out.text(f"control: the adapters change the base's outputs by up to {report.effect:.3g}")
-    for warning in report.warnings:
-        out.text(f"warning: {warning}")
-    out.text("in parity" if report.in_parity else "NOT in parity")

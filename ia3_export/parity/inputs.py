@@ -3,89 +3,159 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from ia3_export.errors import Unsupported
 
-_SHAPES = ((1, 8), (3, 17), (2, 5))
-
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One forward call: a name such as ``batch 3, length 17, padded`` and its keyword arguments (torch tensors)."""
+    """One forward call: a name such as ``batch 3, length 17, padded`` and its keyword arguments (torch tensors).
+
+    With `past` > 0 the first so many tokens are run first, and the outputs are those of the rest with their cache.
+    """
 
     name: str
     tensors: dict[str, Any]
+    past: int = 0
 
 
 def make_cases(model: Any, *, seed: int = 0) -> list[Case]:
-    """Inputs of several batch sizes and lengths, with and without padding, for `model`.
+    """Inputs of several batch sizes and lengths for `model`: texts without padding, padded on the right and (decoders)
+    on the left, and for decoders with a cache of past tokens.
 
-    Texts are random token ids, images and sounds normal noise; the same seed gives the same inputs.
-    Raises `Unsupported` for models whose main input is none of these.
+    Texts are random token ids, images and sounds normal noise; the same seed gives the same inputs. The first
+    case is the smallest. Raises `Unsupported` for models whose main input is none of these.
     """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     name = model.main_input_name
-    config = model.config
-    if name == "input_ids":
-        texts = (_text_case(model, batch, length, generator) for batch, length in _SHAPES)
-        return [case for case in texts if case is not None]
+    accepted = inspect.signature(model.forward).parameters
+    if name == "input_ids" or (
+        "input_ids" in accepted and model.config.get_text_config() is not model.config
+    ):
+        return list(_text_cases(model, generator))
     if name == "pixel_values":
-        shape = _image_shape(config)
-        return [
-            Case(
-                f"batch {batch}, image {'x'.join(map(str, shape))}",
-                {name: torch.randn(batch, *shape, generator=generator)},
-            )
-            for batch in (1, 2)
-        ]
+        return [_image_case(model, batch, generator) for batch in (1, 2)]
     if name in ("input_features", "input_values"):
-        shape = _sound_shape(config, name)
-        cases = []
-        for batch in (1, 2):
-            tensors = {name: torch.randn(batch, *shape, generator=generator)}
-            if config.is_encoder_decoder:
-                tensors["decoder_input_ids"] = _ids(config.vocab_size, batch, 6, generator)
-            cases.append(Case(f"batch {batch}, sound {'x'.join(map(str, shape))}", tensors))
-        return cases
+        return [_sound_case(model, name, batch, generator) for batch in (1, 2)]
     raise Unsupported(
-        f"{type(model).__name__} takes {name}, for which this version makes no inputs",
-        hint="text, image and sound models can be verified",
+        f"{type(model).__name__} takes {name}, for which no inputs can be made up",
+        hint="give inputs of your own with --inputs file.jsonl, .npz or .safetensors",
     )
 
 
-def _text_case(model: Any, batch: int, length: int, generator: Any) -> Case | None:
+def is_decoder(model: Any) -> bool:
+    """Whether `model` predicts the next token of its own input (a causal language model)."""
+    import torch
+
+    kind = type(model).__name__
+    causal = kind.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    head = isinstance(getattr(model, "lm_head", None) or model.get_output_embeddings(), torch.nn.Module)
+    return bool((causal or head) and model.can_generate() and not model.config.is_encoder_decoder)
+
+
+def _text_cases(model: Any, generator: Any) -> Iterator[Case]:
+    text = model.config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 512
+    decoder = is_decoder(model)
+    shapes = [(1, 8, ""), (3, 17, "right")]
+    shapes += [(2, 12, "left")] if decoder else [(2, 5, "right")]
+    for batch, length, side in shapes:
+        if batch > 1 and getattr(text, "pad_token_id", None) is None and hasattr(model, "score"):
+            continue  # decoders with a classification head need a padding token to find the last one
+        yield _text_case(model, batch, max(2, min(length, int(longest) - 4)), side, generator)
+    if decoder and "past_key_values" in inspect.signature(model.forward).parameters:
+        length = max(4, min(16, int(longest) - 4))
+        case = _text_case(model, 1, length, "", generator)
+        if "pixel_values" not in case.tensors:
+            past = length // 2 + 1
+            yield Case(f"batch 1, length {length - past} after {past} past tokens", case.tensors, past)
+
+
+def _text_case(model: Any, batch: int, length: int, side: str, generator: Any) -> Case:
     import torch
 
     config = model.config
     text = config.get_text_config()
-    if batch > 1 and getattr(text, "pad_token_id", None) is None and hasattr(model, "score"):
-        return None  # decoders with a classification head need a padding token to find the last one
-    longest = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or length
-    length = max(2, min(length, int(longest) - 4))
-    tensors = {"input_ids": _ids(text.vocab_size, batch, length, generator)}
-    tensors["attention_mask"] = torch.ones(batch, length, dtype=torch.int64)
-    padded = batch > 1
-    if padded:
-        pad = getattr(text, "pad_token_id", None) or 0
-        tensors["attention_mask"][-1, -(length // 3) :] = 0
-        tensors["input_ids"][-1, -(length // 3) :] = pad
     accepted = inspect.signature(model.forward).parameters
-    if "decoder_input_ids" in accepted and config.is_encoder_decoder:
+    tensors = {"input_ids": _ids(text.vocab_size, batch, length, generator)}
+    mask = torch.ones(batch, length, dtype=torch.int64)
+    if side:
+        padded = slice(0, length // 3) if side == "left" else slice(length - length // 3, length)
+        mask[-1, padded] = 0
+        tensors["input_ids"][-1, padded] = getattr(text, "pad_token_id", None) or 0
+    eos = getattr(text, "eos_token_id", None)
+    if isinstance(eos, int) and (config.is_encoder_decoder or "CLIP" in type(model).__name__):
+        for row in range(batch):  # BART's classifier and CLIP pool at this token
+            last = int(mask[row].nonzero().max())
+            tensors["input_ids"][row, last] = eos
+    tensors["attention_mask"] = mask
+    if (
+        "decoder_input_ids" in accepted
+        and config.is_encoder_decoder
+        and "SequenceClass" not in type(model).__name__
+    ):
         tensors["decoder_input_ids"] = _ids(text.vocab_size, batch, max(2, length // 2), generator)
     if "pixel_values" in accepted and getattr(config, "vision_config", None) is not None:
-        tensors["pixel_values"] = torch.randn(batch, *_image_shape(config.vision_config), generator=generator)
-    return Case(f"batch {batch}, length {length}" + (", padded" if padded else ""), tensors)
+        tensors |= _with_image(model, tensors, batch, generator)
+    return Case(f"batch {batch}, length {length}" + (f", padded on the {side}" if side else ""), tensors)
+
+
+def _with_image(model: Any, tensors: dict[str, Any], batch: int, generator: Any) -> dict[str, Any]:
+    """An image for each text, and the places that it takes among the token ids."""
+    import torch
+
+    config = model.config
+    pixels = torch.randn(batch, *_image_shape(config.vision_config), generator=generator)
+    token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+    if token is None or not hasattr(model, "get_image_features"):
+        return {"pixel_values": pixels}
+    with torch.no_grad():
+        features = model.get_image_features(pixel_values=pixels[:1].to(model.device, model.dtype))
+    for name in (
+        "pooler_output",
+        "last_hidden_state",
+    ):  # transformers 5 wraps them, before they were a tensor
+        features = getattr(features, name, None) if getattr(features, name, None) is not None else features
+    places = sum(f.shape[0] for f in features) if isinstance(features, tuple | list) else features.shape[-2]
+    before = torch.full((batch, int(places)), token)
+    ones = torch.ones_like(before)
+    return {
+        "pixel_values": pixels,
+        "input_ids": torch.cat([before, tensors["input_ids"]], dim=1),
+        "attention_mask": torch.cat([ones, tensors["attention_mask"]], dim=1),
+    }
+
+
+def _image_case(model: Any, batch: int, generator: Any) -> Case:
+    import torch
+
+    shape = _image_shape(getattr(model.config, "vision_config", None) or model.config)
+    tensors = {"pixel_values": torch.randn(batch, *shape, generator=generator)}
+    return Case(f"batch {batch}, image {'x'.join(map(str, shape))}", tensors)
+
+
+def _sound_case(model: Any, name: str, batch: int, generator: Any) -> Case:
+    import torch
+
+    config = model.config
+    shape = _sound_shape(config, name)
+    tensors = {name: torch.randn(batch, *shape, generator=generator)}
+    if config.is_encoder_decoder:
+        tensors["decoder_input_ids"] = _ids(config.vocab_size, batch, 6, generator)
+    return Case(f"batch {batch}, sound {'x'.join(map(str, shape))}", tensors)
 
 
 def _ids(vocabulary: int, batch: int, length: int, generator: Any) -> Any:
     import torch
 
-    low = min(3, vocabulary - 1)  # the first ids are special tokens nearly everywhere
-    return torch.randint(low, vocabulary, (batch, length), generator=generator)
+    low = min(5, vocabulary - 1)  # both ends of a vocabulary hold special tokens nearly everywhere
+    high = vocabulary - 3 if vocabulary > 16 else vocabulary
+    return torch.randint(low, high, (batch, length), generator=generator)
 
 
 def _image_shape(config: Any) -> tuple[int, ...]:

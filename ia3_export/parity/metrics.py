@@ -1,59 +1,66 @@
-"""How far two outputs are apart, and how far they may be."""
+"""How far two sets of outputs are apart, computed in float64."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from ia3_export.fold import Array
+from ia3_export.report.model import Distance
 
-#: ``err(artifact) <= FACTOR * adapters * err(unmerged) + MARGIN * eps(dtype) * max|reference|``. Folding rounds every
-#: changed weight once per adapter, the live adapter every activation once: errors of the same size, which a
-#: factor bounds. The margin covers outputs on which the live adapter happens to round to nothing.
-FACTOR = 3.0
-MARGIN = 2.0
+#: Distance from 1 to the next number.
 EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+_SMALLEST_EXPONENT = {"float64": -1022, "float32": -126, "float16": -14, "bfloat16": -126}
+#: Relative errors and units in the last place are taken of elements that are at least this share of the largest.
+_RELEVANT = 1e-3
 
+#: What one model gives: by input, output name → array.
 Outputs = Sequence[Mapping[str, Array]]
 
 
-@dataclass(frozen=True, slots=True)
-class Distance:
-    """Difference of an artifact's outputs from the reference, over all inputs.
+def compare(outputs: Outputs, reference: Outputs, dtype: str) -> Distance:
+    """`Distance` of `outputs` from `reference`; `dtype` is the precision whose last place is counted.
 
-    ``top1`` is the share of rows whose largest logit is the same one, None where nothing has logits.
+    Output names that `reference` has not are ignored; NaN counts as infinitely far. Raises `ValueError` when shapes
+    differ and `KeyError` when an output is missing.
     """
+    scale = largest(reference)
+    worst = total = dot = norm_a = norm_b = 0.0
+    count = 0
+    relative, places = [np.zeros(0)], [np.zeros(0)]
+    for a, b in _pairs(outputs, reference):
+        error = _error(a, b)
+        worst, total, count = (
+            max(worst, float(error.max(initial=0.0))),
+            total + float(error.sum()),
+            count + error.size,
+        )
+        dot += float((a * b).sum())
+        norm_a, norm_b = norm_a + float((a * a).sum()), norm_b + float((b * b).sum())
+        relevant = np.abs(b) >= max(_RELEVANT * scale, np.finfo("<f8").tiny)
+        relative.append(error[relevant] / np.abs(b[relevant]))
+        places.append(error[relevant] / last_place(b[relevant], dtype))
+    all_relative, all_places = np.concatenate(relative), np.concatenate(places)
+    with np.errstate(invalid="ignore"):
+        cosine = dot / (norm_a * norm_b) ** 0.5 if norm_a and norm_b else float(norm_a == norm_b)
+    logits = [
+        (np.asarray(got["logits"], "<f8"), np.asarray(must["logits"], "<f8"))
+        for got, must in zip(outputs, reference, strict=True)
+        if "logits" in must and must["logits"].shape[-1] > 1
+    ]
+    return Distance(
+        worst, total / max(1, count), float(all_relative.max(initial=0.0)), _mean(all_relative),
+        float(all_places.max(initial=0.0)), _mean(all_places), cosine, *_of_logits(logits),
+    )  # fmt: skip
 
-    max_error: float
-    mean_error: float
-    cosine: float
-    top1: float | None
 
-
-def compare(outputs: Outputs, reference: Outputs) -> Distance:
-    """`Distance` of `outputs` from `reference`, computed in float64. Names missing in `outputs` are an error."""
-    worst, total, count = 0.0, 0.0, 0
-    dot = norm_a = norm_b = 0.0
-    agree, rows = 0, 0
-    for got, expected in zip(outputs, reference, strict=True):
-        for name, b in expected.items():
-            a = got[name].astype("<f8")
-            b = b.astype("<f8")
-            if a.shape != b.shape:
-                raise ValueError(f"output {name} has shape {a.shape}, the reference {b.shape}")
-            with np.errstate(invalid="ignore"):
-                error = np.nan_to_num(np.abs(a - b), nan=np.inf)
-            worst = max(worst, float(error.max(initial=0.0)))
-            total, count = total + float(error.sum()), count + error.size
-            dot += float((a * b).sum())
-            norm_a, norm_b = norm_a + float((a * a).sum()), norm_b + float((b * b).sum())
-            if name == "logits":
-                agree += int((a.argmax(-1) == b.argmax(-1)).sum())
-                rows += int(np.prod(a.shape[:-1]))
-    cosine = dot / (norm_a * norm_b) ** 0.5 if norm_a and norm_b else float(norm_a == norm_b)
-    return Distance(worst, total / max(1, count), cosine, agree / rows if rows else None)
+def last_place(values: Array, dtype: str) -> Array:
+    """The unit in the last place of `dtype` at each of `values` (of its smallest normal number below that)."""
+    with np.errstate(divide="ignore"):
+        exponent = np.floor(np.log2(np.abs(values)))
+    return EPSILON[dtype] * 2.0 ** np.maximum(exponent, _SMALLEST_EXPONENT[dtype])
 
 
 def largest(outputs: Outputs) -> float:
@@ -62,6 +69,104 @@ def largest(outputs: Outputs) -> float:
     return max((np.inf if np.isnan(v) else v for v in values), default=0.0)
 
 
-def bound(unmerged: Distance, reference: Outputs, dtype: str, adapters: int) -> float:
-    """The error that rounding explains in `dtype`, for so many `adapters` (each rounds once)."""
-    return FACTOR * max(1, adapters) * unmerged.max_error + MARGIN * EPSILON[dtype] * largest(reference)
+def beyond(outputs: Outputs, reference: Outputs, rtol: float) -> float:
+    """The largest ``|a - b| - rtol |b|``: what ``atol`` must cover (``numpy.allclose``)."""
+    return max(
+        (float((_error(a, b) - rtol * np.abs(b)).max(initial=0.0)) for a, b in _pairs(outputs, reference)),
+        default=0.0,
+    )
+
+
+def effect_present(outputs: Outputs, reference: Outputs, plain: Outputs) -> float | None:
+    """Share of the adapters' effect that `outputs` show: the component of ``outputs - plain`` along
+    ``reference - plain``, by length. None when the adapters change nothing."""
+    along = length = 0.0
+    for (a, b), (_, base) in zip(_pairs(outputs, reference), _pairs(outputs, plain), strict=True):
+        along += float(((a - base) * (b - base)).sum())
+        length += float(((b - base) ** 2).sum())
+    return along / length if length else None
+
+
+def error_histogram(outputs: Outputs, reference: Outputs) -> tuple[tuple[int, int], ...]:
+    """Elements by the power of ten of their error relative to the largest reference value; exact ones under -99."""
+    scale = largest(reference) or 1.0
+    counts: Counter[int] = Counter()
+    for a, b in _pairs(outputs, reference):
+        error = _error(a, b) / scale
+        with np.errstate(divide="ignore"):
+            powers = np.where(error > 0, np.clip(np.floor(np.log10(error)), -20, 9), -99).astype(int)
+        counts.update(dict(zip(*(x.tolist() for x in np.unique(powers, return_counts=True)), strict=True)))
+    return tuple(sorted(counts.items()))
+
+
+def perplexity(outputs: Outputs, token_ids: Sequence[Array], masks: Sequence[Array | None]) -> float | None:
+    """Perplexity of next tokens: exp of the mean negative log-likelihood of each attended token after the first.
+
+    `token_ids` (batch, length) belong to ``logits`` (batch, length, vocabulary); inputs whose logits have another
+    length are left out.
+    """
+    total, count = 0.0, 0
+    for output, ids, mask in zip(outputs, token_ids, masks, strict=True):
+        logits = output.get("logits")
+        if logits is None or logits.ndim != 3 or logits.shape[:2] != ids.shape:
+            continue
+        likelihood = _log_softmax(np.asarray(logits, "<f8"))[:, :-1]
+        chosen = np.take_along_axis(likelihood, ids[:, 1:, None], axis=-1)[..., 0]
+        counted = np.ones(chosen.shape, bool) if mask is None else (mask[:, 1:] * mask[:, :-1]).astype(bool)
+        total, count = total - float(chosen[counted].sum()), count + int(counted.sum())
+    return float(np.exp(total / count)) if count else None
+
+
+def _pairs(outputs: Outputs, reference: Outputs) -> Iterator[tuple[Array, Array]]:
+    for got, expected in zip(outputs, reference, strict=True):
+        for name, b in expected.items():
+            a = got[name]
+            if a.shape != b.shape:
+                raise ValueError(f"output {name} has shape {list(a.shape)}, the reference {list(b.shape)}")
+            yield np.asarray(a, "<f8"), np.asarray(b, "<f8")
+
+
+def _error(a: Array, b: Array) -> Array:
+    with np.errstate(invalid="ignore"):
+        error: Array = np.nan_to_num(np.abs(a - b), nan=np.inf)
+    return error
+
+
+def _mean(values: Array) -> float:
+    return float(values.mean()) if len(values) else 0.0
+
+
+def _of_logits(
+    pairs: Sequence[tuple[Array, Array]],
+) -> tuple[float | None, float | None, float | None, float | None]:
+    """KL divergence of the reference from the outputs (mean and largest), top-1 and top-5 agreement, over rows.
+
+    Rows that are zero on both sides are padding. Top-5 is the share of the reference's five likeliest classes that
+    are among the five likeliest of the outputs.
+    """
+    divergences, first, five = [], [], []
+    for a, b in pairs:
+        a, b = (x.reshape(-1, x.shape[-1]) for x in (a, b))
+        real = (a != 0).any(axis=-1) | (b != 0).any(axis=-1)
+        a, b = a[real], b[real]
+        p, q = _log_softmax(b), _log_softmax(a)
+        with np.errstate(invalid="ignore"):
+            divergence = (np.exp(p) * (p - q)).sum(-1)
+        divergences.append(np.maximum(np.nan_to_num(divergence, nan=np.inf), 0.0))
+        first.append(a.argmax(-1) == b.argmax(-1))
+        if a.shape[-1] > 5:
+            tops = [np.argpartition(-x, 5, axis=-1)[:, :5] for x in (a, b)]
+            five.append((tops[0][:, :, None] == tops[1][:, None, :]).any(1).mean(-1))
+    if not divergences or not sum(map(len, divergences)):
+        return None, None, None, None
+    kl = np.concatenate(divergences)
+    return (
+        float(kl.mean()), float(kl.max()), float(np.concatenate(first).mean()),
+        float(np.concatenate(five).mean()) if five else None,
+    )  # fmt: skip
+
+
+def _log_softmax(logits: Array) -> Array:
+    with np.errstate(invalid="ignore"):
+        shifted = logits - logits.max(axis=-1, keepdims=True)
+        return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))

@@ -6,10 +6,11 @@ where the combination is one that PEFT does not know (``delta``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,27 +23,47 @@ from ia3_export.fold import storage_dtype, to_float
 from ia3_export.model_class import load_runtime_model, make_config
 
 
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a model lives: on `device`, or, with an `offload` folder, layer by layer: at most `max_memory` bytes in
+    memory (on the GPU: what it has free), the rest on disk (accelerate). `precision` is the reference's."""
+
+    device: str
+    offload: Path | None = None
+    max_memory: int = 0
+    precision: str = "float64"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LiveModel:
     """A model with its adapters live. `by` is ``peft`` or ``hooks``; `hooks` are the handles of the latter."""
 
     model: Any
     class_name: str
-    by: str
+    by: Literal["peft", "hooks"]
     hooks: tuple[Any, ...]
 
-    def without_adapter(self) -> AbstractContextManager[Any]:
+    @property
+    def inner(self) -> Any:
+        """The transformers model itself."""
+        return self.model.get_base_model() if self.by == "peft" else self.model
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
         """In this context the vectors (and with PEFT the adapter's heads) are off; hooks are off for good."""
-        if self.by == "peft":
-            context: AbstractContextManager[Any] = self.model.disable_adapter()
-            return context
         for handle in self.hooks:
             handle.remove()
-        return nullcontext()
+        with self.model.disable_adapter() if self.by == "peft" else nullcontext():
+            yield
 
 
 def load_live(
-    base: Checkpoint, adapters: Sequence[Adapter], combine: Combine, weights: Sequence[float], dtype: str
+    base: Checkpoint,
+    adapters: Sequence[Adapter],
+    combine: Combine,
+    weights: Sequence[float],
+    dtype: str,
+    where: Placement,
 ) -> LiveModel:
     """Load the base in `dtype` with every adapter live. Raises `Unsupported` without a transformers class."""
     if base.config is None:
@@ -51,17 +72,18 @@ def load_live(
             hint="give the model folder that save_pretrained() wrote",
         )
     runtime = load_runtime_model(base.config, adapters[0], base.tensors)
-    if combine == "product":
-        live = _with_peft(load_plain(base, runtime.class_name, runtime.config, dtype), adapters)
+    if combine == "product" and where.offload is None:
+        live = _with_peft(load_plain(base, runtime.class_name, runtime.config, dtype, where), adapters)
         if live is not None:
             return LiveModel(live.eval(), runtime.class_name, "peft", ())
-    model = load_plain(base, runtime.class_name, runtime.config, dtype)
-    return LiveModel(
-        model, runtime.class_name, "hooks", tuple(_with_hooks(model, adapters, combine, weights))
-    )
+    model = load_plain(base, runtime.class_name, runtime.config, dtype, where)
+    handles = tuple(_with_hooks(model, adapters, combine, weights))
+    return LiveModel(model, runtime.class_name, "hooks", handles)
 
 
-def load_plain(base: Checkpoint, class_name: str, config: Mapping[str, Any] | None, dtype: str) -> Any:
+def load_plain(
+    base: Checkpoint, class_name: str, config: Mapping[str, Any] | None, dtype: str, where: Placement
+) -> Any:
     """The checkpoint as a transformers model of `class_name`, in eval mode; seeded where a head is made anew.
 
     `config` replaces the checkpoint's own configuration. Experts run one after the other, in plain matrix products:
@@ -73,8 +95,17 @@ def load_plain(base: Checkpoint, class_name: str, config: Mapping[str, Any] | No
     torch.manual_seed(0)
     made = None if config is None else make_config(config)
     kind = "auto" if dtype == "auto" else getattr(torch, dtype)
+    offload: dict[str, Any] = {}
+    if where.offload is not None:
+        limits: dict[Any, int] = {"cpu": where.max_memory}
+        if where.device != "cpu":
+            index = torch.device(where.device).index or 0
+            limits[index] = int(0.8 * torch.cuda.mem_get_info(index)[0])
+        offload = {"device_map": "auto", "max_memory": limits, "offload_folder": str(where.offload)}
     try:
-        model = getattr(transformers, class_name).from_pretrained(base.folder, config=made, dtype=kind)
+        model = getattr(transformers, class_name).from_pretrained(
+            base.folder, config=made, dtype=kind, **offload
+        )
     except Exception as error:  # whatever a damaged or half-known checkpoint makes transformers raise
         raise Unsupported(
             f"transformers cannot load {base.location.given} as {class_name}: {type(error).__name__}: "
@@ -83,7 +114,7 @@ def load_plain(base: Checkpoint, class_name: str, config: Mapping[str, Any] | No
         ) from error
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
-    return model.eval()
+    return model.eval() if offload else model.eval().to(where.device)
 
 
 def _with_peft(model: Any, adapters: Sequence[Adapter]) -> Any | None:
@@ -124,6 +155,11 @@ def _with_hooks(
     for adapter in adapters:
         for name, tensor in adapter.extras.items():
             if name in state:
+                if state[name].device.type == "meta":
+                    raise Unsupported(
+                        f"{name} comes from the adapter, and the model is too large for memory",
+                        hint="use --weights-only, a larger --max-memory, or a machine with more memory",
+                    )
                 raw = np.frombuffer(read_bytes(tensor), storage_dtype(tensor.dtype))
                 values = to_float(raw, tensor.dtype).reshape(tensor.shape)
                 with torch.no_grad():
@@ -134,8 +170,7 @@ def _with_hooks(
         if target is None:
             raise Unsupported(
                 f"module {module} does not exist in {type(model).__name__}, so its vector cannot be applied live",
-                hint="its weight is fused at run time (experts of a mixture); this version proves such a merge by its "
-                "weights only",
+                hint="its weight is fused at run time (experts of a mixture); --weights-only proves such a merge",
             )
         handles.append(_hook(target, site, vector))
     return handles

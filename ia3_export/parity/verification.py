@@ -2,64 +2,33 @@
 
 from __future__ import annotations
 
-import gc
-import json
 import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, Literal
 
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.combine import Combine
-from ia3_export.checkpoint.folder import read_checkpoint
-from ia3_export.errors import DamagedFile, NotFound, Unsupported, UsageError
-from ia3_export.manifest import NAME
+from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
+from ia3_export.errors import UsageError
+from ia3_export.execute import Progress
 from ia3_export.merging import merge
-from ia3_export.parity.inputs import Case, make_cases
-from ia3_export.parity.metrics import Distance, Outputs, bound, compare, largest
-from ia3_export.parity.reference import LiveModel, load_live, load_plain
+from ia3_export.parity.facts import (
+    MergeOptions,
+    digests,
+    environment,
+    recorded_options,
+    source_of,
+    summarize_sites,
+)
+from ia3_export.parity.graph import Graph, precision_of, prove_graph, read_graph
+from ia3_export.parity.runners import find_onnx
+from ia3_export.parity.weights import prove_folder
+from ia3_export.plan import make_plan
+from ia3_export.report.model import Reference, Report, Step
 
-SCHEMA = "ia3-export/report/0"
-_TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One artifact against the reference: its distance, the bound, and the verdict in words."""
-
-    artifact: str
-    distance: Distance
-    bound: float
-    in_parity: bool
-    finding: str
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What `verify` found. `reference` says who applied the vectors (``peft`` or ``hooks``) and `precision` in which
-    dtype, `dtype` that of the unmerged forward it is compared with; `effect` is the largest change that the
-    adapters make to the base's outputs."""
-
-    in_parity: bool
-    model_class: str
-    reference: str
-    precision: str
-    dtype: str
-    device: str
-    inputs: tuple[str, ...]
-    effect: float
-    unmerged: Distance
-    rows: tuple[Row, ...]
-    warnings: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """The JSON document of ``verify --json``."""
-        return {"schema": SCHEMA} | asdict(self)
+Dtype = Literal["auto", "float64", "float32", "float16", "bfloat16"]
 
 
 def verify(
@@ -67,267 +36,136 @@ def verify(
     adapters: Sequence[str | Path],
     *,
     merged: str | Path | None = None,
-    onnx: str | Path | None = None,
+    onnx: Sequence[str | Path] = (),
+    base_onnx: str | Path | None = None,
+    weights_only: bool = False,
     combine: Combine | None = None,
     weights: Sequence[float] = (),
-    device: str = "cpu",
+    inputs: str | Path | None = None,
+    text: str | Path | None = None,
+    device: str = "auto",
+    dtype: Dtype = "auto",
+    tf32: bool = False,
+    atol: float | None = None,
+    rtol: float | None = None,
+    max_memory: int | None = None,
     seed: int = 0,
+    on_progress: Callable[[Progress], None] | None = None,
 ) -> Report:
-    """Compare a merged folder and/or an ONNX folder with base + live adapters on seeded inputs.
+    """Prove a merged folder and/or ONNX files equal to base + live adapters.
 
-    The reference is the unmerged forward in float64; an artifact is in parity when
-    ``err(artifact) <= k * err(unmerged in the stored dtype) + eps`` (see `parity.metrics`). The control compares the
-    error with the adapters' whole effect and names an artifact that equals the base.
+    First the weights: every changed tensor must be the fold of base and adapters bit for bit, every other the base's
+    bytes. Then the forwards: the reference is the unmerged forward in float64, and an artifact is in parity when
+    ``err(artifact) <= k * err(unmerged) + eps`` (docs/parity.md derives k and eps); quantized ONNX files have gates
+    of their own. The control is the adapters' whole effect on the base.
 
     Args:
         base, adapters: as in `merge`.
         merged: folder that `merge` wrote. With neither `merged` nor `onnx`, a merge into a temporary folder is verified.
-        onnx: folder that `export_onnx` wrote, or an ``.onnx`` file.
+        onnx: folders that `export_onnx` wrote (all precisions in them), or ``.onnx`` files, in the order of the chain.
+        base_onnx: the base's own export, whose operators the graphs must then have.
+        weights_only: no forward: streaming, in little memory, without torch unless a head or renamed tensors need it.
         combine, weights: how several adapters act together; by default what the manifest of `merged` says.
-        device: ``cpu`` or ``cuda[:N]`` for the PyTorch forwards; ONNX Runtime runs on the CPU.
-        seed: of the inputs.
+        inputs: ``.jsonl``, ``.npz`` or ``.safetensors`` file of forward arguments (`read_inputs`) instead of made-up ones.
+        text: text file, a text a line, for the base's tokenizer.
+        device: ``cpu``, ``cuda[:N]``, or ``auto``: cuda if there is one.
+        dtype: in which PyTorch runs the live and the merged model; ``auto``: as stored.
+        tf32: let CUDA use TF32 in float32 products.
+        atol, rtol: ``|a - b| <= atol + rtol |b|`` replaces every gate, and the weights proof is shown but decides nothing.
+        max_memory: bytes that models may take in memory; a larger one runs layer by layer, the rest on disk.
+            Default: what is free.
+        seed: of made-up inputs.
+        on_progress: told how much of the weights has been compared.
 
     Raises `IA3ExportError` for inputs that cannot be read; a failed comparison is a `Report`, not an error.
     """
-    import torch
-
-    if device != "cpu" and not torch.cuda.is_available():
-        raise UsageError(f"--device {device}: no CUDA device is available", hint="use --device cpu")
+    if inputs is not None and text is not None:
+        raise UsageError("--inputs and --text exclude each other", hint="give one of them")
+    if weights_only and merged is None and not onnx:
+        raise UsageError("--weights-only needs --merged or --onnx", hint="give the folder that merge wrote")
     checkpoint = read_checkpoint(base)
     read = [read_adapter(source) for source in adapters]
-    if combine is None:
-        combine, weights = _recorded_combination(merged)
-    if combine != "product" and len(weights) != len(read):
-        raise UsageError(f"{len(weights)} weights for {len(read)} adapters")
-    with tempfile.TemporaryDirectory(prefix="ia3-export-") as scratch, quiet(), exact_matmul():
-        if merged is None and onnx is None:
-            merged = Path(scratch) / "merged"
-            merge(base, adapters, merged, combine=combine, weights=weights, digests="none")
-        dtype = _TORCH_DTYPES[checkpoint.main_dtype]
-        live = load_live(checkpoint, read, combine, weights, dtype)
-        live.model.to(device)
-        cases = make_cases(_inner(live), seed=seed)
-        hidden = onnx is not None and _onnx_outputs(find_onnx(onnx)) == ["last_hidden_state"]
-        unmerged = run_torch(live.model, cases, device, hidden=hidden)
-        precision = "float64"
-        try:
-            reference = run_torch(live.model.double(), cases, device, hidden=hidden)
-        except Unsupported:  # an operator without a float64 kernel
-            precision = "float32"
-            reference = run_torch(live.model.float(), cases, device, hidden=hidden)
-        with live.without_adapter():
-            plain = run_torch(live.model, cases, device, hidden=hidden)
-        class_name, by = live.class_name, live.by
-        del live
-        gc.collect()
-        if not np.isfinite(largest(reference)):
-            raise Unsupported(
-                f"the unmerged forward itself gives NaN or infinity in {precision}: there is nothing to compare with",
-                hint="check base and adapter; a diverged training looks like this",
-            )
-        effect = compare(plain, reference).max_error
-        own = compare(unmerged, reference)
-        limit = bound(own, reference, dtype, len(read))
-        rows = []
-        if merged is not None:
-            outputs = _run_merged(merged, class_name, cases, device, hidden)
-            rows.append(_judge("merged", outputs, reference, plain, effect, limit))
-        if onnx is not None:
-            rows.append(_judge("onnx", run_onnx(find_onnx(onnx), cases), reference, plain, effect, limit))
-    notes = []
-    if effect <= 4 * limit:
-        notes.append(
-            f"the adapters change the outputs by {effect:.3g} only, hardly more than the bound {limit:.3g}: "
-            "this comparison could not tell the artifact from the base"
-        )
+    if not read:
+        raise UsageError("no adapter given", hint="give at least one --adapter")
+    shipped = read_checkpoint(merged) if merged is not None else None
+    how = recorded_options(checkpoint, shipped)
+    if combine is not None:
+        how = replace(how, combine=combine, weights=tuple(weights))
+    plan = make_plan(
+        checkpoint, read, combine=how.combine, weights=how.weights, cast=how.cast, dtype=how.dtype,
+        allow_missing=how.allow_missing, allow_unused=how.allow_unused,
+    )  # fmt: skip
+    plan.raise_problems()
+    graphs = _name_graphs([read_graph(path) for location in onnx for path in find_onnx(location)])
+    base_graph = read_graph(find_onnx(base_onnx)[0]) if base_onnx is not None else None
+    overridden = atol is not None or rtol is not None
+    with tempfile.TemporaryDirectory(prefix="ia3-export-") as scratch:
+        subject = shipped
+        if shipped is None and not weights_only and (not graphs or _widened(plan.base, graphs)):
+            subject = _merge(base, adapters, how, Path(scratch) / "merged")
+        judged = shipped is not None or not graphs  # a merge made for an ONNX file's sake is no artifact
+        proofs = []
+        if subject is not None and judged:
+            proofs.append(prove_folder(plan, subject, on_progress=on_progress))
+        proofs += [prove_graph(plan, graph, name, base_graph) for name, graph in graphs]
+        reference: Reference | None = None
+        steps: tuple[Step, ...] = ()
+        warnings = list(plan.warnings)
+        if not weights_only:
+            from ia3_export.parity.chain import run_chain
+
+            reference, steps, more = run_chain(
+                plan, subject, judged, graphs, proofs, scratch=Path(scratch),
+                inputs=inputs, text=text, device=device, dtype=dtype, tf32=tf32,
+                tolerance=(atol or 0.0, rtol or 0.0) if overridden else None, max_memory=max_memory, seed=seed,
+            )  # fmt: skip
+            warnings += more
+    proven = all(proof.passed for proof in proofs)
+    if overridden and not proven:
+        warnings.append("the weights are not bit for bit what a merge gives; --atol and --rtol decide alone")
     return Report(
-        all(row.in_parity for row in rows), class_name, by, precision, dtype, device, tuple(c.name for c in cases), effect, own,
-        tuple(rows), tuple(notes),
+        (proven or (overridden and not weights_only)) and all(step.passed for step in steps),
+        source_of(checkpoint.location), tuple(source_of(a.location) for a in read), tuple(proofs), reference,
+        tuple(steps), summarize_sites(read), _shown_options(how, seed, atol, rtol, tf32),
+        environment(),
+        digests(checkpoint, read, shipped, [graph.path for _, graph in graphs]), tuple(dict.fromkeys(warnings)),
     )  # fmt: skip
 
 
-def run_torch(
-    model: Any, cases: Sequence[Case], device: str, *, hidden: bool = False
-) -> list[dict[str, Any]]:
-    """Outputs of every case as numpy arrays by name (``logits``, ``last_hidden_state``), widened to float64.
-
-    `hidden` gives the bare encoder's ``last_hidden_state`` alone, whatever head the model has.
-    """
-    import torch
-
-    if hidden:
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        captured: list[Any] = []
-        handle = inner.base_model.register_forward_hook(lambda _m, _i, out: captured.append(out))
-        try:
-            run_torch(model, cases, device)
-        finally:
-            handle.remove()
-        return [
-            _attended(case, {"last_hidden_state": out.last_hidden_state.double().cpu().numpy()})
-            for case, out in zip(cases, captured, strict=True)
-        ]
-    results = []
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    for case in cases:
-        inputs = {
-            name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
-            for name, value in case.tensors.items()
-        }
-        try:
-            with torch.no_grad():
-                output = model(**inputs)
-        except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError) as error:
-            raise Unsupported(
-                f"the model does not run on generated inputs ({case.name}): {type(error).__name__}: {error}",
-                hint="this version makes plain text, image and sound inputs only",
-            ) from error
-        named = {
-            name: value.double().cpu().numpy()
-            for name, value in output.items()
-            if name in ("logits", "last_hidden_state") and value is not None
-        }
-        if not named:
-            first = next(v for v in output.values() if isinstance(v, torch.Tensor))
-            named = {"output": first.double().cpu().numpy()}
-        results.append(_attended(case, named))
-    return results
-
-
-def run_onnx(path: Path, cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """Outputs of every case from ONNX Runtime on the CPU. Raises `Unsupported` when it is not installed."""
-    session = _session(path)
-    wanted = {node.name for node in session.get_inputs()}
-    names = [node.name for node in session.get_outputs()]
-    results = []
-    for case in cases:
-        feeds = {name: value.numpy() for name, value in case.tensors.items() if name in wanted}
-        if "token_type_ids" in wanted and "token_type_ids" not in feeds:
-            feeds["token_type_ids"] = feeds["input_ids"] * 0
-        results.append(_attended(case, dict(zip(names, session.run(None, feeds), strict=True))))
-    return results
-
-
-def _attended(case: Case, outputs: dict[str, Any]) -> dict[str, Any]:
-    """`outputs` with zeros at padded positions: what a model computes there is nobody's business (some give NaN)."""
-    mask = case.tensors.get("attention_mask")
-    if mask is None or "decoder_input_ids" in case.tensors:
-        return outputs
-    kept = mask.cpu().numpy().astype(bool)
-    return {
-        name: np.where(kept.reshape(*kept.shape, *(1,) * (values.ndim - 2)), values, 0)
-        if values.shape[:2] == kept.shape
-        else values
-        for name, values in outputs.items()
-    }
-
-
-def _session(path: Path) -> Any:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise Unsupported(
-            "ONNX Runtime is not installed", hint="pip install 'ia3-export[cpu]' (or [gpu], never both)"
-        ) from None
-    try:
-        return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions share no base class of their own
-        raise DamagedFile(
-            f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}", hint="export the model again"
-        ) from error
-
-
-def _onnx_outputs(path: Path) -> list[str]:
-    return [node.name for node in _session(path).get_outputs()]
-
-
-def find_onnx(location: str | Path) -> Path:
-    """The ``model.onnx`` of an exported folder, or the file itself. Raises `NotFound`."""
-    path = Path(location)
-    candidates = [path] if path.is_file() else [path / "onnx" / "model.onnx", path / "model.onnx"]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise NotFound(f"{location} holds no onnx/model.onnx", hint="give the folder that ia3-export onnx wrote")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """transformers and torch draw progress bars and warn of their own internals; neither belongs into a report."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextmanager
-def exact_matmul() -> Iterator[None]:
-    """TF32 off: it keeps 10 bits of the 23 that the bound counts on."""
-    import torch
-
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
-def _recorded_combination(merged: str | Path | None) -> tuple[Combine, Sequence[float]]:
-    file = Path(merged) / NAME if merged is not None else None
-    if file is None or not file.is_file():
-        return "product", ()
-    try:
-        options = json.loads(file.read_text(encoding="utf-8"))["options"]
-        return options["combine"], options["weights"]
-    except (ValueError, KeyError, TypeError):
-        return "product", ()
-
-
-def _inner(live: LiveModel) -> Any:
-    return live.model.get_base_model() if live.by == "peft" else live.model
-
-
-def _run_merged(
-    merged: str | Path, class_name: str, cases: Sequence[Case], device: str, hidden: bool
-) -> list[dict[str, Any]]:
-    model = load_plain(read_checkpoint(merged), class_name, None, "auto").to(device)
-    return run_torch(model, cases, device, hidden=hidden)
-
-
-def _judge(
-    name: str,
-    outputs: Outputs,
-    reference: Outputs,
-    plain: Outputs,
-    effect: float,
-    limit: float,
-) -> Row:
-    shared = [set(output) & set(expected) for output, expected in zip(outputs, reference, strict=True)]
-    if not all(shared):
-        raise Unsupported(
-            f"{name} has the outputs {sorted(outputs[0])}, the model {sorted(reference[0])}: nothing to compare",
-            hint="export with the task of the model class",
-        )
-    expected = [{key: row[key] for key in keys} for row, keys in zip(reference, shared, strict=True)]
-    try:
-        distance = compare(outputs, expected)
-    except ValueError as error:
-        return Row(name, Distance(float("inf"), float("inf"), 0.0, None), limit, False, str(error))
-    if distance.max_error <= limit:
-        return Row(name, distance, limit, True, "in parity")
-    untouched = [{key: row[key] for key in keys} for row, keys in zip(plain, shared, strict=True)]
-    if compare(outputs, untouched).max_error < 0.1 * effect:
-        return Row(name, distance, limit, False, "it computes the base: the adapter is not in it")
-    return Row(
-        name, distance, limit, False, f"off by {distance.max_error / max(effect, 1e-300):.2g} of the effect"
+def _merge(base: str | Path, adapters: Sequence[str | Path], how: MergeOptions, target: Path) -> Checkpoint:
+    merge(
+        base,
+        adapters,
+        target,
+        combine=how.combine,
+        weights=how.weights,
+        cast=how.cast,
+        dtype=how.dtype,
+        digests="none",
     )
+    return read_checkpoint(target)
+
+
+def _name_graphs(graphs: Sequence[Graph]) -> list[tuple[str, Graph]]:
+    """``onnx float32``, ``onnx int8``, ...; the file name is added where two have the same precision."""
+    names = [f"onnx {precision_of(graph)}" for graph in graphs]
+    return [
+        (name if names.count(name) == 1 else f"{name} {i + 1}", graph)
+        for i, (name, graph) in enumerate(zip(names, graphs, strict=True))
+    ]
+
+
+def _widened(base: Checkpoint, graphs: Sequence[tuple[str, Graph]]) -> bool:
+    """Whether a graph computes in float32 what is stored in 16 bits."""
+    return base.main_dtype in ("F16", "BF16") and any(precision_of(graph) == "float32" for _, graph in graphs)
+
+
+def _shown_options(
+    how: MergeOptions, seed: int, atol: float | None, rtol: float | None, tf32: bool
+) -> dict[str, str]:
+    options: dict[str, Any] = {
+        "combine": how.combine, "weights": ",".join(map(str, how.weights)), "cast": how.cast, "dtype": how.dtype,
+        "allow_missing": how.allow_missing or "", "allow_unused": how.allow_unused or "", "seed": seed,
+        "atol": "" if atol is None else atol, "rtol": "" if rtol is None else rtol, "tf32": "on" if tf32 else "",
+    }  # fmt: skip
+    return {name: str(value) for name, value in options.items() if value != ""}

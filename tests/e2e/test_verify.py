@@ -1,123 +1,267 @@
-"""``verify`` through the CLI: right merges pass, damaged ones fail with exit 1."""
+"""``verify`` through the CLI: right artifacts pass in every dtype and runtime, inputs and options do what they say.
+
+Damaged artifacts are in test_mutations.py.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from click.testing import CliRunner
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import save_file
 
-from ia3_export.cli import cli
+from tests.e2e.command import Ran, contents, only_complaint, run, run_process
 from tests.support import zoo
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-KINDS = [
-    "bert-seq-cls",
-    "roberta-seq-cls",
-    "llama-biased",
-    "gpt2",
-    "t5",
-    "vit",
-    "whisper",
-    "resnet-basic",
-    "mixtral",
-]
-
-
-def _run(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(cli, [str(a) for a in arguments])
-    return result.exit_code, result.output
+KINDS = {
+    "bert-seq-cls": "float32",
+    "llama-biased": "bfloat16",
+    "gpt2": "float16",
+    "t5": "float32",
+    "whisper": "float32",
+    "resnet-basic": "float32",
+    "llava": "float32",
+}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder with ``base``, ``adapter`` and ``merged`` for each kind, in float32 and (llama) bfloat16."""
+    """A folder with ``base``, ``adapter`` and ``merged`` for each kind."""
     folders = {}
-    for name in KINDS:
+    for name, dtype in KINDS.items():
         kind = zoo.by_name(name)
         folder = tmp_path_factory.mktemp(name)
-        model = zoo.build(kind, dtype="bfloat16" if name == "llama-biased" else "float32")
+        model = zoo.build(kind, dtype=dtype)
         model.save_pretrained(folder / "base")
         zoo.adapt(model, kind).save_pretrained(folder / "adapter")
-        code, text = _run(
-            "merge", "--base", folder / "base", "--adapter", folder / "adapter", "--output", folder / "merged"
-        )
-        assert code == 0, text
+        ran = run("merge", *inputs(folder), "--output", folder / "merged")
+        assert ran.code == 0, ran
         folders[name] = folder
     return folders
 
 
+@pytest.fixture(scope="module")
+def exported(made: dict[str, Path]) -> Path:
+    """The ONNX export of bert-seq-cls in float32, float16, int8 and int4, written by ONNX Runtime's own tools."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    folder = made["bert-seq-cls"]
+    assert run("onnx", "--model", folder / "merged", "--output", folder / "onnx").code == 0
+    files = folder / "onnx" / "onnx"
+    graph = onnx.load(files / "model.onnx")
+    onnx.save(convert_float_to_float16(graph, keep_io_types=True), files / "model_fp16.onnx")
+    quantize_dynamic(
+        files / "model.onnx", files / "model_int8.onnx", per_channel=True, weight_type=QuantType.QInt8
+    )
+    quantizer = MatMulNBitsQuantizer(onnx.load(files / "model.onnx"), block_size=32, is_symmetric=True)
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(files / "model_q4.onnx"))
+    return files
+
+
+def inputs(folder: Path) -> list[str | Path]:
+    return ["--base", folder / "base", "--adapter", folder / "adapter"]
+
+
+def report_of(ran: Ran) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(ran.stdout)
+    return document
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_a_right_merge_is_in_parity(made: dict[str, Path], name: str) -> None:
-    folder = made[name]
-    code, text = _run(
-        "verify", "--base", folder / "base", "--adapter", folder / "adapter", "--merged", folder / "merged"
+    ran = run("verify", *inputs(made[name]), "--merged", made[name] / "merged", "--json")
+    assert ran.code == 0, ran
+    report = report_of(ran)
+    assert report["verdict"] == "in parity"
+    (proof,) = report["weights"]
+    assert proof["passed"] and proof["changed"] > 0 and proof["unchanged"] > 0
+    (step,) = report["steps"]
+    assert step["passed"] and 0.99 < step["effect_present"] < 1.01
+    assert step["distance"]["max_error"] < report["reference"]["effect"]
+    assert len(step["layers"]) > 5 and step["location"] is None
+    assert sum(count for _, count in step["error_histogram"]) > 0
+    assert (step["generation"] is not None) == (name in ("llama-biased", "gpt2", "t5", "whisper", "llava"))
+    texts = " ".join(report["reference"]["inputs"])
+    if name in ("llama-biased", "gpt2"):
+        assert all(words in texts for words in ("on the right", "on the left", "past tokens"))
+        assert step["distance"]["perplexity_change"] is not None
+
+
+def test_the_report_names_no_path_of_the_machine(made: dict[str, Path]) -> None:
+    ran = run("verify", *inputs(made["t5"]), "--merged", made["t5"] / "merged", "--json")
+    assert str(made["t5"].parent) not in ran.stdout
+
+
+def test_the_chain_shows_every_precision(made: dict[str, Path], exported: Path) -> None:
+    folder = made["bert-seq-cls"]
+    ran = run("verify", *inputs(folder), "--merged", folder / "merged", "--onnx", exported, "--json")
+    steps = {step["name"]: step for step in report_of(ran)["steps"]}
+    assert list(steps) == ["merged", "onnx float32", "onnx float16", "onnx int8", "onnx int4"]
+    assert all(steps[name]["passed"] for name in ("merged", "onnx float32", "onnx float16", "onnx int8"))
+    errors = [step["distance"]["max_error"] for step in steps.values()]
+    assert errors[1] < errors[2] < errors[3] < errors[4], "each precision costs more"
+    assert all(step["loss"] is not None for step in steps.values())
+    assert {gate["name"] for gate in steps["onnx int8"]["gates"]} >= {"KL divergence", "top-1 agreement"}
+    proofs = {proof["name"]: proof for proof in report_of(ran)["weights"]}
+    assert (
+        proofs["onnx float32"]["changed"] == proofs["onnx float16"]["changed"] == proofs["merged"]["changed"]
     )
-    assert code == 0, text
-    assert "in parity" in text and "NOT" not in text
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_the_base_passed_off_as_the_merge_is_found_out(made: dict[str, Path], name: str) -> None:
-    folder = made[name]
-    code, text = _run(
-        "verify",
-        "--base",
-        folder / "base",
-        "--adapter",
-        folder / "adapter",
-        "--merged",
-        folder / "base",
+def test_a_float32_graph_of_16_bit_weights_is_held_to_float32(tmp_path: Path) -> None:
+    kind = zoo.by_name("bert-seq-cls")
+    model = zoo.build(kind, dtype="bfloat16")
+    model.save_pretrained(tmp_path / "base")
+    zoo.adapt(model, kind).save_pretrained(tmp_path / "adapter")
+    assert run("onnx", *inputs(tmp_path), "--output", tmp_path / "onnx").code == 0
+    ran = run("verify", *inputs(tmp_path), "--onnx", tmp_path / "onnx", "--json")
+    assert ran.code == 0, ran
+    (step,) = report_of(ran)["steps"]
+    limits = {gate["name"]: gate["limit"] for gate in step["gates"]}
+    assert limits["max error to the merged weights"] < 1e-3 * limits["max error"]
+
+
+def test_weights_only_needs_no_torch_and_proves_graph_and_folder(
+    made: dict[str, Path], exported: Path
+) -> None:
+    folder = made["bert-seq-cls"]
+    ran = run(
+        "verify", *inputs(folder), "--merged", folder / "merged", "--onnx", exported / "model.onnx",
+        "--onnx", exported / "model_fp16.onnx", "--weights-only", "--json",
+    )  # fmt: skip
+    assert ran.code == 0, ran
+    report = report_of(ran)
+    assert [proof["passed"] for proof in report["weights"]] == [True, True, True]
+    assert report["reference"] is None and report["steps"] == []
+    only_complaint(run("verify", *inputs(folder), "--weights-only"), 2, "--weights-only")
+
+
+def test_the_operators_are_compared_with_the_bases_export(made: dict[str, Path], exported: Path) -> None:
+    folder = made["bert-seq-cls"]
+    assert run("onnx", "--model", folder / "base", "--output", folder / "base-onnx").code == 0
+    both = [
+        "--onnx",
+        exported / "model.onnx",
+        "--base-onnx",
+        folder / "base-onnx",
+        "--weights-only",
         "--json",
-    )
-    report = json.loads(text[text.index("{") : text.rindex("}") + 1])
-    assert code == 1
-    assert report["rows"][0]["in_parity"] is False
-    if name != "roberta-seq-cls":  # there the base's head counts as part of the base, PEFT's own differs
-        assert "computes the base" in report["rows"][0]["finding"]
+    ]
+    ran = run("verify", *inputs(folder), *both)
+    assert ran.code == 0, ran
+    assert "differ from the base's" in report_of(ran)["weights"][0]["notes"][0]
+    both[1] = exported / "model_int8.onnx"
+    ran = run("verify", *inputs(folder), *both)
+    assert ran.code == 1
+    assert "other operators" in {f["what"] for f in report_of(ran)["weights"][0]["findings"]}
 
 
-def _forget_a_site(tensors: dict[str, Any], base: dict[str, Any]) -> None:
-    name = next(n for n in tensors if n.endswith("0.self_attn.v_proj.weight"))
-    tensors[name] = base[name]
-
-
-def _apply_twice(tensors: dict[str, Any], base: dict[str, Any]) -> None:
-    name = next(n for n in tensors if n.endswith("0.mlp.down_proj.weight"))
-    tensors[name] = (tensors[name].float() ** 2 / base[name].float()).nan_to_num().to(tensors[name].dtype)
-
-
-def _swap_layers(tensors: dict[str, Any], base: dict[str, Any]) -> None:
-    one, other = (f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1))
-    tensors[one], tensors[other] = tensors[other], tensors[one]
-
-
-@pytest.mark.parametrize("damage", [_forget_a_site, _apply_twice, _swap_layers])
-def test_a_damaged_merge_fails(made: dict[str, Path], tmp_path: Path, damage: Any) -> None:
+@pytest.mark.parametrize("suffix", ["jsonl", "npz", "safetensors"])
+def test_own_inputs_are_used(made: dict[str, Path], tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"inputs.{suffix}"
+    ids, more = np.array([[5, 9, 2, 7]]), np.array([[4, 4, 8], [6, 1, 3]])
+    if suffix == "jsonl":
+        lines = [
+            {"input_ids": ids.tolist()},
+            {"input_ids": more.tolist(), "attention_mask": [[1, 1, 1], [1, 1, 0]]},
+        ]
+        file.write_text("\n".join(map(json.dumps, lines)))
+    elif suffix == "npz":
+        np.savez(file, **{"0.input_ids": ids, "1.input_ids": more})
+    else:
+        save_file({"0.input_ids": ids, "1.input_ids": more}, file)
     folder = made["llama-biased"]
-    shutil.copytree(folder / "merged", tmp_path / "bad")
-    tensors = load_file(folder / "merged" / "model.safetensors")
-    damage(tensors, load_file(folder / "base" / "model.safetensors"))
-    save_file(
-        {n: t.clone() for n, t in tensors.items()},
-        tmp_path / "bad" / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    code, text = _run(
-        "verify", "--base", folder / "base", "--adapter", folder / "adapter", "--merged", tmp_path / "bad"
-    )
-    assert code == 1, text
-    assert "NOT in parity" in text
+    ran = run("verify", *inputs(folder), "--merged", folder / "merged", "--inputs", file, "--json")
+    assert ran.code == 0, ran
+    used = report_of(ran)["reference"]["inputs"]
+    assert len(used) == 2 and "input_ids [1, 4]" in used[0] and "input_ids [2, 3]" in used[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "mention"),
+    [
+        ("x.jsonl", b'{"input_ids": [[1, 2], [3]]}', "x.jsonl"),
+        ("x.jsonl", b"[1, 2]", "line 1"),
+        ("x.jsonl", b"", "no inputs"),
+        ("x.jsonl", b'{"input_ids": [["a"]]}', "no rectangular array"),
+        ("x.npz", b"PK", "x.npz"),
+        ("x.safetensors", b"12345678", "x.safetensors"),
+    ],
+)
+def test_damaged_inputs_are_refused(
+    made: dict[str, Path], tmp_path: Path, name: str, content: bytes, mention: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    only_complaint(run("verify", *inputs(made["t5"]), "--inputs", tmp_path / name), 3, mention)
+
+
+def test_a_pickle_in_an_npz_is_not_loaded(made: dict[str, Path], tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", input_ids=np.array([{"a": 1}], dtype=object))
+    only_complaint(run("verify", *inputs(made["t5"]), "--inputs", tmp_path / "x.npz"), 3, "x.npz")
+
+
+def test_texts_go_through_the_bases_tokenizer(tiny: Any, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("tiny tiny\n\ntiny tiny tiny tiny\n")
+    arguments = ["--base", tiny.base, "--adapter", tiny.adapter, "--merged", tiny.merged]
+    ran = run("verify", *arguments, "--text", tmp_path / "texts.txt", "--json")
+    assert ran.code == 0, ran
+    assert report_of(ran)["reference"]["inputs"] == ["lines 1 to 2, length 1"]
+    only_complaint(run("verify", *arguments, "--text", tmp_path / "none.txt"), 3, "none.txt")
+    both = ["--text", tmp_path / "texts.txt", "--inputs", tmp_path / "x.npz"]
+    only_complaint(run("verify", *arguments, *both), 2, "exclude")
+
+
+def test_texts_without_a_tokenizer_are_refused(made: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("words\n")
+    only_complaint(run("verify", *inputs(made["t5"]), "--text", tmp_path / "texts.txt"), 3, "tokenizer")
+
+
+def test_tolerances_replace_the_gates(made: dict[str, Path]) -> None:
+    folder = made["t5"]
+    merged = ["--merged", folder / "merged"]
+    exact = run("verify", *inputs(folder), *merged, "--atol", "0", "--json")
+    assert exact.code == 1
+    assert [g["name"] for g in report_of(exact)["steps"][0]["gates"]] == ["max error beyond rtol"]
+    loose = run("verify", *inputs(folder), "--merged", folder / "base", "--atol", "1e3", "--json")
+    assert loose.code == 0
+    assert any("bit for bit" in warning for warning in report_of(loose)["warnings"])
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_the_working_dtype_can_be_chosen(made: dict[str, Path], dtype: str) -> None:
+    folder = made["llama-biased"]
+    ran = run("verify", *inputs(folder), "--merged", folder / "merged", "--dtype", dtype, "--json")
+    assert ran.code == 0, ran
+    report = report_of(ran)
+    assert report["reference"]["dtype"] == report["steps"][0]["precision"] == dtype
+
+
+def test_a_model_larger_than_memory_runs_layer_by_layer(made: dict[str, Path]) -> None:
+    folder = made["llama-biased"]
+    for size, words in (("200KB", "float64 does not fit"), ("100KB", "layer by layer")):
+        ran = run("verify", *inputs(folder), "--merged", folder / "merged", "--max-memory", size, "--json")
+        assert ran.code == 0, ran
+        report = report_of(ran)
+        assert report["reference"]["precision"] == "float32"
+        assert words in " ".join(report["warnings"])
+    assert report["reference"]["applied_by"] == "hooks"
 
 
 @pytest.mark.parametrize(
     "combine",
     [[], ["--combine", "linear", "--weights", "0.3,0.6"], ["--combine", "delta", "--weights", "0.5,1.5"]],
+    ids=["product", "linear", "delta"],
 )
 def test_several_adapters_are_verified_as_they_were_combined(
     made: dict[str, Path], tmp_path: Path, combine: list[str]
@@ -125,56 +269,133 @@ def test_several_adapters_are_verified_as_they_were_combined(
     folder = made["llama-biased"]
     kind = zoo.by_name("llama-biased")
     zoo.adapt(zoo.build(kind, dtype="bfloat16"), kind, seed=9).save_pretrained(tmp_path / "second")
-    inputs = ["--base", folder / "base", "--adapter", folder / "adapter", "--adapter", tmp_path / "second"]
-    code, text = _run("merge", *inputs, "--output", tmp_path / "merged", *combine)
-    assert code == 0, text
-    code, text = _run("verify", *inputs, "--merged", tmp_path / "merged")
-    assert code == 0, text
+    both = [*inputs(folder), "--adapter", tmp_path / "second"]
+    assert run("merge", *both, "--output", tmp_path / "merged", *combine).code == 0
+    assert run("verify", *both, "--merged", tmp_path / "merged").code == 0
+    (tmp_path / "merged" / "ia3_export.json").unlink()
+    assert run("verify", *both, "--merged", tmp_path / "merged", *combine).code == 0
+    other = ["--combine", "delta", "--weights", "1,2"]
+    assert run("verify", *both, "--merged", tmp_path / "merged", *other).code == 1
+
+
+@pytest.mark.parametrize(
+    "options", [["--dtype", "float32"], ["--dtype", "float16"], ["--cast", "peft-low-mem"]]
+)
+def test_the_manifest_says_how_it_was_merged(
+    made: dict[str, Path], tmp_path: Path, options: list[str]
+) -> None:
+    folder = made["llama-biased"]
+    assert run("merge", *inputs(folder), "--output", tmp_path / "merged", *options).code == 0
+    ran = run("verify", *inputs(folder), "--merged", tmp_path / "merged")
+    assert ran.code == 0, ran
+    (tmp_path / "merged" / "ia3_export.json").write_text('{"options": {"combine": "evil", "weights": 3}}')
+    assert run("verify", *inputs(folder), "--merged", tmp_path / "merged").code == ("--cast" in options)
+
+
+def test_what_peft_merged_and_saved_is_proven_too(made: dict[str, Path], tmp_path: Path) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+
+    folder = made["llama-biased"]
+    model = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+    PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload().save_pretrained(
+        tmp_path / "merged"
+    )
+    ran = run("verify", *inputs(folder), "--merged", tmp_path / "merged")
+    assert ran.code == 0, ran
 
 
 def test_without_artifacts_a_temporary_merge_is_verified(made: dict[str, Path]) -> None:
+    ran = run("verify", *inputs(made["bert-seq-cls"]))
+    assert ran.code == 0, ran
+    assert "merged" in ran.stdout and "in parity" in ran.stdout
+
+
+def test_every_report_is_written_and_inputs_are_left_alone(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made["t5"]
+    before = contents(folder)
+    summary = tmp_path / "summary.md"
+    summary.write_text("before\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    kinds = {"report": "json", "markdown": "md", "junit": "xml", "html": "html"}
+    targets = [word for kind, end in kinds.items() for word in (f"--{kind}", tmp_path / "new" / f"r.{end}")]
+    ran = run("verify", *inputs(folder), "--merged", folder / "merged", *targets)
+    assert ran.code == 0, ran
+    assert json.loads((tmp_path / "new" / "r.json").read_text())["verdict"] == "in parity"
+    assert ET.parse(tmp_path / "new" / "r.xml").getroot().tag == "testsuites"
+    assert "in parity" in (tmp_path / "new" / "r.md").read_text()
+    assert (tmp_path / "new" / "r.html").read_text().startswith("<!DOCTYPE html>")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["r.html", "r.json", "r.md", "r.xml"]
+    text = summary.read_text()
+    assert text.startswith("before\n") and text.count("in parity") >= 1
+    assert contents(folder) == before
+
+
+def test_reports_never_replace_an_input(made: dict[str, Path], tmp_path: Path) -> None:
+    folder = made["t5"]
+    merged = ["--merged", folder / "merged"]
+    ran = run("verify", *inputs(folder), *merged, "--report", folder / "base" / "config.json")
+    only_complaint(ran, 2, "config.json")
+    only_complaint(run("verify", *inputs(folder), *merged, "--html", tmp_path), 4, "folder")
+    same = ["--html", tmp_path / "x", "--junit", tmp_path / "x"]
+    only_complaint(run("verify", *inputs(folder), *merged, *same), 2, "one file")
+    (tmp_path / "file").write_text("")
+    ran = run("verify", *inputs(folder), *merged, "--weights-only", "--report", tmp_path / "file" / "r.json")
+    assert ran.code == 4 and "error:" in ran.stderr
+
+
+def test_the_terminal_report_fits_80_columns(made: dict[str, Path], exported: Path) -> None:
     folder = made["bert-seq-cls"]
-    code, text = _run("verify", "--base", folder / "base", "--adapter", folder / "adapter")
-    assert code == 0, text
+    ran = run_process(
+        "verify", *inputs(folder), "--merged", folder / "merged", "--onnx", exported, env={"COLUMNS": "80"}
+    )
+    table = [
+        line for line in ran.stdout.splitlines() if line.startswith((" unmerged", " onnx", " merged", " ─"))
+    ]
+    assert len(table) == 7, ran.stdout
+    assert max(map(len, table)) <= 80
 
 
-def test_fused_experts_with_vectors_of_transformers_4_are_named_as_not_runnable() -> None:
+def test_a_missing_device_is_a_usage_error(made: dict[str, Path]) -> None:
+    import torch
+
+    only_complaint(run("verify", *inputs(made["t5"]), "--device", "tpu"), 2, "tpu")
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    only_complaint(run("verify", *inputs(made["t5"]), "--device", "cuda"), 2, "no CUDA device")
+
+
+def test_fused_experts_with_vectors_of_transformers_4_are_proven_by_weights(tmp_path: Path) -> None:
     fixture = Path(__file__).parent.parent / "fixtures" / "mixtral_v4"
-    code, text = _run("verify", "--base", fixture / "base", "--adapter", fixture / "adapter")
-    assert code == 3
-    assert "experts" in text and "hint:" in text
+    ran = run("verify", *inputs(fixture))
+    only_complaint(ran, 3, "experts")
+    assert "--weights-only" in ran.stderr
+    assert run("merge", *inputs(fixture), "--output", tmp_path / "merged").code == 0
+    assert run("verify", *inputs(fixture), "--merged", tmp_path / "merged", "--weights-only").code == 0
+
+
+def test_a_folder_that_cannot_be_loaded_is_a_failed_step(made: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(made["t5"] / "merged", tmp_path / "merged")
+    (tmp_path / "merged" / "config.json").write_text('{"model_type": "bert"}')
+    ran = run("verify", *inputs(made["t5"]), "--merged", tmp_path / "merged", "--json")
+    assert ran.code == 1, ran
+    assert "config.json differs" in " ".join(report_of(ran)["weights"][0]["notes"])
 
 
 @pytest.mark.gpu
-def test_a_merge_is_in_parity_on_a_gpu(made: dict[str, Path]) -> None:
+def test_a_merge_is_in_parity_on_a_gpu(made: dict[str, Path], exported: Path) -> None:
     import torch
 
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
-    for name in ("llama-biased", "bert-seq-cls", "vit"):
+    for name in ("llama-biased", "bert-seq-cls", "resnet-basic"):
         folder = made[name]
-        code, text = _run(
-            "verify",
-            "--base",
-            folder / "base",
-            "--adapter",
-            folder / "adapter",
-            "--merged",
-            folder / "merged",
-            "--device",
-            "cuda",
+        graphs = ["--onnx", exported / "model.onnx"] if name == "bert-seq-cls" else []
+        ran = run(
+            "verify", *inputs(folder), "--merged", folder / "merged", *graphs, "--device", "cuda", "--json"
         )
-        assert code == 0, text
-
-
-def test_a_missing_gpu_is_a_usage_error(made: dict[str, Path]) -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("there is a CUDA device here")
-    folder = made["bert-seq-cls"]
-    code, text = _run(
-        "verify", "--base", folder / "base", "--adapter", folder / "adapter", "--device", "cuda"
-    )
-    assert code == 2
-    assert "no CUDA device" in text
+        assert ran.code == 0, ran
+        assert report_of(ran)["reference"]["runs_on"].startswith("PyTorch on cuda (")

@@ -1,0 +1,119 @@
+"""The report of `verify` on a terminal, readable at 80 columns."""
+
+from __future__ import annotations
+
+from ia3_export.cli.output import Output, human_bytes
+from ia3_export.report.model import Generation, Report, Step, WeightsProof
+
+_FINDINGS = 10
+
+
+def show_report(out: Output, report: Report) -> None:
+    """Weights, chain, control, and at the end the verdict; ``--verbose`` adds inputs, gates and all metrics."""
+    for proof in report.weights:
+        _show_proof(out, proof)
+    if report.reference is not None:
+        _show_chain(out, report)
+    for warning in report.warnings:
+        out.text(f"warning: {warning}")
+    out.text(report.verdict)
+
+
+def _show_proof(out: Output, proof: WeightsProof) -> None:
+    made = f", {proof.computed:,} made by the exporter" if proof.computed else ""
+    out.text(
+        f"weights of {proof.name}: {'proven' if proof.passed else 'WRONG'}. {proof.changed:,} folded and "
+        f"{proof.unchanged:,} untouched tensors equal bit for bit{made} ({human_bytes(proof.nbytes)})"
+    )
+    shown = proof.findings if out.verbose else proof.findings[:_FINDINGS]
+    for finding in shown:
+        out.text(f"  {finding.tensor}: {finding.what}; {finding.detail}")
+    if len(proof.findings) > len(shown):
+        out.text(f"  ... and {len(proof.findings) - len(shown)} more (--verbose shows all)")
+    for note in proof.notes:
+        out.text(f"  note: {note}")
+
+
+def _show_chain(out: Output, report: Report) -> None:
+    reference = report.reference
+    assert reference is not None
+    out.text(
+        f"{reference.model_class} in {reference.dtype}, {reference.runs_on}; reference: base + live adapters "
+        f"(applied by {reference.applied_by}) in {reference.precision}"
+    )
+    if out.verbose:
+        for name in reference.inputs:
+            out.text(f"  input: {name}")
+    rows: list[tuple[str, ...]] = [
+        ("unmerged", f"{reference.unmerged.max_error:.2e}", "", "", _share(reference.unmerged.top1), "")
+    ]
+    rows += [_row(step) for step in report.steps]
+    columns = ("", "max error", "bound", "effect", "top-1", "verdict")
+    out.table(columns, rows, numbers=columns[1:5], optional=("top-1",))
+    out.text(f"control: the adapters change the base's outputs by up to {reference.effect:.3g}")
+    for step in report.steps:
+        _show_step(out, step)
+
+
+def _row(step: Step) -> tuple[str, ...]:
+    verdict = "ok" if step.passed else "FAILED"
+    if step.distance is None:
+        return step.name, "", "", "", "", verdict
+    bound = next((f"{gate.limit:.2e}" for gate in step.gates if gate.name == "max error"), "")
+    error, top1 = f"{step.distance.max_error:.2e}", _share(step.distance.top1)
+    return step.name, error, bound, _share(step.effect_present), top1, verdict
+
+
+def _show_step(out: Output, step: Step) -> None:
+    if not step.passed:
+        out.text(f"{step.name}: {step.finding}")
+        for gate in step.gates:
+            if not gate.passed:
+                against = f"must be {gate.relation} {gate.limit:.3g}"
+                out.text(
+                    f"  {gate.name} is {gate.value:.3g}, {against}" if gate.value is not None else gate.name
+                )
+        if step.location is not None:
+            site = f", site {step.location.site}" if step.location.site else ""
+            out.text(
+                f"  first module out of its bound: {step.location.module}{site} ({step.location.weights})"
+            )
+    if step.generation is not None and (out.verbose or step.generation.first_divergence is not None):
+        out.text(f"{step.name}: {_generation(step.generation)}")
+    if out.verbose:
+        _show_metrics(out, step)
+
+
+def _generation(generation: Generation) -> str:
+    text = f"greedy decoding of {generation.tokens} tokens after each of {generation.sequences} inputs"
+    if generation.first_divergence is None:
+        return f"{text}: all equal"
+    why = "which rounding explains" if generation.excused else "which rounding does not explain"
+    return f"{text}: differs from token {generation.first_divergence} on, by a margin of {generation.margin:.3g}, {why}"
+
+
+def _show_metrics(out: Output, step: Step) -> None:
+    for gate in step.gates:
+        out.text(f"  gate: {gate.name} {gate.value:.3g} {gate.relation} {gate.limit:.3g}")
+    for title, distance in (("to the reference", step.distance), ("to the step before", step.loss)):
+        if distance is None:
+            continue
+        out.text(
+            f"  {title}: mean {distance.mean_error:.2e}, relative {distance.max_relative:.2e} (mean "
+            f"{distance.mean_relative:.2e}), {distance.max_ulp:.3g} ulp (mean {distance.mean_ulp:.3g}), "
+            f"cosine {distance.cosine:.9f}"
+        )
+        if distance.kl is not None and distance.max_kl is not None:
+            more = f", top-5 {_share(distance.top5)}" if distance.top5 is not None else ""
+            more += (
+                f", perplexity {distance.perplexity_change:+.2e}"
+                if distance.perplexity_change is not None
+                else ""
+            )
+            out.text(
+                f"    KL {distance.kl:.2e} (largest {distance.max_kl:.2e}) nats, top-1 {_share(distance.top1)}{more}"
+            )
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"

@@ -1,0 +1,122 @@
+"""What a report says besides the verdict: vectors, versions, digests, and how the artifact was merged."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from ia3_export.adapters.combine import Combine
+from ia3_export.adapters.model import Adapter
+from ia3_export.checkpoint.folder import Checkpoint
+from ia3_export.checkpoint.hub import Location
+from ia3_export.execute import hash_file
+from ia3_export.manifest import NAME
+from ia3_export.plan import Cast, Dtype
+from ia3_export.report.model import SiteSummary, Source
+
+_LIBRARIES = ("torch", "transformers", "peft", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu")
+_SHOWN = 128
+_NAMES: Mapping[str, Dtype] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True)
+class MergeOptions:
+    """How adapters were folded, as `merge` takes it."""
+
+    combine: Combine = "product"
+    weights: tuple[float, ...] = ()
+    cast: Cast = "peft"
+    dtype: Dtype = "auto"
+    allow_missing: bool = False
+    allow_unused: bool = False
+
+
+def recorded_options(base: Checkpoint, merged: Checkpoint | None) -> MergeOptions:
+    """The options in the manifest of `merged`; without one, the defaults and the dtype that the weights have."""
+    if merged is None:
+        return MergeOptions()
+    try:
+        options = json.loads((merged.folder / NAME).read_text(encoding="utf-8"))["options"]
+        made = MergeOptions(
+            options["combine"], tuple(float(w) for w in options["weights"]), options["cast"], options["dtype"],
+            bool(options.get("allow_missing")), bool(options.get("allow_unused")),
+        )  # fmt: skip
+        known = made.combine in get_args(Combine) and made.cast in get_args(Cast)
+        if known and made.dtype in get_args(Dtype):
+            return made
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    if merged.main_dtype != base.main_dtype and merged.main_dtype in _NAMES:
+        return MergeOptions(dtype=_NAMES[merged.main_dtype])
+    return MergeOptions()
+
+
+def summarize_sites(adapters: Sequence[Adapter]) -> tuple[SiteSummary, ...]:
+    """Every vector, with at most 128 of its elements."""
+    return tuple(
+        _summarize(adapter.name, module, site.direction, site.vector.astype("<f8"))
+        for adapter in adapters
+        for module, site in adapter.sites.items()
+    )
+
+
+def _summarize(adapter: str, module: str, direction: Any, values: Any) -> SiteSummary:
+    magnitude = np.abs(values)
+    stretches = np.array_split(values, min(_SHOWN, len(values)))
+    return SiteSummary(
+        adapter, module, direction, len(values), float(values.min()), float(values.max()), float(values.mean()),
+        int((magnitude > 1.01).sum()), int((magnitude < 0.99).sum()), int((values < 0).sum()),
+        tuple(float(part[np.argmax(np.abs(part - 1))]) for part in stretches),
+    )  # fmt: skip
+
+
+def source_of(location: Location) -> Source:
+    """The hub id, or the last part of the path."""
+    return Source(location.hub_id or location.path.resolve().name, location.revision)
+
+
+def environment() -> dict[str, str]:
+    """Versions of everything that may have computed, and the machine."""
+    facts = {"ia3-export": metadata.version("ia3-export"), "python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            facts[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    facts["machine"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
+    return facts
+
+
+def digests(
+    base: Checkpoint, adapters: Sequence[Adapter], merged: Checkpoint | None, graphs: Sequence[Path]
+) -> dict[str, str]:
+    """SHA-256 of the base's configuration, the adapters' files, the manifests and the ONNX files."""
+    return {
+        name: f"sha256:{hash_file(path)}"
+        for name, path in _files(base, adapters, merged, graphs)
+        if path.is_file()
+    }
+
+
+def _files(
+    base: Checkpoint, adapters: Sequence[Adapter], merged: Checkpoint | None, graphs: Sequence[Path]
+) -> Iterator[tuple[str, Path]]:
+    yield "base/config.json", base.folder / "config.json"
+    for adapter in adapters:
+        folder = adapter.location.path
+        for name in adapter.files:
+            yield f"{adapter.name}/{name}", folder / name if folder.is_dir() else folder
+    if merged is not None:
+        yield f"merged/{NAME}", merged.folder / NAME
+        yield "merged/config.json", merged.folder / "config.json"
+    for path in graphs:
+        yield f"onnx/{path.name}", path
+        yield f"onnx/{NAME}", path.parent.parent / NAME

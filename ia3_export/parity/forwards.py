@@ -1,0 +1,151 @@
+"""The forwards that a verdict needs: the live model in its precisions, the base, and the merged model. One load each."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from ia3_export.adapters.combine import Combine
+from ia3_export.adapters.model import Adapter
+from ia3_export.checkpoint.folder import Checkpoint
+from ia3_export.errors import Unsupported
+from ia3_export.parity.greedy import Decoded, decode, prompts
+from ia3_export.parity.inputs import Case, is_decoder
+from ia3_export.parity.metrics import largest
+from ia3_export.parity.reference import LiveModel, Placement, load_live, load_plain
+from ia3_export.parity.runners import Run, run_torch
+
+TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Unmerged:
+    """Base + live adapters: the `reference` in `precision`, the runs in coarser dtypes, and the base alone (`plain`).
+
+    `decoded` is the reference's greedy decoding, None where the model cannot generate. `hidden` is as in `run_torch`.
+    """
+
+    class_name: str
+    applied_by: Literal["peft", "hooks"]
+    cases: Sequence[Case]
+    precision: str
+    reference: Run
+    runs: Mapping[str, Run]
+    plain: Run
+    decoded: Sequence[Decoded] | None
+    causal: bool
+    hidden: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Merged:
+    """The merged model's run in the working dtype, and where another runtime widens 16-bit weights, in float32 and 64."""
+
+    run: Run
+    decoded: Sequence[Decoded] | None
+    single: Run | None
+    double: Run | None
+
+
+def run_unmerged(
+    base: Checkpoint,
+    adapters: Sequence[Adapter],
+    combine: Combine,
+    weights: Sequence[float],
+    dtypes: Sequence[str],
+    where: Placement,
+    make_cases: Callable[[Any], Sequence[Case]],
+    *,
+    hidden: bool,
+) -> Unmerged:
+    """Run base + live adapters in each of `dtypes` (the first is the one it is loaded in), then in the reference
+    precision, then without the adapters; `make_cases` gives the inputs for the loaded model.
+
+    Raises `Unsupported` when the model cannot be loaded or run, or gives NaN itself.
+    """
+    live = load_live(base, adapters, combine, weights, dtypes[0], where)
+    cases = make_cases(live.inner)
+    first = run_torch(live.model, cases, hidden=hidden, trace=True)
+    causal = is_decoder(live.inner)
+    if where.offload is not None:
+        del live
+        _free()
+        live = load_live(base, adapters, combine, weights, "float32", where)
+        precision, reference = "float32", run_torch(live.model, cases, hidden=hidden, trace=True)
+    else:
+        precision, reference = _widest(live, cases, hidden, where.precision)
+    finite = _finite(reference, precision)
+    cases, reference, first = [cases[i] for i in finite], reference.part(finite), first.part(finite)
+    runs, decoded = {dtypes[0]: first}, None
+    if where.offload is None:
+        decoded = decode(live.model, prompts(cases))
+        for dtype in dtypes[1:]:
+            runs[dtype] = run_torch(_cast(live.model, dtype), cases, hidden=hidden, trace=True)
+            _cast(live.model, precision)
+    with live.without_adapter():
+        plain = run_torch(live.model, cases, hidden=hidden)
+    class_name, by = live.class_name, live.by
+    del live
+    _free()
+    return Unmerged(class_name, by, cases, precision, reference, runs, plain, decoded, causal, hidden)
+
+
+def _finite(reference: Run, precision: str) -> list[int]:
+    """The inputs on which the reference itself is finite: with padding on the left, some models divide zero by zero at the
+    padded positions and carry that on."""
+    finite = [i for i, output in enumerate(reference.outputs) if np.isfinite(largest([output]))]
+    if 0 not in finite:
+        raise Unsupported(
+            f"the unmerged forward itself gives NaN or infinity in {precision}: there is nothing to compare with",
+            hint="check base and adapter; a diverged training looks like this",
+        )
+    return finite
+
+
+def run_merged(
+    merged: Checkpoint, unmerged: Unmerged, dtype: str, where: Placement, *, widened: bool
+) -> Merged:
+    """Run the merged checkpoint on the same inputs in `dtype`, and if `widened` in float32 and float64 as well."""
+    model = load_plain(merged, unmerged.class_name, None, dtype, where)
+    run = run_torch(model, unmerged.cases, hidden=unmerged.hidden, trace=True)
+    decoded = decode(model, prompts(unmerged.cases)) if unmerged.decoded is not None else None
+    single = double = None
+    if widened:
+        single = run_torch(_cast(model, "float32"), unmerged.cases, hidden=unmerged.hidden)
+        if unmerged.precision == "float64":
+            double = run_torch(_cast(model, "float64"), unmerged.cases, hidden=unmerged.hidden)
+    del model
+    _free()
+    return Merged(run, decoded, single, double)
+
+
+def working_dtypes(stored: Iterable[str], wanted: str) -> list[str]:
+    """The dtypes the live model must be run in: `wanted` (or the first of `stored`) first, each once."""
+    names = list(stored)
+    return list(dict.fromkeys([names[0] if wanted == "auto" else wanted, *names]))
+
+
+def _widest(live: LiveModel, cases: Sequence[Case], hidden: bool, precision: str) -> tuple[str, Run]:
+    if precision == "float64":
+        with suppress(Unsupported):  # an operator without a float64 kernel
+            return precision, run_torch(_cast(live.model, precision), cases, hidden=hidden, trace=True)
+    return "float32", run_torch(_cast(live.model, "float32"), cases, hidden=hidden, trace=True)
+
+
+def _cast(model: Any, dtype: str) -> Any:
+    import torch
+
+    return model.to(getattr(torch, dtype))
+
+
+def _free() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

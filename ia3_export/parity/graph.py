@@ -1,0 +1,277 @@
+"""The weights proof of an ONNX graph: its initializers are the folded tensors, and nothing of an adapter is left in it.
+
+Exporters transpose weights and lose their names (``MatMul`` takes the transpose of a Linear's weight), so
+initializers are found by content: widened exactly or rounded to the graph's dtype, as they are or transposed. Reading is
+lazy (external data are mapped), and torch is not needed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ia3_export.adapters.model import Adapter
+from ia3_export.errors import DamagedFile, Refused
+from ia3_export.fold import FLOAT_DTYPES, Array, from_float, to_float
+from ia3_export.parity.expected import Expected, Reader, expected_blocks, expected_tensors
+from ia3_export.plan import Plan
+from ia3_export.report.model import TensorFinding, WeightsProof
+
+_FLOATS = {"FLOAT": "F32", "FLOAT16": "F16", "DOUBLE": "F64", "BFLOAT16": "BF16"}
+_ADAPTER_WORDS = ("ia3_l", "lora_", "base_layer", ".adapter_", "modules_to_save")
+#: Elements of the first row by which an initializer is looked up before all of it is compared.
+_START = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Graph:
+    """An ONNX file: initializers by name (lazy), operators by count, names of all nodes and values, and of the outputs."""
+
+    path: Path
+    initializers: Mapping[str, Any]
+    operators: Counter[str]
+    names: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def read_graph(path: Path) -> Graph:
+    """Read an ONNX file without its external data. Raises `DamagedFile`, and `Refused` for data outside its folder."""
+    import onnx_ir
+
+    try:
+        model = onnx_ir.load(path)
+    except Exception as error:  # protobuf's and onnx_ir's errors share no base class
+        raise DamagedFile(
+            f"{path} is not readable ONNX: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            hint="export the model again",
+        ) from None
+    initializers: dict[str, Any] = {}
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for name, value in graph.initializers.items():
+            tensor = value.const_value
+            if tensor is None:
+                continue
+            if isinstance(tensor, onnx_ir.ExternalTensor):
+                _check_inside(Path(tensor.path), path)
+            initializers[name] = tensor
+    nodes = list(model.graph.all_nodes())
+    names = [*initializers, *(node.name or "" for node in nodes)]
+    names += [output.name or "" for node in nodes for output in node.outputs]
+    return Graph(
+        path,
+        initializers,
+        Counter(node.op_type for node in nodes),
+        tuple(names),
+        tuple(output.name or "" for output in model.graph.outputs),
+    )
+
+
+def _check_inside(data: Path, path: Path) -> None:
+    folder = path.resolve().parent
+    if not data.resolve().is_relative_to(folder):
+        raise Refused(
+            f"{path} names the external data file {data}, which lies outside its folder",
+            hint="do not use this file; tell whoever published it",
+        )
+
+
+def prove_graph(plan: Plan, graph: Graph, name: str, base_graph: Graph | None = None) -> WeightsProof:
+    """Compare the initializers of `graph` with what `plan` makes of base and adapters.
+
+    `base_graph` is the base's own export, whose operators must then be the same. Quantized initializers cannot be
+    compared bit for bit and are counted as computed.
+    """
+    rows = {
+        row.name: row
+        for row in expected_tensors(plan).values()
+        if row.source.dtype in FLOAT_DTYPES and row.source.size > 1
+    }
+    floats = {n: t for n, t in graph.initializers.items() if t.dtype.name in _FLOATS and t.size > 1}
+    matches = _match(rows, floats)
+    computed = sorted(floats.keys() - matches.keys())
+    found = {row.name for row in matches.values()}
+    findings = [*_left_behind(graph, plan.adapters)]
+    findings += _wrong_values(rows, floats, computed, found)
+    notes = [
+        f"quantized: {_count(graph, 'INT8', 'UINT8', 'INT4', 'UINT4')} initializers hold codes, compared by the forward only"
+    ]
+    notes = notes if _is_quantized(graph) else []
+    absent = sorted(n for n, row in rows.items() if row.changed and n not in found)
+    if absent and not findings and not _is_quantized(graph):
+        notes.append(f"not in this graph: {', '.join(absent[:6])}{' ...' if len(absent) > 6 else ''}")
+    if base_graph is not None:
+        findings += _other_operators(graph, base_graph)
+        different = [n for n, row in matches.items() if row.changed]
+        notes.append(
+            f"{len(graph.initializers)} initializers, {len(different)} of them differ from the base's: "
+            f"{', '.join(different[:6])}{' ...' if len(different) > 6 else ''}"
+        )
+    return WeightsProof(
+        name, "onnx", graph.path.name, not findings, sum(row.changed for row in matches.values()),
+        sum(not row.changed for row in matches.values()), len(computed),
+        sum(tensor.nbytes for tensor in graph.initializers.values()), tuple(findings), tuple(notes),
+    )  # fmt: skip
+
+
+def precision_of(graph: Graph) -> str:
+    """``int4``, ``int8``, ``float16``, ``bfloat16``, ``float32`` or ``float64``: what most of the weights are held in."""
+    operators = graph.operators
+    if operators["MatMulNBits"] or operators["MatMulBnb4"] or _count(graph, "INT4", "UINT4"):
+        return "int4"
+    if _is_quantized(graph):
+        return "int8"
+    sizes: Counter[str] = Counter()
+    for tensor in graph.initializers.values():
+        sizes[tensor.dtype.name] += tensor.nbytes if tensor.dtype.name in _FLOATS else 0
+    kind = sizes.most_common(1)[0][0] if sizes else "FLOAT"
+    return {"FLOAT16": "float16", "BFLOAT16": "bfloat16", "DOUBLE": "float64"}.get(kind, "float32")
+
+
+def _is_quantized(graph: Graph) -> bool:
+    kinds = (
+        "MatMulNBits",
+        "MatMulBnb4",
+        "MatMulInteger",
+        "DequantizeLinear",
+        "QLinearMatMul",
+        "DynamicQuantizeMatMul",
+    )
+    return any(graph.operators[kind] for kind in kinds)
+
+
+def _count(graph: Graph, *dtypes: str) -> int:
+    return sum(t.dtype.name in dtypes and t.size > 1 for t in graph.initializers.values())
+
+
+def _left_behind(graph: Graph, adapters: Sequence[Adapter]) -> Iterator[TensorFinding]:
+    """Nodes named after adapter modules, and initializers that hold a vector."""
+    for name in dict.fromkeys(graph.names):
+        if any(word in name for word in _ADAPTER_WORDS):
+            yield TensorFinding(name, "adapter node", "the graph still applies an adapter at run time")
+    vectors = [(s.module, s.vector) for a in adapters for s in a.sites.values() if np.any(s.vector != 1)]
+    for name, tensor in graph.initializers.items():
+        dtype = _FLOATS.get(tensor.dtype.name)
+        if dtype is None or sum(extent > 1 for extent in tensor.shape) > 1:
+            continue
+        values = None
+        for module, vector in vectors:
+            if tensor.size != len(vector):
+                continue
+            values = tensor.numpy().astype("<f8").reshape(-1) if values is None else values
+            if np.array_equal(values, to_float(from_float(vector.astype("<f4"), dtype), dtype)):
+                yield TensorFinding(
+                    name, "adapter vector", f"it holds the vector of {module}, which is not folded"
+                )
+
+
+def _match(rows: Mapping[str, Expected], floats: Mapping[str, Any]) -> dict[str, Expected]:
+    """Initializers that are a tensor of the merged model, as it is or transposed: equal names first, then any."""
+    by_start: dict[tuple[Any, ...], list[tuple[Expected, bool]]] = {}
+    for dtype in {_FLOATS[tensor.dtype.name] for tensor in floats.values()}:
+        for row in rows.values():
+            start = _bits(_expected_start(row), row.dtype, dtype).tobytes()
+            by_start.setdefault((dtype, row.source.shape, start), []).append((row, False))
+            if len(row.source.shape) == 2:
+                by_start.setdefault((dtype, row.source.shape[::-1], start), []).append((row, True))
+    matches: dict[str, Expected] = {}
+    for name, tensor in floats.items():
+        dtype, values = _FLOATS[tensor.dtype.name], _raw(tensor)
+        ways = [values, values.T] if values.ndim == 2 else [values]
+        starts = [np.ascontiguousarray(way[(0,) * (way.ndim - 1)][:_START]).tobytes() for way in ways]
+        candidates = [
+            (row, turned)
+            for start in dict.fromkeys(starts)
+            for row, turned in by_start.get((dtype, values.shape, start), [])
+        ]
+        candidates.sort(key=lambda candidate: not _same_name(candidate[0].name, name))
+        for row, turned in candidates:
+            if _holds(values.T if turned else values, row, dtype):
+                matches[name] = row
+                break
+    return matches
+
+
+def _same_name(stored: str, initializer: str) -> bool:
+    """Whether the names are equal but for a prefix that one of them lacks."""
+    return stored == initializer or stored.endswith(f".{initializer}") or initializer.endswith(f".{stored}")
+
+
+def _expected_start(row: Expected) -> Array:
+    """The first elements of the first row."""
+    count = min(_START, row.source.shape[-1])
+    with (reader := Reader()).stack:
+        return next(expected_blocks(row, reader, 0, count))[0].copy()
+
+
+def _raw(tensor: Any) -> Array:
+    """The initializer's bits, as unsigned numbers of the element's size."""
+    values: Array = tensor.numpy()
+    return values.view(f"<u{values.dtype.itemsize}")
+
+
+def _bits(stored: Array, dtype: str, wanted: str) -> Array:
+    """Stored bits of `dtype` as bits of the dtype `wanted`: widened exactly, or rounded to nearest even."""
+    if dtype == wanted:
+        return stored.view(f"<u{stored.dtype.itemsize}")
+    values = to_float(stored.copy(), dtype)
+    bits = from_float(values.astype("<f8") if wanted == "F64" else values, wanted)
+    return bits.view(f"<u{bits.dtype.itemsize}")
+
+
+def _holds(values: Array, row: Expected, dtype: str) -> bool:
+    """Whether `values`, bits in the shape of `row`, are what `row` must be."""
+    columns = values.shape[-1]
+    lines = values.reshape(-1, columns) if values.flags.c_contiguous else values
+    with (reader := Reader()).stack:
+        for wanted, first in expected_blocks(row, reader):
+            line = first // columns
+            some = np.ascontiguousarray(lines[line : -(-(first + len(wanted)) // columns)]).reshape(-1)
+            start = first - line * columns
+            if not np.array_equal(some[start : start + len(wanted)], _bits(wanted, row.dtype, dtype)):
+                return False
+    return True
+
+
+def _wrong_values(
+    rows: Mapping[str, Expected], floats: Mapping[str, Any], computed: Sequence[str], found: set[str]
+) -> Iterator[TensorFinding]:
+    """Initializers that are no tensor of the merged model, but take the place of one."""
+    absent = [row for name, row in rows.items() if name not in found]
+    # exporters fold a batch normalization into the convolution before it: such weights are computed
+    fuses = any(row.name.endswith("running_var") for row in absent)
+    for name in computed:
+        values = _raw(floats[name])
+        dtype = _FLOATS[floats[name].dtype.name]
+        named = [row for row in absent if _same_name(row.name, name)]
+        shapes = (values.shape, values.shape[::-1] if values.ndim == 2 else None)
+        alike = named or [r for r in absent if values.ndim > 1 and r.source.shape in shapes]
+        if not alike or (fuses and (values.ndim > 2 or named)):
+            continue
+        for row in alike:
+            if row.changed and row.base is not None and row.base.shape == row.source.shape:
+                base = replace(row, source=row.base, scales=(), dtype=row.base.dtype)
+                ways = [v for v in (values, values.T) if v.shape == row.source.shape]
+                if any(_holds(way, base, dtype) for way in ways):
+                    yield TensorFinding(
+                        name, "left out", f"it holds the base's {row.name}: the vector was not folded"
+                    )
+                    break
+        else:
+            places = ", ".join(row.name for row in alike[:4])
+            yield TensorFinding(
+                name,
+                "differs",
+                f"{dtype} {list(values.shape)} in the place of {places}, but with other values",
+            )
+
+
+def _other_operators(graph: Graph, base: Graph) -> Iterator[TensorFinding]:
+    for kind in sorted({*graph.operators, *base.operators}):
+        here, there = graph.operators[kind], base.operators[kind]
+        if here != there:
+            yield TensorFinding(kind, "other operators", f"{here} nodes, the base's export has {there}")

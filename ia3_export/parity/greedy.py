@@ -1,0 +1,84 @@
+"""Greedy decoding beside the reference: do both models write the same text?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ia3_export.fold import Array
+from ia3_export.parity.inputs import Case
+from ia3_export.parity.runners import place
+from ia3_export.report.model import Generation
+
+TOKENS = 12
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decoded:
+    """Generated token ids (sequences, steps) and the logits they were chosen by (sequences, steps, vocabulary)."""
+
+    tokens: Array
+    logits: Array
+
+
+def prompts(cases: Sequence[Case]) -> list[Case]:
+    """The cases to generate from: the first, and one with padding on the left if there is one."""
+    whole = [case for case in cases if not case.past and "labels" not in case.tensors]
+    padded = [case for case in whole if "padded on the left" in case.name]
+    return whole[:1] + padded[:1]
+
+
+def decode(model: Any, cases: Sequence[Case]) -> list[Decoded] | None:
+    """Greedy decoding of `TOKENS` tokens after each of `cases`, with the cache; None if `model` cannot generate.
+
+    ``GenerationMixin.generate`` itself, because some classes (Whisper) put long-form logic of their own before it.
+    """
+    import torch
+    from transformers import GenerationConfig, GenerationMixin
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(inner, GenerationMixin) or not inner.can_generate():
+        return None
+    own, text = inner.generation_config, inner.config.get_text_config()
+    ids = {
+        name: getattr(own, name, None) if getattr(own, name, None) is not None else getattr(text, name, None)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+    }
+    config = GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=TOKENS, min_new_tokens=TOKENS, use_cache=True,
+        output_logits=True, return_dict_in_generate=True, **ids,
+    )  # fmt: skip
+    results = []
+    for case in cases:
+        inputs = {name: v for name, v in place(inner, case.tensors).items() if name != "decoder_input_ids"}
+        try:
+            with torch.no_grad():
+                out = GenerationMixin.generate(inner, **inputs, generation_config=config)
+        except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError, AssertionError):
+            return None
+        logits = torch.stack(list(out.logits), dim=1).double().cpu().numpy()
+        results.append(Decoded(out.sequences[:, -logits.shape[1] :].cpu().numpy(), logits))
+    return results
+
+
+def compare_decoded(got: Sequence[Decoded], reference: Sequence[Decoded], bound: float) -> Generation:
+    """Where `got` first leaves the reference; excused where the reference's first two logits are within twice `bound`."""
+    tokens = max(r.tokens.shape[1] for r in reference)
+    sequences = sum(len(r.tokens) for r in reference)
+    first: tuple[int, float] | None = None
+    excused = True
+    for mine, theirs in zip(got, reference, strict=True):
+        for row, expected, logits in zip(mine.tokens, theirs.tokens, theirs.logits, strict=True):
+            steps = np.flatnonzero(row != expected)
+            if not len(steps):
+                continue
+            at = int(steps[0])
+            distance = float(logits[at][expected[at]] - logits[at][row[at]])
+            excused &= distance <= 2 * bound
+            if first is None or (at, -distance) < (first[0], -first[1]):
+                first = at, distance
+    step, margin = first if first is not None else (None, None)
+    return Generation(tokens, sequences, step, margin, excused)

@@ -1,0 +1,247 @@
+"""From runs to the steps of the chain: distances, gates, findings, and the first module that is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ia3_export.fold import Array
+from ia3_export.parity.forwards import Merged, Unmerged
+from ia3_export.parity.gates import EFFECT, at_most, coarser, quantized_gates, rounding_bound
+from ia3_export.parity.greedy import compare_decoded
+from ia3_export.parity.metrics import (
+    Outputs,
+    beyond,
+    compare,
+    effect_present,
+    error_histogram,
+    largest,
+    perplexity,
+)
+from ia3_export.parity.runners import Run
+from ia3_export.report.model import (
+    Distance,
+    Gate,
+    Generation,
+    Kind,
+    LayerError,
+    Location,
+    Step,
+    WeightsProof,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """``numpy.allclose`` tolerances that replace the gates."""
+
+    atol: float
+    rtol: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Artifact:
+    """One artifact's outputs and what is known of it: `weights` is the dtype its weights were rounded to, `cases` the
+    indices of the inputs it was run on."""
+
+    name: str
+    kind: Kind
+    file: str
+    precision: str
+    weights: str
+    runs_on: str
+    outputs: Outputs
+    cases: Sequence[int]
+
+
+def judge(
+    artifact: Artifact,
+    unmerged: Unmerged,
+    adapters: int,
+    before: Outputs | None,
+    merged: Merged | None,
+    proof: WeightsProof | None,
+    tolerance: Tolerance | None,
+) -> Step:
+    """Compare one artifact with the reference. `before` are the outputs of the step before it (on all inputs), `merged`
+    the merged model's runs, `proof` what is known of the artifact's weights."""
+    outputs = artifact.outputs
+    reference = _part(unmerged.reference.outputs, outputs, artifact.cases)
+    plain = _part(unmerged.plain.outputs, outputs, artifact.cases)
+    if not all(reference):
+        return _failed(
+            artifact,
+            f"it has the outputs {sorted(outputs[0])}, the model {sorted(unmerged.reference.outputs[0])}",
+        )
+    numeric = "float32" if artifact.precision in ("int8", "int4") else artifact.precision
+    try:
+        distance = _distance(outputs, reference, numeric, unmerged, artifact.cases)
+    except ValueError as error:
+        return _failed(artifact, str(error))
+    share = effect_present(outputs, reference, plain)
+    loss = None
+    if before is not None:
+        loss = _distance(outputs, _part(before, outputs, artifact.cases), numeric, unmerged, artifact.cases)
+    bound = _bound(artifact, unmerged, reference, adapters)
+    generation: Generation | None = None
+    layers: tuple[LayerError, ...] = ()
+    location: Location | None = None
+    if tolerance is not None:
+        gates = [at_most("max error beyond rtol", beyond(outputs, reference, tolerance.rtol), tolerance.atol)]
+    elif artifact.precision in ("int8", "int4"):
+        gates = list(quantized_gates(artifact.precision, distance, share))
+    else:
+        gates = [at_most("max error", distance.max_error, bound)]
+        gates += _step_gates(artifact, outputs, merged, adapters)
+    if artifact.kind == "merged" and merged is not None:
+        layers = _layers(artifact, merged.run, unmerged, adapters)
+        if unmerged.decoded is not None and merged.decoded is not None:
+            generation = compare_decoded(merged.decoded, unmerged.decoded, bound)
+            if tolerance is None:
+                value = generation.margin or 0.0
+                gates.append(Gate("greedy decoding", value, "<=", 2 * bound, generation.excused))
+    passed = all(gate.passed for gate in gates)
+    if not passed:
+        location = _locate(layers, unmerged.reference.modules, proof)
+    finding = "in parity" if passed else _finding(outputs, plain, reference, distance, share, location)
+    return Step(
+        artifact.name, artifact.kind, artifact.file, artifact.precision, artifact.runs_on, passed, finding,
+        tuple(gates), distance, loss, share, generation, error_histogram(outputs, reference), layers, location,
+    )  # fmt: skip
+
+
+def unmerged_distance(unmerged: Unmerged, dtype: str) -> Distance:
+    """How far the live model in `dtype` is from the reference."""
+    every = range(len(unmerged.cases))
+    return _distance(unmerged.runs[dtype].outputs, unmerged.reference.outputs, dtype, unmerged, every)
+
+
+def failed_step(name: str, kind: Kind, file: str, precision: str, runs_on: str, finding: str) -> Step:
+    """An artifact that could not be run."""
+    return Step(
+        name, kind, file, precision, runs_on, False, finding, (), None, None, None, None, (), (), None
+    )  # fmt: skip
+
+
+def _failed(artifact: Artifact, finding: str) -> Step:
+    return failed_step(
+        artifact.name, artifact.kind, artifact.file, artifact.precision, artifact.runs_on, finding
+    )
+
+
+def _part(whole: Outputs, outputs: Outputs, cases: Sequence[int]) -> list[dict[str, Array]]:
+    """The inputs and output names of `whole` that `outputs` have too."""
+    return [
+        {name: values for name, values in whole[i].items() if name in output}
+        for i, output in zip(cases, outputs, strict=True)
+    ]
+
+
+def _distance(
+    outputs: Outputs, reference: Outputs, dtype: str, unmerged: Unmerged, cases: Sequence[int]
+) -> Distance:
+    distance = compare(outputs, reference, dtype)
+    if not unmerged.causal:
+        return distance
+    used = [unmerged.cases[i].tensors for i in cases]
+    if any("input_ids" not in tensors for tensors in used):
+        return distance
+    ids = [tensors["input_ids"].numpy() for tensors in used]
+    masks = [tensors["attention_mask"].numpy() if "attention_mask" in tensors else None for tensors in used]
+    mine, theirs = (perplexity(each, ids, masks) for each in (outputs, reference))
+    if mine is None or not theirs:
+        return distance
+    return replace(distance, perplexity_change=mine / theirs - 1)
+
+
+def _bound(artifact: Artifact, unmerged: Unmerged, reference: Outputs, adapters: int) -> float:
+    precision = "float32" if artifact.precision in ("int8", "int4") else artifact.precision
+    dtype = coarser(precision, artifact.weights)
+    run = _part(unmerged.runs[dtype].outputs, reference, artifact.cases)
+    own = compare(run, reference, dtype).max_error
+    return rounding_bound(own, largest(reference), dtype, adapters, runtime=artifact.kind == "onnx")
+
+
+def _step_gates(artifact: Artifact, outputs: Outputs, merged: Merged | None, adapters: int) -> list[Gate]:
+    """Where a graph computes in float32 with weights that were rounded to 16 bits, the bound above is as wide as that
+    rounding; beside the merged weights themselves, widened, the graph must be as exact as float32 is."""
+    if artifact.kind != "onnx" or merged is None or merged.single is None or merged.double is None:
+        return []
+    if artifact.precision != "float32":
+        return []
+    exact = _part(merged.double.outputs, outputs, artifact.cases)
+    own = compare(_part(merged.single.outputs, exact, artifact.cases), exact, "float32").max_error
+    limit = rounding_bound(own, largest(exact), "float32", adapters, runtime=True)
+    return [at_most("max error to the merged weights", compare(outputs, exact, "float32").max_error, limit)]
+
+
+def _layers(artifact: Artifact, run: Run, unmerged: Unmerged, adapters: int) -> tuple[LayerError, ...]:
+    dtype = coarser(artifact.precision, artifact.weights)
+    own = unmerged.runs[dtype].modules
+    rows = []
+    for module, exact in unmerged.reference.modules.items():
+        mine, theirs = run.modules.get(module), own.get(module)
+        if mine is None or theirs is None or not (mine.shape == theirs.shape == exact.shape):
+            continue
+        scale = float(np.abs(exact).max(initial=0.0))
+        error, live = (_largest_error(values, exact) for values in (mine, theirs))
+        bound = rounding_bound(live, scale, dtype, adapters, layer=True)
+        rows.append(LayerError(module, scale, live, error, bound, error <= bound))
+    return tuple(rows)
+
+
+def _largest_error(values: Array, exact: Array) -> float:
+    with np.errstate(invalid="ignore"):
+        return float(np.nan_to_num(np.abs(values - exact), nan=np.inf).max(initial=0.0))
+
+
+def _locate(
+    layers: Sequence[LayerError], order: Mapping[str, Array], proof: WeightsProof | None
+) -> Location | None:
+    """The first module out of bounds; its site is the module itself, or the nearest before it whose weights are wrong."""
+    first = next((layer.module for layer in layers if not layer.passed), None)
+    if first is None:
+        return None
+    findings = {f.tensor.rpartition(".")[0]: f for f in reversed(proof.findings)} if proof else {}
+    before = list(order)[: list(order).index(first) + 1]
+    site = next((module for module in reversed(before) if module in findings), None)
+    if site is None:  # stored names may lack or carry the base-model prefix
+        site = next(
+            (
+                m
+                for m in reversed(before)
+                if any(m.endswith(f".{f}") or f.endswith(f".{m}") for f in findings)
+            ),
+            None,
+        )
+    if site is None:
+        return Location(
+            first, None, "every tensor is what it must be" if proof else "its weights were not compared"
+        )
+    finding = next(
+        f
+        for name, f in findings.items()
+        if name == site or name.endswith(f".{site}") or site.endswith(f".{name}")
+    )
+    return Location(first, site, f"{finding.tensor}: {finding.what}; {finding.detail}")
+
+
+def _finding(
+    outputs: Outputs,
+    plain: Outputs,
+    reference: Outputs,
+    distance: Distance,
+    share: float | None,
+    location: Location | None,
+) -> str:
+    effect = compare(plain, reference, "float64").max_error
+    text = f"off by {distance.max_error / effect:.2g} of the adapters' effect" if effect else "not in parity"
+    if effect and compare(outputs, plain, "float64").max_error < 0.1 * effect:
+        text = "it computes the base: the adapter is not in it"
+    elif share is not None and not EFFECT[0] <= share <= EFFECT[1]:
+        text += f", it shows {share:.0%} of it"
+    if location is not None:
+        text += f"; first wrong at {location.module}"
+    return text

@@ -1,0 +1,205 @@
+"""A report as one HTML page: no script, nothing loaded, charts as inline SVG."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from importlib.resources import files
+from typing import Any
+
+from ia3_export.report import charts, formats, strips
+from ia3_export.report.model import Distance, Gate, Generation, Report, SiteSummary, Step, WeightsProof
+
+#: Above so many vectors their strips become a few pixels high and their numbers fold away.
+_ROOMY = 60
+_ROUNDED = frozenset({"float64", "float32", "float16", "bfloat16"})
+_METRICS = {
+    "max_error": "max error",
+    "mean_error": "mean error",
+    "max_relative": "max relative error",
+    "mean_relative": "mean relative error",
+    "max_ulp": "max error in ulp",
+    "mean_ulp": "mean error in ulp",
+    "cosine": "cosine",
+    "kl": "KL divergence, mean (nats)",
+    "max_kl": "KL divergence, max (nats)",
+    "top1": "top-1 agreement",
+    "top5": "top-5 agreement",
+    "perplexity_change": "perplexity change",
+}
+_SHARES = frozenset({"top1", "top5", "perplexity_change"})
+
+
+@dataclass(frozen=True, slots=True)
+class SiteRow:
+    """A vector with what its row is labelled: the layer number, shown on some rows only where there are many."""
+
+    site: SiteSummary
+    layer: str
+    labelled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SiteGroup:
+    """The vectors of one adapter on one projection, by layer; `channels` says how many each has."""
+
+    adapter: str
+    projection: str
+    channels: str
+    rows: tuple[SiteRow, ...]
+
+
+def to_html(report: Report) -> str:
+    """`report` as a page that stands alone. Whatever names the report holds appear as text only."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_clean
+    )  # fmt: skip
+    environment.filters |= {
+        "number": formats.number, "factor": formats.factor, "share": formats.share, "size": formats.size, "generation": generation_in_words,
+        "error_axis": charts.error_axis, "layer_plot": charts.layer_plot, "histogram": charts.histogram,
+        "gauge": charts.effect_gauge, "strip": strips.strip, "weights_bar": charts.weights_bar,
+        "gate_in_words": _gate_in_words, "error_and_bound": _error_and_bound,
+    }  # fmt: skip
+    template = environment.from_string(
+        files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
+    )
+    limit = strips.heat_limit(report.sites)
+    return template.render(
+        report=report,
+        reason=reason(report),
+        metrics=_metric_rows(report),
+        groups=site_groups(report.sites),
+        roomy=len(report.sites) <= _ROOMY,
+        heat_limit=limit,
+        legend=strips.heat_legend(limit),
+        histogram_range=charts.histogram_range(report.steps, report.reference),
+        watched=any(step.layers for step in report.steps),
+        located=any(step.location for step in report.steps),
+        generated=[step for step in report.steps if step.generation],
+        counted=[step for step in report.steps if step.error_histogram],
+    )
+
+
+def reason(report: Report) -> str:
+    """Why the verdict is what it is, in a sentence: the first finding, or what holds of every artifact."""
+    for step in report.steps:
+        if not step.passed:
+            return f"{step.name}: {step.finding}"
+    for proof in report.weights:
+        if not proof.passed:
+            return f"{proof.name}: {_first_finding(proof)}"
+    if not report.in_parity:
+        return "A check failed that left no finding"
+    if not report.steps:
+        return "Every tensor is the fold of base and adapters, or the base's own; no forward was run"
+    if all(step.precision in _ROUNDED for step in report.steps):
+        return "Every artifact is within the rounding of the live model"
+    return (
+        "Every artifact is within its bounds, those in floating point within the rounding of the live model"
+    )
+
+
+def generation_in_words(generation: Generation) -> str:
+    """What greedy decoding showed, in a sentence."""
+    run = f"{generation.tokens} tokens x {generation.sequences} sequences"
+    if generation.first_divergence is None:
+        return f"{run}: all equal"
+    first = f"{run}: first differs at token {generation.first_divergence} (counted from 0)"
+    if generation.margin is None:
+        return first
+    margin = formats.number(generation.margin)
+    if generation.excused:
+        return f"{first}, where the reference's margin {margin} is within rounding: excused"
+    return f"{first}, where the reference's margin {margin} is more than rounding explains"
+
+
+def site_groups(sites: Sequence[SiteSummary]) -> list[SiteGroup]:
+    """`sites` by adapter and projection, in order of appearance, each group by layer."""
+    names = _projections(site.module for site in sites)
+    grouped: dict[tuple[str, str], list[SiteSummary]] = {}
+    for site in sites:
+        grouped.setdefault((site.adapter, names[site.module]), []).append(site)
+    every = 1 if len(sites) <= _ROOMY else 5
+    groups = []
+    for (adapter, projection), members in grouped.items():
+        members.sort(key=lambda site: _natural(site.module))
+        rows = tuple(SiteRow(site, _layer(site.module), i % every == 0) for i, site in enumerate(members))
+        low, high = min(site.size for site in members), max(site.size for site in members)
+        directions = " and ".join(sorted({f"{site.direction}put" for site in members}))
+        channels = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+        groups.append(SiteGroup(adapter, projection, f"{directions}, {channels} channels", rows))
+    return groups
+
+
+def _projections(modules: Iterable[str]) -> dict[str, str]:
+    """The last part of every module path, and as many before it as tell BERT's two ``output.dense`` apart."""
+    patterns = {
+        module: tuple(re.sub(r"^\d+$", "*", part) for part in module.split(".")) for module in modules
+    }
+    distinct = set(patterns.values())
+
+    def shortest(pattern: tuple[str, ...]) -> str:
+        for length in range(1, len(pattern)):
+            if sum(other[-length:] == pattern[-length:] for other in distinct) == 1:
+                return ".".join(pattern[-length:])
+        return ".".join(pattern)
+
+    names = {pattern: shortest(pattern) for pattern in distinct}
+    return {module: names[pattern] for module, pattern in patterns.items()}
+
+
+def _layer(module: str) -> str:
+    return ".".join(re.findall(r"(?<![^.])\d+(?![^.])", module)) or "—"
+
+
+def _natural(module: str) -> list[tuple[int, int, str]]:
+    return [(0, int(p), "") if p.isascii() and p.isdigit() else (1, 0, p) for p in module.split(".")]
+
+
+def _gate_in_words(gate: Gate) -> tuple[str, str]:
+    if gate.value is None:
+        return "no value", formats.number(gate.limit)
+    return formats.compared(gate.value, gate.limit)
+
+
+def _error_and_bound(step: Step) -> tuple[str, str]:
+    """Largest error and its bound, the latter empty without such a gate."""
+    bound = charts.bound_of(step)
+    if step.distance is None:
+        return "no value", "" if bound is None else formats.number(bound)
+    error = step.distance.max_error
+    return (formats.number(error), "") if bound is None else formats.compared(error, bound)
+
+
+def _metric_rows(report: Report) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+    """Headed groups of metric rows: a label and the text of every column, the live model before the steps."""
+    unmerged = report.reference.unmerged if report.reference else None
+    to_reference = _rows([unmerged, *(step.distance for step in report.steps)])
+    to_previous = _rows([None, *(step.loss for step in report.steps)])
+    groups = [("to the reference", to_reference), ("loss to the step before", to_previous)]
+    return [(heading, rows) for heading, rows in groups if rows]
+
+
+def _rows(distances: Sequence[Distance | None]) -> list[tuple[str, list[str]]]:
+    rows = []
+    for field in fields(Distance):
+        values = [None if d is None else getattr(d, field.name) for d in distances]
+        if any(value is not None for value in values):
+            show = formats.share if field.name in _SHARES else formats.number
+            rows.append((_METRICS[field.name], [show(value) for value in values]))
+    return rows
+
+
+def _first_finding(proof: WeightsProof) -> str:
+    if not proof.findings:
+        return "its weights are not what they must be"
+    finding = proof.findings[0]
+    return f"{finding.tensor} {finding.what}: {finding.detail}"
+
+
+def _clean(value: Any) -> Any:
+    # Markup is a str too, and holds text that the charts cleaned themselves
+    return formats.clean(value) if type(value) is str else value
