@@ -78,6 +78,11 @@ def _show_step(out: Output, step: Step) -> None:
             out.text(
                 f"  first module out of its bound: {step.location.module}{site} ({step.location.weights})"
             )
+    if step.library is not None:
+        out.text(
+            f"{step.name}: max error {step.library.max_error:.3g} (mean {step.library.mean_error:.3g}) to the base as its "
+            "own quantization library runs it, with live adapters"
+        )
     if step.generation is not None and (out.verbose or step.generation.first_divergence is not None):
         out.text(f"{step.name}: {_generation(step.generation)}")
     if out.verbose:

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.errors import InputError, UsageError
+from ia3_export.parity.facts import MergeOptions
 from ia3_export.parity.forwards import (
     TORCH_DTYPES,
     Merged,
@@ -24,7 +26,6 @@ from ia3_export.parity.metrics import Outputs, compare, largest
 from ia3_export.parity.own_inputs import fit_text, read_inputs, read_texts
 from ia3_export.parity.reference import Placement
 from ia3_export.parity.runners import exact_matmul, open_onnx, quiet, run_onnx
-from ia3_export.plan import Plan
 from ia3_export.report.model import Reference, Step, WeightsProof
 
 #: A loaded model takes its parameters in the widest dtype it is run in, and as much again while it is cast or run.
@@ -32,7 +33,9 @@ _HEADROOM = 1.5
 
 
 def run_chain(
-    plan: Plan,
+    base: Checkpoint,
+    adapters: Sequence[Adapter],
+    how: MergeOptions,
     merged: Checkpoint | None,
     judged: bool,
     graphs: Sequence[tuple[str, Graph]],
@@ -55,8 +58,8 @@ def run_chain(
     place = choose_device(device)
     warnings: list[str] = []
     with quiet(), exact_matmul(tf32):
-        where = _placement(plan.base, place, scratch, max_memory, warnings)
-        stored = TORCH_DTYPES[plan.base.main_dtype]
+        where = _placement(base, place, scratch, max_memory, warnings)
+        stored = TORCH_DTYPES[base.main_dtype]
         written = TORCH_DTYPES[merged.main_dtype] if merged is not None else stored
         working = stored if dtype == "auto" else dtype
         precisions = {name: precision_of(graph) for name, graph in graphs}
@@ -64,7 +67,7 @@ def run_chain(
         used = written if dtype == "auto" else dtype  # in which the merged model runs
         needed = [coarser(used, written)] if merged is not None and judged else []
         needed += [coarser(written, p) for p in numeric.values()]
-        texts = read_texts(text, plan.base.folder) if text is not None else None
+        texts = read_texts(text, base.folder) if text is not None else None
         given = read_inputs(inputs) if inputs is not None else None
 
         def cases_for(model: Any) -> list[Case]:
@@ -76,7 +79,7 @@ def run_chain(
 
         hidden = any(graph.outputs == ("last_hidden_state",) for _, graph in graphs)
         unmerged = run_unmerged(
-            plan.base, plan.adapters, plan.combine, plan.weights, working_dtypes([working, *needed], "auto"),
+            base, adapters, how.combine, how.weights, working_dtypes([working, *needed], "auto"),
             where, cases_for, hidden=hidden,
         )  # fmt: skip
         steps: list[Step] = []
@@ -99,7 +102,7 @@ def run_chain(
             if runs is not None and judged:
                 every = range(len(unmerged.cases))
                 artifact = Artifact(kind, "merged", name, used, written, on, runs.run.outputs, every)
-                steps.append(judge(artifact, unmerged, len(plan.adapters), before, runs, proof, tolerances))
+                steps.append(judge(artifact, unmerged, len(adapters), before, runs, proof, tolerances))
             before = runs.run.outputs if runs is not None else before
         for name, graph in graphs:
             session = open_onnx(graph.path, place)
@@ -108,7 +111,7 @@ def run_chain(
             outputs = run_onnx(session, [unmerged.cases[i] for i in usable])
             proof = next((p for p in proofs if p.name == name), None)
             artifact = Artifact(name, "onnx", graph.path.name, precisions[name], written, on, outputs, usable)
-            steps.append(judge(artifact, unmerged, len(plan.adapters), before, runs, proof, tolerances))
+            steps.append(judge(artifact, unmerged, len(adapters), before, runs, proof, tolerances))
             whole = [dict(case) for case in before]
             for i, output in zip(usable, outputs, strict=True):
                 whole[i] |= output

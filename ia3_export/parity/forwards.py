@@ -17,7 +17,8 @@ from ia3_export.errors import Unsupported
 from ia3_export.parity.greedy import Decoded, decode, prompts
 from ia3_export.parity.inputs import Case, is_decoder
 from ia3_export.parity.metrics import largest
-from ia3_export.parity.reference import LiveModel, Placement, load_live, load_plain
+from ia3_export.parity.quantized import is_bitsandbytes
+from ia3_export.parity.reference import LiveModel, Placement, load_as_library_runs_it, load_live, load_plain
 from ia3_export.parity.runners import Run, run_torch
 
 TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -27,7 +28,8 @@ TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "b
 class Unmerged:
     """Base + live adapters: the `reference` in `precision`, the runs in coarser dtypes, and the base alone (`plain`).
 
-    `decoded` is the reference's greedy decoding, None where the model cannot generate. `hidden` is as in `run_torch`.
+    `decoded` is the reference's greedy decoding, None where the model cannot generate; `library` a quantized base with live
+    adapters as its own library runs it. `hidden` is as in `run_torch`.
     """
 
     class_name: str
@@ -38,6 +40,7 @@ class Unmerged:
     runs: Mapping[str, Run]
     plain: Run
     decoded: Sequence[Decoded] | None
+    library: Run | None
     causal: bool
     hidden: bool
 
@@ -92,7 +95,13 @@ def run_unmerged(
     class_name, by = live.class_name, live.by
     del live
     _free()
-    return Unmerged(class_name, by, cases, precision, reference, runs, plain, decoded, causal, hidden)
+    library = None
+    if is_bitsandbytes(base):
+        quantized = load_as_library_runs_it(base, adapters, class_name, where)
+        library = None if quantized is None else run_torch(quantized, cases, hidden=hidden)
+    return Unmerged(
+        class_name, by, cases, precision, reference, runs, plain, decoded, library, causal, hidden
+    )
 
 
 def _finite(reference: Run, precision: str) -> list[int]:

@@ -84,6 +84,10 @@ def judge(
     loss = None
     if before is not None:
         loss = _distance(outputs, _part(before, outputs, artifact.cases), numeric, unmerged, artifact.cases)
+    library = None
+    if unmerged.library is not None:
+        theirs = _part(unmerged.library.outputs, outputs, artifact.cases)
+        library = _distance(outputs, theirs, numeric, unmerged, artifact.cases)
     bound = _bound(artifact, unmerged, reference, adapters)
     generation: Generation | None = None
     layers: tuple[LayerError, ...] = ()
@@ -108,7 +112,7 @@ def judge(
     finding = "in parity" if passed else _finding(outputs, plain, reference, distance, share, location)
     return Step(
         artifact.name, artifact.kind, artifact.file, artifact.precision, artifact.runs_on, passed, finding,
-        tuple(gates), distance, loss, share, generation, error_histogram(outputs, reference), layers, location,
+        tuple(gates), distance, loss, library, share, generation, error_histogram(outputs, reference), layers, location,
     )  # fmt: skip
 
 
@@ -121,7 +125,7 @@ def unmerged_distance(unmerged: Unmerged, dtype: str) -> Distance:
 def failed_step(name: str, kind: Kind, file: str, precision: str, runs_on: str, finding: str) -> Step:
     """An artifact that could not be run."""
     return Step(
-        name, kind, file, precision, runs_on, False, finding, (), None, None, None, None, (), (), None
+        name, kind, file, precision, runs_on, False, finding, (), None, None, None, None, None, (), (), None
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from ia3_export.checkpoint.header import read_bytes
 from ia3_export.errors import Unsupported
 from ia3_export.fold import storage_dtype, to_float
 from ia3_export.model_class import load_runtime_model, make_config
+from ia3_export.parity.quantized import dequantize, is_bitsandbytes, widen
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,18 +83,26 @@ def load_live(
 
 
 def load_plain(
-    base: Checkpoint, class_name: str, config: Mapping[str, Any] | None, dtype: str, where: Placement
+    base: Checkpoint,
+    class_name: str,
+    config: Mapping[str, Any] | None,
+    dtype: str,
+    where: Placement,
+    *,
+    quantized: bool = False,
 ) -> Any:
     """The checkpoint as a transformers model of `class_name`, in eval mode; seeded where a head is made anew.
 
-    `config` replaces the checkpoint's own configuration. Experts run one after the other, in plain matrix products:
+    `config` replaces the checkpoint's own configuration. A base that bitsandbytes quantized becomes dense float32, or with
+    `quantized` stays as that library runs it, with products in float32. Experts run one after the other, in plain matrix products:
     the grouped kernel knows no float64.
     """
     import torch
     import transformers
 
     torch.manual_seed(0)
-    made = None if config is None else make_config(config)
+    by_library = is_bitsandbytes(base)
+    made = None if config is None or by_library else make_config(config)
     kind = "auto" if dtype == "auto" else getattr(torch, dtype)
     offload: dict[str, Any] = {}
     if where.offload is not None:
@@ -114,7 +123,22 @@ def load_plain(
         ) from error
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
+    if by_library:
+        widen(model)
+        if quantized:
+            return model.eval()
+        dense = getattr(transformers, class_name)(make_config(base.config or {}))
+        dequantize(model, dense)
+        model = dense if dtype == "auto" else dense.to(getattr(torch, dtype))
     return model.eval() if offload else model.eval().to(where.device)
+
+
+def load_as_library_runs_it(
+    base: Checkpoint, adapters: Sequence[Adapter], class_name: str, where: Placement
+) -> Any | None:
+    """A quantized base with PEFT's live adapters on its own library's layers; None where PEFT leaves out a vector."""
+    live = _with_peft(load_plain(base, class_name, None, "float32", where, quantized=True), adapters)
+    return None if live is None else live.eval()
 
 
 def _with_peft(model: Any, adapters: Sequence[Adapter]) -> Any | None:

@@ -218,18 +218,19 @@ def quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    offloading = getLogger("accelerate")
-    offloading_level = offloading.level
+    others = {name: getLogger(name).level for name in ("accelerate", "bitsandbytes")}
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    offloading.setLevel(ERROR)
+    for name in others:
+        getLogger(name).setLevel(ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.set_verbosity(level)
-        offloading.setLevel(offloading_level)
+        for name, before in others.items():
+            getLogger(name).setLevel(before)
         if bars:
             logging.enable_progress_bar()
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.combine import Combine
+from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.errors import UsageError
 from ia3_export.execute import Progress
@@ -23,10 +24,11 @@ from ia3_export.parity.facts import (
     summarize_sites,
 )
 from ia3_export.parity.graph import Graph, precision_of, prove_graph, read_graph
+from ia3_export.parity.quantized import is_bitsandbytes
 from ia3_export.parity.runners import find_onnx
 from ia3_export.parity.weights import prove_folder
-from ia3_export.plan import make_plan
-from ia3_export.report.model import Reference, Report, Step
+from ia3_export.plan import Plan, make_plan
+from ia3_export.report.model import Reference, Report, Step, WeightsProof
 
 Dtype = Literal["auto", "float64", "float32", "float16", "bfloat16"]
 
@@ -61,7 +63,8 @@ def verify(
 
     Args:
         base, adapters: as in `merge`.
-        merged: folder that `merge` wrote. With neither `merged` nor `onnx`, a merge into a temporary folder is verified.
+        merged: folder that `merge` wrote; for a base that bitsandbytes quantized, a dense folder, of which the forwards
+            are compared. With neither `merged` nor `onnx`, a merge into a temporary folder is verified.
         onnx: folders that `export_onnx` wrote (all precisions in them), or ``.onnx`` files, in the order of the chain.
         base_onnx: the base's own export, whose operators the graphs must then have.
         weights_only: no forward: streaming, in little memory, without torch unless a head or renamed tensors need it.
@@ -91,31 +94,33 @@ def verify(
     how = recorded_options(checkpoint, shipped)
     if combine is not None:
         how = replace(how, combine=combine, weights=tuple(weights))
-    plan = make_plan(
-        checkpoint, read, combine=how.combine, weights=how.weights, cast=how.cast, dtype=how.dtype,
-        allow_missing=how.allow_missing, allow_unused=how.allow_unused,
-    )  # fmt: skip
-    plan.raise_problems()
+    plan = _plan(checkpoint, read, how, forwards_only=merged is not None and not weights_only)
     graphs = _name_graphs([read_graph(path) for location in onnx for path in find_onnx(location)])
     base_graph = read_graph(find_onnx(base_onnx)[0]) if base_onnx is not None else None
     overridden = atol is not None or rtol is not None
     with tempfile.TemporaryDirectory(prefix="ia3-export-") as scratch:
         subject = shipped
-        if shipped is None and not weights_only and (not graphs or _widened(plan.base, graphs)):
+        if shipped is None and not weights_only and (not graphs or _widened(checkpoint, graphs)):
             subject = _merge(base, adapters, how, Path(scratch) / "merged")
         judged = shipped is not None or not graphs  # a merge made for an ONNX file's sake is no artifact
-        proofs = []
-        if subject is not None and judged:
-            proofs.append(prove_folder(plan, subject, on_progress=on_progress))
-        proofs += [prove_graph(plan, graph, name, base_graph) for name, graph in graphs]
+        proofs: list[WeightsProof] = []
+        warnings: list[str] = []
+        if plan is None:
+            warnings.append(
+                "the base is quantized: its codes are not folded by this version, only forwards are compared"
+            )
+        else:
+            warnings += plan.warnings
+            if subject is not None and judged:
+                proofs.append(prove_folder(plan, subject, on_progress=on_progress))
+            proofs += [prove_graph(plan, graph, name, base_graph) for name, graph in graphs]
         reference: Reference | None = None
         steps: tuple[Step, ...] = ()
-        warnings = list(plan.warnings)
         if not weights_only:
             from ia3_export.parity.chain import run_chain
 
             reference, steps, more = run_chain(
-                plan, subject, judged, graphs, proofs, scratch=Path(scratch),
+                checkpoint, read, how, subject, judged, graphs, proofs, scratch=Path(scratch),
                 inputs=inputs, text=text, device=device, dtype=dtype, tf32=tf32,
                 tolerance=(atol or 0.0, rtol or 0.0) if overridden else None, max_memory=max_memory, seed=seed,
             )  # fmt: skip
@@ -130,6 +135,20 @@ def verify(
         environment(),
         digests(checkpoint, read, shipped, [graph.path for _, graph in graphs]), tuple(dict.fromkeys(warnings)),
     )  # fmt: skip
+
+
+def _plan(
+    base: Checkpoint, adapters: Sequence[Adapter], how: MergeOptions, *, forwards_only: bool
+) -> Plan | None:
+    """The plan of the merge; None for a base whose codes this version does not fold, if `forwards_only` will do."""
+    if forwards_only and is_bitsandbytes(base):
+        return None
+    plan = make_plan(
+        base, adapters, combine=how.combine, weights=how.weights, cast=how.cast, dtype=how.dtype,
+        allow_missing=how.allow_missing, allow_unused=how.allow_unused,
+    )  # fmt: skip
+    plan.raise_problems()
+    return plan
 
 
 def _merge(base: str | Path, adapters: Sequence[str | Path], how: MergeOptions, target: Path) -> Checkpoint:

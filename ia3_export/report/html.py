@@ -179,7 +179,12 @@ def _metric_rows(report: Report) -> list[tuple[str, list[tuple[str, list[str]]]]
     unmerged = report.reference.unmerged if report.reference else None
     to_reference = _rows([unmerged, *(step.distance for step in report.steps)])
     to_previous = _rows([None, *(step.loss for step in report.steps)])
-    groups = [("to the reference", to_reference), ("loss to the step before", to_previous)]
+    to_library = _rows([None, *(step.library for step in report.steps)])
+    groups = [
+        ("to the reference", to_reference),
+        ("loss to the step before", to_previous),
+        ("to the base as its quantization library runs it", to_library),
+    ]
     return [(heading, rows) for heading, rows in groups if rows]
 
 

@@ -187,10 +187,12 @@ def _details(report: Report) -> list[tuple[str, str]]:
     unmerged = [] if reference is None else [("unmerged, live", reference.unmerged)]
     distances = unmerged + [(_code(step.name), step.distance) for step in report.steps]
     losses = [(_code(step.name), step.loss) for step in report.steps]
+    library = [(_code(step.name), step.library) for step in report.steps]
     return [
         ("Every gate", _every_gate(report.steps)),
         ("Distance to the reference", _metrics(distances)),
         ("Loss against the step before", _metrics(losses)),
+        ("Distance to the base as its quantization library runs it", _metrics(library)),
         ("Greedy generation", _generation(report.steps)),
         (
             "Inputs",

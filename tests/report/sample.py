@@ -76,7 +76,7 @@ def failing() -> Report:
         name="onnx", kind="onnx", file="model.onnx", precision="bfloat16", runs_on="ONNX Runtime 1.23.2, CUDA:0",
         passed=False, finding="the output holds NaN on input 'batch 3, length 17, padded'",
         gates=(Gate("max error", None, "<=", 0.188, False), Gate("effect present", None, ">=", 0.9, False)),
-        distance=None, loss=None, effect_present=None, generation=None, error_histogram=(), layers=(), location=None,
+        distance=None, loss=None, library=None, effect_present=None, generation=None, error_histogram=(), layers=(), location=None,
     )  # fmt: skip
     half = _step(
         "onnx float16", "onnx", "float16", 0.021, 0.151, scale, loss=0.4, effect=0.9991, causal=True,
@@ -200,6 +200,7 @@ def _step(
         gates=tuple(gates),
         distance=_distance(error, scale, precision, causal=causal),
         loss=_distance(loss if loss is not None else error * 0.7, scale, precision, causal=causal),
+        library=None,
         effect_present=effect,
         generation=generation or (Generation(12, 2, None, None, False) if causal else None),
         error_histogram=_histogram(error / scale),

@@ -43,6 +43,7 @@ def infinite() -> Report:
             step,
             distance=worst,
             loss=worst,
+            library=worst,
             effect_present=-math.inf,
             gates=(replace(step.gates[0], value=math.inf, limit=math.nan),),
         )
@@ -97,7 +98,7 @@ FIELDS = [path for path in places(small()) if isinstance(path[-1], str)]
 OBJECTS = [path for path in places(small()) if isinstance(path[-1], int) and len(path) <= 4] + [
     path
     for path in FIELDS
-    if path[-1] in ("base", "reference", "unmerged", "distance", "loss", "generation", "location")
+    if path[-1] in ("base", "reference", "unmerged", "distance", "loss", "library", "generation", "location")
 ]
 
 

@@ -1,9 +1,9 @@
 """How far right merges stay below the default gate, over all model kinds of the zoo in three dtypes.
 
-    python tools/bench/parity_margins.py [--dtypes float32,bfloat16,float16] [--seeds 1] [--only llama,t5]
+    python tools/bench/parity_margins.py [--dtypes float32,bfloat16,float16] [--seeds 1] [--only llama,t5] [--onnx]
 
 For every kind: a tiny model written by transformers, an adapter by PEFT, our merge, `verify` with its defaults. Prints the
-kinds that fail or cannot be run, and the distribution of error/bound and of err(merged)/err(unmerged).
+kinds that fail or cannot be run, and (with --onnx, of the encoders' exports through ONNX Runtime) the distribution of error/bound and of err(merged)/err(unmerged).
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ def main() -> None:
     parser.add_argument("--dtypes", default="float32,bfloat16,float16")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--only", default="")
+    parser.add_argument("--onnx", action="store_true")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     import torch
 
-    from ia3_export import verify
+    from ia3_export import export_onnx, verify
     from ia3_export.errors import IA3ExportError
     from ia3_export.parity.runners import quiet
     from tests.support import zoo
@@ -45,7 +46,10 @@ def main() -> None:
                     model.save_pretrained(f"{folder}/base")
                     zoo.adapt(model, kind, seed=seed + 1).save_pretrained(f"{folder}/adapter")
                     try:
-                        report = verify(f"{folder}/base", [f"{folder}/adapter"], seed=seed)
+                        graphs = [f"{folder}/onnx"] if options.onnx else []
+                        if options.onnx:
+                            export_onnx(graphs[0], base=f"{folder}/base", adapters=[f"{folder}/adapter"])
+                        report = verify(f"{folder}/base", [f"{folder}/adapter"], onnx=graphs, seed=seed)
                     except IA3ExportError as error:
                         refused.append(f"{kind.name}: {error}")
                         continue

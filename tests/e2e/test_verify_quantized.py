@@ -1,0 +1,81 @@
+"""``verify`` on bases that bitsandbytes quantized: dense merges of them, made by bitsandbytes and PEFT themselves."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.command import only_complaint, run
+from tests.support import zoo
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+WIDE = {"llama": {"hidden_size": 64, "intermediate_size": 128}, "gpt2": {"n_embd": 64, "n_inner": 128}}
+
+
+@pytest.fixture(scope="module", params=["llama-nf4", "llama-int8", "gpt2-nf4"])
+def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``base`` (quantized), ``adapter``, ``merged`` (dense, bfloat16) and ``dequantized`` without adapter."""
+    import bitsandbytes
+    import torch
+    import transformers
+    from peft import PeftModel
+
+    name, method = request.param.split("-")
+    folder = tmp_path_factory.mktemp(request.param)
+    kind = zoo.by_name(name)
+    kind = replace(kind, config={**kind.config, **WIDE[name]})
+    dense = zoo.build(kind, dtype="bfloat16")
+    dense.save_pretrained(folder / "dense")
+    zoo.adapt(dense, kind).save_pretrained(folder / "adapter")
+    settings = {
+        "nf4": transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+        "int8": transformers.BitsAndBytesConfig(load_in_8bit=True),
+    }[method]
+    cls = getattr(transformers, kind.model_class)
+    cls.from_pretrained(folder / "dense", quantization_config=settings, dtype=torch.bfloat16).save_pretrained(
+        folder / "base"
+    )
+    codes = cls.from_pretrained(folder / "base")
+    model = cls.from_pretrained(folder / "dense", dtype=torch.float32)
+    for path, module in codes.named_modules():
+        target = model.get_submodule(path)
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.weight.quant_state.dtype = torch.float32
+            weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        elif isinstance(module, bitsandbytes.nn.Linear8bitLt):
+            weight = bitsandbytes.functional.int8_vectorwise_dequant(module.weight.data, module.weight.SCB)
+        else:
+            continue
+        target.weight.data = weight.T.contiguous() if name == "gpt2" else weight.contiguous()
+    model.bfloat16().save_pretrained(folder / "dequantized")
+    live = PeftModel.from_pretrained(model.float(), folder / "adapter")
+    live.merge_and_unload().bfloat16().save_pretrained(folder / "merged")
+    return folder
+
+
+def test_a_dense_merge_is_compared_with_both_references(quantized: Path) -> None:
+    inputs = ["--base", quantized / "base", "--adapter", quantized / "adapter", "--device", "cpu"]
+    ran = run("verify", *inputs, "--merged", quantized / "merged", "--json")
+    assert ran.code == 0, ran
+    report = json.loads(ran.stdout)
+    (step,) = report["steps"]
+    assert report["weights"] == [] and "quantized" in report["warnings"][0]
+    assert 0 < step["distance"]["max_error"] < 0.1 * report["reference"]["effect"]
+    assert 0 < step["library"]["max_error"] < 0.2 * report["reference"]["effect"]
+
+
+def test_the_dequantized_base_is_no_merge(quantized: Path) -> None:
+    inputs = ["--base", quantized / "base", "--adapter", quantized / "adapter", "--device", "cpu"]
+    ran = run("verify", *inputs, "--merged", quantized / "dequantized", "--json")
+    assert ran.code == 1, ran
+    assert "computes the base" in json.loads(ran.stdout)["steps"][0]["finding"]
+
+
+def test_what_would_need_a_fold_of_codes_is_refused(quantized: Path) -> None:
+    inputs = ["--base", quantized / "base", "--adapter", quantized / "adapter"]
+    only_complaint(run("verify", *inputs), 3, "quantized")
+    only_complaint(run("verify", *inputs, "--merged", quantized / "merged", "--weights-only"), 3, "quantized")
