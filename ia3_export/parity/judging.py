@@ -109,7 +109,7 @@ def judge(
     passed = all(gate.passed for gate in gates)
     if not passed:
         location = _locate(layers, unmerged.reference.modules, proof)
-    finding = "in parity" if passed else _finding(outputs, plain, reference, distance, share, location)
+    finding = "in parity" if passed else _finding(outputs, plain, reference, distance, share, location, gates)
     return Step(
         artifact.name, artifact.kind, artifact.file, artifact.precision, artifact.runs_on, passed, finding,
         tuple(gates), distance, loss, library, share, generation, error_histogram(outputs, reference), layers, location,
@@ -239,9 +239,13 @@ def _finding(
     distance: Distance,
     share: float | None,
     location: Location | None,
+    gates: Sequence[Gate],
 ) -> str:
     effect = compare(plain, reference, "float64").max_error
     text = f"off by {distance.max_error / effect:.2g} of the adapters' effect" if effect else "not in parity"
+    broken = [gate for gate in gates if not gate.passed and gate.value is not None]
+    if broken and broken[0].name != "max error":
+        text = f"{broken[0].name} is {broken[0].value:.3g}, must be {broken[0].relation} {broken[0].limit:.3g}"
     if effect and compare(outputs, plain, "float64").max_error < 0.1 * effect:
         text = "it computes the base: the adapter is not in it"
     elif share is not None and not EFFECT[0] <= share <= EFFECT[1]:

@@ -107,7 +107,8 @@ def main() -> None:
 
     title("Do the folded weights and the ONNX file still compute what was trained?")
     trained = ["--base", "base", "--adapter", "adapter"]
-    run(work, "-m", "ia3_export", "verify", *trained, "--merged", "merged", "--onnx", "exported")
+    artifacts = ["--merged", "merged", "--onnx", "exported"]
+    run(work, "-m", "ia3_export", "verify", *trained, *artifacts, "--html", "report.html")
 
     title("And on real sentences, which the training never saw?")
     run(work, shortest(HERE / "evaluate.py", work))

@@ -141,7 +141,7 @@ def test_verify_reads_the_exported_folder_and_fails_on_the_bases_graph(tmp_path:
         "verify", "--base", base, "--adapter", adapter, "--onnx", tmp_path / "good", "--json", "-q"
     )
     assert code == 0, text
-    assert json.loads(text)["rows"][0]["artifact"] == "onnx"
+    assert json.loads(text)["steps"][0]["name"] == "onnx float32"
     code, text = _run("verify", "--base", base, "--adapter", adapter, "--onnx", tmp_path / "plain")
     assert code == 1, text
 
