@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ def run_chain(
     judged: bool,
     graphs: Sequence[tuple[str, Graph]],
     proofs: Sequence[WeightsProof],
+    sites: Mapping[str, Sequence[str]],
     *,
     scratch: Path,
     inputs: str | Path | None,
@@ -102,7 +103,7 @@ def run_chain(
             if runs is not None and judged:
                 every = range(len(unmerged.cases))
                 artifact = Artifact(kind, "merged", name, used, written, on, runs.run.outputs, every)
-                steps.append(judge(artifact, unmerged, len(adapters), before, runs, proof, tolerances))
+                steps.append(judge(artifact, unmerged, len(adapters), before, runs, proof, tolerances, sites))
             before = runs.run.outputs if runs is not None else before
         for name, graph in graphs:
             session = open_onnx(graph.path, place)
@@ -111,7 +112,7 @@ def run_chain(
             outputs = run_onnx(session, [unmerged.cases[i] for i in usable])
             proof = next((p for p in proofs if p.name == name), None)
             artifact = Artifact(name, "onnx", graph.path.name, precisions[name], written, on, outputs, usable)
-            steps.append(judge(artifact, unmerged, len(adapters), before, runs, proof, tolerances))
+            steps.append(judge(artifact, unmerged, len(adapters), before, runs, proof, tolerances, sites))
             whole = [dict(case) for case in before]
             for i, output in zip(usable, outputs, strict=True):
                 whole[i] |= output

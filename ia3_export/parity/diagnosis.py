@@ -29,25 +29,26 @@ def diagnose(
         yield next(_explain(row, tensor, [r for r, _ in failed], rows))
 
 
+def left_out(row: Expected) -> tuple[str, str]:
+    """What to call it when a changed tensor has the base's bytes, in three words and in a sentence."""
+    if row.how in ("replace", "add"):
+        return "head not replaced", "it has the base's bytes, the adapter brings others"
+    if len(row.source.shape) == 1:
+        return "bias forgotten", "it has the base's bytes: the output vector was not folded into the bias"
+    return "left out", "it has the base's bytes: the vector was not folded"
+
+
 def _explain(
     row: Expected, tensor: StoredTensor, failed: Sequence[Expected], rows: Mapping[str, Expected]
 ) -> Iterator[TensorFinding]:
     """Explanations, the likeliest first; the last one always holds."""
-    is_bias = len(row.source.shape) == 1
 
     def finding(what: str, detail: str) -> TensorFinding:
         return TensorFinding(row.name, what, detail)
 
     base = row.base if row.changed and row.base is not None and row.base.shape == tensor.shape else None
     if base is not None and equal(replace(row, source=base, scales=()), tensor):
-        if row.how in ("replace", "add"):
-            yield finding("head not replaced", "it has the base's bytes, the adapter brings others")
-        elif is_bias:
-            yield finding(
-                "bias forgotten", "it has the base's bytes: the output vector was not folded into the bias"
-            )
-        else:
-            yield finding("left out", "it has the base's bytes: the vector was not folded")
+        yield finding(*left_out(row))
     for what, scales in _other_folds(row):
         if equal(replace(row, scales=scales), tensor):
             yield finding(what, f"it equals the base with the vector {what}")
@@ -74,16 +75,21 @@ def _other_folds(row: Expected) -> Iterator[tuple[str, tuple[Scale, ...]]]:
         yield "folded in another order", row.scales[::-1]
     yield "divided out", tuple(_with(scale, _reciprocal) for scale in row.scales)
     yield "rounded to the base's dtype first", tuple(_rounded(scale, row.dtype) for scale in row.scales)
-    shape = row.source.shape
-    if len(shape) >= 2:
-        inner = int(np.prod(shape[1:]))
-        turned = tuple(
-            Scale(scale.factors, 1 if scale.inner == inner else inner)
-            for scale in row.scales
-            if len(scale.factors) in (inner, shape[0])
-        )
-        if len(turned) == len(row.scales) and shape[0] == inner:
-            yield "applied on the wrong axis", turned
+    turned = [_turned(scale, row.source.shape) for scale in row.scales]
+    if all(turned):
+        yield "applied on the wrong axis", tuple(scale for scale in turned if scale is not None)
+
+
+def _turned(scale: Scale, shape: tuple[int, ...]) -> Scale | None:
+    """`scale` laid over the other of the first two axes, where its length fits there."""
+    if len(shape) < 2:
+        return None
+    of_first, of_second = int(np.prod(shape[1:])), int(np.prod(shape[2:]))
+    if scale.inner == of_first and len(scale.factors) == shape[1]:
+        return Scale(scale.factors, of_second)
+    if scale.inner == of_second and len(scale.factors) == shape[0]:
+        return Scale(scale.factors, of_first)
+    return None
 
 
 def _with(scale: Scale, change: Callable[[Array], Array]) -> Scale:
@@ -136,5 +142,5 @@ def _numbers(row: Expected, tensor: StoredTensor) -> TensorFinding:
     elif len(shape) >= 2 and len(touched_columns) == 1 and total > 1:
         detail += f"; all in column {int(touched_columns[0])}"
     if np.isfinite(low) and np.isfinite(high):
-        detail += f"; between {low:.4g} and {high:.4g} times what they must be"
+        detail += f"; between {low + 0.0:.4g} and {high + 0.0:.4g} times what they must be"
     return TensorFinding(row.name, "differs", detail)

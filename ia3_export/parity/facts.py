@@ -19,7 +19,7 @@ from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.hub import Location
 from ia3_export.execute import hash_file
 from ia3_export.manifest import NAME
-from ia3_export.plan import Cast, Dtype
+from ia3_export.plan import Cast, Dtype, Plan
 from ia3_export.report.model import SiteSummary, Source
 
 _LIBRARIES = ("torch", "transformers", "peft", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu")
@@ -57,6 +57,17 @@ def recorded_options(base: Checkpoint, merged: Checkpoint | None) -> MergeOption
     if merged.main_dtype != base.main_dtype and merged.main_dtype in _NAMES:
         return MergeOptions(dtype=_NAMES[merged.main_dtype])
     return MergeOptions()
+
+
+def sites_of(plan: Plan | None, adapters: Sequence[Adapter]) -> dict[str, list[str]]:
+    """Modules with a vector, and the stored tensors that it is folded into (none known without a plan)."""
+    sites: dict[str, list[str]] = {module: [] for adapter in adapters for module in adapter.sites}
+    for name, change in plan.changes.items() if plan is not None else ():
+        for fold in change.folds:  # "adapter: module (output)"
+            module = fold.partition(": ")[2].rpartition(" (")[0]
+            if module in sites:
+                sites[module].append(name)
+    return sites
 
 
 def summarize_sites(adapters: Sequence[Adapter]) -> tuple[SiteSummary, ...]:

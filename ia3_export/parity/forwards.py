@@ -21,6 +21,7 @@ from ia3_export.parity.quantized import is_bitsandbytes
 from ia3_export.parity.reference import LiveModel, Placement, load_as_library_runs_it, load_live, load_plain
 from ia3_export.parity.runners import Run, run_torch
 
+_LARGE = 64 << 20
 TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -77,7 +78,7 @@ def run_unmerged(
     causal = is_decoder(live.inner)
     if where.offload is not None:
         del live
-        _free()
+        _free(base)
         live = load_live(base, adapters, combine, weights, "float32", where)
         precision, reference = "float32", run_torch(live.model, cases, hidden=hidden, trace=True)
     else:
@@ -94,7 +95,7 @@ def run_unmerged(
         plain = run_torch(live.model, cases, hidden=hidden)
     class_name, by = live.class_name, live.by
     del live
-    _free()
+    _free(base)
     library = None
     if is_bitsandbytes(base):
         quantized = load_as_library_runs_it(base, adapters, class_name, where)
@@ -129,7 +130,7 @@ def run_merged(
         if unmerged.precision == "float64":
             double = run_torch(_cast(model, "float64"), unmerged.cases, hidden=unmerged.hidden)
     del model
-    _free()
+    _free(merged)
     return Merged(run, decoded, single, double)
 
 
@@ -152,9 +153,11 @@ def _cast(model: Any, dtype: str) -> Any:
     return model.to(getattr(torch, dtype))
 
 
-def _free() -> None:
+def _free(base: Checkpoint) -> None:
+    """Give a deleted model's memory back before the next is loaded (collecting takes longer than a small model)."""
     import torch
 
-    gc.collect()
+    if base.nbytes > _LARGE:
+        gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

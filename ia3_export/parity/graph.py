@@ -18,6 +18,7 @@ import numpy as np
 from ia3_export.adapters.model import Adapter
 from ia3_export.errors import DamagedFile, Refused
 from ia3_export.fold import FLOAT_DTYPES, Array, from_float, to_float
+from ia3_export.parity.diagnosis import left_out
 from ia3_export.parity.expected import Expected, Reader, expected_blocks, expected_tensors
 from ia3_export.plan import Plan
 from ia3_export.report.model import TensorFinding, WeightsProof
@@ -97,6 +98,7 @@ def prove_graph(plan: Plan, graph: Graph, name: str, base_graph: Graph | None = 
     found = {row.name for row in matches.values()}
     findings = [*_left_behind(graph, plan.adapters)]
     findings += _wrong_values(rows, floats, computed, found)
+    findings += _twice(rows, matches, found)
     notes = [
         f"quantized: {_count(graph, 'INT8', 'UINT8', 'INT4', 'UINT4')} initializers hold codes, compared by the forward only"
     ]
@@ -188,7 +190,11 @@ def _match(rows: Mapping[str, Expected], floats: Mapping[str, Any]) -> dict[str,
             for start in dict.fromkeys(starts)
             for row, turned in by_start.get((dtype, values.shape, start), [])
         ]
-        candidates.sort(key=lambda candidate: not _same_name(candidate[0].name, name))
+        named = [row.name for row in rows.values() if _same_name(row.name, name)]
+        if named:  # what has a tensor's name must hold that tensor
+            candidates = [candidate for candidate in candidates if candidate[0].name in named]
+        taken = {row.name for row in matches.values()}
+        candidates.sort(key=lambda candidate: candidate[0].name in taken)
         for row, turned in candidates:
             if _holds(values.T if turned else values, row, dtype):
                 matches[name] = row
@@ -257,9 +263,8 @@ def _wrong_values(
                 base = replace(row, source=row.base, scales=(), dtype=row.base.dtype)
                 ways = [v for v in (values, values.T) if v.shape == row.source.shape]
                 if any(_holds(way, base, dtype) for way in ways):
-                    yield TensorFinding(
-                        name, "left out", f"it holds the base's {row.name}: the vector was not folded"
-                    )
+                    what, why = left_out(row)
+                    yield TensorFinding(name, what, f"{row.name}: {why}")
                     break
         else:
             places = ", ".join(row.name for row in alike[:4])
@@ -268,6 +273,21 @@ def _wrong_values(
                 "differs",
                 f"{dtype} {list(values.shape)} in the place of {places}, but with other values",
             )
+
+
+def _twice(
+    rows: Mapping[str, Expected], matches: Mapping[str, Expected], found: set[str]
+) -> Iterator[TensorFinding]:
+    """Tensors that several initializers hold while another of their shape is held by none."""
+    holders: dict[str, list[str]] = {}
+    for name, row in matches.items():
+        holders.setdefault(row.name, []).append(name)
+    for stored, names in holders.items():
+        shape = rows[stored].source.shape
+        absent = [row.name for row in rows.values() if row.name not in found and row.source.shape == shape]
+        if len(names) > 1 and absent:
+            detail = f"it holds {stored} a second time, and nothing holds {', '.join(absent[:4])}"
+            yield TensorFinding(names[-1], "differs", detail)
 
 
 def _other_operators(graph: Graph, base: Graph) -> Iterator[TensorFinding]:

@@ -64,9 +64,11 @@ def judge(
     merged: Merged | None,
     proof: WeightsProof | None,
     tolerance: Tolerance | None,
+    sites: Mapping[str, Sequence[str]],
 ) -> Step:
     """Compare one artifact with the reference. `before` are the outputs of the step before it (on all inputs), `merged`
-    the merged model's runs, `proof` what is known of the artifact's weights."""
+    the merged model's runs, `proof` what is known of the artifact's weights, `sites` the modules with a vector and the stored
+    tensors it is folded into."""
     outputs = artifact.outputs
     reference = _part(unmerged.reference.outputs, outputs, artifact.cases)
     plain = _part(unmerged.plain.outputs, outputs, artifact.cases)
@@ -108,7 +110,7 @@ def judge(
                 gates.append(Gate("greedy decoding", value, "<=", 2 * bound, generation.excused))
     passed = all(gate.passed for gate in gates)
     if not passed:
-        location = _locate(layers, unmerged.reference.modules, proof)
+        location = _locate(layers, unmerged.reference.modules, proof, sites)
     finding = "in parity" if passed else _finding(outputs, plain, reference, distance, share, location, gates)
     return Step(
         artifact.name, artifact.kind, artifact.file, artifact.precision, artifact.runs_on, passed, finding,
@@ -202,34 +204,27 @@ def _largest_error(values: Array, exact: Array) -> float:
 
 
 def _locate(
-    layers: Sequence[LayerError], order: Mapping[str, Array], proof: WeightsProof | None
+    layers: Sequence[LayerError],
+    order: Mapping[str, Array],
+    proof: WeightsProof | None,
+    sites: Mapping[str, Sequence[str]],
 ) -> Location | None:
-    """The first module out of bounds; its site is the module itself, or the nearest before it whose weights are wrong."""
+    """The first module out of its bound; its site is the last one executed up to there whose weights are wrong, else the last."""
     first = next((layer.module for layer in layers if not layer.passed), None)
     if first is None:
         return None
-    findings = {f.tensor.rpartition(".")[0]: f for f in reversed(proof.findings)} if proof else {}
-    before = list(order)[: list(order).index(first) + 1]
-    site = next((module for module in reversed(before) if module in findings), None)
-    if site is None:  # stored names may lack or carry the base-model prefix
-        site = next(
-            (
-                m
-                for m in reversed(before)
-                if any(m.endswith(f".{f}") or f.endswith(f".{m}") for f in findings)
-            ),
-            None,
-        )
-    if site is None:
-        return Location(
-            first, None, "every tensor is what it must be" if proof else "its weights were not compared"
-        )
-    finding = next(
-        f
-        for name, f in findings.items()
-        if name == site or name.endswith(f".{site}") or site.endswith(f".{name}")
-    )
-    return Location(first, site, f"{finding.tensor}: {finding.what}; {finding.detail}")
+    executed = list(order)
+    before = [module for module in reversed(executed[: executed.index(first) + 1]) if module in sites]
+    findings = {finding.tensor: finding for finding in proof.findings} if proof is not None else {}
+    wrong = next((module for module in before if findings.keys() & sites[module]), None)
+    site = wrong or next(iter(before), None)
+    if proof is None:
+        return Location(first, site, "its weights were not compared")
+    if not findings:
+        return Location(first, site, "every tensor is what it must be")
+    chosen = findings.keys() & sites[wrong] if wrong is not None else findings.keys()
+    finding = next(finding for name, finding in findings.items() if name in chosen)
+    return Location(first, site if wrong else None, f"{finding.tensor}: {finding.what}; {finding.detail}")
 
 
 def _finding(
@@ -245,10 +240,12 @@ def _finding(
     text = f"off by {distance.max_error / effect:.2g} of the adapters' effect" if effect else "not in parity"
     broken = [gate for gate in gates if not gate.passed and gate.value is not None]
     if broken and broken[0].name != "max error":
-        text = f"{broken[0].name} is {broken[0].value:.3g}, must be {broken[0].relation} {broken[0].limit:.3g}"
+        text = (
+            f"{broken[0].name} is {broken[0].value:.3g}, must be {broken[0].relation} {broken[0].limit:.3g}"
+        )
     if effect and compare(outputs, plain, "float64").max_error < 0.1 * effect:
         text = "it computes the base: the adapter is not in it"
-    elif share is not None and not EFFECT[0] <= share <= EFFECT[1]:
+    elif share is not None and np.isfinite(share) and not EFFECT[0] <= share <= EFFECT[1]:
         text += f", it shows {share:.0%} of it"
     if location is not None:
         text += f"; first wrong at {location.module}"

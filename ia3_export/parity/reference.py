@@ -154,9 +154,9 @@ def _with_peft(model: Any, adapters: Sequence[Adapter]) -> Any | None:
             live = PeftModel.from_pretrained(model, adapters[0].location.path, adapter_name=names[0])
             for name, adapter in zip(names[1:], adapters[1:], strict=True):
                 live.load_adapter(adapter.location.path, adapter_name=name)
+            live.base_model.set_adapter(names)
         except (ValueError, RuntimeError, KeyError, AttributeError, TypeError):
             return None
-    live.base_model.set_adapter(names)
     loaded = dict(live.named_parameters())
     for name, adapter in zip(names, adapters, strict=True):
         for module, site in adapter.sites.items():

@@ -20,6 +20,7 @@ from ia3_export.parity.facts import (
     digests,
     environment,
     recorded_options,
+    sites_of,
     source_of,
     summarize_sites,
 )
@@ -120,7 +121,7 @@ def verify(
             from ia3_export.parity.chain import run_chain
 
             reference, steps, more = run_chain(
-                checkpoint, read, how, subject, judged, graphs, proofs, scratch=Path(scratch),
+                checkpoint, read, how, subject, judged, graphs, proofs, sites_of(plan, read), scratch=Path(scratch),
                 inputs=inputs, text=text, device=device, dtype=dtype, tf32=tf32,
                 tolerance=(atol or 0.0, rtol or 0.0) if overridden else None, max_memory=max_memory, seed=seed,
             )  # fmt: skip
