@@ -53,7 +53,13 @@ def right_answers(output: str) -> dict[str, int]:
 @needs_weights
 def test_runs_to_the_end_and_says_nothing_on_stderr(ran: subprocess.CompletedProcess[str]) -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert ran.stderr == ""
+    # bitsandbytes, which only the tests need, notes at its import that this processor could use another kernel
+    said = [
+        line
+        for line in ran.stderr.splitlines()
+        if not line.startswith("Failed to load CPU gemm_4bit_forward")
+    ]
+    assert said == []
     assert "give the same label to each of the 120 sentences" in ran.stdout
 
 
