@@ -81,11 +81,15 @@ def summarize_sites(adapters: Sequence[Adapter]) -> tuple[SiteSummary, ...]:
 
 def _summarize(adapter: str, module: str, direction: Any, values: Any) -> SiteSummary:
     magnitude = np.abs(values)
-    stretches = np.array_split(values, min(_SHOWN, len(values)))
+    stretch = -(-len(values) // _SHOWN)
+    padded = np.ones(-(-len(values) // stretch) * stretch)
+    padded[: len(values)] = values
+    rows = padded.reshape(-1, stretch)
+    farthest = np.abs(rows - 1).argmax(axis=1)
     return SiteSummary(
         adapter, module, direction, len(values), float(values.min()), float(values.max()), float(values.mean()),
         int((magnitude > 1.01).sum()), int((magnitude < 0.99).sum()), int((values < 0).sum()),
-        tuple(float(part[np.argmax(np.abs(part - 1))]) for part in stretches),
+tuple(rows[np.arange(len(rows)), farthest].tolist()),
     )  # fmt: skip
 
 
