@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.errors import InputError, UsageError
+from ia3_export.fold import Array
 from ia3_export.parity.facts import MergeOptions
 from ia3_export.parity.forwards import (
     TORCH_DTYPES,
@@ -16,9 +17,8 @@ from ia3_export.parity.forwards import (
     Unmerged,
     run_merged,
     run_unmerged,
-    working_dtypes,
 )
-from ia3_export.parity.gates import coarser
+from ia3_export.parity.gates import NUMERIC, coarser
 from ia3_export.parity.graph import Graph, precision_of
 from ia3_export.parity.inputs import Case, make_cases
 from ia3_export.parity.judging import Artifact, Tolerance, failed_step, judge, unmerged_distance
@@ -58,67 +58,83 @@ def run_chain(
     """
     place = choose_device(device)
     warnings: list[str] = []
+    limits = None if tolerance is None else Tolerance(*tolerance)
     with quiet(), exact_matmul(tf32):
         where = _placement(base, place, scratch, max_memory, warnings)
         stored = TORCH_DTYPES[base.main_dtype]
         written = TORCH_DTYPES[merged.main_dtype] if merged is not None else stored
         working = stored if dtype == "auto" else dtype
-        precisions = {name: precision_of(graph) for name, graph in graphs}
-        numeric = {name: "float32" if p in ("int8", "int4") else p for name, p in precisions.items()}
         used = written if dtype == "auto" else dtype  # in which the merged model runs
+        precisions = {name: precision_of(graph) for name, graph in graphs}
+        numeric = [NUMERIC.get(precision, precision) for precision in precisions.values()]
         needed = [coarser(used, written)] if merged is not None and judged else []
-        needed += [coarser(written, p) for p in numeric.values()]
-        texts = read_texts(text, base.folder) if text is not None else None
-        given = read_inputs(inputs) if inputs is not None else None
-
-        def cases_for(model: Any) -> list[Case]:
-            if given is not None:
-                return given
-            if texts is not None:
-                return [fit_text(case, model) for case in texts]
-            return make_cases(model, seed=seed)
-
+        needed += [coarser(written, precision) for precision in numeric]
         hidden = any(graph.outputs == ("last_hidden_state",) for _, graph in graphs)
         unmerged = run_unmerged(
-            base, adapters, how.combine, how.weights, working_dtypes([working, *needed], "auto"),
-            where, cases_for, hidden=hidden,
+            base, adapters, how.combine, how.weights, list(dict.fromkeys([working, *needed])), where,
+            _case_maker(base, inputs, text, seed), hidden=hidden,
         )  # fmt: skip
+
+        def step(artifact: Artifact, before: Outputs, runs: Merged | None) -> Step:
+            proof = next((proof for proof in proofs if proof.name == artifact.name), None)
+            return judge(artifact, unmerged, len(adapters), before, runs, proof, limits, sites)
+
         steps: list[Step] = []
         before: Outputs = unmerged.runs[working].outputs
         runs: Merged | None = None
-        tolerances = None if tolerance is None else Tolerance(*tolerance)
         if merged is not None:
-            widened = (
-                written in ("float16", "bfloat16") and "float32" in numeric.values() and where.offload is None
-            )
-            on = _torch_on(place)
-            name, kind = merged.location.path.resolve().name, "merged"
-            proof = next((p for p in proofs if p.kind == kind), None)
+            widened = written in ("float16", "bfloat16") and "float32" in numeric and where.offload is None
+            file = merged.location.path.resolve().name
             try:
                 runs = run_merged(merged, unmerged, used, where, widened=widened)
             except (InputError, ValueError, RuntimeError) as error:
                 if not judged:
                     raise
-                steps.append(failed_step(kind, "merged", name, written, on, f"it cannot be run: {error}"))
+                finding = f"it cannot be run: {error}"
+                steps.append(failed_step("merged", "merged", file, written, _torch_on(place), finding))
             if runs is not None and judged:
-                every = range(len(unmerged.cases))
-                artifact = Artifact(kind, "merged", name, used, written, on, runs.run.outputs, every)
-                steps.append(judge(artifact, unmerged, len(adapters), before, runs, proof, tolerances, sites))
-            before = runs.run.outputs if runs is not None else before
+                every, outputs = range(len(unmerged.cases)), runs.run.outputs
+                on = _torch_on(place)
+                artifact = Artifact("merged", "merged", file, used, written, on, outputs, every)
+                steps.append(step(artifact, before, runs))
+                before = outputs
         for name, graph in graphs:
-            session = open_onnx(graph.path, place)
-            on = f"ONNX Runtime, {session.get_providers()[0]}"
-            usable = [i for i, case in enumerate(unmerged.cases) if not case.past]
-            outputs = run_onnx(session, [unmerged.cases[i] for i in usable])
-            proof = next((p for p in proofs if p.name == name), None)
-            artifact = Artifact(name, "onnx", graph.path.name, precisions[name], written, on, outputs, usable)
-            steps.append(judge(artifact, unmerged, len(adapters), before, runs, proof, tolerances, sites))
-            whole = [dict(case) for case in before]
-            for i, output in zip(usable, outputs, strict=True):
-                whole[i] |= output
-            before = whole
+            artifact = _run_graph(name, graph, precisions[name], written, place, unmerged)
+            steps.append(step(artifact, before, runs))
+            before = _after(before, artifact)
         reference = _reference(unmerged, working, place)
     return reference, tuple(steps), [*warnings, *_weak(reference, steps)]
+
+
+def _case_maker(
+    base: Checkpoint, inputs: str | Path | None, text: str | Path | None, seed: int
+) -> Callable[[Any], list[Case]]:
+    """What makes the inputs for a loaded model. The user's files are read now, before a model is."""
+    if inputs is not None:
+        given = read_inputs(inputs)
+        return lambda _: given
+    if text is not None:
+        texts = read_texts(text, base.folder)
+        return lambda model: [fit_text(case, model) for case in texts]
+    return lambda model: make_cases(model, seed=seed)
+
+
+def _run_graph(
+    name: str, graph: Graph, precision: str, written: str, device: str, unmerged: Unmerged
+) -> Artifact:
+    session = open_onnx(graph.path, device)
+    usable = [i for i, case in enumerate(unmerged.cases) if not case.past]
+    outputs = run_onnx(session, [unmerged.cases[i] for i in usable])
+    on = f"ONNX Runtime, {session.get_providers()[0]}"
+    return Artifact(name, "onnx", graph.path.name, precision, written, on, outputs, usable)
+
+
+def _after(before: Outputs, artifact: Artifact) -> list[dict[str, Array]]:
+    """What the next step is compared with: the outputs of `artifact`, on inputs it was not run on those before it."""
+    whole = [dict(case) for case in before]
+    for i, output in zip(artifact.cases, artifact.outputs, strict=True):
+        whole[i] |= output
+    return whole
 
 
 def choose_device(device: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -132,12 +132,6 @@ def run_merged(
     del model
     _free(merged)
     return Merged(run, decoded, single, double)
-
-
-def working_dtypes(stored: Iterable[str], wanted: str) -> list[str]:
-    """The dtypes the live model must be run in: `wanted` (or the first of `stored`) first, each once."""
-    names = list(stored)
-    return list(dict.fromkeys([names[0] if wanted == "auto" else wanted, *names]))
 
 
 def _widest(live: LiveModel, cases: Sequence[Case], hidden: bool, precision: str) -> tuple[str, Run]:

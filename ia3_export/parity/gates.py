@@ -24,6 +24,8 @@ QUANTIZED = {
     "int8": {"kl": 0.02, "top1": 0.95, "perplexity": 0.02, "cosine": 0.98},
     "int4": {"kl": 0.10, "top1": 0.85, "perplexity": 0.10, "cosine": 0.95},
 }
+#: The dtype that a quantized graph computes in.
+NUMERIC = {"int8": "float32", "int4": "float32"}
 #: Share of the adapters' effect that a quantized artifact must show, at least and at most.
 EFFECT = (0.5, 1.5)
 

@@ -106,13 +106,16 @@ def prove_graph(plan: Plan, graph: Graph, name: str, base_graph: Graph | None = 
     absent = sorted(n for n, row in rows.items() if row.changed and n not in found)
     if absent and not findings and not _is_quantized(graph):
         notes.append(f"not in this graph: {', '.join(absent[:6])}{' ...' if len(absent) > 6 else ''}")
+    different = [n for n, row in matches.items() if row.changed]
+    notes.append(
+        f"{len(different)} of {len(graph.initializers)} initializers differ from the base's: "
+        f"{', '.join(different[:6])}{' ...' if len(different) > 6 else ''}"
+    )
     if base_graph is not None:
-        findings += _other_operators(graph, base_graph)
-        different = [n for n, row in matches.items() if row.changed]
-        notes.append(
-            f"{len(graph.initializers)} initializers, {len(different)} of them differ from the base's: "
-            f"{', '.join(different[:6])}{' ...' if len(different) > 6 else ''}"
-        )
+        other = list(_other_operators(graph, base_graph))
+        findings += other
+        if not other:
+            notes.append(f"the {sum(graph.operators.values())} operators are those of the base's export")
     return WeightsProof(
         name, "onnx", graph.path.name, not findings, sum(row.changed for row in matches.values()),
         sum(not row.changed for row in matches.values()), len(computed),

@@ -9,7 +9,7 @@ import numpy as np
 
 from ia3_export.fold import Array
 from ia3_export.parity.forwards import Merged, Unmerged
-from ia3_export.parity.gates import EFFECT, at_most, coarser, quantized_gates, rounding_bound
+from ia3_export.parity.gates import EFFECT, NUMERIC, at_most, coarser, quantized_gates, rounding_bound
 from ia3_export.parity.greedy import compare_decoded
 from ia3_export.parity.metrics import (
     Outputs,
@@ -77,7 +77,7 @@ def judge(
             artifact,
             f"it has the outputs {sorted(outputs[0])}, the model {sorted(unmerged.reference.outputs[0])}",
         )
-    numeric = "float32" if artifact.precision in ("int8", "int4") else artifact.precision
+    numeric = NUMERIC.get(artifact.precision, artifact.precision)
     try:
         distance = _distance(outputs, reference, numeric, unmerged, artifact.cases)
     except ValueError as error:
@@ -96,7 +96,7 @@ def judge(
     location: Location | None = None
     if tolerance is not None:
         gates = [at_most("max error beyond rtol", beyond(outputs, reference, tolerance.rtol), tolerance.atol)]
-    elif artifact.precision in ("int8", "int4"):
+    elif artifact.precision in NUMERIC:
         gates = list(quantized_gates(artifact.precision, distance, share))
     else:
         gates = [at_most("max error", distance.max_error, bound)]
@@ -163,8 +163,7 @@ def _distance(
 
 
 def _bound(artifact: Artifact, unmerged: Unmerged, reference: Outputs, adapters: int) -> float:
-    precision = "float32" if artifact.precision in ("int8", "int4") else artifact.precision
-    dtype = coarser(precision, artifact.weights)
+    dtype = coarser(NUMERIC.get(artifact.precision, artifact.precision), artifact.weights)
     run = _part(unmerged.runs[dtype].outputs, reference, artifact.cases)
     own = compare(run, reference, dtype).max_error
     return rounding_bound(own, largest(reference), dtype, adapters, runtime=artifact.kind == "onnx")

@@ -39,6 +39,8 @@ def prove_folder(
         for name, tensor in merged.tensors.items()
         if name not in rows
     ]
+    if plan.base.config is not None and merged.config is None and merged.location.path.is_dir():
+        findings.append(TensorFinding("config.json", "missing", "without it no library loads the folder"))
     pairs = []
     for name, row in rows.items():
         tensor = merged.tensors.get(name)
@@ -82,8 +84,6 @@ def _notes(plan: Plan, merged: Checkpoint, findings: Sequence[TensorFinding]) ->
         )
         if names:
             yield f"config.json differs from what a merge writes, in {', '.join(names[:8])}"
-    elif merged.config is None and wanted is not None:
-        yield "the folder has no config.json"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,16 +1,18 @@
 """What a proof costs: ``verify --weights-only`` beside reading both folders, a whole ``verify`` beside its parts.
 
-    python tools/bench/verify_cost.py --folder /tmp/bench [--rounds 7] [--forwards]
+    python tools/bench/verify_cost.py --folder /tmp/bench [--rounds 7] [--forwards] [--huge]
 
 Interleaved rounds on the 1.1-billion-parameter Llama of fixtures.py, each run a fresh process with its start included.
 "cat" is ``cat BASE MERGED > /dev/null``. With --forwards also a whole verify on a smaller model beside one load and one
 forward in each precision that the verdict needs (live, float64, base, merged), all in one process of plain transformers and
-PEFT. Prints medians and the median of the ratios within a round.
+PEFT. With --huge once more --weights-only, on 100 GB of zeros in sparse files in the shape of a Llama: every byte is read and
+folded, none is on the disk. Prints medians and the median of the ratios within a round.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import resource
 import statistics
@@ -51,6 +53,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--forwards", action="store_true")
+    parser.add_argument("--huge", action="store_true")
     parser.add_argument("--small", action="store_true", help="a tiny model, to try the script")
     options = parser.parse_args()
     base, adapter = make_llama(options.folder, small=options.small)
@@ -67,9 +70,71 @@ def main() -> None:
     report(
         {"cat": ["cat", *files], "verify --weights-only": [*proof, "--weights-only"]}, options.rounds, nbytes
     )
+    if options.huge:
+        huge, vectors = make_huge(options.folder)
+        command = [
+            *ours,
+            "verify",
+            "--base",
+            str(huge),
+            "--adapter",
+            str(vectors),
+            "--merged",
+            str(huge.with_name("huge-merged")),
+        ]
+        took, peak = measure([*command, "--weights-only", "-q"])
+        print(f"verify --weights-only of 100 GB: {took:.0f} s, peak memory {peak:.0f} MiB")
     if options.forwards:
         parts = [sys.executable, "-c", PARTS, str(base), str(adapter), str(merged)]
         report({"parts": parts, "verify": [*proof, "--device", "cpu"]}, min(options.rounds, 3), nbytes)
+
+
+def make_huge(folder: Path, *, layers: int = 80, hidden: int = 8192, inner: int = 22016) -> tuple[Path, Path]:
+    """A base and its (equal) merge of zeros, ten layers a shard, in sparse files; an adapter of ones and twos."""
+    import numpy as np
+    from peft import IA3Config
+    from safetensors.numpy import save_file
+
+    shapes = {"self_attn.k_proj": (hidden // 8, hidden), "self_attn.v_proj": (hidden // 8, hidden)}
+    shapes |= {"self_attn.q_proj": (hidden, hidden), "self_attn.o_proj": (hidden, hidden)}
+    shapes |= {
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    for name in ("huge", "huge-merged"):
+        shards = folder / name
+        shards.mkdir(exist_ok=True)
+        weight_map = {}
+        for start in range(0, layers, 10):
+            header: dict[str, object] = {}
+            end = 0
+            for layer in range(start, start + 10):
+                for module, shape in shapes.items():
+                    size = 2 * shape[0] * shape[1]
+                    tensor = f"model.layers.{layer}.{module}.weight"
+                    header[tensor] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+                    weight_map[tensor] = f"model-{start}.safetensors"
+                    end += size
+            text = json.dumps(header).encode()
+            with (shards / f"model-{start}.safetensors").open("wb") as file:
+                file.write(len(text).to_bytes(8, "little") + text)
+                file.truncate(8 + len(text) + end)
+        (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    adapter = folder / "huge-ia3"
+    targets = {"self_attn.k_proj": hidden // 8, "self_attn.v_proj": hidden // 8, "mlp.down_proj": inner}
+    config = IA3Config(
+        target_modules=[*(n.rpartition(".")[2] for n in targets)], feedforward_modules=["down_proj"]
+    )
+    config.save_pretrained(adapter)
+    vectors = {}
+    for layer in range(layers):
+        for module, length in targets.items():
+            shape = (1, length) if module == "mlp.down_proj" else (length, 1)
+            values = 1 + np.arange(length, dtype="<f4") % 2
+            vectors[f"base_model.model.model.layers.{layer}.{module}.ia3_l"] = values.reshape(shape)
+    save_file(vectors, adapter / "adapter_model.safetensors")
+    return folder / "huge", adapter
 
 
 def report(commands: dict[str, Sequence[str]], rounds: int, nbytes: int) -> None:
