@@ -16,10 +16,10 @@ from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.errors import Unsupported
 from ia3_export.parity.greedy import Decoded, decode, prompts
 from ia3_export.parity.inputs import Case, is_decoder
-from ia3_export.parity.metrics import largest
+from ia3_export.parity.metrics import EPSILON, largest
 from ia3_export.parity.quantized import is_bitsandbytes
 from ia3_export.parity.reference import LiveModel, Placement, load_as_library_runs_it, load_live, load_plain
-from ia3_export.parity.runners import Run, run_torch
+from ia3_export.parity.runners import Run, rounding_noise, run_torch
 
 _LARGE = 64 << 20
 TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -68,7 +68,7 @@ def run_unmerged(
     hidden: bool,
 ) -> Unmerged:
     """Run base + live adapters in each of `dtypes` (the first is the one it is loaded in), then in the reference
-    precision, then without the adapters; `make_cases` gives the inputs for the loaded model.
+    precision, then without the adapters. A run in the reference's own dtype is made with `rounding_noise`; `make_cases` gives the inputs for the loaded model.
 
     Raises `Unsupported` when the model cannot be loaded or run, or gives NaN itself.
     """
@@ -91,6 +91,11 @@ def run_unmerged(
         for dtype in dtypes[1:]:
             runs[dtype] = run_torch(_cast(live.model, dtype), cases, hidden=hidden, trace=True)
             _cast(live.model, precision)
+    if (
+        precision in runs
+    ):  # the reference is no wider than what it is to judge: it would have no error of its own
+        with rounding_noise(live.inner, EPSILON[precision]):
+            runs[precision] = run_torch(live.model, cases, hidden=hidden, trace=True)
     with live.without_adapter():
         plain = run_torch(live.model, cases, hidden=hidden)
     class_name, by = live.class_name, live.by

@@ -103,6 +103,28 @@ def _encoder_output(model: Any) -> Iterator[list[Any]]:
 
 
 @contextmanager
+def rounding_noise(model: Any, eps: float) -> Iterator[None]:
+    """Move every element that a leaf module gives by one unit in the last place, up or down at random (seeded)."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+
+    def moved(_module: Any, _inputs: Any, output: Any) -> Any:
+        if not isinstance(output, torch.Tensor) or not output.is_floating_point():
+            return None
+        signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
+        return output * (1 + eps * signs)
+
+    leaves = [module for module in model.modules() if not any(True for _ in module.children())]
+    handles = [module.register_forward_hook(moved) for module in leaves]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def _traced(model: Any, modules: dict[str, Array]) -> Iterator[None]:
     """Collect the first tensor that each module gives at its first call, by its path without PEFT's wrapper."""
     import torch

@@ -258,6 +258,21 @@ def test_a_model_larger_than_memory_runs_layer_by_layer(made: dict[str, Path]) -
     assert report["reference"]["applied_by"] == "hooks"
 
 
+def test_a_reference_no_wider_than_the_model_is_judged_with_rounding_noise(made: dict[str, Path]) -> None:
+    folder = made["t5"]
+    merged = ["--merged", folder / "merged", "--json"]
+    wide = report_of(run("verify", *inputs(folder), *merged))["reference"]
+    for size in ("400KB", "150KB"):
+        ran = run("verify", *inputs(folder), *merged, "--max-memory", size)
+        assert ran.code == 0, ran
+        narrow = report_of(ran)["reference"]
+        assert narrow["precision"] == narrow["dtype"] == "float32"
+        assert 0.1 < narrow["unmerged"]["max_error"] / wide["unmerged"]["max_error"] < 10
+    damaged = ["--merged", folder / "base", "--json", "--max-memory", "150KB"]
+    step = report_of(run("verify", *inputs(folder), *damaged))["steps"][0]
+    assert not step["passed"] and step["location"] is not None
+
+
 @pytest.mark.parametrize(
     "combine",
     [[], ["--combine", "linear", "--weights", "0.3,0.6"], ["--combine", "delta", "--weights", "0.5,1.5"]],
