@@ -88,7 +88,7 @@ class Output:
 
 def _printable(text: str) -> str:
     """`text` without control characters and the like: names come from untrusted files, and terminals obey escapes."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def human_bytes(count: float) -> str:

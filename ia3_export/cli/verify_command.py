@@ -51,7 +51,9 @@ _FILE = click.Path(path_type=Path)
 @click.option(
     "--text", type=_FILE, metavar="FILE", help="Texts of your own, one a line, for the base's tokenizer."
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of made-up inputs.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of made-up inputs."
+)
 @click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where the forwards run."
 )
@@ -128,9 +130,9 @@ def verify_command(
             weights=weights, inputs=inputs, text=text, device=device, dtype=dtype, tf32=tf32, atol=atol, rtol=rtol,
             max_memory=max_memory, seed=seed, on_progress=on_progress,
         )  # fmt: skip
-    write_reports(result, targets)
-    append_step_summary(result)
     show_report(out, result)
     out.document(result.to_json())
+    write_reports(result, targets)
+    append_step_summary(result)
     if not result.in_parity:
         ctx.exit(1)

@@ -19,7 +19,7 @@ from ia3_export.parity.forwards import (
     run_unmerged,
 )
 from ia3_export.parity.gates import NUMERIC, coarser
-from ia3_export.parity.graph import Graph, precision_of
+from ia3_export.parity.graph import Graph
 from ia3_export.parity.inputs import Case, make_cases
 from ia3_export.parity.judging import Artifact, Tolerance, failed_step, judge, unmerged_distance
 from ia3_export.parity.metrics import Outputs, compare, largest
@@ -65,7 +65,7 @@ def run_chain(
         written = TORCH_DTYPES[merged.main_dtype] if merged is not None else stored
         working = stored if dtype == "auto" else dtype
         used = written if dtype == "auto" else dtype  # in which the merged model runs
-        precisions = {name: precision_of(graph) for name, graph in graphs}
+        precisions = {name: graph.precision for name, graph in graphs}
         numeric = [NUMERIC.get(precision, precision) for precision in precisions.values()]
         needed = [coarser(used, written)] if merged is not None and judged else []
         needed += [coarser(written, precision) for precision in numeric]

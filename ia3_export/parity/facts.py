@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +17,7 @@ from ia3_export.adapters.combine import Combine
 from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.hub import Location
+from ia3_export.errors import Refused
 from ia3_export.execute import hash_file
 from ia3_export.manifest import NAME
 from ia3_export.plan import Cast, Dtype, Plan
@@ -57,6 +58,23 @@ def recorded_options(base: Checkpoint, merged: Checkpoint | None) -> MergeOption
     if merged.main_dtype != base.main_dtype and merged.main_dtype in _NAMES:
         return MergeOptions(dtype=_NAMES[merged.main_dtype])
     return MergeOptions()
+
+
+def check_recorded(options: MergeOptions, adapters: int) -> None:
+    """Raise `Refused` for recorded options by which an artifact could excuse itself: an adapter that counts for nothing."""
+    odd = options.combine != "product" and (adapters == 1 or 0.0 in options.weights)
+    if odd or len(options.weights) not in (0, adapters):
+        raise Refused(
+            f"the manifest of the merged folder says {describe_options(options)}, for {adapters} adapters",
+            hint="if that is what you merged, say so with --combine and --weights",
+        )
+
+
+def describe_options(options: MergeOptions) -> str:
+    """The options that are not the defaults, in words."""
+    default = MergeOptions()
+    shown = {f.name: getattr(options, f.name) for f in fields(options)}
+    return ", ".join(f"{name} {value}" for name, value in shown.items() if value != getattr(default, name))
 
 
 def sites_of(plan: Plan | None, adapters: Sequence[Adapter]) -> dict[str, list[str]]:
@@ -114,11 +132,14 @@ def digests(
     base: Checkpoint, adapters: Sequence[Adapter], merged: Checkpoint | None, graphs: Sequence[Path]
 ) -> dict[str, str]:
     """SHA-256 of the base's configuration, the adapters' files, the manifests and the ONNX files."""
-    return {
-        name: f"sha256:{hash_file(path)}"
-        for name, path in _files(base, adapters, merged, graphs)
-        if path.is_file()
-    }
+    found: dict[str, str] = {}
+    for name, path in _files(base, adapters, merged, graphs):
+        if path.is_file():
+            digest = f"sha256:{hash_file(path)}"
+            if found.get(name, digest) != digest:  # files of one name in several folders
+                name = f"{path.resolve().parent.name}/{name}"
+            found[name] = digest
+    return found
 
 
 def _files(

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from ia3_export.adapters.model import Adapter
 from ia3_export.errors import DamagedFile, Refused
 from ia3_export.fold import FLOAT_DTYPES, Array, from_float, to_float
 from ia3_export.parity.diagnosis import left_out
@@ -24,6 +23,7 @@ from ia3_export.plan import Plan
 from ia3_export.report.model import TensorFinding, WeightsProof
 
 _FLOATS = {"FLOAT": "F32", "FLOAT16": "F16", "DOUBLE": "F64", "BFLOAT16": "BF16"}
+_CODES = ("INT8", "UINT8", "INT4", "UINT4")
 _ADAPTER_WORDS = ("ia3_l", "lora_", "base_layer", ".adapter_", "modules_to_save")
 #: Elements of the first row by which an initializer is looked up before all of it is compared.
 _START = 4
@@ -31,13 +31,15 @@ _START = 4
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Graph:
-    """An ONNX file: initializers by name (lazy), operators by count, names of all nodes and values, and of the outputs."""
+    """An ONNX file: initializers by name (lazy), operators by count, names of all nodes and values, and of the outputs. `precision`
+    is float64, float32, float16, bfloat16, int8 or int4: what the weights that reach the outputs are held in."""
 
     path: Path
     initializers: Mapping[str, Any]
     operators: Counter[str]
     names: tuple[str, ...]
     outputs: tuple[str, ...]
+    precision: str
 
 
 def read_graph(path: Path) -> Graph:
@@ -58,22 +60,29 @@ def read_graph(path: Path) -> Graph:
             if tensor is None:
                 continue
             if isinstance(tensor, onnx_ir.ExternalTensor):
-                _check_inside(Path(tensor.path), path)
+                _check_external(tensor, path)
             initializers[name] = tensor
     nodes = list(model.graph.all_nodes())
+    for node in nodes:  # some tools keep weights in constants
+        if node.op_type == "Constant" and "value" in node.attributes:
+            initializers[node.outputs[0].name or ""] = node.attributes["value"].as_tensor()
     names = [*initializers, *(node.name or "" for node in nodes)]
     names += [output.name or "" for node in nodes for output in node.outputs]
-    return Graph(
-        path,
-        initializers,
-        Counter(node.op_type for node in nodes),
-        tuple(names),
-        tuple(output.name or "" for output in model.graph.outputs),
-    )
+    outputs = tuple(output.name or "" for output in model.graph.outputs)
+    operators = Counter(node.op_type for node in nodes)
+    precision = _precision(model, initializers)
+    return Graph(path, initializers, operators, tuple(names), outputs, precision)
 
 
-def _check_inside(data: Path, path: Path) -> None:
-    folder = path.resolve().parent
+def _check_external(tensor: Any, path: Path) -> None:
+    folder, data = path.resolve().parent, Path(tensor.path)
+    if data.resolve().is_relative_to(folder):
+        size = data.stat().st_size if data.is_file() else -1
+        if size < (tensor.offset or 0) + tensor.nbytes:
+            raise DamagedFile(
+                f"{path} keeps {tensor.name} in {data.name}, which {'is too short' if size >= 0 else 'is missing'}",
+                hint="the external data belong beside the .onnx file; copy or fetch both again",
+            )
     if not data.resolve().is_relative_to(folder):
         raise Refused(
             f"{path} names the external data file {data}, which lies outside its folder",
@@ -81,11 +90,14 @@ def _check_inside(data: Path, path: Path) -> None:
         )
 
 
-def prove_graph(plan: Plan, graph: Graph, name: str, base_graph: Graph | None = None) -> WeightsProof:
+def prove_graph(
+    plan: Plan, graph: Graph, name: str, base_graph: Graph | None = None, *, alone: bool = False
+) -> WeightsProof:
     """Compare the initializers of `graph` with what `plan` makes of base and adapters.
 
     `base_graph` is the base's own export, whose operators must then be the same. Quantized initializers cannot be
-    compared bit for bit and are counted as computed.
+    compared bit for bit and are counted as computed. `alone`: no forward will judge what the bits leave open, so a changed
+    tensor that is nowhere in the graph, and codes, are findings.
     """
     rows = {
         row.name: row
@@ -96,22 +108,41 @@ def prove_graph(plan: Plan, graph: Graph, name: str, base_graph: Graph | None = 
     matches = _match(rows, floats)
     computed = sorted(floats.keys() - matches.keys())
     found = {row.name for row in matches.values()}
-    findings = [*_left_behind(graph, plan.adapters)]
+    found |= {row.name for name, row in rows.items() if name not in found and _is_held(row, floats)}
+    findings = [*_left_behind(graph, plan)]
     findings += _wrong_values(rows, floats, computed, found)
     findings += _twice(rows, matches, found)
-    notes = [
-        f"quantized: {_count(graph, 'INT8', 'UINT8', 'INT4', 'UINT4')} initializers hold codes, compared by the forward only"
-    ]
-    notes = notes if _is_quantized(graph) else []
-    absent = sorted(n for n, row in rows.items() if row.changed and n not in found)
-    if absent and not findings and not _is_quantized(graph):
-        notes.append(f"not in this graph: {', '.join(absent[:6])}{' ...' if len(absent) > 6 else ''}")
+    quantized = graph.precision in ("int8", "int4")
+    # a graph that gives hidden states has no head
+    headless = graph.outputs == ("last_hidden_state",)
+    absent = sorted(
+        n
+        for n, row in rows.items()
+        if row.changed and n not in found and not (headless and row.how in ("replace", "add"))
+    )
+    notes = []
+    if quantized:
+        codes = _count(graph, *_CODES)
+        notes.append(f"quantized: {codes} initializers hold codes, which bits cannot prove")
+    if absent and alone:
+        findings += [
+            TensorFinding(
+                n, "not found", "no initializer holds it as it must be; without a forward it is not proven"
+            )
+            for n in absent
+        ]
+    elif absent and not quantized:
+        notes.append(
+            f"not found as they are: {', '.join(absent[:6])}{' ...' if len(absent) > 6 else ''}; the forwards judge"
+        )
     different = [n for n, row in matches.items() if row.changed]
     notes.append(
         f"{len(different)} of {len(graph.initializers)} initializers differ from the base's: "
         f"{', '.join(different[:6])}{' ...' if len(different) > 6 else ''}"
     )
-    if base_graph is not None:
+    if base_graph is not None and base_graph.precision != graph.precision:
+        notes.append(f"the base's export is {base_graph.precision}: operators are not compared")
+    elif base_graph is not None:
         other = list(_other_operators(graph, base_graph))
         findings += other
         if not other:
@@ -123,42 +154,59 @@ def prove_graph(plan: Plan, graph: Graph, name: str, base_graph: Graph | None = 
     )  # fmt: skip
 
 
-def precision_of(graph: Graph) -> str:
-    """``int4``, ``int8``, ``float16``, ``bfloat16``, ``float32`` or ``float64``: what most of the weights are held in."""
-    operators = graph.operators
-    if operators["MatMulNBits"] or operators["MatMulBnb4"] or _count(graph, "INT4", "UINT4"):
+def _precision(model: Any, initializers: Mapping[str, Any]) -> str:
+    """What the weights that reach the outputs are held in."""
+    nodes, values = _reachable(model)
+    kinds = {node.op_type for node in nodes}
+    used = [tensor for name, tensor in initializers.items() if name in values]
+    held = {tensor.dtype.name for tensor in used if tensor.size > 1}
+    if kinds & {"MatMulNBits", "MatMulBnb4"} or held & {"INT4", "UINT4"}:
         return "int4"
-    if _is_quantized(graph):
+    if kinds & {"MatMulInteger", "DequantizeLinear", "QLinearMatMul", "DynamicQuantizeMatMul"} and held & {
+        "INT8",
+        "UINT8",
+    }:
         return "int8"
     sizes: Counter[str] = Counter()
-    for tensor in graph.initializers.values():
+    for tensor in used:
         sizes[tensor.dtype.name] += tensor.nbytes if tensor.dtype.name in _FLOATS else 0
     kind = sizes.most_common(1)[0][0] if sizes else "FLOAT"
     return {"FLOAT16": "float16", "BFLOAT16": "bfloat16", "DOUBLE": "float64"}.get(kind, "float32")
 
 
-def _is_quantized(graph: Graph) -> bool:
-    kinds = (
-        "MatMulNBits",
-        "MatMulBnb4",
-        "MatMulInteger",
-        "DequantizeLinear",
-        "QLinearMatMul",
-        "DynamicQuantizeMatMul",
-    )
-    return any(graph.operators[kind] for kind in kinds)
+def _reachable(model: Any) -> tuple[list[Any], set[str]]:
+    """The nodes that the outputs depend on, and the names of their inputs; bodies of ``If`` and ``Loop`` belong to them."""
+    waiting = [value.producer() for value in model.graph.outputs]
+    values = {value.name for value in model.graph.outputs}
+    nodes: dict[int, Any] = {}
+    while waiting:
+        node = waiting.pop()
+        if node is None or id(node) in nodes:
+            continue
+        nodes[id(node)] = node
+        inside = [
+            n for a in node.attributes.values() if a.type.name == "GRAPH" for n in a.as_graph().all_nodes()
+        ]
+        waiting += inside
+        for value in node.inputs:
+            if value is not None:
+                values.add(value.name)
+                waiting.append(value.producer())
+    return list(nodes.values()), values
 
 
 def _count(graph: Graph, *dtypes: str) -> int:
     return sum(t.dtype.name in dtypes and t.size > 1 for t in graph.initializers.values())
 
 
-def _left_behind(graph: Graph, adapters: Sequence[Adapter]) -> Iterator[TensorFinding]:
+def _left_behind(graph: Graph, plan: Plan) -> Iterator[TensorFinding]:
     """Nodes named after adapter modules, and initializers that hold a vector."""
+    # X-MOD and others have adapters of their own
+    words = [word for word in _ADAPTER_WORDS if not any(word in name for name in plan.base.tensors)]
     for name in dict.fromkeys(graph.names):
-        if any(word in name for word in _ADAPTER_WORDS):
+        if any(word in name for word in words):
             yield TensorFinding(name, "adapter node", "the graph still applies an adapter at run time")
-    vectors = [(s.module, s.vector) for a in adapters for s in a.sites.values() if np.any(s.vector != 1)]
+    vectors = [(s.module, s.vector) for a in plan.adapters for s in a.sites.values() if np.any(s.vector != 1)]
     for name, tensor in graph.initializers.items():
         dtype = _FLOATS.get(tensor.dtype.name)
         if dtype is None or sum(extent > 1 for extent in tensor.shape) > 1:
@@ -203,6 +251,16 @@ def _match(rows: Mapping[str, Expected], floats: Mapping[str, Any]) -> dict[str,
                 matches[name] = row
                 break
     return matches
+
+
+def _is_held(row: Expected, floats: Mapping[str, Any]) -> bool:
+    """Whether any initializer holds `row`: exporters keep equal tensors (biases of zeros) once."""
+    for tensor in floats.values():
+        dtype, values = _FLOATS[tensor.dtype.name], _raw(tensor)
+        ways = [values, values.T] if values.ndim == 2 else [values]
+        if any(way.shape == row.source.shape and _holds(way, row, dtype) for way in ways):
+            return True
+    return False
 
 
 def _same_name(stored: str, initializer: str) -> bool:

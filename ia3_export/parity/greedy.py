@@ -40,7 +40,7 @@ def decode(model: Any, cases: Sequence[Case]) -> list[Decoded] | None:
     from transformers import GenerationConfig, GenerationMixin
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not isinstance(inner, GenerationMixin) or not inner.can_generate():
+    if not cases or not isinstance(inner, GenerationMixin) or not inner.can_generate():
         return None
     own, text = inner.generation_config, inner.config.get_text_config()
     ids = {

@@ -40,8 +40,9 @@ def compare(outputs: Outputs, reference: Outputs, dtype: str) -> Distance:
         dot += float((a * b).sum())
         norm_a, norm_b = norm_a + float((a * a).sum()), norm_b + float((b * b).sum())
         relevant = np.abs(b) >= max(_RELEVANT * scale, np.finfo("<f8").tiny)
-        relative.append(error[relevant] / np.abs(b[relevant]))
-        places.append(error[relevant] / last_place(b[relevant], dtype))
+        with np.errstate(over="ignore"):
+            relative.append(error[relevant] / np.abs(b[relevant]))
+            places.append(error[relevant] / last_place(b[relevant], dtype))
     all_relative, all_places = np.concatenate(relative), np.concatenate(places)
     with np.errstate(invalid="ignore"):
         cosine = dot / (norm_a * norm_b) ** 0.5 if norm_a and norm_b else float(norm_a == norm_b)
@@ -133,7 +134,8 @@ def _error(a: Array, b: Array) -> Array:
 
 
 def _mean(values: Array) -> float:
-    return float(values.mean()) if len(values) else 0.0
+    with np.errstate(over="ignore"):
+        return float(values.mean()) if len(values) else 0.0
 
 
 def _of_logits(

@@ -16,8 +16,6 @@ from ia3_export.errors import DamagedFile, NotFound, Unsupported
 from ia3_export.fold import Array
 from ia3_export.parity.inputs import Case
 
-_OUTPUTS = ("logits", "last_hidden_state")
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Run:
@@ -34,7 +32,7 @@ class Run:
 def run_torch(model: Any, cases: Sequence[Case], *, hidden: bool = False, trace: bool = False) -> Run:
     """Outputs of every case (``logits``, ``last_hidden_state``), widened to float64, zero at padded positions.
 
-    `hidden` gives the bare encoder's ``last_hidden_state`` alone, whatever head the model has; `trace` also keeps the
+    `hidden` adds the bare encoder's ``last_hidden_state``, whatever head the model has; `trace` also keeps the
     modules' outputs. Raises `Unsupported` when the model does not run on the inputs.
     """
     results: list[dict[str, Any]] = []
@@ -45,10 +43,13 @@ def run_torch(model: Any, cases: Sequence[Case], *, hidden: bool = False, trace:
                 stack.enter_context(_traced(model, modules))
             captured = stack.enter_context(_encoder_output(model)) if hidden else []
             output = _forward(model, case)
+        named = {
+            name: value
+            for name, value in output.items()
+            if (name == "last_hidden_state" or name.endswith("logits")) and value is not None
+        }
         if hidden:
-            named = {"last_hidden_state": captured[-1].last_hidden_state}
-        else:
-            named = {name: output[name] for name in _OUTPUTS if output.get(name) is not None}
+            named["last_hidden_state"] = captured[-1].last_hidden_state
         if not named:
             named = {"output": next(v for v in output.values() if hasattr(v, "double"))}
         results.append(_attended(case, {name: to_numpy(value) for name, value in named.items()}))
@@ -164,7 +165,7 @@ def _attended(case: Case, outputs: dict[str, Any]) -> dict[str, Any]:
     kept = mask.cpu().numpy().astype(bool)
     return {
         name: np.where(kept.reshape(*kept.shape, *(1,) * (values.ndim - 2)), values, 0)
-        if values.ndim > 1 and values.shape[:2] == kept.shape
+        if values.ndim > 2 and values.shape[:2] == kept.shape  # a classifier's logits have no positions
         else values
         for name, values in outputs.items()
     }

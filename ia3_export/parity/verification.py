@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,6 +18,8 @@ from ia3_export.execute import Progress
 from ia3_export.merging import merge
 from ia3_export.parity.facts import (
     MergeOptions,
+    check_recorded,
+    describe_options,
     digests,
     environment,
     recorded_options,
@@ -24,7 +27,7 @@ from ia3_export.parity.facts import (
     source_of,
     summarize_sites,
 )
-from ia3_export.parity.graph import Graph, precision_of, prove_graph, read_graph
+from ia3_export.parity.graph import Graph, prove_graph, read_graph
 from ia3_export.parity.quantized import is_bitsandbytes
 from ia3_export.parity.runners import find_onnx
 from ia3_export.parity.weights import prove_folder
@@ -85,6 +88,8 @@ def verify(
     """
     if inputs is not None and text is not None:
         raise UsageError("--inputs and --text exclude each other", hint="give one of them")
+    if any(number is not None and not math.isfinite(number) for number in (atol, rtol)):
+        raise UsageError("--atol and --rtol must be finite", hint="for example --atol 1e-4 --rtol 1e-3")
     if weights_only and merged is None and not onnx:
         raise UsageError("--weights-only needs --merged or --onnx", hint="give the folder that merge wrote")
     checkpoint = read_checkpoint(base)
@@ -93,8 +98,12 @@ def verify(
         raise UsageError("no adapter given", hint="give at least one --adapter")
     shipped = read_checkpoint(merged) if merged is not None else None
     how = recorded_options(checkpoint, shipped)
+    said: list[str] = []
     if combine is not None:
         how = replace(how, combine=combine, weights=tuple(weights))
+    elif how != MergeOptions():
+        check_recorded(how, len(read))
+        said.append(f"taken from the manifest, or from the weights' dtype: {describe_options(how)}")
     plan = _plan(checkpoint, read, how, forwards_only=merged is not None and not weights_only)
     graphs = _name_graphs([read_graph(path) for location in onnx for path in find_onnx(location)])
     base_graph = read_graph(find_onnx(base_onnx)[0]) if base_onnx is not None else None
@@ -105,7 +114,7 @@ def verify(
             subject = _merge(base, adapters, how, Path(scratch) / "merged")
         judged = shipped is not None or not graphs  # a merge made for an ONNX file's sake is no artifact
         proofs: list[WeightsProof] = []
-        warnings: list[str] = []
+        warnings = said
         if plan is None:
             warnings.append(
                 "the base is quantized: its codes are not folded by this version, only forwards are compared"
@@ -114,7 +123,9 @@ def verify(
             warnings += plan.warnings
             if subject is not None and judged:
                 proofs.append(prove_folder(plan, subject, on_progress=on_progress))
-            proofs += [prove_graph(plan, graph, name, base_graph) for name, graph in graphs]
+            proofs += [
+                prove_graph(plan, graph, name, base_graph, alone=weights_only) for name, graph in graphs
+            ]
         reference: Reference | None = None
         steps: tuple[Step, ...] = ()
         if not weights_only:
@@ -168,7 +179,7 @@ def _merge(base: str | Path, adapters: Sequence[str | Path], how: MergeOptions, 
 
 def _name_graphs(graphs: Sequence[Graph]) -> list[tuple[str, Graph]]:
     """``onnx float32``, ``onnx int8``, ...; the file name is added where two have the same precision."""
-    names = [f"onnx {precision_of(graph)}" for graph in graphs]
+    names = [f"onnx {graph.precision}" for graph in graphs]
     return [
         (name if names.count(name) == 1 else f"{name} {i + 1}", graph)
         for i, (name, graph) in enumerate(zip(names, graphs, strict=True))
@@ -177,7 +188,7 @@ def _name_graphs(graphs: Sequence[Graph]) -> list[tuple[str, Graph]]:
 
 def _widened(base: Checkpoint, graphs: Sequence[tuple[str, Graph]]) -> bool:
     """Whether a graph computes in float32 what is stored in 16 bits."""
-    return base.main_dtype in ("F16", "BF16") and any(precision_of(graph) == "float32" for _, graph in graphs)
+    return base.main_dtype in ("F16", "BF16") and any(graph.precision == "float32" for _, graph in graphs)
 
 
 def _shown_options(

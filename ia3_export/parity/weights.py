@@ -41,6 +41,9 @@ def prove_folder(
     ]
     if plan.base.config is not None and merged.config is None and merged.location.path.is_dir():
         findings.append(TensorFinding("config.json", "missing", "without it no library loads the folder"))
+    if "adapter_config.json" in merged.side_files and "adapter_config.json" not in plan.base.side_files:
+        detail = "transformers applies an adapter that lies in a model's folder: it would act twice"
+        findings.append(TensorFinding("adapter_config.json", "extra", detail))
     pairs = []
     for name, row in rows.items():
         tensor = merged.tensors.get(name)

@@ -50,11 +50,15 @@ def check_targets(targets: Mapping[str, Path], inputs: Sequence[Path]) -> None:
 def write_reports(report: Report, targets: Mapping[str, Path]) -> None:
     """Write `report` to each of `targets` (a kind of `render` → file); new folders are made. Raises `OutputError`."""
     for kind, path in targets.items():
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        target = path.resolve()  # a link stays a link
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists() and not target.is_file():  # /dev/stdout, a named pipe: nothing to replace
+                target.write_text(render(report, kind), encoding="utf-8")
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(render(report, kind), encoding="utf-8")
-            temporary.replace(path)
+            temporary.replace(target)
         except OSError as error:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)

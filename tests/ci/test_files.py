@@ -266,7 +266,7 @@ def test_commands_of_the_page_are_commands_with_options_that_exist() -> None:
     for words in commands:
         command = cli.commands[words[1]]
         assert isinstance(command, click.Command)
-        command.make_parser(click.Context(command)).parse_args(words[2:])
+        command.make_parser(click.Context(command, help_option_names=["-h", "--help"])).parse_args(words[2:])
     assert set(re.findall(r"`[a-z-]+: (--[a-z-]+)`", DOCS)) <= options("verify")
     for script in fenced("sh"):
         tool("shellcheck", "--shell=bash", "-", text=script)

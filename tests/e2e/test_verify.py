@@ -6,8 +6,11 @@ Damaged artifacts are in test_mutations.py.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +150,11 @@ def test_weights_only_needs_no_torch_and_proves_graph_and_folder(
     only_complaint(run("verify", *inputs(folder), "--weights-only"), 2, "--weights-only")
 
 
-def test_the_operators_are_compared_with_the_bases_export(made: dict[str, Path], exported: Path) -> None:
+def test_the_operators_are_compared_with_the_bases_export(
+    made: dict[str, Path], exported: Path, tmp_path: Path
+) -> None:
+    import onnx
+
     folder = made["bert-seq-cls"]
     assert run("onnx", "--model", folder / "base", "--output", folder / "base-onnx").code == 0
     both = [
@@ -161,10 +168,124 @@ def test_the_operators_are_compared_with_the_bases_export(made: dict[str, Path],
     ran = run("verify", *inputs(folder), *both)
     assert ran.code == 0, ran
     assert "differ from the base's" in report_of(ran)["weights"][0]["notes"][0]
-    both[1] = exported / "model_int8.onnx"
+    graph = onnx.load(exported / "model.onnx")
+    name = graph.graph.output[0].name
+    graph.graph.node[-1].output[0] = "before"
+    one = onnx.helper.make_tensor("one", onnx.TensorProto.FLOAT, [1], [1.0])
+    graph.graph.initializer.append(one)
+    graph.graph.node.append(onnx.helper.make_node("Mul", ["before", "one"], [name]))
+    onnx.save(graph, tmp_path / "model.onnx")
+    both[1] = tmp_path / "model.onnx"
     ran = run("verify", *inputs(folder), *both)
     assert ran.code == 1
-    assert "other operators" in {f["what"] for f in report_of(ran)["weights"][0]["findings"]}
+    assert {f["what"] for f in report_of(ran)["weights"][0]["findings"]} == {"other operators"}
+
+
+def test_weights_only_does_not_pass_what_bits_cannot_prove(
+    made: dict[str, Path], exported: Path, tmp_path: Path
+) -> None:
+    folder = made["bert-seq-cls"]
+    (tmp_path / "empty.onnx").write_bytes(b"")
+    for file in (exported / "model_int8.onnx", tmp_path / "empty.onnx"):
+        ran = run("verify", *inputs(folder), "--onnx", file, "--weights-only", "--json")
+        assert ran.code == 1, ran
+        assert {f["what"] for f in report_of(ran)["weights"][0]["findings"]} == {"not found"}
+
+
+def test_dead_tensors_do_not_choose_the_gate(made: dict[str, Path], exported: Path, tmp_path: Path) -> None:
+    import onnx
+
+    graph = onnx.load(exported / "model.onnx")
+    graph.graph.initializer.append(onnx.helper.make_tensor("codes", onnx.TensorProto.INT8, [9], [1] * 9))
+    scale = onnx.helper.make_tensor("scale", onnx.TensorProto.FLOAT, [], [1.0])
+    graph.graph.initializer.append(scale)
+    graph.graph.node.append(onnx.helper.make_node("DequantizeLinear", ["codes", "scale"], ["nowhere"]))
+    half = np.zeros(10**6, "<f2")
+    graph.graph.initializer.append(onnx.numpy_helper.from_array(half, "padding"))
+    onnx.save(graph, tmp_path / "model.onnx")
+    ran = run("verify", *inputs(made["bert-seq-cls"]), "--onnx", tmp_path / "model.onnx", "--json")
+    assert report_of(ran)["steps"][0]["precision"] == "float32"
+
+
+def test_external_data_that_is_missing_or_short_is_named(
+    made: dict[str, Path], exported: Path, tmp_path: Path
+) -> None:
+    import onnx
+
+    graph = onnx.load(exported / "model.onnx")
+    onnx.save_model(
+        graph,
+        tmp_path / "model.onnx",
+        save_as_external_data=True,
+        location="model.onnx_data",
+        size_threshold=0,
+    )
+    data = tmp_path / "model.onnx_data"
+    given = [*inputs(made["bert-seq-cls"]), "--onnx", tmp_path / "model.onnx", "--weights-only"]
+    assert run("verify", *given).code == 0
+    data.write_bytes(data.read_bytes()[:-100])
+    only_complaint(run("verify", *given), 3, "too short")
+    data.unlink()
+    only_complaint(run("verify", *given), 3, "missing")
+
+
+def test_a_classifiers_logits_are_not_masked_like_tokens(tmp_path: Path) -> None:
+    """Five labels and texts of five tokens: a padded token must not hide a label."""
+    from safetensors.torch import load_file
+    from safetensors.torch import save_file as save_torch
+
+    kind = zoo.by_name("bert-seq-cls")
+    kind = replace(kind, config={**kind.config, "num_labels": 5})
+    model = zoo.build(kind)
+    model.save_pretrained(tmp_path / "base")
+    zoo.adapt(model, kind).save_pretrained(tmp_path / "adapter")
+    assert run("merge", *inputs(tmp_path), "--output", tmp_path / "merged").code == 0
+    file = tmp_path / "merged" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["classifier.bias"][4] += 1000
+    save_torch(tensors, file, metadata={"format": "pt"})
+    line = {"input_ids": [[5, 6, 7, 8, 9]], "attention_mask": [[1, 1, 1, 1, 0]]}
+    (tmp_path / "in.jsonl").write_text(json.dumps(line))
+    ran = run(
+        "verify",
+        *inputs(tmp_path),
+        "--merged",
+        tmp_path / "merged",
+        "--inputs",
+        tmp_path / "in.jsonl",
+        "--json",
+    )
+    assert report_of(ran)["steps"][0]["distance"]["max_error"] > 900
+
+
+def test_a_manifest_cannot_excuse_the_base(made: dict[str, Path], tmp_path: Path) -> None:
+    folder = made["t5"]
+    options = ["--combine", "delta", "--weights", "0"]
+    assert run("merge", *inputs(folder), "--output", tmp_path / "merged", *options).code == 0
+    given = [*inputs(folder), "--merged", tmp_path / "merged", "--weights-only"]
+    only_complaint(run("verify", *given), 3, "manifest", "delta")
+    assert run("verify", *given, *options).code == 0, "who says so gets it"
+
+
+def test_an_adapter_left_in_the_merged_folder_is_found(made: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(made["t5"] / "merged", tmp_path / "merged")
+    shutil.copy(made["t5"] / "adapter" / "adapter_config.json", tmp_path / "merged")
+    ran = run("verify", *inputs(made["t5"]), "--merged", tmp_path / "merged", "--weights-only")
+    assert ran.code == 1 and "adapter_config.json" in ran.stdout
+
+
+def test_a_report_keeps_links_and_devices(made: dict[str, Path], tmp_path: Path) -> None:
+    folder = made["t5"]
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    os.mkfifo(tmp_path / "pipe")
+    given = [*inputs(folder), "--merged", folder / "merged", "--weights-only", "-q"]
+    assert run("verify", *given, "--report", tmp_path / "link.json").code == 0
+    assert (tmp_path / "link.json").is_symlink() and (tmp_path / "real.json").is_file()
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit((tmp_path / "pipe").read_text)
+        assert run("verify", *given, "--markdown", tmp_path / "pipe").code == 0
+        assert "in parity" in read.result(timeout=30)
+    assert (tmp_path / "pipe").is_fifo()
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "npz", "safetensors"])
