@@ -254,7 +254,9 @@ def _match(rows: Mapping[str, Expected], floats: Mapping[str, Any]) -> dict[str,
 
 
 def _is_held(row: Expected, floats: Mapping[str, Any]) -> bool:
-    """Whether any initializer holds `row`: exporters keep equal tensors (biases of zeros) once."""
+    """Whether any initializer holds `row`, which has none of its own: exporters keep equal tensors (biases of zeros) once."""
+    if any(_same_name(row.name, name) for name in floats):
+        return False
     for tensor in floats.values():
         dtype, values = _FLOATS[tensor.dtype.name], _raw(tensor)
         ways = [values, values.T] if values.ndim == 2 else [values]
