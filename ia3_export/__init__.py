@@ -18,6 +18,7 @@ from ia3_export import errors
 
 if TYPE_CHECKING:
     from ia3_export.adapters import read_adapter
+    from ia3_export.benching.measuring import bench
     from ia3_export.checkpoint.folder import read_checkpoint
     from ia3_export.exporting import export_onnx
     from ia3_export.inspection import inspect
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ia3_export.parity.verification import verify
 
 __all__ = [
+    "bench",
     "errors",
     "export_onnx",
     "inspect",
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "bench": "ia3_export.benching.measuring",
     "export_onnx": "ia3_export.exporting",
     "inspect": "ia3_export.inspection",
     "merge": "ia3_export.merging",

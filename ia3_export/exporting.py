@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import math
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -14,38 +16,62 @@ from typing import Any
 
 from ia3_export.card import BASE_CARD
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
-from ia3_export.checkpoint.stage import check_target, staged
+from ia3_export.checkpoint.stage import check_target, set_aside, staged
 from ia3_export.errors import CheckFailed, UsageError
 from ia3_export.execute import hash_file
 from ia3_export.manifest import NAME, list_files
 from ia3_export.merging import merge
-from ia3_export.onnx.graph import export_encoder, save
-from ia3_export.onnx.tasks import TASKS, canonical_task, infer_task, model_class
+from ia3_export.onnx.contract import DecoderForm, plan_graphs
+from ia3_export.onnx.files import save_model
+from ia3_export.onnx.package import PRECISIONS, TARGETS, file_name, package, precision_list
+from ia3_export.onnx.precision import Coverage, convert
+from ia3_export.onnx.provenance import Origin, trace_origins
+from ia3_export.onnx.tasks import Task, choose_task, load_model
+from ia3_export.onnx.trace import trace
 from ia3_export.parity.inputs import make_cases
-from ia3_export.parity.metrics import EPSILON, compare, largest
-from ia3_export.parity.runners import exact_matmul, open_onnx, quiet, run_onnx, run_torch
+from ia3_export.parity.runners import exact_matmul, quiet
 from ia3_export.parity.verification import verify
-from ia3_export.report.model import Distance, Report
+from ia3_export.report.model import Report, Step
+from ia3_export.sentence import read_sentence_head
 
-SCHEMA = "ia3-export/onnx/1"
+SCHEMA = "ia3-export/onnx/2"
 _NOT_COPIED = ("README.md", BASE_CARD, NAME)
 
 
 @dataclass(frozen=True, slots=True)
+class OnnxFile:
+    """A graph that was written: its path in the folder, its size with external data in bytes, and how many of its weights
+    (bytes in float32) its precision reached. `left` names the float32 weights it did not."""
+
+    path: str
+    precision: str
+    size: int
+    weight_bytes: int
+    converted_bytes: int
+    left: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class OnnxExport:
-    """What `export_onnx` wrote. `report` compares with live adapters, `distance` with the merged PyTorch model."""
+    """What `export_onnx` wrote. `report` compares every graph with the live adapters (or, without adapters, with the model)."""
 
     folder: Path
     task: str
     opset: int
-    distance: Distance | None
+    files: tuple[OnnxFile, ...]
     report: Report | None
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """Quantized files that lose more than `verify` lets them, each with what is too much."""
+        steps = self.report.steps if self.report is not None else ()
+        return tuple(f"{step.file}: {step.finding}" for step in steps if not step.passed)
 
     def to_json(self) -> dict[str, Any]:
         """The JSON document of ``onnx --json``."""
         return {
-            "schema": SCHEMA, "task": self.task, "opset": self.opset,
-            "distance": None if self.distance is None else asdict(self.distance),
+            "schema": SCHEMA, "task": self.task, "opset": self.opset, "files": [asdict(f) for f in self.files],
+            "losses": list(self.losses),
             "report": None if self.report is None else self.report.to_json(),
         }  # fmt: skip
 
@@ -57,92 +83,149 @@ def export_onnx(
     base: str | Path | None = None,
     adapters: Sequence[str | Path] = (),
     task: str | None = None,
+    precisions: Sequence[str] = ("fp32",),
+    targets: Sequence[str] = (),
+    decoder: DecoderForm = "merged",
     opset: int = 20,
     check: bool = True,
     overwrite: bool = False,
+    on_step: Callable[[str], None] | None = None,
 ) -> OnnxExport:
-    """Export an encoder or text classifier to ``output/onnx/model.onnx`` with its configuration and tokenizer.
+    """Export a model to an ONNX folder in the layout of optimum and transformers.js: graphs in ``onnx/``, configuration, tokenizer
+    and the like beside it.
 
     Args:
         output: folder to create.
         model: folder that `merge` wrote (or any checkpoint folder).
         base, adapters: instead of `model`; merged into a temporary folder first, compared with the live adapters.
-        task: ``feature-extraction`` or ``text-classification`` (optimum's names and synonyms); inferred by default.
+        task: optimum's name or synonym (``text-generation``, ``fill-mask``, ...); inferred from the checkpoint by default.
+        precisions: of ``fp32``, ``fp16``, ``int8``, ``int4``, all from one trace.
+        targets: beside transformers.js and optimum also ``genai`` (``genai_config.json``) and ``mobile`` (``.ort`` files).
+        decoder: form of an encoder-decoder's decoder: ``merged`` (one file that is its own first step), ``separate`` (optimum's
+            decoder and decoder with past) or ``if`` (those two as branches of one ``If``, as optimum merges them).
         opset: ONNX operator set.
-        check: run the file through ONNX Runtime before it is put in place.
+        check: `verify` every graph through ONNX Runtime before the folder is put in place.
         overwrite: replace an existing output folder.
+        on_step: told what is being done.
 
-    The graph is float32 (weights of 16-bit checkpoints are widened exactly) with inputs ``input_ids``,
-    ``attention_mask`` and, where the model has them, ``token_type_ids`` (int64, batch x length) and the output
-    ``logits`` or ``last_hidden_state``, names as in optimum and transformers.js.
+    Weights are traced in float32 (those of 16-bit checkpoints are widened exactly).
 
-    Raises `UsageError`, `InputError` and its kinds, `OutputError`, and `CheckFailed` when ONNX Runtime does not
-    give the model's outputs; then nothing is written.
+    A graph of int8 or int4 weights whose codes are right but whose quantization costs more than `verify` allows is written all the
+    same, and named in `OnnxExport.losses`.
+
+    Raises `UsageError`, `InputError` and its kinds, `OutputError`, and `CheckFailed` when a graph is not in parity; the folder is
+    then kept aside as ``<output>.failed``.
     """
     if (model is None) == (base is None) or (base is not None and not adapters):
         raise UsageError("give either --model, or --base with --adapter")
+    wanted = precision_list(precisions)
+    unknown = sorted(set(targets) - set(TARGETS))
+    if unknown:
+        raise UsageError(f"--target {unknown[0]} is not offered", hint=f"there are {', '.join(TARGETS)}")
+    say = on_step or (lambda _: None)
     target = Path(output)
     with ExitStack() as stack:
         stack.enter_context(quiet())
         stack.enter_context(exact_matmul())
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ia3-export-")))
-        inputs = [
-            Path(source)
-            for source in (model, base, *adapters)
-            if source is not None and Path(source).exists()
-        ]
-        check_target(target, inputs, overwrite=overwrite)
+        given = [Path(source) for source in (model, base, *adapters) if source is not None]
+        check_target(target, [path for path in given if path.exists()], overwrite=overwrite)
+        source: str | Path = model or ""
         if base is not None:
+            say("merging")
             merge(base, adapters, scratch / "merged", digests="none")
-            checkpoint = read_checkpoint(scratch / "merged")
-        else:
-            assert model is not None
-            checkpoint = read_checkpoint(model)
-        config = checkpoint.config
-        if config is None:
+            source = scratch / "merged"
+        checkpoint = read_checkpoint(source)
+        if checkpoint.config is None:
             raise UsageError("the model has no config.json", hint="give the folder that merge wrote")
-        chosen = canonical_task(task) if task is not None else infer_task(config)
+        sentence_model = (checkpoint.folder / "modules.json").is_file()
+        chosen = choose_task(checkpoint.config, asked=task, sentence=sentence_model)
         stage = stack.enter_context(staged(target, overwrite=overwrite))
-        distance = _export(checkpoint, stage, chosen, opset, check)
-        report = None
-        if check and base is not None:
-            report = verify(base, adapters, onnx=[stage], device="cpu")
-            if not report.in_parity:
-                findings = [f"{f.tensor}: {f.what}" for proof in report.weights for f in proof.findings]
-                findings += [step.finding for step in report.steps if not step.passed]
-                raise CheckFailed(
-                    f"the exported graph does not compute what was trained: {findings[0]}",
-                    hint="nothing was written; please report the architecture",
-                )
+        plain = stage / "onnx" if "fp32" in wanted else scratch / "onnx"
+        graphs, origins = _export(checkpoint, plain, chosen, decoder, opset, say)
+        files = [_describe(graph, "fp32") for graph in graphs if "fp32" in wanted]
+        for precision in (p for p in wanted if p != "fp32"):
+            say(f"converting to {precision}")
+            for graph in graphs:
+                path = stage / "onnx" / file_name(graph.stem, precision)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                files.append(_describe(path, precision, convert(graph, path, PRECISIONS[precision].kind)))
         _copy_side_files(checkpoint, stage)
-        _write_manifest(checkpoint, stage, chosen, opset)
-        return OnnxExport(target, chosen, opset, distance, report)
+        package(stage, wanted, targets)
+        _write_manifest(checkpoint, stage, chosen, opset, files, origins)
+        report = None
+        if check:
+            say("verifying")
+            # the float32 graphs are proven even where only other precisions of them were asked for
+            places = [stage] if "fp32" in wanted else [plain, stage]
+            report = verify(base or source, adapters, onnx=places, device="cpu")
+            _require(report, stage, target)
+        return OnnxExport(target, chosen.name, opset, tuple(files), report)
 
 
-def _export(checkpoint: Checkpoint, stage: Path, task: str, opset: int, check: bool) -> Distance | None:
-    import torch
+def _export(
+    checkpoint: Checkpoint,
+    folder: Path,
+    task: Task,
+    decoder: DecoderForm,
+    opset: int,
+    say: Callable[[str], None],
+) -> tuple[list[Path], Mapping[str, Mapping[str, Origin]]]:
+    """Write the float32 graphs into `folder`: their paths, and where the initializers of each come from."""
+    say("loading the model")
+    model = load_model(checkpoint.folder, task, checkpoint.config or {})
+    # none of the shapes that the proof runs
+    sample = {name: tensor[:2] for name, tensor in make_cases(model)[1].tensors.items()}
+    sentence = read_sentence_head(checkpoint.folder) if task.name == "sentence-similarity" else None
+    paths, origins = [], {}
+    for spec in plan_graphs(model, task, sample, decoder, sentence):
+        say(f"tracing {spec.file}")
+        traced = trace(model, spec, opset)
+        path = folder / f"{spec.file}.onnx"
+        say(f"writing {path.name}")
+        save_model(traced, path)
+        paths.append(path)
+        origins[spec.file] = trace_origins(traced, model, checkpoint.tensors)
+        del traced
+    if decoder == "if" and len(paths) == 3:
+        from ia3_export.onnx.conditional import merge_decoders
 
-    # attn_implementation eager: plain operators that every runtime has, and no mask shortcuts baked in
-    loaded = model_class(task).from_pretrained(
-        checkpoint.folder, dtype=torch.float32, attn_implementation="eager"
+        merged = folder / "decoder_model_merged.onnx"
+        merge_decoders(paths[1], paths[2], merged)
+        origins[merged.stem] = origins.pop(paths[1].stem) | origins.pop(paths[2].stem)
+        for path in paths[1:]:
+            path.unlink()
+        paths = [paths[0], merged]
+    del model
+    gc.collect()  # the proof loads the model again, in float64
+    return paths, origins
+
+
+def _describe(path: Path, precision: str, coverage: Coverage | None = None) -> OnnxFile:
+    size = sum(f.stat().st_size for f in path.parent.glob(f"{path.name}*") if not f.name.endswith(".ort"))
+    converted = (coverage.weight_bytes, coverage.converted_bytes, coverage.left) if coverage else (0, 0, ())
+    return OnnxFile(f"onnx/{path.name}", precision, size, *converted)
+
+
+def _require(report: Report, stage: Path, target: Path) -> None:
+    findings = [f"{f.tensor}: {f.what}" for proof in report.weights for f in proof.findings]
+    findings += [f"{s.file}: {s.finding}" for s in report.steps if not s.passed and not _only_loses(s)]
+    if not findings:
+        return
+    (stage / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+    aside = set_aside(stage, target)
+    raise CheckFailed(
+        f"the exported graph does not compute what was trained: {findings[0]}",
+        hint=f"the files and report.json are kept in {aside}, {target} was not written; try another --precision or "
+        "--opset, and please report the architecture",
     )
-    loaded.eval()
-    cases = make_cases(loaded)
-    expected = run_torch(loaded, cases).outputs if check else []
-    path = stage / "onnx" / "model.onnx"
-    save(export_encoder(loaded, TASKS[task], opset), path)
-    if not check:
-        return None
-    wanted = [{TASKS[task]: row[TASKS[task]]} for row in expected]
-    distance = compare(run_onnx(open_onnx(path), cases), wanted, "float32")
-    # both sides compute in float32 in another order of operations; 64 eps of the largest value is 7.6e-6 relative
-    limit = 64 * EPSILON["float32"] * largest(wanted)
-    if distance.max_error > limit:
-        raise CheckFailed(
-            f"ONNX Runtime gives other outputs than PyTorch: max error {distance.max_error:.3g}, bound {limit:.3g}",
-            hint="nothing was written; try another --opset, and please report the architecture",
-        )
-    return distance
+
+
+def _only_loses(step: Step) -> bool:
+    """Whether a quantized graph is wrong by nothing but its quantization: its codes are those of the weights (the proof of the
+    weights says so), and it gives numbers. How much may be lost is the user's choice, and `verify`'s gate."""
+    error = step.distance.max_error if step.distance is not None else math.inf
+    return step.precision in ("int8", "int4") and math.isfinite(error)
 
 
 def _copy_side_files(checkpoint: Checkpoint, stage: Path) -> None:
@@ -152,16 +235,27 @@ def _copy_side_files(checkpoint: Checkpoint, stage: Path) -> None:
             shutil.copyfile(checkpoint.folder / name, stage / name)
 
 
-def _write_manifest(checkpoint: Checkpoint, stage: Path, task: str, opset: int) -> None:
+def _write_manifest(
+    checkpoint: Checkpoint,
+    stage: Path,
+    task: Task,
+    opset: int,
+    files: Sequence[OnnxFile],
+    origins: Mapping[str, Mapping[str, Origin]],
+) -> None:
     merged = checkpoint.folder / NAME
+    libraries = ("torch", "transformers", "onnx", "onnxscript")
     content = {
         "schema": SCHEMA,
         "tool": {"name": "ia3-export", "version": metadata.version("ia3-export")},
-        "libraries": {
-            name: metadata.version(name) for name in ("torch", "transformers", "onnx", "onnxscript")
-        },
-        "task": task,
+        "libraries": {name: metadata.version(name) for name in libraries},
+        "task": task.name,
         "opset": opset,
+        "graphs": [asdict(file) for file in files],
+        "provenance": {
+            graph: {name: asdict(origin) for name, origin in sorted(rows.items())}
+            for graph, rows in origins.items()
+        },
         "merge_manifest_sha256": hash_file(merged) if merged.is_file() else None,
         "files": list_files(stage, known={}, hashed=True),
     }

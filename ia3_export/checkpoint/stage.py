@@ -87,6 +87,14 @@ def staged(target: Path, *, overwrite: bool = False, flush: bool = False) -> Ite
         raise
 
 
+def set_aside(stage: Path, target: Path) -> Path:
+    """Rename a stage that failed its check to ``<target>.failed`` (``.failed-2``, ... where that exists), for a look at it."""
+    places = [f"{target.name}.failed", *(f"{target.name}.failed-{i}" for i in range(2, 1000))]
+    place = next(p for p in (target.absolute().with_name(name) for name in places) if not p.exists())
+    stage.rename(place)
+    return place
+
+
 def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         with suppress(OSError):

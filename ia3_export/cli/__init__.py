@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from ia3_export.cli.bench_command import bench_command
 from ia3_export.cli.inspect_command import inspect_command
 from ia3_export.cli.merge_command import merge_command
 from ia3_export.cli.onnx_command import onnx_command
@@ -55,6 +56,7 @@ def cli() -> None:
       ia3-export merge --base my-base --adapter my-adapter --output merged
       ia3-export onnx --model merged --output exported
       ia3-export verify --base my-base --adapter my-adapter --merged merged --onnx exported
+      ia3-export bench --base my-base --adapter my-adapter
 
     BASE and ADAPTER are a folder, a file, or a hub id org/name[@revision].
 
@@ -63,7 +65,7 @@ def cli() -> None:
     """
 
 
-for _command in (inspect_command, merge_command, onnx_command, verify_command):
+for _command in (inspect_command, merge_command, onnx_command, verify_command, bench_command):
     cli.add_command(_command)
 
 

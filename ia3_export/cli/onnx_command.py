@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from ia3_export.cli.options import output_options, overwrite_option
-from ia3_export.cli.output import Output
+from ia3_export.cli.options import output_options, overwrite_option, parse_words
+from ia3_export.cli.output import Output, human_bytes
 from ia3_export.cli.report_text import show_report
+
+if TYPE_CHECKING:
+    from ia3_export.exporting import OnnxExport
 
 
 @click.command("onnx")
@@ -18,9 +22,25 @@ from ia3_export.cli.report_text import show_report
     "--adapter", "adapters", multiple=True, metavar="ADAPTER", help="IA3 adapter; repeat for several."
 )
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to create.")
-@click.option("--task", help="feature-extraction or text-classification; inferred by default.")
+@click.option(
+    "--task",
+    help="text-generation, text2text-generation, automatic-speech-recognition, feature-extraction, sentence-similarity, "
+    "fill-mask, text-, token-, image-, audio-classification, question-answering; inferred by default.",
+)
+@click.option(
+    "--precision", "precisions", default="fp32", show_default=True, callback=parse_words, metavar="LIST",
+    help="Of fp32, fp16, int8, int4, separated by commas; all from one trace.",
+)  # fmt: skip
+@click.option(
+    "--target", "targets", default="", callback=parse_words, metavar="LIST",
+    help="Runtimes besides optimum and transformers.js, whose layout the folder always has: genai, mobile.",
+)  # fmt: skip
+@click.option(
+    "--decoder", type=click.Choice(["merged", "separate", "if"]), default="merged", show_default=True,
+    help="Encoder-decoders: one decoder file that is its own first step, optimum's two, or those two in one If.",
+)  # fmt: skip
 @click.option("--opset", default=20, show_default=True, help="ONNX operator set.")
-@click.option("--no-verify", is_flag=True, help="Do not run the file through ONNX Runtime.")
+@click.option("--no-verify", is_flag=True, help="Do not run the files through ONNX Runtime.")
 @overwrite_option
 @output_options
 def onnx_command(
@@ -29,6 +49,9 @@ def onnx_command(
     adapters: tuple[str, ...],
     output: Path,
     task: str | None,
+    precisions: tuple[str, ...],
+    targets: tuple[str, ...],
+    decoder: str,
     opset: int,
     no_verify: bool,
     overwrite: bool,
@@ -36,26 +59,42 @@ def onnx_command(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    """Export a merged encoder or text classifier to ONNX.
+    """Export a model to ONNX: files that ONNX Runtime, transformers.js, optimum and onnxruntime-genai load as they are.
 
-    The file is compared with PyTorch through ONNX Runtime before it is put in place; with --base and --adapter also
-    with the live adapter.
+    Every file is verified through ONNX Runtime before the folder is put in place: with --base and --adapter against the live
+    adapter, with --model against that model. A file that is not in parity is exit 1, and the folder is kept aside.
 
     \b
       ia3-export onnx --model merged --output exported
-      ia3-export onnx --base my-base --adapter my-adapter --output exported
+      ia3-export onnx --base my-base --adapter my-adapter --output exported --precision fp32,int8,int4
     """
     from ia3_export.exporting import export_onnx
 
     out = Output(as_json, quiet, verbose)
-    out.text("exporting (torch traces the model; this takes a while)")
     done = export_onnx(
-        output, model=model, base=base, adapters=adapters, task=task, opset=opset, check=not no_verify,
-        overwrite=overwrite,
+        output, model=model, base=base, adapters=adapters, task=task, precisions=precisions, targets=targets,
+        decoder=decoder, opset=opset, check=not no_verify, overwrite=overwrite, on_step=out.text,  # type: ignore[arg-type]
     )  # fmt: skip
     if done.report is not None:
         show_report(out, done.report)
-    if done.distance is not None:
-        out.text(f"ONNX Runtime against PyTorch, both float32: max error {done.distance.max_error:.3g}")
-    out.text(f"{done.folder}/onnx/model.onnx: {done.task}, opset {done.opset}")
+    _show_files(out, done)
+    for loss in done.losses:
+        out.text(
+            f"warning: quantization costs much here: {loss}; ia3-export verify would fail it (--text measures on your texts)"
+        )
     out.document(done.to_json())
+
+
+def _show_files(out: Output, done: OnnxExport) -> None:
+    rows = []
+    for file in done.files:
+        reached = (
+            ""
+            if not file.weight_bytes
+            else f"{file.converted_bytes / file.weight_bytes:.1%} of {human_bytes(file.weight_bytes)}"
+        )
+        rows.append((file.path, file.precision, human_bytes(file.size), reached))
+        if out.verbose and file.left:
+            out.text(f"{file.path}, left in float32: {', '.join(file.left)}")
+    out.table(("file", "precision", "size", "weights converted"), rows, numbers=("size",))
+    out.text(f"{done.folder}: {done.task}, opset {done.opset}")

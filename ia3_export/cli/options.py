@@ -42,6 +42,11 @@ def parse_weights(_: click.Context, __: click.Parameter, value: str | None) -> t
         raise click.BadParameter("give numbers separated by commas, for example 0.7,0.3") from None
 
 
+def parse_words(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
+    """``fp32,int8`` as words."""
+    return tuple(word.strip() for word in value.split(",") if word.strip())
+
+
 def parse_size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
     """``5GB``, ``500MB``, ``2GiB`` or plain bytes."""
     if value is None:

@@ -3,41 +3,153 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from ia3_export.errors import Unsupported, UsageError
 
-#: Tasks of this version, each with its output.
-TASKS: Mapping[str, str] = {"feature-extraction": "last_hidden_state", "text-classification": "logits"}
+Form = Literal["encoder", "decoder", "encoder-decoder"]
 
 
-def infer_task(config: Mapping[str, Any]) -> str:
-    """The task of a checkpoint by its first architecture. Raises `Unsupported`, naming the tasks there are."""
-    name = str((config.get("architectures") or ["?"])[0])
-    if name.endswith("ForSequenceClassification"):
-        return "text-classification"
-    if (
-        name.endswith("Model") and "Head" not in name
-    ):  # GPT2LMHeadModel, GPT2DoubleHeadsModel are no bare models
-        return "feature-extraction"
-    raise Unsupported(
-        f"{name} is exported for no task by this version",
-        hint=f"--task {' or --task '.join(TASKS)} exports its encoder or classifier, if it has one",
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A task by optimum's name: the `form` of its graphs and the `outputs` beside the cache."""
+
+    name: str
+    form: Form
+    outputs: tuple[str, ...]
+
+
+_LOGITS = ("logits",)
+TASKS: Mapping[str, Task] = {
+    task.name: task
+    for task in (
+        Task("text-generation", "decoder", _LOGITS),
+        Task("text2text-generation", "encoder-decoder", _LOGITS),
+        Task("automatic-speech-recognition", "encoder-decoder", _LOGITS),
+        Task("feature-extraction", "encoder", ("last_hidden_state",)),
+        Task("sentence-similarity", "encoder", ("token_embeddings", "sentence_embedding")),
+        Task("fill-mask", "encoder", _LOGITS),
+        Task("text-classification", "encoder", _LOGITS),
+        Task("token-classification", "encoder", _LOGITS),
+        Task("question-answering", "encoder", ("start_logits", "end_logits")),
+        Task("image-classification", "encoder", _LOGITS),
+        Task("audio-classification", "encoder", _LOGITS),
     )
+}  # fmt: skip
 
 
-def canonical_task(task: str) -> str:
-    """optimum's canonical name of a task or synonym. Raises `UsageError` for tasks this version has not."""
+#: Classes that optimum's TasksManager does not know.
+_BY_ENDING = {
+    "ForCausalLM": "text-generation", "ForMaskedLM": "fill-mask", "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification", "ForQuestionAnswering": "question-answering",
+    "ForImageClassification": "image-classification", "ForAudioClassification": "audio-classification",
+    "ForCTC": "automatic-speech-recognition", "EncoderModel": "feature-extraction", "Model": "feature-extraction",
+}  # fmt: skip
+
+
+def choose_task(config: Mapping[str, Any], *, asked: str | None, sentence: bool) -> Task:
+    """The task that was `asked` for (optimum's names and synonyms), else that of the checkpoint's first architecture;
+    `sentence`: the folder is a sentence-transformers model.
+
+    Raises `UsageError` for a task that is not offered, `Unsupported` for an architecture without one.
+    """
+    if asked is not None:
+        return _canonical(asked, config)
+    name = str((config.get("architectures") or ["?"])[0])
+    found = _task_of(name, config)
+    if found is None:
+        raise Unsupported(
+            f"{name} is exported for no task by this version",
+            hint=f"--task may export a part of it: {', '.join(TASKS)}",
+        )
+    if found == "feature-extraction" and sentence:
+        found = "sentence-similarity"
+    return _fitting(found, config)
+
+
+def load_model(folder: Any, task: Task, config: Mapping[str, Any]) -> Any:
+    """The model in float32 and eval mode, eager attention: plain operators that every runtime has.
+
+    Raises `Unsupported` when the checkpoint has no weights for the task's head, or no class fits.
+    """
+    import torch
+
+    cls = _model_class(task, config)
+    try:
+        model, info = cls.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Unsupported(
+            f"{cls.__name__} does not load this checkpoint: {str(error).splitlines()[0]}",
+            hint=f"give another --task: {', '.join(TASKS)}",
+        ) from error
+    absent = sorted(info["missing_keys"])
+    # a pooler that the outputs do not depend on is made up by transformers, and harmless
+    absent = [name for name in absent if "pooler" not in name or "logits" in task.outputs]
+    if absent:
+        raise Unsupported(
+            f"the checkpoint has no weights for {type(model).__name__}: {', '.join(absent[:4])}",
+            hint="give the --task that it was trained for, or an adapter that brings the head",
+        )
+    return model.eval()
+
+
+def _canonical(asked: str, config: Mapping[str, Any]) -> Task:
     from optimum.exporters.tasks import TasksManager
 
-    name = TasksManager.map_from_synonym(task)
+    name = asked if asked in TASKS else TasksManager.map_from_synonym(asked).removesuffix("-with-past")
     if name not in TASKS:
-        raise UsageError(f"--task {task} is not offered", hint=f"there are {', '.join(TASKS)}")
-    return str(name)
+        raise UsageError(f"--task {asked} is not offered", hint=f"there are {', '.join(TASKS)}")
+    return _fitting(name, config)
 
 
-def model_class(task: str) -> Any:
-    """The transformers Auto class for `task`, as optimum's TasksManager knows it."""
+def _fitting(name: str, config: Mapping[str, Any]) -> Task:
+    """Speech recognition by CTC needs an encoder alone; other tasks of two graphs need an encoder-decoder."""
+    task = TASKS[name]
+    whole = bool(config.get("is_encoder_decoder"))
+    if name == "automatic-speech-recognition" and not whole:
+        return Task(name, "encoder", task.outputs)
+    if task.form == "encoder-decoder" and not whole:
+        raise Unsupported(
+            f"{name} needs an encoder-decoder, {config.get('model_type')} is none",
+            hint="--task text-generation exports decoders",
+        )
+    if task.form == "decoder" and whole:
+        raise Unsupported(
+            f"{config.get('model_type')} is an encoder-decoder", hint="--task text2text-generation exports it"
+        )
+    return task
+
+
+def _task_of(architecture: str, config: Mapping[str, Any]) -> str | None:
+    import transformers
     from optimum.exporters.tasks import TasksManager
 
-    return TasksManager.get_model_class_for_task(task, framework="pt")
+    cls = getattr(transformers, architecture, None)
+    if not isinstance(cls, type):
+        return None
+    if config.get("is_encoder_decoder") and architecture.endswith("ForConditionalGeneration"):
+        # optimum files BART's only class with a language-model head under fill-mask
+        speech = getattr(cls, "main_input_name", "input_ids") != "input_ids"
+        return "automatic-speech-recognition" if speech else "text2text-generation"
+    try:
+        name = TasksManager.infer_task_from_model(cls).removesuffix("-with-past")
+    except (ValueError, KeyError):  # optimum does not list every class
+        name = next((task for end, task in _BY_ENDING.items() if architecture.endswith(end)), "")
+    return name if name in TASKS else None
+
+
+def _model_class(task: Task, config: Mapping[str, Any]) -> Any:
+    """The checkpoint's own class if it is made for the task, else transformers' Auto class."""
+    import transformers
+    from optimum.exporters.tasks import TasksManager
+
+    name = str((config.get("architectures") or [""])[0])
+    wanted = "feature-extraction" if task.name == "sentence-similarity" else task.name
+    if _task_of(name, config) == wanted:
+        return getattr(transformers, name)
+    if task.name == "automatic-speech-recognition" and task.form == "encoder":
+        return transformers.AutoModelForCTC
+    return TasksManager.get_model_class_for_task(wanted, framework="pt", library="transformers")

@@ -20,13 +20,16 @@ from ia3_export.parity.forwards import (
 )
 from ia3_export.parity.gates import NUMERIC, coarser
 from ia3_export.parity.graph import Graph
+from ia3_export.parity.greedy import Decoded, prompts
 from ia3_export.parity.inputs import Case, make_cases
 from ia3_export.parity.judging import Artifact, Tolerance, failed_step, judge, unmerged_distance
 from ia3_export.parity.metrics import Outputs, compare, largest
+from ia3_export.parity.onnx_runs import decode_onnx, open_model, run_onnx
 from ia3_export.parity.own_inputs import fit_text, read_inputs, read_texts
 from ia3_export.parity.reference import Placement
-from ia3_export.parity.runners import exact_matmul, open_onnx, quiet, run_onnx
+from ia3_export.parity.runners import exact_matmul, quiet
 from ia3_export.report.model import Reference, Step, WeightsProof
+from ia3_export.sentence import SentenceHead, read_sentence_head
 
 #: A loaded model takes its parameters in the widest dtype it is run in, and as much again while it is cast or run.
 _HEADROOM = 1.5
@@ -69,15 +72,17 @@ def run_chain(
         numeric = [NUMERIC.get(precision, precision) for precision in precisions.values()]
         needed = [coarser(used, written)] if merged is not None and judged else []
         needed += [coarser(written, precision) for precision in numeric]
-        hidden = any(graph.outputs == ("last_hidden_state",) for _, graph in graphs)
+        hidden = any(graph.outputs[0] in ("last_hidden_state", "token_embeddings") for _, graph in graphs)
         unmerged = run_unmerged(
             base, adapters, how.combine, how.weights, list(dict.fromkeys([working, *needed])), where,
-            _case_maker(base, inputs, text, seed), hidden=hidden,
+            _case_maker(base, inputs, text, seed), hidden=hidden, sentence=_sentence_head(base, graphs),
         )  # fmt: skip
 
-        def step(artifact: Artifact, before: Outputs, runs: Merged | None) -> Step:
+        def step(
+            artifact: Artifact, before: Outputs, runs: Merged | None, decoded: Sequence[Decoded] | None
+        ) -> Step:
             proof = next((proof for proof in proofs if proof.name == artifact.name), None)
-            return judge(artifact, unmerged, len(adapters), before, runs, proof, limits, sites)
+            return judge(artifact, unmerged, len(adapters), before, runs, decoded, proof, limits, sites)
 
         steps: list[Step] = []
         before: Outputs = unmerged.runs[working].outputs
@@ -96,14 +101,15 @@ def run_chain(
                 every, outputs = range(len(unmerged.cases)), runs.run.outputs
                 on = _torch_on(place)
                 artifact = Artifact("merged", "merged", file, used, written, on, outputs, every)
-                steps.append(step(artifact, before, runs))
+                steps.append(step(artifact, before, runs, runs.decoded))
                 before = outputs
         for name, graph in graphs:
-            artifact = _run_graph(name, graph, precisions[name], written, place, unmerged)
-            steps.append(step(artifact, before, runs))
+            artifact, decoded = _run_graph(name, graph, precisions[name], written, place, unmerged)
+            steps.append(step(artifact, before, runs, decoded))
             before = _after(before, artifact)
         reference = _reference(unmerged, working, place)
-    return reference, tuple(steps), [*warnings, *_weak(reference, steps)]
+    weak = _weak(reference, steps) if adapters else []
+    return reference, tuple(steps), [*warnings, *weak]
 
 
 def _case_maker(
@@ -119,14 +125,22 @@ def _case_maker(
     return lambda model: make_cases(model, seed=seed)
 
 
+def _sentence_head(base: Checkpoint, graphs: Sequence[tuple[str, Graph]]) -> SentenceHead | None:
+    wanted = any("sentence_embedding" in graph.outputs for _, graph in graphs)
+    return read_sentence_head(base.folder) if wanted else None
+
+
 def _run_graph(
     name: str, graph: Graph, precision: str, written: str, device: str, unmerged: Unmerged
-) -> Artifact:
-    session = open_onnx(graph.path, device)
-    usable = [i for i, case in enumerate(unmerged.cases) if not case.past]
-    outputs = run_onnx(session, [unmerged.cases[i] for i in usable])
-    on = f"ONNX Runtime, {session.get_providers()[0]}"
-    return Artifact(name, "onnx", graph.path.name, precision, written, on, outputs, usable)
+) -> tuple[Artifact, Sequence[Decoded] | None]:
+    model = open_model(graph.paths, device)
+    usable = [i for i, case in enumerate(unmerged.cases) if model.cached or not case.past]
+    outputs = run_onnx(model, [unmerged.cases[i] for i in usable])
+    decoded = None
+    if unmerged.decoded is not None:
+        decoded = decode_onnx(model, prompts(unmerged.cases), unmerged.special)
+    on = f"ONNX Runtime, {model.provider}"
+    return Artifact(name, "onnx", graph.file, precision, written, on, outputs, usable), decoded
 
 
 def _after(before: Outputs, artifact: Artifact) -> list[dict[str, Array]]:

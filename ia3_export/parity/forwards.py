@@ -14,12 +14,13 @@ from ia3_export.adapters.combine import Combine
 from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.errors import Unsupported
-from ia3_export.parity.greedy import Decoded, decode, prompts
+from ia3_export.parity.greedy import Decoded, SpecialTokens, decode, prompts, special_tokens
 from ia3_export.parity.inputs import Case, is_decoder
 from ia3_export.parity.metrics import EPSILON, largest
 from ia3_export.parity.quantized import is_bitsandbytes
 from ia3_export.parity.reference import LiveModel, Placement, load_as_library_runs_it, load_live, load_plain
 from ia3_export.parity.runners import Run, rounding_noise, run_torch
+from ia3_export.sentence import SentenceHead
 
 _LARGE = 64 << 20
 TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -34,16 +35,18 @@ class Unmerged:
     """
 
     class_name: str
-    applied_by: Literal["peft", "hooks"]
+    applied_by: Literal["peft", "hooks", "none"]
     cases: Sequence[Case]
     precision: str
     reference: Run
     runs: Mapping[str, Run]
     plain: Run
     decoded: Sequence[Decoded] | None
+    special: SpecialTokens
     library: Run | None
     causal: bool
     hidden: bool
+    sentence: SentenceHead | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,6 +69,7 @@ def run_unmerged(
     make_cases: Callable[[Any], Sequence[Case]],
     *,
     hidden: bool,
+    sentence: SentenceHead | None = None,
 ) -> Unmerged:
     """Run base + live adapters in each of `dtypes` (the first is the one it is loaded in), then in the reference
     precision, then without the adapters. A run in the reference's own dtype is made with `rounding_noise`; `make_cases` gives the inputs for the loaded model.
@@ -74,31 +78,36 @@ def run_unmerged(
     """
     live = load_live(base, adapters, combine, weights, dtypes[0], where)
     cases = make_cases(live.inner)
-    first = run_torch(live.model, cases, hidden=hidden, trace=True)
+    first = run_torch(live.model, cases, hidden=hidden, sentence=sentence, trace=True)
     causal = is_decoder(live.inner)
     if where.offload is not None:
         del live
         _free(base)
         live = load_live(base, adapters, combine, weights, "float32", where)
-        precision, reference = "float32", run_torch(live.model, cases, hidden=hidden, trace=True)
+        precision, reference = (
+            "float32",
+            run_torch(live.model, cases, hidden=hidden, sentence=sentence, trace=True),
+        )
     else:
-        precision, reference = _widest(live, cases, hidden, where.precision)
+        precision, reference = _widest(live, cases, hidden, sentence, where.precision)
     finite = _finite(reference, precision)
     cases, reference, first = [cases[i] for i in finite], reference.part(finite), first.part(finite)
     runs, decoded = {dtypes[0]: first}, None
     if where.offload is None:
         decoded = decode(live.model, prompts(cases))
         for dtype in dtypes[1:]:
-            runs[dtype] = run_torch(_cast(live.model, dtype), cases, hidden=hidden, trace=True)
+            runs[dtype] = run_torch(
+                _cast(live.model, dtype), cases, hidden=hidden, sentence=sentence, trace=True
+            )
             _cast(live.model, precision)
     if (
         precision in runs
     ):  # the reference is no wider than what it is to judge: it would have no error of its own
         with rounding_noise(live.inner, EPSILON[precision]):
-            runs[precision] = run_torch(live.model, cases, hidden=hidden, trace=True)
+            runs[precision] = run_torch(live.model, cases, hidden=hidden, sentence=sentence, trace=True)
     with live.without_adapter():
-        plain = run_torch(live.model, cases, hidden=hidden)
-    class_name, by = live.class_name, live.by
+        plain = run_torch(live.model, cases, hidden=hidden, sentence=sentence)
+    class_name, by, special = live.class_name, live.by, special_tokens(live.model)
     del live
     _free(base)
     library = None
@@ -106,7 +115,19 @@ def run_unmerged(
         quantized = load_as_library_runs_it(base, adapters, class_name, where)
         library = None if quantized is None else run_torch(quantized, cases, hidden=hidden)
     return Unmerged(
-        class_name, by, cases, precision, reference, runs, plain, decoded, library, causal, hidden
+        class_name,
+        by,
+        cases,
+        precision,
+        reference,
+        runs,
+        plain,
+        decoded,
+        special,
+        library,
+        causal,
+        hidden,
+        sentence,
     )
 
 
@@ -127,23 +148,30 @@ def run_merged(
 ) -> Merged:
     """Run the merged checkpoint on the same inputs in `dtype`, and if `widened` in float32 and float64 as well."""
     model = load_plain(merged, unmerged.class_name, None, dtype, where)
-    run = run_torch(model, unmerged.cases, hidden=unmerged.hidden, trace=True)
+    hidden, sentence = unmerged.hidden, unmerged.sentence
+    run = run_torch(model, unmerged.cases, hidden=hidden, sentence=sentence, trace=True)
     decoded = decode(model, prompts(unmerged.cases)) if unmerged.decoded is not None else None
     single = double = None
     if widened:
-        single = run_torch(_cast(model, "float32"), unmerged.cases, hidden=unmerged.hidden)
+        single = run_torch(_cast(model, "float32"), unmerged.cases, hidden=hidden, sentence=sentence)
         if unmerged.precision == "float64":
-            double = run_torch(_cast(model, "float64"), unmerged.cases, hidden=unmerged.hidden)
+            double = run_torch(_cast(model, "float64"), unmerged.cases, hidden=hidden, sentence=sentence)
     del model
     _free(merged)
     return Merged(run, decoded, single, double)
 
 
-def _widest(live: LiveModel, cases: Sequence[Case], hidden: bool, precision: str) -> tuple[str, Run]:
+def _widest(
+    live: LiveModel, cases: Sequence[Case], hidden: bool, sentence: SentenceHead | None, precision: str
+) -> tuple[str, Run]:
     if precision == "float64":
         with suppress(Unsupported):  # an operator without a float64 kernel
-            return precision, run_torch(_cast(live.model, precision), cases, hidden=hidden, trace=True)
-    return "float32", run_torch(_cast(live.model, "float32"), cases, hidden=hidden, trace=True)
+            return precision, run_torch(
+                _cast(live.model, precision), cases, hidden=hidden, sentence=sentence, trace=True
+            )
+    return "float32", run_torch(
+        _cast(live.model, "float32"), cases, hidden=hidden, sentence=sentence, trace=True
+    )
 
 
 def _cast(model: Any, dtype: str) -> Any:

@@ -7,6 +7,7 @@ lazy (external data are mapped), and torch is not needed.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ import numpy as np
 
 from ia3_export.errors import DamagedFile, Refused
 from ia3_export.fold import FLOAT_DTYPES, Array, from_float, to_float
+from ia3_export.parity.codes import code_errors, within_a_step
 from ia3_export.parity.diagnosis import left_out
 from ia3_export.parity.expected import Expected, Reader, expected_blocks, expected_tensors
 from ia3_export.plan import Plan
@@ -24,6 +26,7 @@ from ia3_export.report.model import TensorFinding, WeightsProof
 
 _FLOATS = {"FLOAT": "F32", "FLOAT16": "F16", "DOUBLE": "F64", "BFLOAT16": "BF16"}
 _CODES = ("INT8", "UINT8", "INT4", "UINT4")
+_REPARAMETRIZED = re.compile(r"\.parametrizations\.|weight_(g|v|orig)$")
 _ADAPTER_WORDS = ("ia3_l", "lora_", "base_layer", ".adapter_", "modules_to_save")
 #: Elements of the first row by which an initializer is looked up before all of it is compared.
 _START = 4
@@ -31,19 +34,42 @@ _START = 4
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Graph:
-    """An ONNX file: initializers by name (lazy), operators by count, names of all nodes and values, and of the outputs. `precision`
-    is float64, float32, float16, bfloat16, int8 or int4: what the weights that reach the outputs are held in."""
+    """The ONNX files of one model: initializers by name (lazy), operators by count, names of all nodes and values, and of the
+    outputs beside the cache. `precision` is float64, float32, float16, bfloat16, int8 or int4: what the weights that reach the
+    outputs are held in."""
 
-    path: Path
+    paths: tuple[Path, ...]
     initializers: Mapping[str, Any]
     operators: Counter[str]
     names: tuple[str, ...]
     outputs: tuple[str, ...]
     precision: str
 
+    @property
+    def file(self) -> str:
+        """The file names."""
+        return " + ".join(path.name for path in self.paths)
 
-def read_graph(path: Path) -> Graph:
-    """Read an ONNX file without its external data. Raises `DamagedFile`, and `Refused` for data outside its folder."""
+
+def read_graphs(paths: Sequence[Path]) -> Graph:
+    """Read the files of one model (`find_onnx`), without external data. The initializers of each of several files carry its name.
+
+    Raises `DamagedFile`, and `Refused` for external data outside a file's folder.
+    """
+    parts = [_read_graph(path) for path in paths]
+    if len(parts) == 1:
+        return parts[0]
+    initializers = {
+        f"{part.paths[0].stem}.{name}": tensor for part in parts for name, tensor in part.initializers.items()
+    }
+    operators: Counter[str] = sum((part.operators for part in parts), Counter())
+    names = tuple(name for part in parts for name in part.names)
+    quantized = [part.precision for part in parts if part.precision in ("int4", "int8")]
+    precision = min(quantized, default=parts[-1].precision)
+    return Graph(tuple(paths), initializers, operators, names, parts[-1].outputs, precision)
+
+
+def _read_graph(path: Path) -> Graph:
     import onnx_ir
 
     try:
@@ -68,10 +94,10 @@ def read_graph(path: Path) -> Graph:
             initializers[node.outputs[0].name or ""] = node.attributes["value"].as_tensor()
     names = [*initializers, *(node.name or "" for node in nodes)]
     names += [output.name or "" for node in nodes for output in node.outputs]
-    outputs = tuple(output.name or "" for output in model.graph.outputs)
+    outputs = tuple(o.name or "" for o in model.graph.outputs if not (o.name or "").startswith("present."))
     operators = Counter(node.op_type for node in nodes)
     precision = _precision(model, initializers)
-    return Graph(path, initializers, operators, tuple(names), outputs, precision)
+    return Graph((path,), initializers, operators, tuple(names), outputs, precision)
 
 
 def _check_external(tensor: Any, path: Path) -> None:
@@ -122,8 +148,18 @@ def prove_graph(
     )
     notes = []
     if quantized:
-        codes = _count(graph, *_CODES)
-        notes.append(f"quantized: {codes} initializers hold codes, which bits cannot prove")
+        errors = list(code_errors(rows, graph.initializers))
+        findings += [
+            TensorFinding(
+                name, "differs", f"its codes are up to {error:.3g} steps from {tensor}, rounding explains one"
+            )
+            for name, tensor, error in errors
+            if not within_a_step(error)
+        ]
+        notes.append(
+            f"quantized: {_count(graph, *_CODES)} initializers hold codes, which bits cannot prove; {len(errors)} of them were "
+            "compared, within one step of their tensor"
+        )
     if absent and alone:
         findings += [
             TensorFinding(
@@ -148,7 +184,7 @@ def prove_graph(
         if not other:
             notes.append(f"the {sum(graph.operators.values())} operators are those of the base's export")
     return WeightsProof(
-        name, "onnx", graph.path.name, not findings, sum(row.changed for row in matches.values()),
+        name, "onnx", graph.file, not findings, sum(row.changed for row in matches.values()),
         sum(not row.changed for row in matches.values()), len(computed),
         sum(tensor.nbytes for tensor in graph.initializers.values()), tuple(findings), tuple(notes),
     )  # fmt: skip
@@ -310,7 +346,8 @@ def _wrong_values(
     rows: Mapping[str, Expected], floats: Mapping[str, Any], computed: Sequence[str], found: set[str]
 ) -> Iterator[TensorFinding]:
     """Initializers that are no tensor of the merged model, but take the place of one."""
-    absent = [row for name, row in rows.items() if name not in found]
+    # a parametrized weight (weight norm) is computed from what is stored
+    absent = [row for name, row in rows.items() if name not in found and not _REPARAMETRIZED.search(name)]
     # exporters fold a batch normalization into the convolution before it: such weights are computed
     fuses = any(row.name.endswith("running_var") for row in absent)
     for name in computed:

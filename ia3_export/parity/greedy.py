@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 
 from ia3_export.fold import Array
 from ia3_export.parity.inputs import Case
-from ia3_export.parity.runners import place
+from ia3_export.parity.runners import place, unwrap
 from ia3_export.report.model import Generation
 
 TOKENS = 12
@@ -22,6 +24,37 @@ class Decoded:
 
     tokens: Array
     logits: Array
+
+
+#: What generation makes itself.
+_OWN_INPUTS = ("decoder_input_ids", "position_ids")
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialTokens:
+    """The token that an encoder-decoder's decoder starts with (-1: none), and those that end a text."""
+
+    start: int
+    ends: tuple[int, ...]
+
+
+def special_tokens(model: Any) -> SpecialTokens:
+    """Those of the model's generation configuration, as `decode` uses them."""
+    ids = _token_ids(unwrap(model))
+    start = next((ids[n] for n in ("decoder_start_token_id", "bos_token_id") if ids[n] is not None), -1)
+    ends = ids["eos_token_id"]
+    return SpecialTokens(
+        int(start), tuple(ends) if isinstance(ends, list | tuple) else () if ends is None else (int(ends),)
+    )
+
+
+def _token_ids(model: Any) -> dict[str, Any]:
+    own, text = getattr(model, "generation_config", None), model.config.get_text_config()
+    names = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+    return {
+        n: getattr(own, n, None) if getattr(own, n, None) is not None else getattr(text, n, None)
+        for n in names
+    }
 
 
 def prompts(cases: Sequence[Case]) -> list[Case]:
@@ -39,29 +72,35 @@ def decode(model: Any, cases: Sequence[Case]) -> list[Decoded] | None:
     import torch
     from transformers import GenerationConfig, GenerationMixin
 
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = unwrap(model)
     if not cases or not isinstance(inner, GenerationMixin) or not inner.can_generate():
         return None
-    own, text = inner.generation_config, inner.config.get_text_config()
-    ids = {
-        name: getattr(own, name, None) if getattr(own, name, None) is not None else getattr(text, name, None)
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
-    }
     config = GenerationConfig(
         do_sample=False, num_beams=1, max_new_tokens=TOKENS, min_new_tokens=TOKENS, use_cache=True,
-        output_logits=True, return_dict_in_generate=True, **ids,
+        output_logits=True, return_dict_in_generate=True, **_token_ids(inner),
     )  # fmt: skip
     results = []
     for case in cases:
-        inputs = {name: v for name, v in place(inner, case.tensors).items() if name != "decoder_input_ids"}
+        inputs = {name: v for name, v in place(inner, case.tensors).items() if name not in _OWN_INPUTS}
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _only(inner, config):
                 out = GenerationMixin.generate(inner, **inputs, generation_config=config)
         except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError, AssertionError):
             return None
         logits = torch.stack(list(out.logits), dim=1).double().cpu().numpy()
         results.append(Decoded(out.sequences[:, -logits.shape[1] :].cpu().numpy(), logits))
     return results
+
+
+@contextmanager
+def _only(model: Any, config: Any) -> Iterator[None]:
+    """`config` as the model's own: generate() fills what is None in it (forced and suppressed tokens, penalties) from there."""
+    own = model.generation_config
+    model.generation_config = copy.deepcopy(config)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def compare_decoded(got: Sequence[Decoded], reference: Sequence[Decoded], bound: float) -> Generation:

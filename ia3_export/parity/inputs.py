@@ -9,6 +9,10 @@ from typing import Any
 
 from ia3_export.errors import Unsupported
 
+_POSITIONS = ("n_positions", "max_seq_len", "n_ctx")
+#: Length of the long text: beyond the windows and position buckets that short ones never leave.
+_LONG = 72
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
@@ -39,9 +43,10 @@ def make_cases(model: Any, *, seed: int = 0) -> list[Case]:
     ):
         return list(_text_cases(model, generator))
     if name == "pixel_values":
-        return [_image_case(model, batch, generator) for batch in (1, 2)]
+        return [_image_case(model, batch, generator) for batch in (1, 3)]
     if name in ("input_features", "input_values"):
-        return [_sound_case(model, name, batch, generator) for batch in (1, 2)]
+        cases = [_sound_case(model, name, batch, generator) for batch in (1, 3)]
+        return [*cases, _after_past(cases[1])] if model.config.is_encoder_decoder else cases
     raise Unsupported(
         f"{type(model).__name__} takes {name}, for which no inputs can be made up",
         hint="give inputs of your own with --inputs file.jsonl, .npz or .safetensors",
@@ -60,20 +65,38 @@ def is_decoder(model: Any) -> bool:
 
 def _text_cases(model: Any, generator: Any) -> Iterator[Case]:
     text = model.config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 512
+    longest = _longest(model.config)
     decoder = is_decoder(model)
     shapes = [(1, 8, ""), (3, 17, "right")]
     shapes += [(2, 12, "left")] if decoder else [(2, 5, "right")]
+    if longest > _LONG // 2:
+        shapes.append((1, _LONG, ""))
     for batch, length, side in shapes:
         if batch > 1 and getattr(text, "pad_token_id", None) is None and hasattr(model, "score"):
             continue  # decoders with a classification head need a padding token to find the last one
-        yield _text_case(model, batch, max(2, min(length, int(longest) - 4)), side, generator)
-    if decoder and "past_key_values" in inspect.signature(model.forward).parameters:
-        length = max(4, min(16, int(longest) - 4))
+        yield _text_case(model, batch, max(2, min(length, longest - 4)), side, generator)
+    cached = decoder or (model.config.is_encoder_decoder and model.can_generate())
+    if cached and "past_key_values" in inspect.signature(model.forward).parameters:
+        length = max(4, min(16, longest - 4))
         case = _text_case(model, 1, length, "", generator)
         if "pixel_values" not in case.tensors:
-            past = length // 2 + 1
-            yield Case(f"batch 1, length {length - past} after {past} past tokens", case.tensors, past)
+            yield _after_past(case)
+
+
+def _longest(config: Any) -> int:
+    """The shortest limit on positions in a configuration, 512 if it names none."""
+    text = config.get_text_config()
+    names = [n for n in dir(text) if n in _POSITIONS or (n.startswith("max_") and "position" in n)]
+    limits = [getattr(text, name) for name in names]
+    return min((n for n in limits if isinstance(n, int) and n > 1), default=512)
+
+
+def _after_past(case: Case) -> Case:
+    """`case` with the first half of the decoder's tokens in the cache."""
+    ids = case.tensors["decoder_input_ids" if "decoder_input_ids" in case.tensors else "input_ids"]
+    batch, length = ids.shape
+    past = length // 2 + 1
+    return Case(f"batch {batch}, length {length - past} after {past} past tokens", case.tensors, past)
 
 
 def _text_case(model: Any, batch: int, length: int, side: str, generator: Any) -> Case:
@@ -94,6 +117,9 @@ def _text_case(model: Any, batch: int, length: int, side: str, generator: Any) -
             last = int(mask[row].nonzero().max())
             tensors["input_ids"][row, last] = eos
     tensors["attention_mask"] = mask
+    if "position_ids" in accepted and is_decoder(model) and text is config:
+        # as generation makes them; without, some models count padding and some do not
+        tensors["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     if (
         "decoder_input_ids" in accepted
         and config.is_encoder_decoder

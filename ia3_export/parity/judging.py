@@ -10,7 +10,7 @@ import numpy as np
 from ia3_export.fold import Array
 from ia3_export.parity.forwards import Merged, Unmerged
 from ia3_export.parity.gates import EFFECT, NUMERIC, at_most, coarser, quantized_gates, rounding_bound
-from ia3_export.parity.greedy import compare_decoded
+from ia3_export.parity.greedy import Decoded, compare_decoded
 from ia3_export.parity.metrics import (
     Outputs,
     beyond,
@@ -62,12 +62,13 @@ def judge(
     adapters: int,
     before: Outputs | None,
     merged: Merged | None,
+    decoded: Sequence[Decoded] | None,
     proof: WeightsProof | None,
     tolerance: Tolerance | None,
     sites: Mapping[str, Sequence[str]],
 ) -> Step:
     """Compare one artifact with the reference. `before` are the outputs of the step before it (on all inputs), `merged`
-    the merged model's runs, `proof` what is known of the artifact's weights, `sites` the modules with a vector and the stored
+    the merged model's runs, `decoded` the artifact's greedy decoding, `proof` what is known of the artifact's weights, `sites` the modules with a vector and the stored
     tensors it is folded into."""
     outputs = artifact.outputs
     reference = _part(unmerged.reference.outputs, outputs, artifact.cases)
@@ -103,11 +104,11 @@ def judge(
         gates += _step_gates(artifact, outputs, merged, adapters)
     if artifact.kind == "merged" and merged is not None:
         layers = _layers(artifact, merged.run, unmerged, adapters)
-        if unmerged.decoded is not None and merged.decoded is not None:
-            generation = compare_decoded(merged.decoded, unmerged.decoded, bound)
-            if tolerance is None:
-                value = generation.margin or 0.0
-                gates.append(Gate("greedy decoding", value, "<=", 2 * bound, generation.excused))
+    if unmerged.decoded is not None and decoded is not None:
+        generation = compare_decoded(decoded, unmerged.decoded, bound)
+        if tolerance is None and artifact.precision not in NUMERIC:
+            value = generation.margin or 0.0
+            gates.append(Gate("greedy decoding", value, "<=", 2 * bound, generation.excused))
     passed = all(gate.passed for gate in gates)
     if not passed:
         location = _locate(layers, unmerged.reference.modules, proof, sites)

@@ -37,11 +37,11 @@ class Placement:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LiveModel:
-    """A model with its adapters live. `by` is ``peft`` or ``hooks``; `hooks` are the handles of the latter."""
+    """A model with its adapters live. `by` is ``peft`` or ``hooks`` (whose handles `hooks` are), or ``none`` without adapters."""
 
     model: Any
     class_name: str
-    by: Literal["peft", "hooks"]
+    by: Literal["peft", "hooks", "none"]
     hooks: tuple[Any, ...]
 
     @property
@@ -72,6 +72,9 @@ def load_live(
             f"{base.location.given} has no config.json, so no model can be built from it",
             hint="give the model folder that save_pretrained() wrote",
         )
+    if not adapters:
+        name = str((base.config.get("architectures") or ["AutoModel"])[0])
+        return LiveModel(load_plain(base, name, None, dtype, where), name, "none", ())
     runtime = load_runtime_model(base.config, adapters[0], base.tensors)
     if combine == "product" and where.offload is None:
         live = _with_peft(load_plain(base, runtime.class_name, runtime.config, dtype, where), adapters)

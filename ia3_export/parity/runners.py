@@ -1,4 +1,4 @@
-"""Running models on cases: PyTorch and ONNX Runtime, each giving named numpy arrays."""
+"""Running PyTorch models on cases, giving named numpy arrays."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from logging import ERROR, getLogger
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ia3_export.errors import DamagedFile, NotFound, Unsupported
+from ia3_export.errors import Unsupported
 from ia3_export.fold import Array
 from ia3_export.parity.inputs import Case
+from ia3_export.sentence import SentenceHead
+
+#: Modules that PEFT puts around or into those of the model.
+_PEFT_PARTS = ("base_layer", "ia3_l", "original_module", "modules_to_save")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,11 +32,18 @@ class Run:
         return Run([self.outputs[i] for i in cases], self.modules)
 
 
-def run_torch(model: Any, cases: Sequence[Case], *, hidden: bool = False, trace: bool = False) -> Run:
+def run_torch(
+    model: Any,
+    cases: Sequence[Case],
+    *,
+    hidden: bool = False,
+    sentence: SentenceHead | None = None,
+    trace: bool = False,
+) -> Run:
     """Outputs of every case (``logits``, ``last_hidden_state``), widened to float64, zero at padded positions.
 
-    `hidden` adds the bare encoder's ``last_hidden_state``, whatever head the model has; `trace` also keeps the
-    modules' outputs. Raises `Unsupported` when the model does not run on the inputs.
+    `hidden` adds the bare encoder's ``last_hidden_state``, whatever head the model has, `sentence` what sentence-transformers
+    makes of it; `trace` also keeps the modules' outputs. Raises `Unsupported` when the model does not run on the inputs.
     """
     results: list[dict[str, Any]] = []
     modules: dict[str, Array] = {}
@@ -50,10 +60,20 @@ def run_torch(model: Any, cases: Sequence[Case], *, hidden: bool = False, trace:
         }
         if hidden:
             named["last_hidden_state"] = captured[-1].last_hidden_state
+            if sentence is not None:
+                states = named["token_embeddings"] = named["last_hidden_state"]
+                named["sentence_embedding"] = sentence(
+                    states, case.tensors["attention_mask"].to(states.device)
+                )
         if not named:
             named = {"output": next(v for v in output.values() if hasattr(v, "double"))}
-        results.append(_attended(case, {name: to_numpy(value) for name, value in named.items()}))
+        results.append(attended(case, {name: to_numpy(value) for name, value in named.items()}))
     return Run(results, modules)
+
+
+def unwrap(model: Any) -> Any:
+    """The transformers model inside a PEFT model."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def to_numpy(value: Any) -> Array:
@@ -78,13 +98,7 @@ def _forward(model: Any, case: Case) -> Any:
     inputs = place(model, case.tensors)
     try:
         with torch.no_grad():
-            if not case.past:
-                return model(**inputs)
-            ids, mask = inputs["input_ids"], inputs["attention_mask"]
-            first = model(input_ids=ids[:, : case.past], attention_mask=mask[:, : case.past], use_cache=True)
-            return model(
-                input_ids=ids[:, case.past :], attention_mask=mask, past_key_values=first.past_key_values
-            )
+            return _with_past(model, inputs, case.past) if case.past else model(**inputs)
     except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError) as error:
         raise Unsupported(
             f"the model does not run on these inputs ({case.name}): {type(error).__name__}: {error}",
@@ -92,11 +106,26 @@ def _forward(model: Any, case: Case) -> Any:
         ) from error
 
 
+def _with_past(model: Any, inputs: Mapping[str, Any], past: int) -> Any:
+    """The forward of what follows the first `past` tokens of the decoder, with their cache."""
+    if "decoder_input_ids" in inputs:
+        ids, rest = inputs["decoder_input_ids"], {n: v for n, v in inputs.items() if n != "decoder_input_ids"}
+        first = model(**rest, decoder_input_ids=ids[:, :past], use_cache=True)
+        return model(
+            encoder_outputs=(first.encoder_last_hidden_state,), attention_mask=rest.get("attention_mask"),
+            decoder_input_ids=ids[:, past:], past_key_values=first.past_key_values,
+        )  # fmt: skip
+    before = {name: value[:, :past] for name, value in inputs.items()}
+    after = {n: v if n == "attention_mask" else v[:, past:] for n, v in inputs.items()}
+    return model(**after, past_key_values=model(**before, use_cache=True).past_key_values)
+
+
 @contextmanager
 def _encoder_output(model: Any) -> Iterator[list[Any]]:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = unwrap(model)
+    encoder = inner.get_encoder() if inner.config.is_encoder_decoder else inner.base_model
     captured: list[Any] = []
-    handle = inner.base_model.register_forward_hook(lambda _m, _i, output: captured.append(output))
+    handle = encoder.register_forward_hook(lambda _m, _i, output: captured.append(output))
     try:
         yield captured
     finally:
@@ -130,7 +159,7 @@ def _traced(model: Any, modules: dict[str, Array]) -> Iterator[None]:
     """Collect the first tensor that each module gives at its first call, by its path without PEFT's wrapper."""
     import torch
 
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = unwrap(model)
     handles = []
 
     def keep(name: str) -> Any:
@@ -154,10 +183,7 @@ def _traced(model: Any, modules: dict[str, Array]) -> Iterator[None]:
             handle.remove()
 
 
-_PEFT_PARTS = ("base_layer", "ia3_l", "original_module", "modules_to_save")
-
-
-def _attended(case: Case, outputs: dict[str, Any]) -> dict[str, Any]:
+def attended(case: Case, outputs: dict[str, Any]) -> dict[str, Any]:
     """`outputs` with zeros at padded positions: what a model computes there is nobody's business (some give NaN)."""
     mask = case.tensors.get("attention_mask")
     if mask is None or mask.ndim != 2 or "decoder_input_ids" in case.tensors or case.past:
@@ -169,70 +195,6 @@ def _attended(case: Case, outputs: dict[str, Any]) -> dict[str, Any]:
         else values
         for name, values in outputs.items()
     }
-
-
-def open_onnx(path: Path, device: str = "cpu") -> Any:
-    """An ONNX Runtime session, on the CUDA execution provider if `device` is cuda and there is one.
-
-    Raises `Unsupported` when ONNX Runtime is not installed, `DamagedFile` when it cannot load the file.
-    """
-    try:
-        import onnxruntime
-    except ImportError:
-        raise Unsupported(
-            "ONNX Runtime is not installed", hint="pip install 'ia3-export[cpu]' (or [gpu], never both)"
-        ) from None
-    providers = ["CPUExecutionProvider"]
-    if device.startswith("cuda") and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        providers.insert(0, "CUDAExecutionProvider")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=providers)
-    except Exception as error:  # onnxruntime's exceptions share no base class of their own
-        raise DamagedFile(
-            f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}", hint="export the model again"
-        ) from error
-
-
-def run_onnx(session: Any, cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """Outputs of every case from an ONNX Runtime session. Raises `Unsupported` when the graph wants other inputs."""
-    wanted = {node.name: node for node in session.get_inputs()}
-    names = [node.name for node in session.get_outputs()]
-    results = []
-    for case in cases:
-        feeds = {name: value.numpy() for name, value in case.tensors.items() if name in wanted}
-        if "token_type_ids" in wanted and "token_type_ids" not in feeds:
-            feeds["token_type_ids"] = feeds["input_ids"] * 0
-        for name, value in feeds.items():
-            if wanted[name].type == "tensor(float16)":
-                feeds[name] = value.astype(np.float16)
-        try:
-            values = session.run(None, feeds)
-        except Exception as error:  # as above
-            raise Unsupported(
-                f"the graph does not run on these inputs ({case.name}): {str(error).splitlines()[0]}",
-                hint=f"it wants {', '.join(sorted(wanted))}; give them with --inputs",
-            ) from None
-        results.append(_attended(case, dict(zip(names, values, strict=True))))
-    return results
-
-
-def find_onnx(location: str | Path) -> list[Path]:
-    """The ``.onnx`` files of an exported folder (``model.onnx`` first, then its other precisions), or the file itself.
-
-    Raises `NotFound`.
-    """
-    path = Path(location)
-    if path.is_file():
-        return [path]
-    for folder in (path / "onnx", path):
-        if (folder / "model.onnx").is_file():
-            others = sorted(file for file in folder.glob("model_*.onnx") if file.is_file())
-            return [folder / "model.onnx", *others]
-    raise NotFound(
-        f"{location} holds no onnx/model.onnx", hint="give the folder that ia3-export onnx wrote, or a file"
-    )
 
 
 @contextmanager

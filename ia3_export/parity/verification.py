@@ -27,9 +27,9 @@ from ia3_export.parity.facts import (
     source_of,
     summarize_sites,
 )
-from ia3_export.parity.graph import Graph, prove_graph, read_graph
+from ia3_export.parity.graph import Graph, prove_graph, read_graphs
+from ia3_export.parity.onnx_runs import find_onnx
 from ia3_export.parity.quantized import is_bitsandbytes
-from ia3_export.parity.runners import find_onnx
 from ia3_export.parity.weights import prove_folder
 from ia3_export.plan import Plan, make_plan
 from ia3_export.report.model import Reference, Report, Step, WeightsProof
@@ -66,7 +66,7 @@ def verify(
     of their own. The control is the adapters' whole effect on the base.
 
     Args:
-        base, adapters: as in `merge`.
+        base, adapters: as in `merge`. Without an adapter an ONNX file is compared with the model `base` itself.
         merged: folder that `merge` wrote; for a base that bitsandbytes quantized, a dense folder, of which the forwards
             are compared. With neither `merged` nor `onnx`, a merge into a temporary folder is verified.
         onnx: folders that `export_onnx` wrote (all precisions in them), or ``.onnx`` files, in the order of the chain.
@@ -92,10 +92,10 @@ def verify(
         raise UsageError("--atol and --rtol must be finite", hint="for example --atol 1e-4 --rtol 1e-3")
     if weights_only and merged is None and not onnx:
         raise UsageError("--weights-only needs --merged or --onnx", hint="give the folder that merge wrote")
+    if not adapters and (merged is not None or not onnx):
+        raise UsageError("no adapter given", hint="give at least one --adapter")
     checkpoint = read_checkpoint(base)
     read = [read_adapter(source) for source in adapters]
-    if not read:
-        raise UsageError("no adapter given", hint="give at least one --adapter")
     shipped = read_checkpoint(merged) if merged is not None else None
     how = recorded_options(checkpoint, shipped)
     said: list[str] = []
@@ -105,8 +105,8 @@ def verify(
         check_recorded(how, len(read))
         said.append(f"taken from the manifest, or from the weights' dtype: {describe_options(how)}")
     plan = _plan(checkpoint, read, how, forwards_only=merged is not None and not weights_only)
-    graphs = _name_graphs([read_graph(path) for location in onnx for path in find_onnx(location)])
-    base_graph = read_graph(find_onnx(base_onnx)[0]) if base_onnx is not None else None
+    graphs = _name_graphs([read_graphs(paths) for location in onnx for paths in find_onnx(location)])
+    base_graph = read_graphs(find_onnx(base_onnx)[0]) if base_onnx is not None else None
     overridden = atol is not None or rtol is not None
     with tempfile.TemporaryDirectory(prefix="ia3-export-") as scratch:
         subject = shipped
@@ -145,7 +145,7 @@ def verify(
         source_of(checkpoint.location), tuple(source_of(a.location) for a in read), tuple(proofs), reference,
         tuple(steps), summarize_sites(read), _shown_options(how, seed, atol, rtol, tf32),
         environment(),
-        digests(checkpoint, read, shipped, [graph.path for _, graph in graphs]), tuple(dict.fromkeys(warnings)),
+        digests(checkpoint, read, shipped, [path for _, graph in graphs for path in graph.paths]), tuple(dict.fromkeys(warnings)),
     )  # fmt: skip
 
 

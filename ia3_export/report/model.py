@@ -182,7 +182,7 @@ class Reference:
     how far the live model itself is from that in the stored `dtype`; `effect` is the largest change that
     the adapters make to the base's outputs, `scale` the largest reference output."""
 
-    applied_by: Literal["peft", "hooks"]
+    applied_by: Literal["peft", "hooks", "none"]
     model_class: str
     precision: str
     dtype: str

@@ -1,0 +1,201 @@
+"""The jobs of a benchmark: adapters folded, graphs exported, inputs written."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ia3_export.adapters import read_adapter
+from ia3_export.adapters.model import Adapter
+from ia3_export.benching.jobs import Job, Sources, Variant
+from ia3_export.benching.torch_side import load_variant
+from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
+from ia3_export.errors import UsageError
+from ia3_export.exporting import export_onnx
+from ia3_export.fold import Array
+from ia3_export.merging import merge
+from ia3_export.model_class import load_runtime_model
+from ia3_export.onnx.contract import input_names, plan_graphs
+from ia3_export.onnx.files import external_files, save_model
+from ia3_export.onnx.package import precision_list
+from ia3_export.onnx.tasks import Task, choose_task
+from ia3_export.onnx.trace import trace
+from ia3_export.parity.greedy import special_tokens
+from ia3_export.parity.inputs import make_cases
+from ia3_export.sentence import read_sentence_head
+
+OPSET = 20
+_GENERATED = ("input_ids", "attention_mask")
+#: Bytes of a process before it loads anything, and copies of the weights while it does: more than was ever measured.
+_TORCH, _ONNX = (900_000_000, 1.5), (200_000_000, 2.5)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A job, the bytes of its files, the memory it may take, and the operators of its graphs."""
+
+    job: Job
+    files: int
+    memory: int
+    operators: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """All variants, the base first in each runtime; `inputs` are the arguments of a forward."""
+
+    base: Checkpoint
+    adapters: tuple[Adapter, ...]
+    task: Task
+    inputs: Mapping[str, Array]
+    variants: tuple[Prepared, ...]
+
+
+def prepare(
+    base: str | Path,
+    adapters: Sequence[str | Path],
+    scratch: Path,
+    *,
+    task: str | None,
+    precisions: Sequence[str],
+    threads: int,
+    length: int,
+    tokens: int,
+    batch: int,
+    say: Callable[[str], None],
+) -> Setup:
+    """Merge and export into `scratch`. Nothing is compared here: ``onnx`` and ``verify`` prove what they write.
+
+    Raises `IA3ExportError` for inputs that cannot be read, merged or exported, `UsageError` for texts longer than the model takes.
+    """
+    wanted = precision_list(["fp32", *precisions])
+    checkpoint, read = read_checkpoint(base), tuple(read_adapter(source) for source in adapters)
+    say("merging")
+    merge(base, adapters, scratch / "merged", digests="none")
+    merged = read_checkpoint(scratch / "merged")
+    runtime = load_runtime_model(checkpoint.config or {}, read[0], checkpoint.tensors)
+    # an adapter may have been trained below or above the head of the base
+    config = {**(merged.config or {}), "architectures": [runtime.class_name]}
+    chosen = choose_task(config, asked=task, sentence=(merged.folder / "modules.json").is_file())
+    sources = Sources(
+        str(checkpoint.folder), tuple(str(adapter.location.path) for adapter in read), str(merged.folder)
+    )
+    exported = export_onnx(
+        scratch / "exported", model=merged.folder, task=chosen.name, precisions=wanted, opset=OPSET, check=False,
+        on_step=lambda step: say(f"merged: {step}"),
+    )  # fmt: skip
+    inputs: dict[str, Array] = {}
+    start = -1
+    graphs: dict[tuple[Variant, str], list[Path]] = {}
+    for variant in _TRACED:
+        say(f"{variant}: tracing")
+        model = load_variant(variant, sources, chosen)
+        if not inputs:
+            _check_length(model.config, chosen, length, tokens)
+            inputs = _make_inputs(model, chosen, length, batch)
+            start = special_tokens(model).start
+        graphs[variant, "fp32"] = _trace(model, chosen, checkpoint.folder, scratch / variant)
+        del model
+        gc.collect()
+    np.savez(scratch / "inputs.npz", **inputs)  # type: ignore[arg-type]
+    for precision in wanted:
+        graphs["merged", precision] = [
+            exported.folder / file.path for file in exported.files if file.precision == precision
+        ]
+    steps = tokens if chosen.form != "encoder" else 0
+    first = Job(
+        "PyTorch", "base", "fp32", sources, (), chosen, str(scratch / "inputs.npz"), start, threads, steps
+    )
+    jobs = [replace(first, variant=variant) for variant in (*_TRACED, "merged")]
+    jobs += [
+        replace(first, runtime="ONNX Runtime", variant=v, precision=p, graphs=tuple(map(str, files)))
+        for (v, p), files in graphs.items()
+    ]
+    weights = {"base": [checkpoint], "unmerged": [checkpoint], "merged": [merged]}
+    extra = {"unmerged": sum(_adapter_bytes(adapter) for adapter in read)}
+    return Setup(
+        checkpoint, read, chosen, inputs,
+        tuple(_weigh(job, weights[job.variant][0], extra.get(job.variant, 0)) for job in jobs),
+    )  # fmt: skip
+
+
+_TRACED: tuple[Variant, ...] = ("base", "unmerged")
+
+
+def _trace(model: Any, task: Task, folder: Path, target: Path) -> list[Path]:
+    """The graphs of `model` as `export_onnx` makes them, in its order; live vectors become ``Mul`` nodes."""
+    if model.config._attn_implementation != "eager":
+        model.set_attn_implementation("eager")
+    sample = {name: tensor[:2] for name, tensor in make_cases(model)[1].tensors.items()}
+    sentence = read_sentence_head(folder) if task.name == "sentence-similarity" else None
+    paths = []
+    for spec in plan_graphs(model, task, sample, "merged", sentence):
+        paths.append(target / f"{spec.file}.onnx")
+        save_model(trace(model, spec, OPSET), paths[-1])
+    return paths
+
+
+def _check_length(config: Any, task: Task, length: int, tokens: int) -> None:
+    text = config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_target_positions")
+    known = [size for size in (getattr(text, name, None) for name in names) if isinstance(size, int)]
+    needed = {"decoder": length + tokens, "encoder-decoder": max(length, tokens + 1), "encoder": length}
+    longest = max(known, default=0)
+    if 0 < longest < needed[task.form]:
+        raise UsageError(
+            f"{needed[task.form]} positions are needed, the model has {longest}",
+            hint="give a smaller --length or --tokens",
+        )
+
+
+def _make_inputs(model: Any, task: Task, length: int, batch: int) -> dict[str, Array]:
+    """Text of `length` random tokens without padding; images and sound have the size that the model is made for."""
+    given = make_cases(model)[0].tensors
+    if "input_ids" not in given or model.main_input_name not in ("input_ids", *given):
+        name = model.main_input_name
+        return {name: given[name].expand(batch, *given[name].shape[1:]).contiguous().numpy()}
+    ids = given["input_ids"][:1]
+    ids = ids.repeat(batch, math.ceil(length / ids.shape[1]))[:, -length:].contiguous().numpy()
+    names = [name for name in input_names(model) if task.form == "encoder" or name in _GENERATED]
+    fill = {"attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    return {name: fill.get(name, ids) for name in names}
+
+
+def _weigh(job: Job, checkpoint: Checkpoint, extra: int) -> Prepared:
+    if job.runtime == "PyTorch":
+        numbers = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+        fixed, copies = _TORCH
+        files = sum(shard.path.stat().st_size for shard in checkpoint.shards) + extra
+        return Prepared(job, files, fixed + int(copies * 4 * numbers), None)
+    graphs = [Path(graph) for graph in job.graphs]
+    files = sum(file.stat().st_size for graph in graphs for file in (graph, *external_files(graph)))
+    fixed, copies = _ONNX
+    return Prepared(job, files, fixed + int(copies * files), sum(map(_count_operators, graphs)))
+
+
+def _count_operators(path: Path) -> int:
+    """The nodes of a graph and of the bodies in it; constants are no operators."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    return sum(node.op_type != "Constant" for node in _nodes(graph))
+
+
+def _nodes(graph: Any) -> Iterator[Any]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs):
+                yield from _nodes(body)
+
+
+def _adapter_bytes(adapter: Adapter) -> int:
+    place = adapter.location.path
+    files = [place / name for name in adapter.files] if place.is_dir() else [place]
+    return sum(file.stat().st_size for file in files if file.suffix != ".json")

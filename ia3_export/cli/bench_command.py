@@ -1,0 +1,141 @@
+"""``ia3-export bench``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from ia3_export.cli.options import adapters_option, base_option, output_options, parse_words
+from ia3_export.cli.output import Output, human_bytes
+
+if TYPE_CHECKING:
+    from ia3_export.benching.results import Benchmark, Measure
+
+_WIDTH = 40
+
+
+@click.command("bench")
+@base_option
+@adapters_option
+@click.option("--task", help="As in onnx; inferred by default.")
+@click.option(
+    "--precision", "precisions", default="fp32", show_default=True, callback=parse_words, metavar="LIST",
+    help="Of fp32, fp16, int8, int4: the merged graphs are measured in these, too. Float32 always is.",
+)  # fmt: skip
+@click.option("--threads", type=click.IntRange(1), help="Threads of either runtime. Default: physical cores.")
+@click.option(
+    "--length", type=click.IntRange(1), default=32, show_default=True, help="Tokens in a forward's text."
+)
+@click.option(
+    "--tokens", type=click.IntRange(1), default=32, show_default=True,
+    help="Greedy decoding steps in a round, for models that generate.",
+)  # fmt: skip
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences in a forward.")
+@click.option(
+    "--rounds", type=click.IntRange(3), default=15, show_default=True,
+    help="Rounds that count; one more warms up.",
+)  # fmt: skip
+@output_options
+def bench_command(
+    base: str,
+    adapters: tuple[str, ...],
+    task: str | None,
+    precisions: tuple[str, ...],
+    threads: int | None,
+    length: int,
+    tokens: int,
+    batch: int,
+    rounds: int,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Measure base, live adapter and merged model side by side, in PyTorch and in ONNX Runtime.
+
+    Each runs in float32 in a process of its own, on the CPU, all in turns. Folding costs nothing over the base: the graph has
+    the base's operators. What it saves over the live adapter is what the table says; differences within the spread of the
+    rounds are none.
+
+    \b
+      ia3-export bench --base my-base --adapter my-adapter
+      ia3-export bench --base my-base --adapter my-adapter --precision fp32,int8,int4 --threads 4 --json
+
+    The merged model is exported into a temporary folder for this and not verified: that is what onnx does.
+    """
+    from ia3_export.benching.measuring import bench
+
+    out = Output(as_json, quiet, verbose)
+    done = bench(
+        base, adapters, task=task, precisions=precisions, threads=threads, length=length, tokens=tokens, batch=batch,
+        rounds=rounds, on_step=out.text,
+    )  # fmt: skip
+    _show(out, done)
+    out.document(done.to_json())
+
+
+def _show(out: Output, done: Benchmark) -> None:
+    machine = done.machine
+    shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in done.inputs.items())
+    out.text(
+        f"{machine['cpu']}, {machine['physical_cores']} cores, {done.threads} threads; {done.task}, {shapes}"
+    )
+    _show_table(out, done)
+    for measure in done.measures:
+        _show_bars(out, done, measure)
+    for line in done.findings:
+        out.text(line)
+
+
+def _show_table(out: Output, done: Benchmark) -> None:
+    """At 80 columns: medians, ratios and operators; the rest as there is room."""
+    generates = "token" in done.measures
+    columns = ["runtime", "variant", "forward ms", "ratio"]
+    optional = ["files", "peak memory", "p95", "imports"]
+    if generates:
+        columns += ["token ms", "token ratio", "tokens/s"]
+        optional = ["token ratio", "files", "peak memory", "operators", "p95", "token p95", "imports"]
+    columns += ["operators", "files", "peak memory", "imports", "p95", *(["token p95"] if generates else [])]
+    rows = []
+    for row in done.rows:
+        cells: list[object] = [
+            row.runtime,
+            _label(row.variant, row.precision),
+            _number(row.forward.median),
+            f"{row.forward.ratio:.2f}x",
+        ]
+        if row.token is not None and row.tokens_per_second is not None:
+            cells += [
+                _number(row.token.median), f"{row.token.ratio:.2f}x", _number(row.tokens_per_second),
+            ]  # fmt: skip
+        cells += [
+            "" if row.operators is None else row.operators, human_bytes(row.files), human_bytes(row.peak),
+            human_bytes(row.imported), _number(row.forward.p95),
+        ]  # fmt: skip
+        if row.token is not None:
+            cells.append(_number(row.token.p95))
+        rows.append(cells)
+    out.table(columns, rows, numbers=columns[2:], optional=optional)
+
+
+def _show_bars(out: Output, done: Benchmark, measure: Measure) -> None:
+    """Medians over the base's in the same runtime, as bars."""
+    from ia3_export.benching.results import MEASURES
+
+    ratios = {row: timing.ratio for row in done.rows if (timing := row.timing(measure)) is not None}
+    longest = max(ratios.values())
+    out.text(f"{MEASURES[measure]}, time over the base's in the same runtime")
+    for runtime, rows in done.groups():
+        out.text(f"  {runtime}")
+        for row in rows:
+            bar = "#" * max(1, round(_WIDTH * ratios[row] / longest))
+            out.text(f"    {_label(row.variant, row.precision):<12} {ratios[row]:5.2f}x |{bar}")
+
+
+def _label(variant: str, precision: str) -> str:
+    return variant if precision == "fp32" else f"{variant} {precision}"
+
+
+def _number(value: float) -> str:
+    """Three significant digits, and all those before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,0 +1,353 @@
+"""What the exported graphs take and give: names, free axes and order are those of optimum and transformers.js.
+
+A graph is traced through a function from named inputs to a tuple of tensors; this module makes these functions, one for
+each form of graph, and measures the shapes of the cache on a forward of the model itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ia3_export.errors import Unsupported
+from ia3_export.onnx.tasks import Task
+from ia3_export.sentence import SentenceHead
+
+#: merged: one decoder file that is its own first step; separate: optimum's two; if: those two in one ``If``
+DecoderForm = Literal["merged", "separate", "if"]
+
+_TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+#: Lengths of the samples: 2 and more and all different, since torch specialises 0 and 1 and may merge equal ones.
+_LENGTH, _NEW, _PAST, _PAST_ENCODER = 11, 3, 5, 4
+_TOTAL = "past_sequence_length + sequence_length"
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """An input or output: its `shape` holds the size of a fixed axis and the name of a free one."""
+
+    name: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GraphSpec:
+    """One ONNX file to be: ``function(model, {input: tensor}) -> outputs``, traced with `samples` for `inputs`."""
+
+    file: str
+    function: Callable[[Any, dict[str, Any]], tuple[Any, ...]]
+    inputs: tuple[Port, ...]
+    samples: tuple[Any, ...]
+    outputs: tuple[Port, ...]
+
+
+def plan_graphs(
+    model: Any, task: Task, sample: Mapping[str, Any], decoder: DecoderForm, sentence: SentenceHead | None
+) -> list[GraphSpec]:
+    """The graphs of `model` for `task`. `sample` is a forward call of the model with a batch of 2 and more.
+
+    Raises `Unsupported` for models whose cache is not one of keys and values.
+    """
+    if task.form == "encoder":
+        return [_encoder(model, task, sample, sentence)]
+    if task.form == "decoder":
+        return [_decoder(model, sample)]
+    first = _states_of_encoder(model, sample)
+    cache = _measure_cache(model, sample)
+    if decoder == "merged":
+        return [first, _cross_decoder("decoder_model_merged", model, sample, cache, "either")]
+    return [
+        first,
+        _cross_decoder("decoder_model", model, sample, cache, "first"),
+        _cross_decoder("decoder_with_past_model", model, sample, cache, "cached"),
+    ]
+
+
+def input_names(model: Any) -> list[str]:
+    """The inputs of an encoder of text, in optimum's order: ``token_type_ids`` where there are types to tell apart."""
+    accepted = inspect.signature(model.forward).parameters
+    names = [name for name in _TEXT_INPUTS if name in accepted]
+    if getattr(model.config, "type_vocab_size", 0) < 2 and "token_type_ids" in names:
+        names.remove("token_type_ids")
+    return names
+
+
+def _encoder(model: Any, task: Task, sample: Mapping[str, Any], sentence: SentenceHead | None) -> GraphSpec:
+    whole = model.config.is_encoder_decoder and task.outputs == ("last_hidden_state",)
+    inputs, samples = _encoder_inputs(model, sample)
+    extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+    def function(traced: Any, named: dict[str, Any]) -> tuple[Any, ...]:
+        if whole:
+            return (traced.get_encoder()(**named)[0],)
+        out = traced(**named, **extra)
+        if sentence is not None:
+            hidden = out.last_hidden_state
+            return hidden, sentence(hidden, named["attention_mask"])
+        return tuple(out[name] for name in task.outputs)
+
+    return GraphSpec(
+        "model", function, inputs, samples, _outputs(model, function, inputs, samples, task.outputs)
+    )
+
+
+def _encoder_inputs(model: Any, sample: Mapping[str, Any]) -> tuple[tuple[Port, ...], tuple[Any, ...]]:
+    """Text with a free length, or the one tensor of images or sound with the shape that the model is made for."""
+    import torch
+
+    if "input_ids" in sample:
+        ids = sample["input_ids"][:, :_LENGTH]
+        ports = tuple(Port(name, ("batch_size", "sequence_length")) for name in input_names(model))
+        ones = torch.ones_like(ids)
+        return ports, tuple(ids if port.name == "input_ids" else ones.clone() for port in ports)
+    name = model.main_input_name
+    value = sample[name]
+    return (Port(name, ("batch_size", *value.shape[1:])),), (value,)
+
+
+def _outputs(
+    model: Any,
+    function: Callable[[Any, dict[str, Any]], tuple[Any, ...]],
+    inputs: Sequence[Port],
+    samples: Sequence[Any],
+    names: Sequence[str],
+) -> tuple[Port, ...]:
+    """Output shapes, measured: an axis as long as a free axis of an input is that axis."""
+    import torch
+
+    free: dict[int, str] = {}
+    for port, value in zip(inputs, samples, strict=True):
+        free |= {
+            size: axis
+            for size, axis in zip(value.shape, port.shape, strict=True)
+            if isinstance(axis, str) and axis != "batch_size"
+        }
+    with torch.no_grad():
+        values = function(model, {port.name: v for port, v in zip(inputs, samples, strict=True)})
+    return tuple(
+        Port(name, ("batch_size", *(free.get(size, size) if axis == 0 else size for axis, size in enumerate(value.shape[1:]))))
+        for name, value in zip(names, values, strict=False)
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """Heads and head sizes of a layer's keys and values."""
+
+    key: tuple[int, int]
+    value: tuple[int, int]
+
+
+def _measure_cache(model: Any, sample: Mapping[str, Any]) -> tuple[list[_Layer], list[_Layer]]:
+    """The layers of the self-attention cache and of the cross-attention cache."""
+    import torch
+
+    with torch.no_grad():
+        cache = getattr(
+            model(**{k: v[:1] for k, v in sample.items()}, use_cache=True), "past_key_values", None
+        )
+    parts = [getattr(cache, "self_attention_cache", cache), getattr(cache, "cross_attention_cache", None)]
+    try:
+        measured = [
+            [
+                _Layer(
+                    (layer.keys.shape[1], layer.keys.shape[3]), (layer.values.shape[1], layer.values.shape[3])
+                )
+                for layer in part.layers
+            ]
+            if part is not None
+            else []
+            for part in parts
+        ]
+    except (AttributeError, IndexError):
+        measured = [[], []]
+    if not measured[0]:
+        raise Unsupported(
+            f"{type(model).__name__} keeps no cache of keys and values (recurrent and hybrid models do not)",
+            hint="--task feature-extraction exports its hidden states, without generation",
+        )
+    return measured[0], measured[1]
+
+
+def _cache_ports(kind: str, layers: Sequence[_Layer], inner: str, length: str) -> list[Port]:
+    return [
+        Port(f"{kind}.{i}{inner}.{part}", ("batch_size", heads, length, size))
+        for i, layer in enumerate(layers)
+        for part, (heads, size) in (("key", layer.key), ("value", layer.value))
+    ]
+
+
+def _empty(port: Port, sizes: Mapping[str, int]) -> Any:
+    import torch
+
+    return torch.zeros([sizes[axis] if isinstance(axis, str) else axis for axis in port.shape])
+
+
+def _decoder(model: Any, sample: Mapping[str, Any]) -> GraphSpec:
+    """One graph for prefill and decoding: past length 0 is allowed, and the cache is plain: a full-length one, in
+    which sliding windows are the mask's business."""
+    import torch
+    from transformers import DynamicCache
+
+    accepted = inspect.signature(model.forward).parameters
+    if "past_key_values" not in accepted:
+        raise Unsupported(
+            f"{type(model).__name__} takes no past_key_values",
+            hint="--task feature-extraction exports its hidden states",
+        )
+    text = {name: sample[name] for name in ("input_ids", "attention_mask") if name in accepted}
+    layers, _ = _measure_cache(model, text)
+    batch = sample["input_ids"].shape[0]
+    ports = [Port("input_ids", ("batch_size", "sequence_length"))]
+    samples = [sample["input_ids"][:, :_NEW]]
+    if "attention_mask" in accepted:
+        ports.append(Port("attention_mask", ("batch_size", _TOTAL)))
+        samples.append(torch.ones(batch, _PAST + _NEW, dtype=torch.int64))
+    if "position_ids" in accepted:
+        ports.append(Port("position_ids", ("batch_size", "sequence_length")))
+        samples.append(torch.arange(_PAST, _PAST + _NEW).repeat(batch, 1))
+    past = _cache_ports("past_key_values", layers, "", "past_sequence_length")
+    sizes = {"batch_size": batch, "past_sequence_length": _PAST}
+    samples += [_empty(port, sizes) for port in past]
+
+    def function(traced: Any, named: dict[str, Any]) -> tuple[Any, ...]:
+        cache = DynamicCache()
+        for i in range(len(layers)):
+            cache.update(named.pop(f"past_key_values.{i}.key"), named.pop(f"past_key_values.{i}.value"), i)
+        out = traced(**named, past_key_values=cache, use_cache=True)
+        return (out.logits, *_tensors(out.past_key_values))
+
+    present = _cache_ports("present", layers, "", _TOTAL)
+    vocabulary = Port("logits", ("batch_size", "sequence_length", _vocabulary(model)))
+    return GraphSpec("model", function, (*ports, *past), tuple(samples), (vocabulary, *present))
+
+
+def _tensors(cache: Any) -> list[Any]:
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+def _vocabulary(model: Any) -> int:
+    head = model.get_output_embeddings()
+    return int(head.weight.shape[0] if head is not None else model.config.get_text_config().vocab_size)
+
+
+def _states_of_encoder(model: Any, sample: Mapping[str, Any]) -> GraphSpec:
+    name = model.main_input_name
+    inputs, samples = _encoder_inputs(model, {name: sample[name]})
+    inputs, samples = (
+        tuple(x for x, port in zip(xs, inputs, strict=True) if port.name in (name, "attention_mask"))
+        for xs in (inputs, samples)
+    )
+
+    def function(traced: Any, named: dict[str, Any]) -> tuple[Any, ...]:
+        return (traced.get_encoder()(**named)[0],)
+
+    outputs = _outputs(model, function, inputs, samples, ("last_hidden_state",))
+    return GraphSpec("encoder_model", function, inputs, samples, outputs)
+
+
+def _cross_decoder(
+    file: str,
+    model: Any,
+    sample: Mapping[str, Any],
+    cache: tuple[list[_Layer], list[_Layer]],
+    step: Literal["first", "cached", "either"],
+) -> GraphSpec:
+    """The decoder of an encoder-decoder: its ``first`` step, a ``cached`` one, or ``either`` in one graph.
+
+    For ``either`` the model is given only those encoder states whose keys and values are not in the cache yet (all at first, none
+    later), and the cache's own concatenation joins both: no ``If``, every weight once, and nothing in it depends on the model.
+    The order of the cache's inputs is the one by which optimum's ORTModel pairs them.
+    """
+    import torch
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    own, cross = cache
+    ids = sample["decoder_input_ids"]
+    batch = ids.shape[0]
+    with torch.no_grad():
+        encoded = {k: v for k, v in sample.items() if k in (model.main_input_name, "attention_mask")}
+        states = model.get_encoder()(**encoded)[0]
+    masked = "attention_mask" in sample and model.main_input_name == "input_ids"
+    fixed_length: int | str = "encoder_sequence_length" if masked else states.shape[1]
+    ports: list[Port] = []
+    samples: list[Any] = []
+    if masked:
+        ports.append(Port("encoder_attention_mask", ("batch_size", "encoder_sequence_length")))
+        samples.append(torch.ones(batch, states.shape[1], dtype=torch.int64))
+    ports.append(Port("input_ids", ("batch_size", "decoder_sequence_length")))
+    samples.append(ids[:, :_NEW])
+    if step != "cached":
+        ports.append(Port("encoder_hidden_states", ("batch_size", fixed_length, states.shape[2])))
+        samples.append(states)
+    sizes = {
+        "batch_size": batch,
+        "past_decoder_sequence_length": _PAST,
+        "encoder_sequence_length_out": _PAST_ENCODER,
+    }
+    if step != "first":
+        past = _layerwise(
+            "past_key_values", own, cross, "past_decoder_sequence_length", "encoder_sequence_length_out"
+        )
+        ports += past
+        samples += [_empty(port, sizes) for port in past]
+
+    def function(traced: Any, named: dict[str, Any]) -> tuple[Any, ...]:
+        kept = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        states = named.get("encoder_hidden_states")
+        if step != "first":
+            for i in range(len(own)):
+                past = [named[f"past_key_values.{i}.{part}"] for part in _PARTS]
+                kept.self_attention_cache.update(*past[:2], i)
+                kept.cross_attention_cache.update(*past[2:], i)
+                kept.is_updated[i] = step == "cached"
+            length = named["past_key_values.0.encoder.key"].shape[2]
+            states = states[:, length:] if states is not None else torch.zeros(batch, length, 1)
+        mask = named.get("encoder_attention_mask")
+        extra = {} if mask is None else {"attention_mask": _additive(mask)}
+        out = traced(
+            encoder_outputs=(states,), decoder_input_ids=named["input_ids"], past_key_values=kept, use_cache=True,
+            **extra,
+        )  # fmt: skip
+        own_tensors = _tensors(out.past_key_values.self_attention_cache)
+        if step == "cached":
+            return (out.logits, *own_tensors)
+        crossed = _tensors(out.past_key_values.cross_attention_cache)
+        pairs = range(0, len(own_tensors), 2)
+        return (out.logits, *(t for i in pairs for t in (*own_tensors[i : i + 2], *crossed[i : i + 2])))
+
+    logits = Port("logits", ("batch_size", "decoder_sequence_length", _vocabulary(model)))
+    length = "past_decoder_sequence_length + decoder_sequence_length"
+    if step == "cached":
+        present = _cache_ports("present", own, ".decoder", length)
+    else:
+        present = _layerwise("present", own, cross, length, str(fixed_length) if masked else fixed_length)
+    return GraphSpec(file, function, tuple(ports), tuple(samples), (logits, *present))
+
+
+_PARTS = ("decoder.key", "decoder.value", "encoder.key", "encoder.value")
+
+
+def _layerwise(
+    kind: str, own: Sequence[_Layer], cross: Sequence[_Layer], length: str, cross_length: int | str
+) -> list[Port]:
+    ports = []
+    for i, (mine, theirs) in enumerate(zip(own, cross, strict=True)):
+        shapes = (
+            (mine.key, length),
+            (mine.value, length),
+            (theirs.key, cross_length),
+            (theirs.value, cross_length),
+        )
+        for part, ((heads, size), extent) in zip(_PARTS, shapes, strict=True):
+            ports.append(Port(f"{kind}.{i}.{part}", ("batch_size", heads, extent, size)))
+    return ports
+
+
+def _additive(mask: Any) -> Any:
+    """``(batch, length)`` of ones and zeros as ``(batch, 1, 1, length)`` to be added to attention scores."""
+    import torch
+
+    return (1.0 - mask[:, None, None, :].to(torch.float32)) * torch.finfo(torch.float32).min

@@ -1,0 +1,67 @@
+"""Writing ONNX files: external data in the layout of transformers.js, checked, the same bytes for the same model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+#: Above this many bytes of weights they go into ``<name>_data``: one protobuf holds at most 2 GB.
+EXTERNAL = 1_800_000_000
+#: Browsers hold no buffer of more than 2 GB.
+CHUNK = 1_900_000_000
+#: Smaller tensors stay in the graph: ONNX Runtime's shape inference reads shape constants from there.
+INLINE = 1024
+
+
+def save_model(model: Any, path: Path, *, external_above: int = EXTERNAL, chunk: int = CHUNK) -> None:
+    """Write an ``onnx_ir.Model``; large ones with their weights in ``<name>_data``, ``<name>_data_1``, ... of at most
+    `chunk` bytes (or one tensor). Weights are streamed. The file passes ``onnx.checker``."""
+    import onnx
+    import onnx_ir
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if (
+                not value.is_graph_input()
+            ):  # the tensor has them; tools that transpose it would leave these stale
+                value.type = value.shape = None
+    values = model.graph.initializers.values()
+    size = sum(v.const_value.nbytes for v in values if v.const_value is not None)
+    if size <= external_above:
+        path.write_bytes(onnx_ir.to_proto(model).SerializeToString(deterministic=True))
+    else:
+        before = set(path.parent.iterdir())
+        onnx_ir.save(
+            model,
+            path,
+            external_data=f"{path.name}_data",
+            size_threshold_bytes=INLINE,
+            max_shard_size_bytes=chunk,
+        )
+        _rename_chunks(path, sorted(set(path.parent.iterdir()) - before - {path}))
+    onnx.checker.check_model(str(path))
+
+
+def external_files(path: Path) -> list[Path]:
+    """The external data files of the .onnx file `path`, in order."""
+    found = [path.with_name(f"{path.name}_data")]
+    found += [path.with_name(f"{path.name}_data_{i}") for i in range(1, 100)]
+    return [file for file in found if file.is_file()]
+
+
+def _rename_chunks(path: Path, chunks: list[Path]) -> None:
+    """From ``-00001-of-00003`` to the names that transformers.js looks for."""
+    import onnx
+
+    names = {chunk.name: f"{path.name}_data" + (f"_{i}" if i else "") for i, chunk in enumerate(chunks)}
+    if all(old == new for old, new in names.items()):
+        return
+    proto = onnx.load(path, load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = names[entry.value]
+    path.write_bytes(proto.SerializeToString(deterministic=True))
+    for chunk in chunks:
+        chunk.rename(path.with_name(names[chunk.name]))

@@ -1,0 +1,176 @@
+"""From a torch function to a clean ONNX model: ``torch.onnx.export(dynamo=True)`` with transformers' own patches.
+
+``transformers.exporters`` knows which torch functions, FX nodes and translations ONNX gets wrong; its patches, fixes and table
+are used as they are. Its exporter class is not: names, one graph for prefill and decoding, and packaging are other here.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ia3_export.errors import Unsupported
+from ia3_export.onnx.contract import GraphSpec
+
+_PREFIX = "model."
+
+
+def trace(model: Any, spec: GraphSpec, opset: int) -> Any:
+    """The ``onnx_ir.Model`` of `spec`: parameters are initializers under their own names (a weight that is only used transposed is
+    stored so), and nothing in it belongs to this machine. Weights are not copied.
+
+    `model` is expected in float32 and eval mode. Raises `Unsupported` when torch cannot trace it.
+    """
+    import torch
+    from transformers.exporters.exporter_dynamo import reset_model_state
+    from transformers.exporters.exporter_onnx import _ONNX_TRANSLATION_TABLE, apply_onnx_ir_fixes
+    from transformers.exporters.utils import apply_fx_node_fixes, apply_patches
+
+    dynamic = tuple(
+        {i: torch.export.Dim.DYNAMIC for i, axis in enumerate(port.shape) if isinstance(axis, str)}
+        for port in spec.inputs
+    )
+    try:
+        with (
+            apply_patches("dynamo"),
+            apply_patches("onnx"),
+            reset_model_state(model),
+            _patched(model),
+            torch.no_grad(),
+        ):
+            program = torch.export.export(
+                _wrap(model, spec), spec.samples, dynamic_shapes=(dynamic,), strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )  # fmt: skip
+            apply_fx_node_fixes("onnx", program.graph_module)
+            exported = torch.onnx.export(
+                program, args=(), dynamo=True, opset_version=opset, verbose=False, optimize=False,
+                input_names=[port.name for port in spec.inputs], output_names=[port.name for port in spec.outputs],
+                custom_translation_table=_ONNX_TRANSLATION_TABLE,
+            )  # fmt: skip
+            apply_onnx_ir_fixes(exported)
+    except Exception as error:  # torch.export and torch.onnx fail in many ways, without a common base
+        cause = error.__cause__ or error
+        raise Unsupported(
+            f"torch cannot export {type(model).__name__} to ONNX: {(str(cause).splitlines() or ['?'])[0]}",
+            hint="try another --task or --opset, and please report the architecture",
+        ) from error
+    return clean(exported.model, spec)
+
+
+def clean(model: Any, spec: GraphSpec) -> Any:
+    """Optimize the graph, give weights and axes their names, and remove what belongs to this machine."""
+    import onnx_ir
+    import onnx_ir.passes.common as passes
+    from onnxscript import optimizer
+
+    _name_parameters(model)
+    _transpose_weights(model)
+    optimizer.optimize(model)
+    onnx_ir.passes.Sequential(
+        passes.RemoveUnusedNodesPass(), passes.RemoveUnusedFunctionsPass(), passes.RemoveUnusedOpsetsPass(),
+        passes.ClearMetadataAndDocStringPass(),
+    )(model)  # fmt: skip
+    model.producer_version = ""
+    model.metadata_props.clear()
+    graph = model.graph
+    for value in (v for node in graph.all_nodes() for v in node.outputs):
+        if not value.is_graph_output():  # shapes that were inferred for the samples
+            value.shape = value.type = None
+    for values, ports in ((graph.inputs, spec.inputs), (graph.outputs, spec.outputs)):
+        for value, port in zip(values, ports, strict=True):
+            value.shape = onnx_ir.Shape(port.shape)
+    return model
+
+
+def _wrap(model: Any, spec: GraphSpec) -> Any:
+    """The module that is traced: positional inputs in, a tuple out."""
+    import torch
+
+    class Traced(torch.nn.Module):  # type: ignore[misc, unused-ignore]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *tensors: Any) -> Any:
+            named = {port.name: tensor for port, tensor in zip(spec.inputs, tensors, strict=True)}
+            return spec.function(self.model, named)
+
+    return Traced().eval()
+
+
+@contextmanager
+def _patched(model: Any) -> Iterator[None]:
+    """Llama 4 rotates complex numbers, of which ONNX has no ``unsqueeze``: the same in pairs of real ones, as transformers itself
+    rewrites it for OpenVINO. And no reports of missing vision operators (of torchvision) and of constants that are not folded."""
+    module: Any = sys.modules[type(model).__module__]
+    has_complex = model.config.model_type.startswith("llama4")
+    rotate = getattr(module, "apply_rotary_emb", None)
+    if has_complex:
+        module.apply_rotary_emb = _rotate_pairs
+    names = (
+        "torch.onnx._internal.exporter._registration",
+        "onnxscript.optimizer._constant_folding",
+        "onnx_ir",
+    )
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        if has_complex:
+            module.apply_rotary_emb = rotate
+
+
+def _rotate_pairs(query: Any, key: Any, frequencies: Any) -> tuple[Any, Any]:
+    """``apply_rotary_emb`` of Llama 4: query and key (batch, length, heads, size), complex frequencies (batch, length, size / 2)."""
+    import torch
+
+    cos, sin = torch.view_as_real(frequencies)[:, :, None].unbind(-1)
+
+    def rotated(x: Any) -> Any:
+        real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
+        return turned.flatten(3).type_as(x)
+
+    return rotated(query), rotated(key)
+
+
+def _name_parameters(model: Any) -> None:
+    initializers = model.graph.initializers
+    for name in [name for name in initializers if name.startswith(_PREFIX)]:
+        value = initializers.pop(name)
+        value.name = name.removeprefix(_PREFIX)
+        initializers[value.name] = value
+
+
+def _transpose_weights(model: Any) -> None:
+    """Store a weight that is only ever read through a transposition as its transpose, under its own name.
+
+    The optimizer would do the same and lose the name. A tied embedding, which is also read as it is, stays one tensor.
+    """
+    import onnx_ir
+
+    for value in list(model.graph.initializers.values()):
+        readers = [node for node, _ in value.uses()]
+        turned = [
+            n for n in readers if n.op_type == "Transpose" and list(n.attributes["perm"].as_ints()) == [1, 0]
+        ]
+        if not readers or len(turned) != len(readers) or value.const_value is None:
+            continue
+        tensor = value.const_value
+        value.const_value = (
+            onnx_ir.tensor(tensor.raw.t(), name=value.name)
+            if hasattr(tensor.raw, "t")
+            else onnx_ir.tensor(tensor.numpy().T.copy(), name=value.name)
+        )
+        value.shape = value.const_value.shape
+        for node in turned:
+            onnx_ir.convenience.replace_all_uses_with(node.outputs[0], value)
+            node.graph.remove(node, safe=True)
