@@ -1,11 +1,16 @@
 # The two commands of the README. Each makes its own .venv and installs everything; nothing else is needed than
 # Python 3.11 or newer and make. PYTHON=python3.12 chooses another interpreter.
 PYTHON ?= python3
+# processes of the tests; torch gets one thread in each, or they wait for each other
+WORKERS ?= 2
+export OMP_NUM_THREADS ?= 1
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint types imports unit clean
+RUNTIMES := tests/runtimes/javascript/node_modules/.installed .venv-optimum/.installed
+
+.PHONY: demo test lint types imports unit runtimes clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python samples/minilm_intent/run.py
@@ -22,8 +27,23 @@ types: $(VENV)/.installed
 imports: $(VENV)/.installed
 	$(BIN)/lint-imports
 
-unit: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -n 2
+unit: $(VENV)/.installed runtimes
+	$(BIN)/python -m pytest -q -n $(WORKERS)
+
+# other people's runtimes, in which the tests run what was exported; tests of one that is missing skip with the reason
+runtimes: $(RUNTIMES)
+
+tests/runtimes/javascript/node_modules/.installed: tests/runtimes/javascript/package-lock.json
+	@if command -v npm >/dev/null; then npm ci --ignore-scripts --no-audit --no-fund --prefix $(@D)/.. && touch $@; \
+	else echo "npm is not installed: the tests of transformers.js will be skipped"; fi
+
+# optimum-onnx cannot live beside transformers 5
+.venv-optimum/.installed: Makefile
+	$(PYTHON) -m venv .venv-optimum
+	.venv-optimum/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-optimum/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==4.57.6 optimum==2.1.0 \
+		optimum-onnx==0.1.0 onnxruntime==1.31.1
+	touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ia3-export needs Python 3.11 or newer")'
@@ -35,4 +55,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) samples/minilm_intent/run
+	rm -rf $(VENV) .venv-optimum tests/runtimes/javascript/node_modules samples/minilm_intent/run

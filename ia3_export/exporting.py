@@ -35,6 +35,8 @@ from ia3_export.report.model import Report, Step
 from ia3_export.sentence import read_sentence_head
 
 SCHEMA = "ia3-export/onnx/2"
+#: Bytes of weights in float32.
+_LARGE = 200_000_000
 _NOT_COPIED = ("README.md", BASE_CARD, NAME)
 
 
@@ -158,7 +160,9 @@ def export_onnx(
             say("verifying")
             # the float32 graphs are proven even where only other precisions of them were asked for
             places = [stage] if "fp32" in wanted else [plain, stage]
-            report = verify(base or source, adapters, onnx=places, device="cpu")
+            report = verify(
+                base or source, adapters, onnx=places, device="cpu", max_memory=_limit(checkpoint)
+            )
             _require(report, stage, target)
         return OnnxExport(target, chosen.name, opset, tuple(files), report)
 
@@ -205,6 +209,17 @@ def _describe(path: Path, precision: str, coverage: Coverage | None = None) -> O
     size = sum(f.stat().st_size for f in path.parent.glob(f"{path.name}*") if not f.name.endswith(".ort"))
     converted = (coverage.weight_bytes, coverage.converted_bytes, coverage.left) if coverage else (0, 0, ())
     return OnnxFile(f"onnx/{path.name}", precision, size, *converted)
+
+
+def _limit(checkpoint: Checkpoint) -> int | None:
+    """Bytes that the proof's models may take. Of models above `_LARGE` the reference is float32, which needs half: the proof then
+    takes no more than the export, and the rounding noise of the reference is measured instead."""
+    import psutil
+
+    elements = sum(tensor.size for tensor in checkpoint.tensors.values())
+    if 4 * elements < _LARGE:
+        return None
+    return min(10 * elements, psutil.virtual_memory().available)
 
 
 def _require(report: Report, stage: Path, target: Path) -> None:

@@ -23,6 +23,8 @@ from ia3_export.parity.runners import quiet
 
 #: Pools of threads go on spinning for a while after their work is done.
 _PAUSE = 0.01
+#: Seconds for which the machine is watched before.
+_LOOK = 0.5
 
 Rounds = list[dict[str, Any]]
 
@@ -53,7 +55,7 @@ def bench(
         length: tokens of the text that a forward takes.
         tokens: greedy decoding steps after it, with the cache (models that generate).
         batch: sequences, images or sounds in a forward.
-        rounds: of measuring, at least 3; one more, to warm up, is not counted.
+        rounds: of measuring, at least 5; one more, to warm up, is not counted.
         on_step: told what is being done.
 
     Raises `UsageError`, `InputError` and its kinds; what a worker fails with is raised here, too.
@@ -61,10 +63,10 @@ def bench(
     if not adapters:
         raise UsageError("no adapter given", hint="give at least one --adapter")
     used = threads if threads is not None else free_cores()
-    if min(used, length, tokens, batch) < 1 or rounds < 3:
+    if min(used, length, tokens, batch) < 1 or rounds < 5:
         raise UsageError(
-            "--threads, --length, --tokens and --batch are at least 1, --rounds at least 3",
-            hint="fewer rounds have no spread",
+            "--threads, --length, --tokens and --batch are at least 1, --rounds at least 5",
+            hint="the spread of fewer rounds says nothing",
         )
     say = on_step or (lambda _: None)
     with tempfile.TemporaryDirectory(prefix="ia3-export-") as folder:
@@ -74,6 +76,7 @@ def bench(
                 base, adapters, scratch, task=task, precisions=precisions, threads=used, length=length, tokens=tokens,
                 batch=batch, say=say,
             )  # fmt: skip
+        busy = psutil.cpu_percent(_LOOK)
         free, needed = psutil.virtual_memory().available, sum(v.memory for v in setup.variants)
         together = needed <= free
         if together:
@@ -87,7 +90,7 @@ def bench(
     return Benchmark(
         source_of(setup.base.location), tuple(source_of(a.location) for a in setup.adapters), setup.task.name,
         {name: value.shape for name, value in setup.inputs.items()}, setup.variants[0].job.tokens, rounds, used,
-        together, _machine(), _rows(setup.variants, measured, batch),
+        together, busy, _machine(), _rows(setup.variants, measured, batch),
     )  # fmt: skip
 
 
@@ -103,10 +106,11 @@ def _run(jobs: Sequence[Job], rounds: int, scratch: Path) -> list[tuple[int, Rou
         workers = [
             stack.enter_context(start_worker(job, scratch / f"worker-{i}.log")) for i, job in enumerate(jobs)
         ]
-        imported = [int(worker.answer()["resident"]) for worker in workers]
-        for worker in workers:  # one by one: a model takes more memory while it is loaded
-            worker.ask("load")
-        results: list[tuple[int, Rounds]] = [(size, []) for size in imported]
+        results: list[tuple[int, Rounds]] = [(int(w.answer()["resident"]), []) for w in workers]
+        for worker in workers:
+            worker.tell("load")
+        for worker in workers:
+            worker.answer()
         for i in range(rounds + 1):
             # back and forth, so that none always follows the same other
             for worker, (_, answers) in list(zip(workers, results, strict=True))[:: 1 if i % 2 else -1]:

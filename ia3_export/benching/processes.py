@@ -80,6 +80,6 @@ def _describe(code: int) -> str:
 
 
 def _error(name: str, kind: str, message: str, hint: str) -> IA3ExportError:
-    cls = getattr(errors, kind, Unsupported)
-    error: IA3ExportError = cls(f"{name}: {message}", hint=hint or "please report the architecture")
+    hint = hint or "try another --length, --batch or --task; otherwise please report the architecture"
+    error: IA3ExportError = getattr(errors, kind, Unsupported)(f"{name}: {message}", hint=hint)
     return error

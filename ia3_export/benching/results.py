@@ -13,6 +13,7 @@ from ia3_export.report.model import Source
 
 SCHEMA = "ia3-export/bench/1"
 Measure = Literal["forward", "token"]
+_BUSY = 10
 #: The measures in words.
 MEASURES: Mapping[Measure, str] = {"forward": "one forward", "token": "one token"}
 
@@ -58,7 +59,8 @@ class Row:
 @dataclass(frozen=True, slots=True)
 class Benchmark:
     """The document of ``bench``. `inputs` are the shapes of a forward's arguments, `tokens` the decoding steps of a round,
-    `interleaved`: the variants took turns, round by round; otherwise each ran by itself."""
+    `interleaved`: the variants took turns, round by round; otherwise each ran by itself. `busy` is how much of the CPU others took
+    shortly before, in percent."""
 
     base: Source
     adapters: tuple[Source, ...]
@@ -68,6 +70,7 @@ class Benchmark:
     rounds: int
     threads: int
     interleaved: bool
+    busy: float
     machine: Mapping[str, Any]
     rows: tuple[Row, ...]
 
@@ -94,8 +97,17 @@ class Benchmark:
         }
         lines.append("operators of the graphs: " + ", ".join(f"{name} {n}" for name, n in counts.items()))
         lines.append(
-            "The spread is the larger interquartile range of the two, over the base's median: a ratio that is nearer to 1 is no difference."
+            "The spread is the larger interquartile range of the two over the base's median: a ratio that is nearer to 1 than that is no "
+            "difference."
         )
+        if not self.interleaved:
+            lines.append(
+                "The variants did not take turns, for lack of memory: noise need not have hit them alike."
+            )
+        if self.busy >= _BUSY:
+            lines.append(
+                f"Before the first round others took {self.busy:.0f} % of the CPU: expect wide spreads."
+            )
         return lines
 
     def to_json(self) -> dict[str, Any]:

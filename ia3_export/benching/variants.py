@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ia3_export.errors import UsageError
 from ia3_export.exporting import export_onnx
 from ia3_export.fold import Array
 from ia3_export.merging import merge
-from ia3_export.model_class import load_runtime_model
+from ia3_export.model_class import load_runtime_model, make_config
 from ia3_export.onnx.contract import input_names, plan_graphs
 from ia3_export.onnx.files import external_files, save_model
 from ia3_export.onnx.package import precision_list
@@ -31,6 +31,7 @@ from ia3_export.parity.inputs import make_cases
 from ia3_export.sentence import read_sentence_head
 
 OPSET = 20
+_TRACED: tuple[Variant, ...] = ("base", "unmerged")
 _GENERATED = ("input_ids", "attention_mask")
 #: Bytes of a process before it loads anything, and copies of the weights while it does: more than was ever measured.
 _TORCH, _ONNX = (900_000_000, 1.5), (200_000_000, 2.5)
@@ -83,6 +84,7 @@ def prepare(
     # an adapter may have been trained below or above the head of the base
     config = {**(merged.config or {}), "architectures": [runtime.class_name]}
     chosen = choose_task(config, asked=task, sentence=(merged.folder / "modules.json").is_file())
+    _check_length(make_config(runtime.config), chosen, length, tokens)
     sources = Sources(
         str(checkpoint.folder), tuple(str(adapter.location.path) for adapter in read), str(merged.folder)
     )
@@ -97,7 +99,6 @@ def prepare(
         say(f"{variant}: tracing")
         model = load_variant(variant, sources, chosen)
         if not inputs:
-            _check_length(model.config, chosen, length, tokens)
             inputs = _make_inputs(model, chosen, length, batch)
             start = special_tokens(model).start
         graphs[variant, "fp32"] = _trace(model, chosen, checkpoint.folder, scratch / variant)
@@ -117,15 +118,12 @@ def prepare(
         replace(first, runtime="ONNX Runtime", variant=v, precision=p, graphs=tuple(map(str, files)))
         for (v, p), files in graphs.items()
     ]
-    weights = {"base": [checkpoint], "unmerged": [checkpoint], "merged": [merged]}
-    extra = {"unmerged": sum(_adapter_bytes(adapter) for adapter in read)}
+    stored = {"base": _weights(checkpoint), "merged": _weights(merged)}
+    stored["unmerged"] = stored["base"] + [file for adapter in read for file in _vectors(adapter)]
+    numbers = sum(math.prod(tensor.shape) for tensor in merged.tensors.values())
     return Setup(
-        checkpoint, read, chosen, inputs,
-        tuple(_weigh(job, weights[job.variant][0], extra.get(job.variant, 0)) for job in jobs),
-    )  # fmt: skip
-
-
-_TRACED: tuple[Variant, ...] = ("base", "unmerged")
+        checkpoint, read, chosen, inputs, tuple(_weigh(job, stored[job.variant], numbers) for job in jobs)
+    )
 
 
 def _trace(model: Any, task: Task, folder: Path, target: Path) -> list[Path]:
@@ -157,7 +155,7 @@ def _check_length(config: Any, task: Task, length: int, tokens: int) -> None:
 def _make_inputs(model: Any, task: Task, length: int, batch: int) -> dict[str, Array]:
     """Text of `length` random tokens without padding; images and sound have the size that the model is made for."""
     given = make_cases(model)[0].tensors
-    if "input_ids" not in given or model.main_input_name not in ("input_ids", *given):
+    if "input_ids" not in given:
         name = model.main_input_name
         return {name: given[name].expand(batch, *given[name].shape[1:]).contiguous().numpy()}
     ids = given["input_ids"][:1]
@@ -167,16 +165,29 @@ def _make_inputs(model: Any, task: Task, length: int, batch: int) -> dict[str, A
     return {name: fill.get(name, ids) for name in names}
 
 
-def _weigh(job: Job, checkpoint: Checkpoint, extra: int) -> Prepared:
+def _weigh(job: Job, stored: Sequence[Path], numbers: int) -> Prepared:
+    """`stored` are the files of the variant in PyTorch, which holds so many `numbers`."""
     if job.runtime == "PyTorch":
-        numbers = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
         fixed, copies = _TORCH
-        files = sum(shard.path.stat().st_size for shard in checkpoint.shards) + extra
-        return Prepared(job, files, fixed + int(copies * 4 * numbers), None)
+        return Prepared(job, _size(stored), fixed + int(copies * 4 * numbers), None)
     graphs = [Path(graph) for graph in job.graphs]
-    files = sum(file.stat().st_size for graph in graphs for file in (graph, *external_files(graph)))
+    size = _size(file for graph in graphs for file in (graph, *external_files(graph)))
     fixed, copies = _ONNX
-    return Prepared(job, files, fixed + int(copies * files), sum(map(_count_operators, graphs)))
+    return Prepared(job, size, fixed + int(copies * size), sum(map(_count_operators, graphs)))
+
+
+def _size(files: Iterable[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
+
+
+def _weights(checkpoint: Checkpoint) -> list[Path]:
+    return [shard.path for shard in checkpoint.shards]
+
+
+def _vectors(adapter: Adapter) -> list[Path]:
+    place = adapter.location.path
+    files = [place / name for name in adapter.files] if place.is_dir() else [place]
+    return [file for file in files if file.suffix != ".json"]
 
 
 def _count_operators(path: Path) -> int:
@@ -193,9 +204,3 @@ def _nodes(graph: Any) -> Iterator[Any]:
         for attribute in node.attribute:
             for body in (attribute.g, *attribute.graphs):
                 yield from _nodes(body)
-
-
-def _adapter_bytes(adapter: Adapter) -> int:
-    place = adapter.location.path
-    files = [place / name for name in adapter.files] if place.is_dir() else [place]
-    return sum(file.stat().st_size for file in files if file.suffix != ".json")

@@ -1,7 +1,6 @@
 """The process that holds one variant: ``python -m ia3_export.benching.worker``, spoken to in lines of JSON.
 
-After the first line, its `Job`, it answers when its libraries are imported, and then every line with one: the first loads and warms up, each
-further one is a round.
+It answers every line with one: its `Job` when its libraries are imported, ``load``, and ``round``, of which the first warms up.
 """
 
 from __future__ import annotations
@@ -51,13 +50,12 @@ def _work(commands: Iterator[str]) -> Iterator[dict[str, Any]]:
     yield {"resident": _resident()}
     next(commands)
     runnable = load(job)
-    measure(runnable, 1, job.tokens)
-    (second,), _ = measure(runnable, 1, 0)
-    repeats = max(1, min(_MOST, int(_ROUND_SECONDS / second)))
-    yield {"repeats": repeats}
+    yield {}
+    repeats = 0
     for _ in commands:
-        forwards, steps = measure(runnable, repeats, job.tokens)
+        forwards, steps = measure(runnable, repeats or 1, job.tokens)
         yield {"forward": forwards, "token": steps, "peak": _peak()}
+        repeats = repeats or max(1, min(_MOST, int(_ROUND_SECONDS / forwards[0])))
 
 
 def read_job(line: str) -> Job:

@@ -10,7 +10,7 @@ from ia3_export.cli.options import adapters_option, base_option, output_options,
 from ia3_export.cli.output import Output, human_bytes
 
 if TYPE_CHECKING:
-    from ia3_export.benching.results import Benchmark, Measure
+    from ia3_export.benching.results import Benchmark, Measure, Row
 
 _WIDTH = 40
 
@@ -33,7 +33,7 @@ _WIDTH = 40
 )  # fmt: skip
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences in a forward.")
 @click.option(
-    "--rounds", type=click.IntRange(3), default=15, show_default=True,
+    "--rounds", type=click.IntRange(5), default=15, show_default=True,
     help="Rounds that count; one more warms up.",
 )  # fmt: skip
 @output_options
@@ -75,47 +75,45 @@ def bench_command(
 
 
 def _show(out: Output, done: Benchmark) -> None:
-    machine = done.machine
     shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in done.inputs.items())
-    out.text(
-        f"{machine['cpu']}, {machine['physical_cores']} cores, {done.threads} threads; {done.task}, {shapes}"
-    )
-    _show_table(out, done)
+    steps = f"; a token is one of {done.tokens} greedy steps after it" if done.tokens else ""
+    out.text(f"{done.machine['cpu']}, {done.machine['physical_cores']} cores, threads: {done.threads}")
+    out.text(f"{done.task}, {done.rounds} rounds; a forward takes {shapes}{steps}")
+    _show_times(out, done)
+    _show_sizes(out, done)
     for measure in done.measures:
         _show_bars(out, done, measure)
     for line in done.findings:
         out.text(line)
 
 
-def _show_table(out: Output, done: Benchmark) -> None:
-    """At 80 columns: medians, ratios and operators; the rest as there is room."""
-    generates = "token" in done.measures
-    columns = ["runtime", "variant", "forward ms", "ratio"]
-    optional = ["files", "peak memory", "p95", "imports"]
-    if generates:
-        columns += ["token ms", "token ratio", "tokens/s"]
-        optional = ["token ratio", "files", "peak memory", "operators", "p95", "token p95", "imports"]
-    columns += ["operators", "files", "peak memory", "imports", "p95", *(["token p95"] if generates else [])]
+def _show_times(out: Output, done: Benchmark) -> None:
+    columns = ["runtime", "variant", "forward ms", "p95", "ratio"]
+    if "token" in done.measures:
+        columns += ["token ms", "token p95", "token ratio", "tokens/s"]
     rows = []
     for row in done.rows:
-        cells: list[object] = [
-            row.runtime,
-            _label(row.variant, row.precision),
-            _number(row.forward.median),
-            f"{row.forward.ratio:.2f}x",
-        ]
-        if row.token is not None and row.tokens_per_second is not None:
-            cells += [
-                _number(row.token.median), f"{row.token.ratio:.2f}x", _number(row.tokens_per_second),
-            ]  # fmt: skip
-        cells += [
-            "" if row.operators is None else row.operators, human_bytes(row.files), human_bytes(row.peak),
-            human_bytes(row.imported), _number(row.forward.p95),
-        ]  # fmt: skip
-        if row.token is not None:
-            cells.append(_number(row.token.p95))
+        cells = [row.runtime, _label(row)]
+        for measure in done.measures:
+            timing = row.timing(measure)
+            if timing is not None:
+                cells += [_number(timing.median), _number(timing.p95), f"{timing.ratio:.2f}x"]
+        if row.tokens_per_second is not None:
+            cells.append(_number(row.tokens_per_second))
         rows.append(cells)
-    out.table(columns, rows, numbers=columns[2:], optional=optional)
+    out.table(columns, rows, numbers=columns[2:], optional=("token ratio", "p95", "token p95"))
+
+
+def _show_sizes(out: Output, done: Benchmark) -> None:
+    columns = ("runtime", "variant", "files", "operators", "peak memory", "imports")
+    rows = [
+        (
+            row.runtime, _label(row), human_bytes(row.files), "" if row.operators is None else row.operators,
+            human_bytes(row.peak), human_bytes(row.imported),
+        )
+        for row in done.rows
+    ]  # fmt: skip
+    out.table(columns, rows, numbers=columns[2:])
 
 
 def _show_bars(out: Output, done: Benchmark, measure: Measure) -> None:
@@ -129,11 +127,11 @@ def _show_bars(out: Output, done: Benchmark, measure: Measure) -> None:
         out.text(f"  {runtime}")
         for row in rows:
             bar = "#" * max(1, round(_WIDTH * ratios[row] / longest))
-            out.text(f"    {_label(row.variant, row.precision):<12} {ratios[row]:5.2f}x |{bar}")
+            out.text(f"    {_label(row):<12} {ratios[row]:5.2f}x |{bar}")
 
 
-def _label(variant: str, precision: str) -> str:
-    return variant if precision == "fp32" else f"{variant} {precision}"
+def _label(row: Row) -> str:
+    return row.variant if row.precision == "fp32" else f"{row.variant} {row.precision}"
 
 
 def _number(value: float) -> str:

@@ -40,7 +40,7 @@ def convert(source: Path, target: Path, precision: Literal["fp16", "int8", "int4
     import onnx_ir.passes.common as passes
 
     model = onnx_ir.load(source)
-    passes.LiftConstantsToInitializersPass()(model)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     before = dict(_weights(model))
     if precision == "fp16":
         to_float16(model)

@@ -82,7 +82,8 @@ def four_bits(array: Array, axis: int) -> tuple[Array, Array, Array]:
         tool.DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=False)
     )
     codes, scales, zeros = kernel.qbits_block_quant(np.ascontiguousarray(np.moveaxis(array, axis, 0)))
-    return codes, scales, zeros
+    # flat before ONNX Runtime 1.24 or so
+    return codes, scales.reshape(len(codes), -1), zeros.reshape(len(codes), -1)
 
 
 def constant(value: Any) -> Array | None:
@@ -211,13 +212,18 @@ def _embedding(state: _State, tape: Any, node: Any) -> Any:
         last = state.initializer("embedding_axis", np.array([-1]))
         rows = tape.op("Sub", [tape.op("Cast", [tape.op("Gather", [codes, ids])], {"to": _FLOAT}), zero])
         return tape.op("Mul", [rows, tape.op("Unsqueeze", [tape.op("Gather", [scale, ids]), last])])
-    if array.shape[1] % BLOCK:  # MatMulNBits pads the last block, GatherBlockQuantized does not
-        return None
     codes, scales, zeros = state.coded(table, array, -1)
     flat = tape.op("Reshape", [codes, state.initializer("embedding_shape", np.array([0, -1]))])
     attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": BLOCK, "bits": 4}
     state.model.opset_imports[_CONTRIB] = 1
-    return tape.op("GatherBlockQuantized", [flat, ids, scales, zeros], attributes, domain=_CONTRIB)
+    rows = tape.op("GatherBlockQuantized", [flat, ids, scales, zeros], attributes, domain=_CONTRIB)
+    width = array.shape[1]
+    if width % BLOCK == 0:
+        return rows
+    # the codes of MatMulNBits fill the last block
+    ends = [np.array([number]) for number in (0, width, -1)]
+    bounds = [state.initializer(f"{table.name}_slice_{i}", end) for i, end in enumerate(ends)]
+    return tape.op("Slice", [rows, *bounds])
 
 
 def _convolution(state: _State, tape: Any, node: Any) -> Any:
