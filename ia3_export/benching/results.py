@@ -96,6 +96,10 @@ class Benchmark:
             r.variant: r.operators for r in self.rows if r.operators is not None and r.precision == "fp32"
         }
         lines.append("operators of the graphs: " + ", ".join(f"{name} {n}" for name, n in counts.items()))
+        if counts["merged"] == counts["base"]:
+            lines.append(
+                "Merged and base run the same operators: what they differ by is the noise of this machine."
+            )
         lines.append(
             "The spread is the larger interquartile range of the two over the base's median: a ratio that is nearer to 1 than that is no "
             "difference."

@@ -33,7 +33,8 @@ from ia3_export.sentence import read_sentence_head
 OPSET = 20
 _TRACED: tuple[Variant, ...] = ("base", "unmerged")
 _GENERATED = ("input_ids", "attention_mask")
-#: Bytes of a process before it loads anything, and copies of the weights while it does: more than was ever measured.
+#: Bytes of a process before it loads anything, and copies of the weights that it holds at most; with a margin over what a model
+#: of 250 MB took.
 _TORCH, _ONNX = (900_000_000, 1.5), (200_000_000, 2.5)
 
 
@@ -92,30 +93,24 @@ def prepare(
         scratch / "exported", model=merged.folder, task=chosen.name, precisions=wanted, opset=OPSET, check=False,
         on_step=lambda step: say(f"merged: {step}"),
     )  # fmt: skip
-    inputs: dict[str, Array] = {}
-    start = -1
     graphs: dict[tuple[Variant, str], list[Path]] = {}
     for variant in _TRACED:
         say(f"{variant}: tracing")
         model = load_variant(variant, sources, chosen)
-        if not inputs:
-            inputs = _make_inputs(model, chosen, length, batch)
-            start = special_tokens(model).start
         graphs[variant, "fp32"] = _trace(model, chosen, checkpoint.folder, scratch / variant)
+        inputs, start = _make_inputs(model, chosen, length, batch), special_tokens(model).start
         del model
         gc.collect()
-    np.savez(scratch / "inputs.npz", **inputs)  # type: ignore[arg-type]
     for precision in wanted:
-        graphs["merged", precision] = [
-            exported.folder / file.path for file in exported.files if file.precision == precision
-        ]
+        files = [exported.folder / file.path for file in exported.files if file.precision == precision]
+        graphs["merged", precision] = files
+    np.savez(scratch / "inputs.npz", **inputs)  # type: ignore[arg-type]
     steps = tokens if chosen.form != "encoder" else 0
-    first = Job(
-        "PyTorch", "base", "fp32", sources, (), chosen, str(scratch / "inputs.npz"), start, threads, steps
-    )
-    jobs = [replace(first, variant=variant) for variant in (*_TRACED, "merged")]
+    file = str(scratch / "inputs.npz")
+    torch_base = Job("PyTorch", "base", "fp32", sources, (), chosen, file, start, threads, steps)
+    jobs = [replace(torch_base, variant=variant) for variant in (*_TRACED, "merged")]
     jobs += [
-        replace(first, runtime="ONNX Runtime", variant=v, precision=p, graphs=tuple(map(str, files)))
+        replace(torch_base, runtime="ONNX Runtime", variant=v, precision=p, graphs=tuple(map(str, files)))
         for (v, p), files in graphs.items()
     ]
     stored = {"base": _weights(checkpoint), "merged": _weights(merged)}

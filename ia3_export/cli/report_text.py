@@ -37,20 +37,30 @@ def _show_proof(out: Output, proof: WeightsProof) -> None:
 def _show_chain(out: Output, report: Report) -> None:
     reference = report.reference
     assert reference is not None
+    live = (
+        f"base + live adapters (applied by {reference.applied_by})" if report.adapters else "the model itself"
+    )
     out.text(
-        f"{reference.model_class} in {reference.dtype}, {reference.runs_on}; reference: base + live adapters "
-        f"(applied by {reference.applied_by}) in {reference.precision}"
+        f"{reference.model_class} in {reference.dtype}, {reference.runs_on}; reference: {live} in {reference.precision}"
     )
     if out.verbose:
         for name in reference.inputs:
             out.text(f"  input: {name}")
     rows: list[tuple[str, ...]] = [
-        ("unmerged", f"{reference.unmerged.max_error:.2e}", "", "", _share(reference.unmerged.top1), "")
+        (
+            "unmerged" if report.adapters else "model",
+            f"{reference.unmerged.max_error:.2e}",
+            "",
+            "",
+            _share(reference.unmerged.top1),
+            "",
+        )
     ]
     rows += [_row(step) for step in report.steps]
     columns = ("", "max error", "bound", "effect", "top-1", "verdict")
     out.table(columns, rows, numbers=columns[1:5], optional=("top-1",))
-    out.text(f"control: the adapters change the base's outputs by up to {reference.effect:.3g}")
+    if report.adapters:
+        out.text(f"control: the adapters change the base's outputs by up to {reference.effect:.3g}")
     for step in report.steps:
         _show_step(out, step)
 

@@ -38,10 +38,10 @@ def quantize(model: Any, precision: Literal["int8", "int4"]) -> None:
     - ``Gather`` of the token embedding takes codes and scales;
     - a ``Conv`` computes in float32 after ``DequantizeLinear``.
 
-    In ``int4`` a scale and a zero point belong to 32 weights, and activations stay float32: ``MatMulNBits`` and, for the token
-    embedding, ``GatherBlockQuantized``.
+    In ``int4`` a scale and a zero point belong to 32 weights, and activations stay float32 (``MatMulNBits``); the token embedding
+    has 8 bits.
 
-    A tied embedding stays tied: lookup and head read the same codes. Tables of positions stay float32: they are small, and all
+    In ``int8`` a tied embedding stays tied: lookup and head read the same codes. Tables of positions stay float32: they are small, and all
     layers see their error.
     """
     import onnx_ir
@@ -69,21 +69,22 @@ def eight_bits(array: Array, axis: int) -> tuple[Array, Array]:
     return codes.astype(np.uint8), scale.reshape(-1) if array.ndim == 2 else scale
 
 
-def four_bits(array: Array, axis: int) -> tuple[Array, Array, Array]:
+def four_bits(array: Array, axis: int) -> tuple[Array, ...]:
     """Codes, scales and zero points of the matrix `array`, whose inputs lie along `axis`, as ``MatMulNBits`` takes them.
 
-    By ONNX Runtime's own kernel: blocks of 32 from least to largest value.
+    By ONNX Runtime's own kernel: blocks of 32 from least to largest value. An odd number of blocks is symmetric and has no zero
+    points: ``GatherBlockQuantized`` reads them from the wrong places then (ONNX Runtime before 1.27).
     """
     handlers, level = logging.root.handlers[:], logging.root.level
     from onnxruntime.quantization import matmul_nbits_quantizer as tool
 
     logging.root.handlers[:], logging.root.level = handlers, level  # importing it configures logging
-    kernel = tool.DefaultWeightOnlyQuantizer(
-        tool.DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=False)
-    )
-    codes, scales, zeros = kernel.qbits_block_quant(np.ascontiguousarray(np.moveaxis(array, axis, 0)))
-    # flat before ONNX Runtime 1.24 or so
-    return codes, scales.reshape(len(codes), -1), zeros.reshape(len(codes), -1)
+    columns = np.ascontiguousarray(np.moveaxis(array, axis, 0))
+    symmetric = -(-len(columns) // BLOCK) % 2 == 1
+    config = tool.DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=symmetric)
+    codes, *rest = tool.DefaultWeightOnlyQuantizer(config).qbits_block_quant(columns)
+    scales, zeros = (part.reshape(len(codes), -1) for part in rest)  # flat in earlier versions
+    return (codes, scales) if symmetric else (codes, scales, zeros)
 
 
 def constant(value: Any) -> Array | None:
@@ -116,19 +117,18 @@ class _State:
 
     model: Any
     int4: bool
-    codes: dict[tuple[Any, int], tuple[Any, ...]] = field(default_factory=dict)
+    codes: dict[tuple[Any, int, int], tuple[Any, ...]] = field(default_factory=dict)
     activations: dict[tuple[Any, Any], tuple[Any, ...]] = field(default_factory=dict)
 
-    def coded(self, weight: Any, array: Array, axis: int) -> tuple[Any, ...]:
-        """Codes, scales and, in int4, zero points of `weight`: it holds `array`, whose inputs lie along `axis`."""
-        if (weight, axis) not in self.codes:
-            suffixes = ("_Q4", "_scales", "_zero_points") if self.int4 else ("_quantized", "_scale")
-            parts = (four_bits if self.int4 else eight_bits)(array, axis)
-            named = zip(suffixes, parts, strict=True)
-            self.codes[weight, axis] = tuple(
-                self.initializer(f"{weight.name}{end}", part) for end, part in named
-            )
-        return self.codes[weight, axis]
+    def coded(self, weight: Any, array: Array, axis: int, bits: int) -> tuple[Any, ...]:
+        """Codes, scales and, with 4 `bits`, zero points of `weight`: it holds `array`, whose inputs lie along `axis`."""
+        key = (weight, axis, bits)
+        if key not in self.codes:
+            suffixes = ("_Q4", "_scales", "_zero_points") if bits == 4 else ("_quantized", "_scale")
+            parts = four_bits(array, axis) if bits == 4 else eight_bits(array, axis)
+            named = zip(suffixes, parts, strict=False)  # not all have zero points
+            self.codes[key] = tuple(self.initializer(f"{weight.name}{end}", part) for end, part in named)
+        return self.codes[key]
 
     def initializer(self, name: str, array: Array) -> Any:
         """`array` as an initializer of the outermost graph, whose values the bodies of ``If`` see."""
@@ -157,7 +157,7 @@ def _matmul(state: _State, tape: Any, node: Any) -> Any:
     if maker is not None and maker.op_type == "Transpose" and array.ndim == 2 and axis == -2:
         # a head that is tied to the embedding: its codes are those of the lookup
         weight, array, axis = maker.inputs[0], array.T, -1
-    coded = state.coded(weight, array, axis)
+    coded = state.coded(weight, array, axis, 4 if state.int4 else 8)
     if state.int4:
         out = _four_bit_product(state, tape, x, coded, np.moveaxis(array, axis, 0).shape)
     else:
@@ -194,7 +194,8 @@ def _eight_bit_product(
 
 
 def _embedding(state: _State, tape: Any, node: Any) -> Any:
-    """Rows of the table of tokens."""
+    """Rows of the table of tokens, in 8 bits whatever the precision: the WebAssembly build that transformers.js loads by itself has no
+    kernel for rows of 4 bits (``GatherBlockQuantized``), and plain operators run everywhere."""
     table, ids = node.inputs
     along = node.attributes.get("axis")
     array = constant(table)
@@ -206,24 +207,11 @@ def _embedding(state: _State, tape: Any, node: Any) -> Any:
         or not _are_tokens(ids)
     ):
         return None
-    if not state.int4:
-        codes, scale = state.coded(table, array, -1)
-        zero = state.initializer("embedding_zero_point", np.array(_ZERO, np.float32))
-        last = state.initializer("embedding_axis", np.array([-1]))
-        rows = tape.op("Sub", [tape.op("Cast", [tape.op("Gather", [codes, ids])], {"to": _FLOAT}), zero])
-        return tape.op("Mul", [rows, tape.op("Unsqueeze", [tape.op("Gather", [scale, ids]), last])])
-    codes, scales, zeros = state.coded(table, array, -1)
-    flat = tape.op("Reshape", [codes, state.initializer("embedding_shape", np.array([0, -1]))])
-    attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": BLOCK, "bits": 4}
-    state.model.opset_imports[_CONTRIB] = 1
-    rows = tape.op("GatherBlockQuantized", [flat, ids, scales, zeros], attributes, domain=_CONTRIB)
-    width = array.shape[1]
-    if width % BLOCK == 0:
-        return rows
-    # the codes of MatMulNBits fill the last block
-    ends = [np.array([number]) for number in (0, width, -1)]
-    bounds = [state.initializer(f"{table.name}_slice_{i}", end) for i, end in enumerate(ends)]
-    return tape.op("Slice", [rows, *bounds])
+    codes, scale = state.coded(table, array, -1, 8)
+    zero = state.initializer("embedding_zero_point", np.array(_ZERO, np.float32))
+    last = state.initializer("embedding_axis", np.array([-1]))
+    rows = tape.op("Sub", [tape.op("Cast", [tape.op("Gather", [codes, ids])], {"to": _FLOAT}), zero])
+    return tape.op("Mul", [rows, tape.op("Unsqueeze", [tape.op("Gather", [scale, ids]), last])])
 
 
 def _convolution(state: _State, tape: Any, node: Any) -> Any:

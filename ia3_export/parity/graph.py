@@ -172,10 +172,11 @@ def prove_graph(
             f"not found as they are: {', '.join(absent[:6])}{' ...' if len(absent) > 6 else ''}; the forwards judge"
         )
     different = [n for n, row in matches.items() if row.changed]
-    notes.append(
-        f"{len(different)} of {len(graph.initializers)} initializers differ from the base's: "
-        f"{', '.join(different[:6])}{' ...' if len(different) > 6 else ''}"
-    )
+    if different:
+        notes.append(
+            f"{len(different)} of {len(graph.initializers)} initializers differ from the base's: "
+            f"{', '.join(different[:6])}{' ...' if len(different) > 6 else ''}"
+        )
     if base_graph is not None and base_graph.precision != graph.precision:
         notes.append(f"the base's export is {base_graph.precision}: operators are not compared")
     elif base_graph is not None:

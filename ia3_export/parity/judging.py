@@ -83,7 +83,7 @@ def judge(
         distance = _distance(outputs, reference, numeric, unmerged, artifact.cases)
     except ValueError as error:
         return _failed(artifact, str(error))
-    share = effect_present(outputs, reference, plain)
+    share = effect_present(outputs, reference, plain) if adapters else None
     loss = None
     if before is not None:
         loss = _distance(outputs, _part(before, outputs, artifact.cases), numeric, unmerged, artifact.cases)

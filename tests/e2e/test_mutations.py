@@ -386,14 +386,20 @@ def _load(path: Path) -> Any:
 
 def live_graph(good: Merge, name: str) -> Any:
     """The unmerged model as a graph: PEFT's layers, traced."""
+    import onnx_ir
+    import torch
     import transformers
     from peft import PeftModel
 
-    from ia3_export.onnx.graph import export_encoder
+    from ia3_export.onnx.contract import plan_graphs
+    from ia3_export.onnx.tasks import TASKS
+    from ia3_export.onnx.trace import trace
 
     inner = getattr(transformers, zoo.by_name(name).model_class).from_pretrained(good.folder / "base")
-    live = PeftModel.from_pretrained(inner, good.folder / "adapter").eval()
-    return export_encoder(live.get_base_model(), "logits", 20)
+    live = PeftModel.from_pretrained(inner, good.folder / "adapter").eval().get_base_model()
+    sample = {"input_ids": torch.ones(2, 11, dtype=torch.int64)}
+    (spec,) = plan_graphs(live, TASKS["text-classification"], sample, "merged", None)
+    return onnx_ir.to_proto(trace(live, spec, 20))
 
 
 def neutral(proto: Any) -> Any:
