@@ -22,12 +22,12 @@ from ia3_export.execute import hash_file
 from ia3_export.manifest import NAME, list_files
 from ia3_export.merging import merge
 from ia3_export.onnx.contract import DecoderForm, plan_graphs
-from ia3_export.onnx.files import save_model
+from ia3_export.onnx.files import external_files, save_model
 from ia3_export.onnx.package import PRECISIONS, TARGETS, file_name, package, precision_list
 from ia3_export.onnx.precision import Coverage, convert
 from ia3_export.onnx.provenance import Origin, trace_origins
 from ia3_export.onnx.tasks import Task, choose_task, load_model
-from ia3_export.onnx.trace import trace
+from ia3_export.onnx.trace import OPSETS, trace
 from ia3_export.parity.inputs import make_cases
 from ia3_export.parity.runners import exact_matmul, quiet
 from ia3_export.parity.verification import verify
@@ -119,7 +119,14 @@ def export_onnx(
     then kept aside as ``<output>.failed``.
     """
     if (model is None) == (base is None) or (base is not None and not adapters):
-        raise UsageError("give either --model, or --base with --adapter")
+        raise UsageError(
+            "give either --model, or --base with --adapter", hint="--model takes the folder that merge wrote"
+        )
+    if opset not in OPSETS:
+        raise UsageError(
+            f"--opset {opset} is not offered",
+            hint=f"there are {OPSETS[0]} to {OPSETS[-1]}; every runtime has 20",
+        )
     wanted = precision_list(precisions)
     unknown = sorted(set(targets) - set(TARGETS))
     if unknown:
@@ -197,7 +204,7 @@ def _export(
         merged = folder / "decoder_model_merged.onnx"
         merge_decoders(paths[1], paths[2], merged)
         origins[merged.stem] = origins.pop(paths[1].stem) | origins.pop(paths[2].stem)
-        for path in paths[1:]:
+        for path in (file for graph in paths[1:] for file in (graph, *external_files(graph))):
             path.unlink()
         paths = [paths[0], merged]
     del model

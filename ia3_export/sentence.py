@@ -72,7 +72,7 @@ def _read_modes(file: Path) -> tuple[str, ...]:
     if named is None:
         found = [mode for mode, flag in _MODES.items() if config.get(flag) is True]
     else:
-        found = [str(mode) for mode in ([named] if isinstance(named, str) else named)]
+        found = [str(mode) for mode in (named if isinstance(named, list) else [named])]
     unknown = [mode for mode in found if mode not in _MODES]
     if unknown or not found:
         raise Unsupported(

@@ -98,12 +98,14 @@ def _encoder_inputs(model: Any, sample: Mapping[str, Any]) -> tuple[tuple[Port, 
     import torch
 
     if "input_ids" in sample:
-        ids = sample["input_ids"][:, :_LENGTH]
+        ids = sample["input_ids"][:, -_LENGTH:]  # with the end, at which BART's classifier pools
         ports = tuple(Port(name, ("batch_size", "sequence_length")) for name in input_names(model))
         ones = torch.ones_like(ids)
         return ports, tuple(ids if port.name == "input_ids" else ones.clone() for port in ports)
     name = model.main_input_name
     value = sample[name]
+    if name == "input_values" and value.ndim == 2:  # raw sound
+        return (Port(name, ("batch_size", "sequence_length")),), (value,)
     return (Port(name, ("batch_size", *value.shape[1:])),), (value,)
 
 
@@ -114,22 +116,33 @@ def _outputs(
     samples: Sequence[Any],
     names: Sequence[str],
 ) -> tuple[Port, ...]:
-    """Output shapes, measured: an axis as long as a free axis of an input is that axis."""
+    """Output shapes, measured: an axis that changes when the inputs are cut to half their length is free."""
     import torch
 
-    free: dict[int, str] = {}
-    for port, value in zip(inputs, samples, strict=True):
-        free |= {
-            size: axis
-            for size, axis in zip(value.shape, port.shape, strict=True)
-            if isinstance(axis, str) and axis != "batch_size"
-        }
+    lengths = {v.shape[1] for port, v in zip(inputs, samples, strict=True) if isinstance(port.shape[1], str)}
+    # cut at the front: some models look for the last token
+    halves = [
+        v[:, v.shape[1] // 2 :] if isinstance(p.shape[1], str) else v
+        for p, v in zip(inputs, samples, strict=True)
+    ]
     with torch.no_grad():
-        values = function(model, {port.name: v for port, v in zip(inputs, samples, strict=True)})
+        whole, half = (
+            function(model, {port.name: v for port, v in zip(inputs, values, strict=True)})
+            for values in (samples, halves)
+        )
+
+    def axis(size: int, other: int) -> int | str:
+        if size == other:
+            return size
+        return "sequence_length" if size in lengths else "output_length"
+
     return tuple(
-        Port(name, ("batch_size", *(free.get(size, size) if axis == 0 else size for axis, size in enumerate(value.shape[1:]))))
-        for name, value in zip(names, values, strict=False)
-    )  # fmt: skip
+        Port(
+            name,
+            ("batch_size", *(axis(*sizes) for sizes in zip(long.shape[1:], short.shape[1:], strict=True))),
+        )
+        for name, long, short in zip(names, whole, half, strict=False)
+    )
 
 
 @dataclass(frozen=True, slots=True)

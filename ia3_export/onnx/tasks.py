@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -78,13 +79,20 @@ def load_model(folder: Any, task: Task, config: Mapping[str, Any]) -> Any:
     cls = _model_class(task, config)
     try:
         model, info = cls.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise Unsupported(
             f"{cls.__name__} does not load this checkpoint: {str(error).splitlines()[0]}",
             hint=f"give another --task: {', '.join(TASKS)}",
         ) from error
+    misfits = sorted(name for name, *_ in info["mismatched_keys"])
+    if misfits:
+        raise Unsupported(
+            f"the weights do not have the shapes that config.json says: {', '.join(misfits[:4])}",
+            hint="config.json and weights belong together; fetch or merge the model again",
+        )
     absent = sorted(info["missing_keys"])
     # a pooler that the outputs do not depend on is made up by transformers, and harmless
     absent = [name for name in absent if "pooler" not in name or "logits" in task.outputs]
@@ -92,6 +100,12 @@ def load_model(folder: Any, task: Task, config: Mapping[str, Any]) -> Any:
         raise Unsupported(
             f"the checkpoint has no weights for {type(model).__name__}: {', '.join(absent[:4])}",
             hint="give the --task that it was trained for, or an adapter that brings the head",
+        )
+    accepted = inspect.signature(model.forward).parameters
+    if {"input_ids", "pixel_values"} <= accepted.keys():
+        raise Unsupported(
+            f"{type(model).__name__} takes text and images, which is exported by no task of this version",
+            hint="export a part of it that is a checkpoint of its own",
         )
     return model.eval()
 
@@ -128,12 +142,14 @@ def _task_of(architecture: str, config: Mapping[str, Any]) -> str | None:
     from optimum.exporters.tasks import TasksManager
 
     cls = getattr(transformers, architecture, None)
-    if not isinstance(cls, type):
+    if not isinstance(cls, type) or "Heads" in architecture:
         return None
     if config.get("is_encoder_decoder") and architecture.endswith("ForConditionalGeneration"):
         # optimum files BART's only class with a language-model head under fill-mask
         speech = getattr(cls, "main_input_name", "input_ids") != "input_ids"
         return "automatic-speech-recognition" if speech else "text2text-generation"
+    if architecture.endswith("ForConditionalGeneration"):  # of several modalities
+        return None
     try:
         name = TasksManager.infer_task_from_model(cls).removesuffix("-with-past")
     except (ValueError, KeyError):  # optimum does not list every class

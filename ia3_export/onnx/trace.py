@@ -15,6 +15,8 @@ from typing import Any
 from ia3_export.errors import Unsupported
 from ia3_export.onnx.contract import GraphSpec
 
+#: torch translates to 18 and converts upwards; 24 is beyond some runtimes.
+OPSETS = range(18, 24)
 _PREFIX = "model."
 
 
@@ -77,6 +79,11 @@ def clean(model: Any, spec: GraphSpec) -> Any:
     model.producer_version = ""
     model.metadata_props.clear()
     graph = model.graph
+    for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
+        value.metadata_props.clear()
+        value.doc_string = None
+        if value.const_value is not None:
+            value.const_value.metadata_props.clear()
     for value in (v for node in graph.all_nodes() for v in node.outputs):
         if not value.is_graph_output():  # shapes that were inferred for the samples
             value.shape = value.type = None

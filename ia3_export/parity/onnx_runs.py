@@ -237,7 +237,7 @@ def _call(session: Any, tensors: Mapping[str, Any]) -> dict[str, Array]:
     if "token_type_ids" in wanted and "token_type_ids" not in feeds:
         feeds["token_type_ids"] = feeds["input_ids"] * 0
     for name, value in feeds.items():
-        if re.fullmatch(r"tensor\(float\d*\)", wanted[name].type):
+        if re.fullmatch(r"tensor\((float\d*|double)\)", wanted[name].type):
             feeds[name] = value.astype(_dtype(wanted[name]), copy=False)
     names = [port.name for port in session.get_outputs()]
     return dict(zip(names, session.run(None, feeds), strict=True))
