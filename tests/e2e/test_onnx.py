@@ -183,7 +183,9 @@ def test_a_part_of_a_model_is_exported_for_another_task(exports: Exports) -> Non
     _check_encoder(exports("mpnet", "--task", "feature-extraction"), ("last_hidden_state",), headless=True)
 
 
-@pytest.mark.xfail(strict=True, reason="ONNX Runtime fails in the Unsqueeze of the pooling at the end of the text")
+@pytest.mark.xfail(
+    strict=True, reason="ONNX Runtime fails in the Unsqueeze of the pooling at the end of the text"
+)
 def test_a_classifier_on_an_encoder_decoder(exports: Exports) -> None:
     exported = exports("mbart-seq-cls")
     config, live, session = exported.kind.config, exported.live(), _session(exported.graph())
