@@ -8,9 +8,9 @@ from tests.support.exported import Exports
 
 
 @pytest.fixture(scope="session")
-def exports(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Exports:
+def exports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exports:
     """Exported folders that all workers of pytest-xdist share."""
     base = tmp_path_factory.getbasetemp()
-    folder = (base if worker_id == "master" else base.parent) / "exports"
+    folder = (base.parent if hasattr(request.config, "workerinput") else base) / "exports"
     folder.mkdir(exist_ok=True)
     return Exports(folder)

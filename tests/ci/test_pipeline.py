@@ -80,7 +80,7 @@ def digest(file: Path) -> str:
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     """``IA3_BASE`` and ``IA3_ADAPTERS`` of a classifier and of a decoder."""
     found = {}
-    for name in ("bert-seq-cls", "llama"):
+    for name in ("bert-seq-cls", "llama", "mamba"):
         kind = zoo.by_name(name)
         folder = tmp_path_factory.mktemp(name)
         model = zoo.build(kind)
@@ -127,12 +127,12 @@ def test_a_classifier_passes_with_onnx_and_a_rerun_forgets_it(
     assert not (tmp_path / "ia3-export" / "onnx").exists()  # of the earlier run: nobody verified it now
 
 
-def test_a_decoder_passes_without_onnx_and_gitlab_gets_its_variables(
+def test_a_model_without_a_cache_passes_without_onnx_and_gitlab_gets_its_variables(
     made: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
-    adapters = json.dumps([made["llama"]["IA3_ADAPTERS"].strip()])
+    adapters = json.dumps([made["mamba"]["IA3_ADAPTERS"].strip()])
     own = {"IA3_OUTPUT": "out", "IA3_REPORTS": "my reports", "IA3_DOTENV": "deep/verdict.env"}
-    ran = run(tmp_path, made["llama"] | own | {"IA3_ADAPTERS": adapters, "GITHUB_ACTIONS": "true"})
+    ran = run(tmp_path, made["mamba"] | own | {"IA3_ADAPTERS": adapters, "GITHUB_ACTIONS": "true"})
     assert ran.code == 0, ran.stderr
     expected = digest(tmp_path / "out" / "merged" / "ia3_export.json")
     assert ran.outputs() == {
@@ -152,7 +152,7 @@ def test_a_decoder_passes_without_onnx_and_gitlab_gets_its_variables(
 def test_an_export_that_was_asked_for_and_is_refused_ends_the_run(
     made: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
-    ran = run(tmp_path, made["llama"] | {"IA3_ONNX": "true"})
+    ran = run(tmp_path, made["mamba"] | {"IA3_ONNX": "true"})
     assert ran.code == 3
     assert ran.outputs() == {}
     assert ran.summary() == "`ia3-export onnx` ended with exit code 3.\n"
