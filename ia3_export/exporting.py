@@ -35,6 +35,8 @@ from ia3_export.report.model import Report, Step
 from ia3_export.sentence import read_sentence_head
 
 SCHEMA = "ia3-export/onnx/2"
+#: Float32 graphs above this many bytes get external data, which are streamed: a protobuf is held in memory twice while it is written.
+_STREAMED = 500_000_000
 #: Bytes of weights in float32.
 _LARGE = 200_000_000
 _NOT_COPIED = ("README.md", BASE_CARD, NAME)
@@ -194,7 +196,7 @@ def _export(
         traced = trace(model, spec, opset)
         path = folder / f"{spec.file}.onnx"
         say(f"writing {path.name}")
-        save_model(traced, path)
+        save_model(traced, path, external_above=_STREAMED)
         paths.append(path)
         origins[spec.file] = trace_origins(traced, model, checkpoint.tensors)
         del traced

@@ -80,6 +80,10 @@ def _javascript(graphs: Sequence[Path], precisions: Sequence[str]) -> dict[str, 
     """The settings that transformers.js reads: the best file for a browser by default, and how many chunks of external data there are."""
     chosen = next(p for p in ("int8", "int4", "fp16", "fp32") if p in precisions)
     dtype = PRECISIONS[chosen].dtype if chosen in PRECISIONS else "fp32"
+    if dtype == "q8" and not any(
+        graph.with_name(f"{graph.stem.removesuffix('_int8')}{_QUANTIZED}.onnx").exists() for graph in graphs
+    ):
+        dtype = "int8"  # external data carry the name of one file only
     settings: dict[str, Any] = {"dtype": dtype}
     chunks = {graph.name: len(external_files(graph)) for graph in graphs}
     if any(chunks.values()):
