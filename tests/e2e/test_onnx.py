@@ -327,10 +327,10 @@ def wrong_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     right = exporting.save_model
 
-    def damaged(model: Any, path: Path) -> None:
+    def damaged(model: Any, path: Path, *, external_above: int) -> None:
         value = max(model.graph.initializers.values(), key=lambda v: v.const_value.nbytes)
         value.const_value = onnx_ir.tensor(np.zeros(value.const_value.shape, np.float32), name=value.name)
-        right(model, path)
+        right(model, path, external_above=external_above)
 
     monkeypatch.setattr(exporting, "save_model", damaged)
 

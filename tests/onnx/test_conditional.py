@@ -120,8 +120,8 @@ def test_large_decoders_become_one_with_its_own_data_and_leave_none_behind(
     monkeypatch.setattr(
         exporting, "trace", lambda model, spec, opset: onnx_ir.load(separate.graph(spec.file))
     )
-    for module in (exporting, conditional):
-        monkeypatch.setattr(module, "save_model", partial(module.save_model, external_above=0))
+    monkeypatch.setattr(exporting, "_STREAMED", 0)
+    monkeypatch.setattr(conditional, "save_model", partial(conditional.save_model, external_above=0))
     ran = run(
         "onnx", "--model", separate.base, "--output", tmp_path / "out", "--decoder", "if", "--no-verify"
     )
