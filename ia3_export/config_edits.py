@@ -14,15 +14,18 @@ def edit_config(
     resolutions: Sequence[Resolution],
     base: Checkpoint,
     dtype: str,
+    adjusted: Mapping[str, Any] | None,
     warnings: list[str],
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """The smallest edit of ``config.json`` that makes it true of the output, and what it changes.
 
-    `dtype` is the ``--dtype`` option; what a user should know is added to `warnings`.
+    `dtype` is the ``--dtype`` option, or the dtype that the output has where the base's was none of a dense model;
+    `adjusted` is the configuration to start from (other quantization settings, or none). What a user should know is
+    added to `warnings`.
     """
-    if base.config is None:
+    if base.config is None or adjusted is None:
         return None, []
-    config = dict(base.config)
+    config = dict(adjusted)
     for result in resolutions:
         runtime = result.runtime
         if runtime is None:
@@ -57,6 +60,7 @@ def edit_config(
         for key, value in config.items()
         if base.config.get(key, ...) != value
     ]
+    edits += [f"{key}: removed" for key in base.config if key not in config]
     return (config if edits else None), edits
 
 

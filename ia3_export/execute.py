@@ -28,6 +28,7 @@ from ia3_export.plan import Change
 from ia3_export.schedule import Item, Queue, Sink, make_runs
 
 _BLOCK = 1 << 19
+_COMPUTED = 1 << 21
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +178,7 @@ def _work(
                 continue
             for item in job.items:
                 targets = [descriptor(sink.path, "r+b") for sink in item.sinks]
-                source = descriptor(item.tensor.file, "rb") if item.tensor.data is None else -1
+                source = descriptor(item.tensor.file, "rb") if item.tensor.in_file else -1
                 try:
                     if item.is_copy:
                         _copy(item, source, targets, meter, work)
@@ -210,23 +211,31 @@ def _transform(
     floats = tensor.dtype in FLOAT_DTYPES
     stored = storage_dtype(tensor.dtype) if floats else np.dtype("u1")
     count = tensor.nbytes // stored.itemsize
-    step = _block_elements([s.change for s in item.sinks if s.change is not None], stored.itemsize)
+    step = _block_elements(item, stored.itemsize)
     states = [_State(sink, digests) for sink in item.sinks]
     for first in range(0, count, step):
         length = min(step, count - first)
-        start = first * stored.itemsize
-        block = work.get("bytes", length * stored.itemsize, "u1").data
-        if tensor.data is None:
-            ranges.read_into(source, block, tensor.offset + start)
-        else:
-            block[:] = tensor.data.data[start : start + len(block)]
-        raw = np.frombuffer(block, stored)
+        raw = _read_block(tensor, source, first, length, stored, work)
         for target, state in zip(targets, states, strict=True):
             state.write(target, raw, first, tensor.dtype, floats, work)
-            meter.add(len(block))
+            meter.add(raw.nbytes)
     for state in states:
         if state.sink.change is not None:
             results[state.sink.output][state.sink.change.name] = state.result()
+
+
+def _read_block(
+    tensor: StoredTensor, source: int, first: int, length: int, stored: Any, work: Workspace
+) -> Any:
+    """Elements ``first:first+length`` as stored, or as they are computed."""
+    if tensor.computed is not None:
+        return tensor.computed.read(first, length)
+    start, nbytes = first * stored.itemsize, length * stored.itemsize
+    if tensor.data is not None:
+        return tensor.data[start : start + nbytes].view(stored)
+    block = work.get("bytes", nbytes, "u1")
+    ranges.read_into(source, block.data, tensor.offset + start)
+    return block.view(stored)
 
 
 class _State:
@@ -258,12 +267,16 @@ class _State:
         return TensorResult(self._hash.hexdigest() if self._hash else None, self._zeros, self._flushed)
 
 
-def _block_elements(changes: Sequence[Change], itemsize: int) -> int:
-    """Elements per block: about 1 MB, in whole periods or rows of the scales so that they take the fast way."""
+def _block_elements(item: Item, itemsize: int) -> int:
+    """Elements per block: half a megabyte, in whole periods or rows of the scales so that they take the fast way; of a
+    computed tensor more, in its units, since starting a block costs more there."""
     limit = _BLOCK // itemsize
     unit = 1
-    for change in changes:
-        for scale in change.scales:
+    if item.tensor.computed is not None:
+        unit = item.tensor.computed.unit
+        return max(_COMPUTED // itemsize // unit, 1) * unit
+    for sink in item.sinks:
+        for scale in sink.change.scales if sink.change is not None else ():
             fits = scale.period if scale.period <= limit else scale.inner
             if unit % fits:
                 unit *= fits

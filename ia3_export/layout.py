@@ -42,21 +42,14 @@ class OutputFile:
 def lay_out(plan: Plan, shard_size: int | None = None) -> tuple[OutputFile, ...]:
     """The weight files of the output: the base's shards and names, or new shards of at most `shard_size` bytes.
 
-    Added tensors go into the last shard. ``.bin`` shards become safetensors of the matching name.
+    What is dequantized stays where its codes were, other added tensors go into the last shard. ``.bin`` shards become
+    safetensors of the matching name.
     """
     if shard_size is not None:
         return _reshard(plan, shard_size)
-    stored = {tensor.name for shard in plan.base.shards for tensor in shard.tensors}
-    added = [change for name, change in plan.changes.items() if name not in stored]
-    files = []
-    for i, shard in enumerate(plan.base.shards):
-        rows: list[tuple[StoredTensor, Change | None]] = [
-            (tensor, plan.changes.get(tensor.name)) for tensor in shard.tensors
-        ]
-        if i == len(plan.base.shards) - 1:
-            rows += [(change.source, change) for change in added]
-        files.append(_lay_shard(shard, rows))
-    return tuple(files)
+    return tuple(
+        _lay_shard(shard, rows, plan) for shard, rows in zip(plan.base.shards, _rows(plan), strict=True)
+    )
 
 
 def make_index(plan: Plan, files: Iterable[OutputFile]) -> bytes | None:
@@ -77,7 +70,32 @@ def make_index(plan: Plan, files: Iterable[OutputFile]) -> bytes | None:
     return (json.dumps(index, indent=2) + "\n").encode()
 
 
-def _lay_shard(shard: Shard, rows: list[tuple[StoredTensor, Change | None]]) -> OutputFile:
+def _rows(plan: Plan) -> list[list[tuple[StoredTensor, Change | None]]]:
+    """The tensors of the output by the base's shards."""
+    rows: list[list[tuple[StoredTensor, Change | None]]] = [
+        [
+            (t, plan.changes.get(t.name))
+            for t in shard.tensors
+            if t.name in plan.changes or t.name not in plan.dropped
+        ]
+        for shard in plan.base.shards
+    ]
+    stored = {tensor.name for shard in plan.base.shards for tensor in shard.tensors}
+    files = {shard.path: i for i, shard in enumerate(plan.base.shards)}
+    for name, change in plan.changes.items():
+        if name not in stored:
+            beside = files.get(change.source.file) if change.source.computed is not None else None
+            rows[-1 if beside is None else beside].append((change.source, change))
+    return rows
+
+
+def _metadata(shard: Shard, plan: Plan) -> Mapping[str, str]:
+    """A header's metadata; of a file that is no longer quantized only its format, since torchao describes tensors there."""
+    dense = plan.quantization.packed and plan.quantized == "dequantize"
+    return {k: v for k, v in shard.metadata.items() if k == "format"} if dense else shard.metadata
+
+
+def _lay_shard(shard: Shard, rows: list[tuple[StoredTensor, Change | None]], plan: Plan) -> OutputFile:
     same = bool(shard.prefix) and all(
         change is None or (change.dtype, change.shape) == (tensor.dtype, tensor.shape)
         for tensor, change in rows
@@ -88,7 +106,7 @@ def _lay_shard(shard: Shard, rows: list[tuple[StoredTensor, Change | None]]) -> 
         )
         size = len(shard.prefix) + sum(tensor.nbytes for tensor in shard.tensors)
         return OutputFile(shard.name, shard.prefix, size, pieces, shard)
-    return _lay_new(_safetensors_name(shard.name), shard.metadata, rows)
+    return _lay_new(_safetensors_name(shard.name), _metadata(shard, plan), rows)
 
 
 def _lay_new(
@@ -108,22 +126,16 @@ def _lay_new(
 
 
 def _reshard(plan: Plan, shard_size: int) -> tuple[OutputFile, ...]:
-    rows: list[tuple[StoredTensor, Change | None]] = [
-        (tensor, plan.changes.get(tensor.name)) for shard in plan.base.shards for tensor in shard.tensors
-    ]
-    rows += [
-        (change.source, change) for name, change in plan.changes.items() if name not in plan.base.tensors
-    ]
     groups: list[list[tuple[StoredTensor, Change | None]]] = [[]]
     filled = 0
-    for tensor, change in rows:
+    for tensor, change in (row for rows in _rows(plan) for row in rows):
         nbytes = (change or tensor).nbytes
         if groups[-1] and filled + nbytes > shard_size:
             groups.append([])
             filled = 0
         groups[-1].append((tensor, change))
         filled += nbytes
-    metadata = plan.base.shards[0].metadata
+    metadata = _metadata(plan.base.shards[0], plan)
     if len(groups) == 1:
         return (_lay_new("model.safetensors", metadata, groups[0]),)
     return tuple(

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from ia3_export.checkpoint.hub import Location
 from ia3_export.execute import TensorResult, Written, hash_file
+from ia3_export.keeping import describe_site
 from ia3_export.plan import Plan
 
 SCHEMA = "ia3-export/manifest/1"
@@ -38,6 +39,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
     return {
         "options": {
             "combine": plan.combine, "weights": list(plan.weights), "cast": plan.cast, "dtype": plan.dtype,
+            "quantized": plan.quantized,
             "allow_missing": plan.allow_missing, "allow_unused": plan.allow_unused,
         },
         "adapters": [a.name for a in plan.adapters],
@@ -49,11 +51,25 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
             }
             for change in sorted(plan.changes.values(), key=lambda change: change.name)
         ],
+        "quantization": describe_quantization(plan),
         "config_edits": list(plan.config_edits),
         "left_out": list(plan.base.left_out),
         "warnings": list(plan.warnings),
         "refusals": [{"error": str(p), "hint": p.hint} for p in plan.problems],
     }  # fmt: skip
+
+
+def describe_quantization(plan: Plan) -> dict[str, Any]:
+    """Formats of the base's quantized weights, what happens to them, and site by site what becomes of kept ones."""
+    if not plan.quantization.packed:
+        return {}
+    return {
+        "formats": plan.quantization.formats,
+        "method": plan.quantization.settings.get("quant_method"),
+        "how": plan.quantized,
+        "sites": [describe_site(site) for site in plan.kept],
+        "dropped": sorted(plan.dropped),
+    }
 
 
 def make_manifest(

@@ -18,7 +18,8 @@ from ia3_export.errors import OutputError, UsageError
 from ia3_export.execute import Progress, write_outputs
 from ia3_export.layout import INDEX, OutputFile, lay_out, make_index
 from ia3_export.manifest import NAME, Digests, Manifest, make_manifest
-from ia3_export.plan import Cast, Dtype, Plan, make_plan
+from ia3_export.plan import Cast, Dtype, Plan, Quantized, make_plan
+from ia3_export.quantization.settings import SIDE_FILES
 
 
 def ignore_progress(_: Progress) -> None:
@@ -33,6 +34,7 @@ def plan_merge(
     weights: Sequence[float] = (),
     cast: Cast = "peft",
     dtype: Dtype = "auto",
+    quantized: Quantized = "dequantize",
     allow_missing: bool = False,
     allow_unused: bool = False,
 ) -> Plan:
@@ -44,7 +46,7 @@ def plan_merge(
         raise UsageError("no adapter given", hint="give at least one --adapter")
     read = [read_adapter(source) for source in adapters]
     return make_plan(
-        read_checkpoint(base), read, combine=combine, weights=weights, cast=cast, dtype=dtype,
+        read_checkpoint(base), read, combine=combine, weights=weights, cast=cast, dtype=dtype, quantized=quantized,
         allow_missing=allow_missing, allow_unused=allow_unused,
     )  # fmt: skip
 
@@ -58,6 +60,7 @@ def merge(
     weights: Sequence[float] = (),
     cast: Cast = "peft",
     dtype: Dtype = "auto",
+    quantized: Quantized = "dequantize",
     shard_size: int | None = None,
     link: bool = False,
     overwrite: bool = False,
@@ -75,14 +78,17 @@ def merge(
     ``tuners/ia3/layer.py``).
 
     Args:
-        base: folder, weight file or hub id ``org/name[@revision]`` of the unquantized base model.
+        base: folder, weight file or hub id ``org/name[@revision]`` of the base model, quantized or not.
         adapters: folders, files or hub ids of PEFT IA3 adapters, in the order in which they are folded.
         output: folder to create.
         combine: ``product`` folds one adapter after the other; ``linear`` is PEFT's ``add_weighted_adapter``
             (``sum w l``); ``delta`` is ``1 + sum w (l - 1)``.
         weights: one number an adapter, for ``linear`` and ``delta``.
         cast: ``peft`` multiplies with the vector as saved; ``peft-low-mem`` rounds it to the base's dtype first.
-        dtype: ``auto`` keeps every tensor's stored dtype; others convert all floating tensors, rounding once.
+        dtype: ``auto`` keeps every tensor's stored dtype (of dequantized ones the dtype that the checkpoint computes in);
+            others convert all floating tensors, rounding once.
+        quantized: of a quantized base. ``dequantize`` writes it dense; ``keep`` folds the vectors into the stored scales and
+            leaves every code alone, or refuses; ``keep-or-dense`` writes the weights dense for which that is impossible.
         shard_size: largest shard in bytes; None keeps the base's shards and names.
         link: hard-link shards that no vector touches instead of copying them.
         overwrite: replace an existing output folder.
@@ -99,7 +105,7 @@ def merge(
     """
     target = Path(output)
     plan = plan_merge(
-        base, adapters, combine=combine, weights=weights, cast=cast, dtype=dtype,
+        base, adapters, combine=combine, weights=weights, cast=cast, dtype=dtype, quantized=quantized,
         allow_missing=allow_missing, allow_unused=allow_unused,
     )  # fmt: skip
     plan.raise_problems()
@@ -113,6 +119,7 @@ def merge_each(
     *,
     cast: Cast = "peft",
     dtype: Dtype = "auto",
+    quantized: Quantized = "dequantize",
     shard_size: int | None = None,
     link: bool = False,
     overwrite: bool = False,
@@ -144,6 +151,7 @@ def merge_each(
             [adapter],
             cast=cast,
             dtype=dtype,
+            quantized=quantized,
             allow_missing=allow_missing,
             allow_unused=allow_unused,
         )
@@ -200,7 +208,8 @@ def _check_space(outputs: Sequence[tuple[Path, Sequence[OutputFile]]], base: Che
 def _write_side_files(plan: Plan, stage: Path, files: Sequence[OutputFile]) -> None:
     for relative in plan.base.side_files:
         target = stage / (BASE_CARD if relative == "README.md" else relative)
-        if relative in (NAME, BASE_CARD):
+        dense = plan.quantization.packed and plan.quantized == "dequantize"
+        if relative in (NAME, BASE_CARD) or (dense and relative in SIDE_FILES):
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(plan.base.folder / relative, target)

@@ -277,3 +277,15 @@ def _needed(model: Any, state: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(
         name for name in state if name in parameters and not any(pattern.search(name) for pattern in ignored)
     )
+
+
+def parameter_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of the class that ``architectures`` names; ``{}`` where there is none."""
+    import transformers
+
+    with _quiet_transformers():
+        for name in config.get("architectures") or ():
+            if isinstance(getattr(transformers, str(name), None), type):
+                model = _build(name, config)
+                return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    return {}

@@ -15,17 +15,19 @@ from ia3_export.checkpoint.header import StoredTensor, count_elements, same_byte
 from ia3_export.config_edits import can_untie, check_vocabulary, edit_config
 from ia3_export.errors import IA3ExportError, NotFinite, Refused, Unsupported, UsageError
 from ia3_export.fold import FLOAT_DTYPES, Array, Scale, make_scale, round_vector
+from ia3_export.keeping import Folds, Kept, KeptSite, keep_codes
+from ia3_export.quantization.detection import Quantization, dense_view, find_quantization
+from ia3_export.quantization.settings import exclude, promote, with_settings, without_settings
 from ia3_export.resolve import Placement, Resolution, resolve
 
 Cast = Literal["peft", "peft-low-mem"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
-How = Literal["fold", "replace", "add", "untie", "cast"]
+#: What becomes of a quantized base: dense; its scales folded, or refused; its scales folded, dense where that fails.
+Quantized = Literal["dequantize", "keep", "keep-or-dense"]
+How = Literal["fold", "replace", "add", "untie", "cast", "dequantize", "rewrite"]
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_QUANTIZED_SUFFIXES = (
-    ".qweight", ".qzeros", ".SCB", ".absmax", ".weight_scale", ".weight_scale_inv", ".weight_packed",
-    ".quant_map", "_blocks", ".W_q",
-)  # fmt: skip
+_NAMES = {stored: name for name, stored in _DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,9 +58,15 @@ class Change:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """All that a merge will do, as plain data. `config` is the output's ``config.json`` if it must differ."""
+    """All that a merge will do, as plain data. `config` is the output's ``config.json`` if it must differ.
+
+    `base` is what is stored. Of a quantized base `dense` is what it stands for, and the output has no `dropped` tensors.
+    """
 
     base: Checkpoint
+    dense: Checkpoint
+    quantization: Quantization
+    quantized: Quantized
     adapters: tuple[Adapter, ...]
     combine: Combine
     weights: tuple[float, ...]
@@ -67,8 +75,10 @@ class Plan:
     allow_missing: bool
     allow_unused: bool
     changes: Mapping[str, Change]
+    dropped: frozenset[str]
     config: Mapping[str, Any] | None
     config_edits: tuple[str, ...]
+    kept: tuple[KeptSite, ...]
     model_class: str | None
     warnings: tuple[str, ...]
     problems: tuple[IA3ExportError, ...]
@@ -85,7 +95,7 @@ class Plan:
     @property
     def touched_shards(self) -> tuple[str, ...]:
         """Names of the base's shards that hold a changed tensor."""
-        names = set(self.changes)
+        names = {*self.changes, *self.dropped}
         return tuple(s.name for s in self.base.shards if any(t.name in names for t in s.tensors))
 
 
@@ -97,6 +107,7 @@ def make_plan(
     weights: Sequence[float] = (),
     cast: Cast = "peft",
     dtype: Dtype = "auto",
+    quantized: Quantized = "dequantize",
     allow_missing: bool = False,
     allow_unused: bool = False,
 ) -> Plan:
@@ -105,27 +116,52 @@ def make_plan(
     Refusals are collected in ``Plan.problems``. Raises `UsageError` for weights that do not fit `combine`.
     """
     _check_weights(adapters, combine, weights)
-    resolutions = [resolve(a, base, allow_missing=allow_missing, allow_unused=allow_unused) for a in adapters]
-    problems = [*_quantized(base), *(p for r in resolutions for p in r.problems)]
+    if quantized != "dequantize" and dtype != "auto":
+        raise UsageError(
+            f"--dtype {dtype} and --quantized {quantized} exclude each other",
+            hint="what stays quantized has no dtype; --quantized dequantize writes it in one",
+        )
+    quantization = find_quantization(base)
+    dense = dense_view(base, quantization)
+    resolutions = [
+        resolve(a, dense, allow_missing=allow_missing, allow_unused=allow_unused) for a in adapters
+    ]
+    problems = [*quantization.problems, *(p for r in resolutions for p in r.problems)]
     problems += [p for adapter in adapters for p in _not_finite(adapter)]
-    warnings = [w for r in resolutions for w in r.warnings]
+    warnings = [*quantization.warnings, *(w for r in resolutions for w in r.warnings)]
     changes: dict[str, Change] = {}
+    dropped: frozenset[str] = frozenset()
+    kept: Kept | None = None
     if not problems:
         try:
-            _replace_tensors(resolutions, base, changes, dtype)
-            _fold_vectors(resolutions, base, changes, combine, weights, cast, dtype)
-            _write_ties(resolutions, base, changes, dtype, warnings)
-            _cast_rest(base, changes, dtype)
+            _replace_tensors(resolutions, dense, changes, dtype)
+            _fold_vectors(resolutions, dense, changes, combine, weights, cast, dtype)
+            _write_ties(resolutions, dense, changes, dtype, warnings)
+            if quantized == "dequantize" or not quantization.packed:
+                _cast_rest(dense, changes, dtype)
+                dropped = frozenset(base.tensors.keys() - dense.tensors.keys())
+            else:
+                kept = _keep(base, dense, quantization, changes, quantized)
+                dropped = frozenset(kept.drops)
+                problems += _refusals(kept)
+                warnings += kept.warnings
         except IA3ExportError as error:
             problems.append(error)
-    config, edits = edit_config(resolutions, base, dtype, warnings)
-    shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+    adjusted, written = base.config, str(dtype)
+    if quantization.packed and base.config is not None:
+        if quantized == "dequantize":
+            adjusted = without_settings(base.config)
+            written = dtype if dtype != "auto" else _NAMES[quantization.kept]
+        elif kept is not None:
+            adjusted = _adjust(base, quantization, kept, changes, problems)
+    config, edits = edit_config(resolutions, base, written, adjusted, warnings)
+    shapes = {name: tensor.shape for name, tensor in dense.tensors.items()}
     shapes |= {name: change.shape for name, change in changes.items()}
     problems += check_vocabulary(resolutions, shapes, config)
     classes = [r.runtime.class_name for r in resolutions if r.runtime is not None]
     return Plan(
-        base, tuple(adapters), combine, tuple(weights), cast, dtype, allow_missing, allow_unused, changes, config, tuple(edits),
-        classes[0] if classes else None, tuple(dict.fromkeys(warnings)), tuple(problems),
+        base, dense, quantization, quantized, tuple(adapters), combine, tuple(weights), cast, dtype, allow_missing,
+        allow_unused, changes, dropped, config, tuple(edits), tuple(kept.sites) if kept else (), classes[0] if classes else None, tuple(dict.fromkeys(warnings)), tuple(problems),
     )  # fmt: skip
 
 
@@ -147,22 +183,6 @@ def _check_weights(adapters: Sequence[Adapter], combine: Combine, weights: Seque
     paths = [adapter.location.path.resolve() for adapter in adapters]
     if len(set(paths)) != len(paths):
         raise UsageError("the same adapter is given twice", hint="its vectors would be applied twice")
-
-
-def _quantized(base: Checkpoint) -> list[IA3ExportError]:
-    config = base.config or {}
-    settings = [c.get("quantization_config") for c in (config, *config.values()) if isinstance(c, dict)]
-    method = next((s.get("quant_method", "?") for s in settings if isinstance(s, dict)), None)
-    packed = next((name for name in base.tensors if name.endswith(_QUANTIZED_SUFFIXES)), None)
-    if method is None and packed is None:
-        return []
-    evidence = f"quantization method {method}" if method is not None else f"it holds {packed}"
-    return [
-        Unsupported(
-            f"the base {base.location.given} is quantized ({evidence}); this version folds unquantized bases only",
-            hint="give the unquantized checkpoint that the adapter's base_model_name_or_path names",
-        )
-    ]
 
 
 def _not_finite(adapter: Adapter) -> list[IA3ExportError]:
@@ -194,7 +214,7 @@ def _replace_tensors(
                     hint="merge the adapters one at a time, or drop the head from one of them",
                 )
             stored = base.tensors.get(target)
-            kept = stored.dtype if stored is not None else base.main_dtype
+            kept = stored.kept if stored is not None else base.main_dtype
             if tensor.dtype not in FLOAT_DTYPES or kept not in FLOAT_DTYPES:
                 kept = tensor.dtype
             how: How = "replace" if stored is not None else "add"
@@ -230,7 +250,7 @@ def _fold_vectors(
     vectors = {}
     for key, placement in union.items():
         weight = base.tensors.get(placement.parts[0].source)
-        stored = weight.dtype if weight is not None else base.main_dtype
+        stored = weight.kept if weight is not None else base.main_dtype
         parts = [r.placements[key].site.vector if key in r.placements else None for r in resolutions]
         vectors[key] = combine_vectors(parts, weights, combine, stored)
     label = " + ".join(f"{w:g} {r.adapter.name}" for w, r in zip(weights, resolutions, strict=True))
@@ -257,17 +277,15 @@ def _lay(
                 experts[site.module] = (vector, site.direction)
             elif part.kind == "converted":
                 stored = result.runtime.converted[part.tensor][0] if result.runtime else part.tensor
-                factors = _factors(vector, base.tensors[stored].dtype, cast)
+                factors = _factors(vector, base.tensors[stored].kept, cast)
                 laid = make_scale(factors, part.shape, site.direction, part.layout)
                 _spread(result, part.tensor, _expand(laid, part.shape), base, changes, dtype, note)
             else:
                 source = changes[part.tensor].source if part.tensor in changes else base.tensors[part.source]
-                factors = _factors(vector, base.tensors[part.source].dtype, cast)
+                factors = _factors(vector, base.tensors[part.source].kept, cast)
                 scale = make_scale(factors, part.shape, site.direction, part.layout)
                 how: How = "fold" if part.tensor in base.tensors else "untie"
-                _append(
-                    changes, part.tensor, how, base.tensors[part.source].dtype, source, scale, note, dtype
-                )
+                _append(changes, part.tensor, how, base.tensors[part.source].kept, source, scale, note, dtype)
     if experts and result.runtime is not None:
         from ia3_export.conversions import fused_multiplier
 
@@ -280,7 +298,7 @@ def _lay(
             )
         for entry, multiplier in multipliers.items():
             stored = (result.runtime.converted.get(entry) or (result.runtime.stored[entry],))[0]
-            multiplier = _factors(multiplier.reshape(-1), base.tensors[stored].dtype, cast)
+            multiplier = _factors(multiplier.reshape(-1), base.tensors[stored].kept, cast)
             multiplier = multiplier.reshape(result.runtime.shapes[entry])
             _spread(result, entry, multiplier, base, changes, dtype, f"{label}: experts of {entry}")
 
@@ -308,7 +326,7 @@ def _spread(
         if (factors != 1).any():
             tensor = base.tensors[stored]
             source = changes[stored].source if stored in changes else tensor
-            _append(changes, stored, "fold", tensor.dtype, source, Scale(factors, 1), note, dtype)
+            _append(changes, stored, "fold", tensor.kept, source, Scale(factors, 1), note, dtype)
 
 
 def _append(
@@ -364,12 +382,96 @@ def _write_ties(
                 continue
             tensor = base.tensors[stored]
             changes[name] = Change(
-                name, "untie", written_dtype(tensor.dtype, dtype), tensor, (), (f"copy of {stored}",)
+                name, "untie", written_dtype(tensor.kept, dtype), tensor, (), (f"copy of {stored}",)
             )
+
+
+def _keep(
+    base: Checkpoint,
+    dense: Checkpoint,
+    quantization: Quantization,
+    changes: dict[str, Change],
+    quantized: Quantized,
+) -> Kept:
+    """Replace the `changes` of quantized weights by changes of their scales."""
+    folds, replaced = [], set()
+    for name in [name for name in changes if name in quantization.packed]:
+        packed = quantization.packed[name]
+        if changes[name].how == "fold":
+            change = changes.pop(name)
+            folds.append(Folds(packed, change.scales, change.folds))
+        else:  # the adapter brings the whole weight
+            replaced.add(name)
+    kept = keep_codes(folds, base, dense, quantization, or_dense=quantized == "keep-or-dense")
+    for name in replaced:
+        kept.dense.add(name)
+        kept.drops |= quantization.packed[name].parts.keys() - {name}
+    for name, tensor in kept.tensors.items():
+        before = changes.get(name)
+        if before is not None:
+            changes[name] = Change(
+                name, before.how, before.dtype, before.source, (*before.scales, *tensor.scales),
+                (*before.folds, *tensor.notes),
+            )  # fmt: skip
+        else:
+            how: How = "fold" if tensor.notes else "rewrite"
+            changes[name] = Change(name, how, tensor.dtype, tensor.source, tensor.scales, tensor.notes)
+    return kept
+
+
+def _refusals(kept: Kept) -> list[IA3ExportError]:
+    return [
+        Refused(
+            f"{site.weight} ({site.format}) cannot be kept quantized: {site.reason}",
+            hint="--quantized keep-or-dense writes such weights dense, --quantized dequantize all of them",
+        )
+        for site in kept.sites
+        if site.outcome == "refused"
+    ]
+
+
+def _adjust(
+    base: Checkpoint,
+    quantization: Quantization,
+    kept: Kept,
+    changes: Mapping[str, Change],
+    problems: list[IA3ExportError],
+) -> Mapping[str, Any] | None:
+    """``config.json`` with quantization settings that are true of the output."""
+    settings: Mapping[str, Any] = quantization.settings
+    if kept.groups:
+        settings = promote(settings, kept.groups)
+    if kept.dense:
+        packed = {
+            part
+            for name, p in quantization.packed.items()
+            if name not in kept.dense
+            for part in (name, *p.parts)
+        }
+        dense = {
+            name.removesuffix(".weight")
+            for name, tensor in {**base.tensors, **{n: c.source for n, c in changes.items()}}.items()
+            if name.endswith(".weight") and len(tensor.shape) == 2 and name not in packed
+        }
+        edited = exclude(settings, [name.removesuffix(".weight") for name in sorted(kept.dense)], dense)
+        if isinstance(edited, str):
+            problems.append(
+                Refused(
+                    f"{min(kept.dense)} would have to be dense, and {edited}",
+                    hint="--quantized dequantize writes every weight dense",
+                )
+            )
+            return base.config
+        settings = edited
+    assert base.config is not None
+    if settings == quantization.settings:
+        return base.config
+    return with_settings(base.config, settings)
 
 
 def _cast_rest(base: Checkpoint, changes: dict[str, Change], dtype: Dtype) -> None:
     for name, tensor in base.tensors.items():
-        written = written_dtype(tensor.dtype, dtype)
-        if name not in changes and written != tensor.dtype:
-            changes[name] = Change(name, "cast", written, tensor, (), ())
+        written = written_dtype(tensor.kept, dtype)
+        if name not in changes and (written != tensor.dtype or tensor.computed is not None):
+            how: How = "cast" if tensor.computed is None else "dequantize"
+            changes[name] = Change(name, how, written, tensor, (), ())

@@ -257,7 +257,7 @@ def in_output(entry: str, runtime: RuntimeModel) -> bool:
 def _check_dtype(name: str, dtype: str) -> None:
     if dtype not in FLOAT_DTYPES:
         raise Unsupported(
-            f"the weight of {name} is stored as {dtype}: the base is quantized, which this version does not fold",
+            f"the weight of {name} is stored as {dtype}, which no vector can be folded into",
             hint="give the unquantized checkpoint of the same model",
         )
 

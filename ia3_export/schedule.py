@@ -42,7 +42,7 @@ class Item:
     @property
     def is_copy(self) -> bool:
         """Whether bytes move from file to file unchanged."""
-        return self.tensor.data is None and all(sink.change is None for sink in self.sinks)
+        return self.tensor.in_file and all(sink.change is None for sink in self.sinks)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,9 +71,9 @@ def make_runs(sinks: Sequence[tuple[StoredTensor, Sink]]) -> Iterator[Run]:
     """Group sinks by source tensor, in file order, into runs; neighbours that are copied alike become one range."""
     by_source: dict[tuple[str, int, int, int], tuple[StoredTensor, list[Sink], list[Sink]]] = {}
     for tensor, sink in sinks:
-        place = (str(tensor.file), 0 if tensor.data is None else id(tensor), tensor.offset, tensor.nbytes)
+        place = (str(tensor.file), 0 if tensor.in_file else id(tensor), tensor.offset, tensor.nbytes)
         _, copied, transformed = by_source.setdefault(place, (tensor, [], []))
-        (copied if sink.change is None and tensor.data is None else transformed).append(sink)
+        (copied if sink.change is None and tensor.in_file else transformed).append(sink)
     copies: list[Item] = []
     transforms: list[Item] = []
     for place in sorted(by_source):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,24 @@ MAX_HEADER = 100_000_000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Computed:
+    """How the elements of a tensor are computed from stored ones while they are read: dequantized, for example.
+
+    ``read(first, count)`` gives flat elements ``first:first+count`` in the tensor's dtype; both are multiples of
+    `unit`, or end with the tensor. `kept` is the dtype in which the values are written unless the user chooses another.
+    """
+
+    unit: int
+    read: Callable[[int, int], Array]
+    kept: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class StoredTensor:
     """A tensor on disk, never loaded: `nbytes` C-ordered little-endian bytes at `offset` of `file`.
 
-    `data` (uint8) stands in for the file where bytes cannot be addressed there (old ``.bin`` files).
+    `data` (uint8) stands in for the file where bytes cannot be addressed there (old ``.bin`` files), and `computed`
+    where they are not stored at all.
     """
 
     name: str
@@ -34,11 +48,22 @@ class StoredTensor:
     offset: int
     nbytes: int
     data: Array | None = None
+    computed: Computed | None = None
 
     @property
     def size(self) -> int:
         """Number of elements."""
         return count_elements(self.shape)
+
+    @property
+    def in_file(self) -> bool:
+        """Whether `file` holds the bytes."""
+        return self.data is None and self.computed is None
+
+    @property
+    def kept(self) -> str:
+        """The dtype in which an output keeps the tensor."""
+        return self.dtype if self.computed is None else self.computed.kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +81,8 @@ def read_bytes(tensor: StoredTensor) -> bytes:
     """All bytes of a (small) tensor. Raises `DamagedFile` when the file has become shorter."""
     if tensor.data is not None:
         return tensor.data.tobytes()
+    if tensor.computed is not None:
+        return tensor.computed.read(0, tensor.size).tobytes()
     with tensor.file.open("rb") as file:
         file.seek(tensor.offset)
         data = file.read(tensor.nbytes)

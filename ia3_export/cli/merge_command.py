@@ -50,6 +50,13 @@ if TYPE_CHECKING:
     help="Dtype of the output; auto keeps what is stored.",
 )
 @click.option(
+    "--quantized",
+    type=click.Choice(["dequantize", "keep", "keep-or-dense"]),
+    default="dequantize",
+    show_default=True,
+    help="A quantized base: written dense, its scales folded (or refused), or folded with dense weights where it must be.",
+)
+@click.option(
     "--cast",
     type=click.Choice(["peft", "peft-low-mem"]),
     default="peft",
@@ -86,6 +93,7 @@ def merge_command(
     combine: Literal["product", "linear", "delta"],
     weights: tuple[float, ...],
     dtype: Literal["auto", "float32", "float16", "bfloat16"],
+    quantized: Literal["dequantize", "keep", "keep-or-dense"],
     cast: Literal["peft", "peft-low-mem"],
     shard_size: int | None,
     link: bool,
@@ -119,7 +127,7 @@ def merge_command(
         from ia3_export.manifest import describe_plan
 
         plan = plan_merge(
-            base, adapters, combine=combine, weights=weights, cast=cast, dtype=dtype,
+            base, adapters, combine=combine, weights=weights, cast=cast, dtype=dtype, quantized=quantized,
             allow_missing=allow_missing, allow_unused=allow_unused,
         )  # fmt: skip
         show_plan(out, plan)
@@ -129,8 +137,8 @@ def merge_command(
     with out.progress("merging") as report:
         if output_per_adapter is not None:
             manifests = merge_each(
-                base, adapters, output_per_adapter, cast=cast, dtype=dtype, shard_size=shard_size, link=link,
-                overwrite=overwrite, allow_missing=allow_missing, allow_unused=allow_unused, digests=digests,
+                base, adapters, output_per_adapter, cast=cast, dtype=dtype, quantized=quantized,
+                shard_size=shard_size, link=link, overwrite=overwrite, allow_missing=allow_missing, allow_unused=allow_unused, digests=digests,
                 flush=flush, on_progress=report,
             )  # fmt: skip
             out.document({"manifests": [manifest.content for manifest in manifests]})
@@ -139,7 +147,7 @@ def merge_command(
             manifests = [
                 merge(
                     base, adapters, output, combine=combine, weights=weights, cast=cast, dtype=dtype,
-                    shard_size=shard_size, link=link, overwrite=overwrite, allow_missing=allow_missing,
+                    quantized=quantized, shard_size=shard_size, link=link, overwrite=overwrite, allow_missing=allow_missing,
                     allow_unused=allow_unused, digests=digests, flush=flush, on_progress=report,
                 )
             ]  # fmt: skip

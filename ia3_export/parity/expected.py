@@ -42,16 +42,21 @@ class Expected:
     @property
     def plain(self) -> bool:
         """Whether the bytes are those of `source`."""
-        return not self.scales and self.dtype == self.source.dtype
+        return not self.scales and self.dtype == self.source.dtype and self.source.computed is None
 
 
 def expected_tensors(plan: Plan) -> dict[str, Expected]:
     """Every tensor of the output of `plan`, by name."""
     stored = plan.base.tensors
-    rows = {name: Expected(name, t.dtype, t, (), None, t) for name, t in stored.items()}
+    rows = {
+        name: Expected(name, t.dtype, t, (), None, t)
+        for name, t in stored.items()
+        if name not in plan.dropped
+    }
     for name, change in plan.changes.items():
-        how = None if change.how == "cast" else change.how
-        rows[name] = Expected(name, change.dtype, change.source, change.scales, how, stored.get(name))
+        how = None if change.how in ("cast", "dequantize", "rewrite") else change.how
+        base = plan.dense.tensors.get(name) or stored.get(name)
+        rows[name] = Expected(name, change.dtype, change.source, change.scales, how, base)
     return rows
 
 
@@ -98,13 +103,25 @@ def expected_blocks(
     dtypes), block by block, each with the index of its first element and valid until the next."""
     floats = row.source.dtype in FLOAT_DTYPES
     stored = storage_dtype(row.source.dtype) if floats else np.dtype("u1")
-    end = row.source.nbytes // stored.itemsize if end is None else end
+    total = row.source.nbytes // stored.itemsize
+    end = total if end is None else end
     step = BLOCK // max(stored.itemsize, storage_dtype(row.dtype).itemsize if floats else 1)
     first = start
     while first < end:
         # blocks begin and end at whole rows of the scale where a row fits, so that the fold takes its fast way
-        length = min(_whole_rows(row.scales, first, step), end - first)
-        raw = reader.read(row.source, first * stored.itemsize, length * stored.itemsize, "base").view(stored)
+        if row.source.computed is not None:
+            unit = row.source.computed.unit
+            begin = first // unit * unit
+            length = min(max(step // unit, 1) * unit - (first - begin), end - first)
+            raw = row.source.computed.read(
+                begin, min(-(-(first - begin + length) // unit) * unit, total - begin)
+            )
+            raw = raw[first - begin :][:length]
+        else:
+            length = min(_whole_rows(row.scales, first, step), end - first)
+            raw = reader.read(row.source, first * stored.itemsize, length * stored.itemsize, "base").view(
+                stored
+            )
         if row.plain:
             yield raw, first
         else:

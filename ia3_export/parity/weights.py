@@ -159,14 +159,14 @@ def _pieces(pairs: Sequence[tuple[Expected, StoredTensor]]) -> Iterator[_Piece]:
 
 def _same_place(row: Expected, tensor: StoredTensor) -> bool:
     """Whether base and output share the bytes on disk (``merge --link``)."""
-    if not row.plain or tensor.data is not None or row.source.data is not None:
+    if not row.plain or not (tensor.in_file and row.source.in_file):
         return False
     return row.source.offset == tensor.offset and row.source.file.samefile(tensor.file)
 
 
 def _continues(before: tuple[Expected, StoredTensor], after: tuple[Expected, StoredTensor]) -> bool:
     return all(
-        a.data is None and b.data is None and a.file == b.file and a.offset + a.nbytes == b.offset
+        a.in_file and b.in_file and a.file == b.file and a.offset + a.nbytes == b.offset
         for a, b in ((before[0].source, after[0].source), (before[1], after[1]))
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 
 def make_llama(folder: Path, *, shard_size: str = "800MB", small: bool = False) -> tuple[Path, Path]:
@@ -33,7 +34,59 @@ def make_llama(folder: Path, *, shard_size: str = "800MB", small: bool = False) 
     return base, adapter
 
 
+#: The quantized variants of `make_quantized`, with the arguments of bitsandbytes' writer; W4A16 has another.
+QUANTIZED: dict[str, dict[str, Any]] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "nf4-double": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    },
+    "int8": {"load_in_8bit": True},
+    "w4a16": {},
+}
+
+
+def make_quantized(folder: Path, kind: str, *, shard_size: str = "800MB") -> Path:
+    """The Llama of `make_llama`, which has to be there, quantized by the format's own writer; made once, reused afterwards.
+
+    bitsandbytes through transformers (saved before any forward, which would repack the weights). "w4a16" is symmetric
+    4-bit integers in groups of 128, by llmcompressor, whose environment this has to run in. lm_head stays bf16 in all.
+    """
+    base, quantized = folder / "llama-1.1b", folder / f"llama-1.1b-{kind}"
+    if (quantized / "config.json").exists():
+        return quantized
+    unfinished = quantized.with_name(f"{quantized.name}.part")
+    if kind == "w4a16":
+        from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+        from llmcompressor import model_free_ptq
+
+        weights = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=128)
+        scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+        config = QuantizationConfig(
+            config_groups={"group_0": scheme}, ignore=["lm_head", "re:.*embed_tokens"]
+        )
+        model_free_ptq(base, unfinished, config=config)
+    else:
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        model = AutoModelForCausalLM.from_pretrained(
+            base,
+            dtype="auto",
+            quantization_config=BitsAndBytesConfig(**QUANTIZED[kind]),
+            device_map="cpu",
+        )
+        model.save_pretrained(unfinished, max_shard_size=shard_size)
+    unfinished.rename(quantized)
+    return quantized
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    print(*make_llama(parser.parse_args().folder))
+    parser.add_argument("kind", nargs="?", choices=QUANTIZED, help="a quantized variant of it")
+    given = parser.parse_args()
+    if given.kind is None:
+        print(*make_llama(given.folder))
+    else:
+        print(make_quantized(given.folder, given.kind))

@@ -1,0 +1,416 @@
+"""``--quantized keep``: the vectors of a dense plan, folded into the stored scales of a quantized base instead.
+
+Starts from the changes that a merge into the dequantized base would make. A vector on the output of a weight multiplies
+the scales of its rows. One on the input has no scale of its own in most formats, but the projection that feeds the weight
+can take it on its rows where the feed-forward allows that. No code is touched; what cannot be kept is written dense or refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from ia3_export.checkpoint.folder import Checkpoint
+from ia3_export.checkpoint.header import StoredTensor
+from ia3_export.fold import Array, Layout, Scale, from_float, make_scale, to_float
+from ia3_export.quantization.detection import Quantization, cache_scales
+from ia3_export.quantization.feed_forward import activation_of, find_feeder, move_vector, self_check
+from ia3_export.quantization.packed import Foldable, Packed, ScaleTensor, as_float, read_flat
+
+Outcome = Literal["exact", "rounded", "moved", "dense", "refused"]
+
+#: Smallest normal and largest finite number of the dtypes of scales.
+_RANGE = {"F16": (2.0**-14, 65504.0), "BF16": (2.0**-126, 3.38e38), "F32": (2.0**-126, 3.4e38)}
+#: Relative error of one rounding to float32; a scale that has no more counts as exact.
+_EXACT = 2.0**-23
+#: The moved vector has to give the live one's result up to the rounding of float32 factors.
+_SELF_CHECK = 1e-5
+#: Scales of the activations that a weight was calibrated with, as leaves of its module.
+_STATIC = ("input_scale", "activation_scale")
+#: Methods that write such scales although activations are not quantized.
+_NOT_STATIC = ("quanto",)
+
+
+@dataclass(frozen=True, slots=True)
+class KeptSite:
+    """What becomes of the vectors on one quantized weight.
+
+    ``exact``: its scales take them, with one float32 rounding at most; ``rounded``: each scale with the relative error
+    `error`; ``moved``: `tensors` of the projection that feeds it take them, with that error; ``dense`` and ``refused``:
+    `reason` says why. `folds` names the vectors.
+    """
+
+    weight: str
+    format: str
+    outcome: Outcome
+    tensors: tuple[str, ...]
+    error: float
+    reason: str
+    folds: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Folds:
+    """The vectors that a dense plan folds into one quantized weight."""
+
+    packed: Packed
+    scales: tuple[Scale, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KeptTensor:
+    """A tensor of the output that is not the base's: `source`, with `scales` folded into it, written as `dtype`."""
+
+    source: StoredTensor
+    dtype: str
+    scales: tuple[Scale, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Kept:
+    """What `keep_codes` decided: `tensors` to write in place of the base's, stored tensors that the output `drops`, what
+    became `dense`, and the `groups` of the configuration whose weights now have a scale a channel."""
+
+    sites: list[KeptSite] = field(default_factory=list)
+    tensors: dict[str, KeptTensor] = field(default_factory=dict)
+    drops: set[str] = field(default_factory=set)
+    dense: set[str] = field(default_factory=set)
+    groups: set[str] = field(default_factory=set)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Laid:
+    """Factors laid over the rows (or columns) of one weight so far, and the vectors they come from."""
+
+    factors: Array
+    notes: tuple[str, ...]
+
+    def times(self, factors: Array, notes: tuple[str, ...]) -> _Laid:
+        return _Laid(self.factors * factors, tuple(dict.fromkeys((*self.notes, *notes))))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Context:
+    base: Checkpoint
+    dense: Checkpoint
+    quantization: Quantization
+    layout: Layout
+    cache_scales: Mapping[str, str]
+    rows: dict[str, _Laid] = field(default_factory=dict)
+    columns: dict[str, _Laid] = field(default_factory=dict)
+    others: dict[str, list[tuple[Scale, tuple[str, ...]]]] = field(default_factory=dict)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the dense parameters, (out, in)."""
+        turned = self.layout == "conv1d"
+        return {
+            n: t.shape[::-1] if turned and len(t.shape) == 2 else t.shape
+            for n, t in self.dense.tensors.items()
+        }
+
+
+def keep_codes(
+    folds: Iterable[Folds], base: Checkpoint, dense: Checkpoint, quantization: Quantization, *, or_dense: bool
+) -> Kept:
+    """Find the scales that take the vectors of `folds`; `dense` is the dequantized view of `base`.
+
+    Reads scales that are stored in 16 bits, to say how much they are rounded. With `or_dense` a weight that cannot be kept
+    becomes dense, else it is listed as refused.
+    """
+    layout: Layout = "conv1d" if any(packed.conv1d for packed in quantization.packed.values()) else "linear"
+    context = _Context(base, dense, quantization, layout, cache_scales(base))
+    kept = Kept()
+    for fold in folds:
+        site = _decide(fold, context)
+        if site.outcome == "refused" and or_dense:
+            site = KeptSite(site.weight, site.format, "dense", (site.weight,), 0.0, site.reason, site.folds)
+            kept.dense.add(site.weight)
+            _write_dense(fold, context, kept)
+        kept.sites.append(site)
+    for name, laid in context.rows.items():
+        packed = quantization.packed[name]
+        if name in kept.dense:  # a vector of its neighbour was moved onto it before
+            before = kept.tensors[name]
+            scale = make_scale(_single(laid.factors), packed.shape, "out", layout)
+            kept.tensors[name] = KeptTensor(
+                before.source, before.dtype, (*before.scales, scale), (*before.notes, *laid.notes)
+            )
+        else:
+            assert isinstance(packed.on_output, Foldable)
+            _emit(packed.on_output, laid, packed, kept)
+    for name, laid in context.columns.items():
+        packed = quantization.packed[name]
+        assert isinstance(packed.on_input, Foldable)
+        _emit(packed.on_input, laid, packed, kept)
+    for name, parts in context.others.items():
+        tensor = base.tensors[name]
+        kept.tensors[name] = KeptTensor(
+            tensor, tensor.dtype, tuple(scale for scale, _ in parts), tuple(n for _, notes in parts for n in notes)
+        )  # fmt: skip
+    _promote_groups(quantization, kept)
+    coarse = [site for site in kept.sites if site.error > 2.0**-10]
+    if coarse:
+        kept.warnings.append(
+            f"{len(coarse)} weights have scales in bfloat16, or ones that lose precision: rounded by up to "
+            f"{max(site.error for site in coarse):.1e}, which may be more than a dense weight loses (--quantized dequantize)"
+        )
+    kept.warnings += _sign_warnings([*context.rows.values(), *context.columns.values()])
+    return kept
+
+
+def split_vectors(packed: Packed, scales: Iterable[Scale]) -> tuple[Array | None, Array | None] | str:
+    """The product of output vectors and that of input vectors among `scales` of a dense weight, float64; a reason where a
+    scale is neither (parts of fused parameters)."""
+    if len(packed.shape) != 2:
+        return "it is no single projection"
+    first, last = packed.shape
+    out = columns = None
+    for scale in scales:
+        factors = scale.factors.astype("<f8")
+        if scale.inner == 1 and len(factors) == first * last:
+            grid = factors.reshape(first, last)
+            if (grid == grid[:, :1]).all():
+                out = grid[:, 0] if out is None else out * grid[:, 0]
+            elif (grid == grid[:1]).all():
+                columns = grid[0] if columns is None else columns * grid[0]
+            else:
+                return "transformers builds its parameter from several stored tensors"
+        elif scale.inner == last and len(factors) == first:
+            out = factors if out is None else out * factors
+        else:
+            columns = factors if columns is None else columns * factors
+    return (columns, out) if packed.conv1d else (out, columns)
+
+
+def _decide(fold: Folds, context: _Context) -> KeptSite:
+    """Lay the vectors over the scales that take them, all of them or none."""
+    packed = fold.packed
+
+    def refused(reason: str) -> KeptSite:
+        return KeptSite(packed.name, packed.format, "refused", (), 0.0, reason, fold.notes)
+
+    vectors = split_vectors(packed, fold.scales)
+    if isinstance(vectors, str):
+        return refused(vectors)
+    out, columns = vectors
+    tensors: list[str] = []
+    error, outcome = 0.0, "exact"
+    commits = []
+    for vector, how, laid in (
+        (out, packed.on_output, context.rows),
+        (columns, packed.on_input, context.columns),
+    ):
+        if vector is None:
+            continue
+        if isinstance(how, Foldable):
+            found = _lay(how, packed, vector, fold.notes, laid)
+            if isinstance(found, str):
+                return refused(found)
+            commits.append((laid, packed.name, found[0]))
+            error = max(error, found[1])
+            tensors += [scale.stored.name for scale in how.scales] or [packed.name]
+        elif laid is context.rows:
+            return refused(how)
+        else:
+            moved = _move(packed, vector, fold.notes, how, context)
+            if isinstance(moved, str):
+                return refused(moved)
+            commits += moved.commits
+            for name, scale in moved.others:
+                context.others.setdefault(name, []).append((scale, fold.notes))
+            error, outcome = max(error, moved.error), "moved"
+            tensors += moved.tensors
+    for laid, name, factors in commits:
+        laid[name] = factors
+    for name, module in context.cache_scales.items():
+        if module == packed.module and out is not None:
+            context.others.setdefault(name, []).append((_growth(out), fold.notes))
+            tensors.append(name)
+    if outcome == "exact" and error > _EXACT:
+        outcome = "rounded"
+    rounded: Outcome = outcome  # type: ignore[assignment]
+    return KeptSite(packed.name, packed.format, rounded, tuple(tensors), error, "", fold.notes)
+
+
+def _lay(
+    how: Foldable, packed: Packed, vector: Array, notes: tuple[str, ...], laid: Mapping[str, _Laid]
+) -> tuple[_Laid, float] | str:
+    """The factors on `packed` with `vector` among them, and the rounding error of its scales; or why they do not fit."""
+    before = laid.get(packed.name, _Laid(np.ones(len(vector)), ()))
+    after = before.times(vector, notes)
+    if how.blocks is not None:
+        return after, how.rounding
+    error = 0.0
+    for scale in how.scales:
+        found = _written(scale, _single(after.factors), packed)
+        if isinstance(found, str):
+            return found
+        error = max(error, found[1])
+    return after, error
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Moved:
+    """A vector on the rows of the feeder: what to lay where, and the error that rounding makes there."""
+
+    commits: list[tuple[dict[str, _Laid], str, _Laid]]
+    others: list[tuple[str, Scale]]
+    error: float
+    tensors: list[str]
+
+
+def _move(
+    packed: Packed, vector: Array, notes: tuple[str, ...], reason: str, context: _Context
+) -> _Moved | str:
+    """Lay an input vector over the rows of the projection that feeds the weight, and over its bias."""
+    shapes = context.shapes
+    feeder = find_feeder(packed.module, len(vector), context.base.config, shapes)
+    if isinstance(feeder, str):
+        return f"{reason}, and the vector cannot move: {feeder}"
+    factors = move_vector(feeder, vector)
+    if isinstance(factors, str):
+        return f"{reason}, and the vector cannot move: {factors}"
+    if not self_check(feeder, vector, activation_of(packed.module, context.base.config)) <= _SELF_CHECK:
+        return f"{reason}, and moving the vector to {feeder.module} failed its numeric self-check"
+    weight = f"{feeder.module}.weight"
+    whole = np.ones(shapes[weight][0])
+    whole[feeder.start : feeder.stop] = factors
+    moved = _Moved([], [], 0.0, [])
+    error = _EXACT
+    into = context.quantization.packed.get(weight)
+    if into is None:
+        stored = context.dense.tensors[weight].shape
+        moved.others.append((weight, make_scale(_single(whole), stored, "out", context.layout)))
+        moved.tensors.append(weight)
+        error = 2.0**-8 if context.dense.tensors[weight].dtype == "BF16" else 2.0**-11
+        error = error if context.dense.tensors[weight].dtype != "F32" else 0.0
+    elif isinstance(into.on_output, str):
+        return f"{reason}, and {feeder.module}, which feeds it, cannot take the vector: {into.on_output}"
+    else:
+        found = _lay(into.on_output, into, whole, notes, context.rows)
+        if isinstance(found, str):
+            return f"{reason}, and {feeder.module}, which feeds it, cannot take the vector: {found}"
+        moved.commits.append((context.rows, weight, found[0]))
+        error = found[1]
+        moved.tensors.extend([scale.stored.name for scale in into.on_output.scales] or [weight])
+    if f"{packed.module}.input_global_scale" in packed.parts:
+        return f"{reason}, and its static activation scales were calibrated without the vector"
+    bias = f"{feeder.module}.bias"
+    if bias in shapes:
+        moved.others.append((bias, Scale(_single(whole), 1)))
+        moved.tensors.append(bias)
+    for leaf in _STATIC if packed.method not in _NOT_STATIC else ():
+        if f"{packed.module}.{leaf}" in packed.parts:
+            moved.tensors.append(f"{packed.module}.{leaf}")
+            moved.others.append((f"{packed.module}.{leaf}", _growth(vector)))
+    return _Moved(moved.commits, moved.others, error, moved.tensors)
+
+
+def _growth(vector: Array) -> Scale:
+    """What a scale of activations that were calibrated without `vector` has to grow by, so that none is clipped."""
+    return Scale(np.full(1, np.abs(vector).max(), "<f4"), 1)
+
+
+def _single(factors: Array) -> Array:
+    with np.errstate(over="ignore", under="ignore"):
+        return factors.astype("<f4")
+
+
+def _written(scale: ScaleTensor, factors: Array, packed: Packed) -> tuple[str, float] | str:
+    """The dtype in which a tensor of scales is written, and the largest relative error that makes.
+
+    compressed-tensors reads scales of any floating dtype, so that one a row becomes float32, and those of groups float16 (as
+    large as bfloat16, eight times as exact) where they lie in its range.
+    """
+    stored = scale.stored
+    if scale.divides and (factors == 0).any():
+        return f"{stored.name} divides, and the vector holds a zero"
+    if stored.dtype == "F32":
+        return "F32", 2.0**-24
+    values = as_float(read_flat(stored, 0, stored.size), stored.dtype).astype("<f8")
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = values * np.resize(np.repeat(_for(scale, factors).astype("<f8"), scale.inner), len(values))
+    choices: tuple[str, ...] = (stored.dtype,)
+    if packed.method == "compressed-tensors":
+        # two more bytes a row are nothing, two more a group are
+        choices = ("F32",) if stored.size == packed.shape[0] else ("F16", "F32")
+    for dtype in choices:
+        smallest, largest = _RANGE[dtype]
+        magnitude = np.abs(scaled[(scaled != 0)])
+        if not len(magnitude):
+            return dtype, 0.0
+        # a scale that was subnormal before is no worse than it was
+        floor = min(smallest, float(np.abs(values[values != 0]).min(initial=smallest)))
+        if magnitude.max() > largest or magnitude.min() < floor:
+            continue
+        rounded = to_float(from_float(scaled.astype("<f4"), dtype), dtype).astype("<f8")
+        return dtype, float(np.abs(rounded[scaled != 0] / scaled[scaled != 0] - 1).max())
+    return f"a scale of it times the vector leaves the normal range of {'float16' if stored.dtype == 'F16' else 'bfloat16'}"
+
+
+def _for(scale: ScaleTensor, factors: Array) -> Array:
+    return np.float32(1) / factors if scale.divides else factors
+
+
+def _emit(how: Foldable, laid: _Laid, packed: Packed, kept: Kept) -> None:
+    factors = _single(laid.factors)
+    if how.blocks is not None:
+        tensor = how.blocks(factors)
+        kept.tensors[tensor.name] = KeptTensor(tensor, tensor.dtype, (), laid.notes)
+    for scale in how.scales:
+        written = _written(scale, factors, packed)
+        assert not isinstance(written, str)
+        kept.tensors[scale.stored.name] = KeptTensor(
+            scale.stored, written[0], (Scale(_for(scale, factors), scale.inner),), laid.notes
+        )
+    for tensor in how.rewrites:
+        kept.tensors[tensor.name] = KeptTensor(tensor, tensor.dtype, (), ())
+    kept.drops |= set(how.drops)
+    if how.group is not None:
+        kept.groups.add(how.group)
+
+
+def _write_dense(fold: Folds, context: _Context, kept: Kept) -> None:
+    packed = fold.packed
+    tensor = context.dense.tensors[packed.name]
+    kept.tensors[packed.name] = KeptTensor(tensor, tensor.kept, fold.scales, fold.notes)
+    kept.drops |= packed.parts.keys() - {packed.name}
+
+
+def _promote_groups(quantization: Quantization, kept: Kept) -> None:
+    """All weights of a group of the configuration get a scale a channel once one has."""
+    for packed in quantization.packed.values():
+        how = packed.on_output
+        if not isinstance(how, Foldable) or how.group not in kept.groups or packed.name in kept.dense:
+            continue
+        for scale in how.scales:
+            if scale.stored.name not in kept.tensors:
+                kept.tensors[scale.stored.name] = KeptTensor(scale.stored, scale.stored.dtype, (), ())
+
+
+def _sign_warnings(laid: Iterable[_Laid]) -> list[str]:
+    factors = [row.factors for row in laid]
+    negative = sum(int((f < 0).sum()) for f in factors)
+    zero = sum(int((f == 0).sum()) for f in factors)
+    if not negative and not zero:
+        return []
+    found = " and ".join(f"{n} {what}" for n, what in ((negative, "negative"), (zero, "zero")) if n)
+    return [
+        f"{found} scales are written: the libraries tried on CPUs read them rightly, kernels of GPUs were not tried; "
+        "--quantized dequantize has none"
+    ]
+
+
+def describe_site(site: KeptSite) -> dict[str, Any]:
+    """A site as JSON."""
+    return {
+        "weight": site.weight, "format": site.format, "outcome": site.outcome, "tensors": list(site.tensors),
+        "rounding": site.error, "reason": site.reason, "folds": list(site.folds),
+    }  # fmt: skip

@@ -1,0 +1,198 @@
+"""Which weights of a checkpoint are quantized, and how: decided by its tensors, checked against its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ia3_export.checkpoint.folder import Checkpoint
+from ia3_export.checkpoint.header import StoredTensor
+from ia3_export.errors import DamagedFile, IA3ExportError, Unsupported
+from ia3_export.fold import FLOAT_DTYPES, Array
+from ia3_export.modules import CONV1D_MODEL_TYPES, model_types
+from ia3_export.quantization import bitsandbytes, hqq, integers, mxfp4, packed_integers, quanto, scaled
+from ia3_export.quantization.packed import Packed
+from ia3_export.quantization.settings import read_settings
+
+Finder = Callable[[Mapping[str, StoredTensor], Mapping[str, Any]], Iterator[Packed]]
+
+#: All formats at one look.
+FORMATS: Mapping[str, Finder] = {
+    "bitsandbytes": bitsandbytes.find,
+    "GPTQ, AWQ": integers.find,
+    "packed integers, NVFP4, MXFP4": packed_integers.find,
+    "int8, FP8, MXFP8": scaled.find,
+    "torchao": scaled.find_torchao,
+    "quanto": quanto.find,
+    "HQQ": hqq.find,
+    "MXFP4 experts": mxfp4.find,
+}
+
+#: Methods that are known and not read, with what to do.
+_UNREADABLE = {
+    "aqlm": "AQLM keeps codebooks", "vptq": "VPTQ keeps codebooks", "spqr": "SpQR keeps outliers apart",
+    "eetq": "EETQ interleaves its codes for one kind of GPU", "higgs": "HIGGS mixes its inputs by a Hadamard transform",
+    "bitnet": "BitNet keeps ternary codes", "fp_quant": "FP-Quant mixes its inputs by a Hadamard transform",
+    "quark": "Quark has formats of its own", "vq": "its codes are vectors", "sinq": "SINQ has two scales",
+    "exl2": "EXL2 mixes widths by column", "exl3": "EXL3 keeps trellis codes", "qqq": "QQQ permutes its codes",
+}  # fmt: skip
+
+#: Names that only quantizers give; one of them left over means a format that is not understood.
+_COMPANIONS = (
+    ".qweight", ".qzeros", ".g_idx", ".SCB", ".absmax", ".quant_map", ".weight_packed", ".weight_scale",
+    ".weight_scale_inv", ".weight_zero_point", ".weight_global_scale", ".codebooks", ".codes", ".W_q", "_blocks",
+    ".weight_scales", "._weight_qdata", ".weight._data", ".weight._scale", ".trellis",
+)  # fmt: skip
+_FLOAT_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Quantization:
+    """The quantized weights of a checkpoint by dense name; ``{}`` of a dense one.
+
+    `settings` is what the configuration says, `kept` the dtype that the checkpoint computes in, `side` the tensors
+    beside the weights by which activations are divided, by the name of the weight whose input they change.
+    """
+
+    packed: Mapping[str, Packed]
+    settings: Mapping[str, Any]
+    kept: str
+    problems: tuple[IA3ExportError, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def formats(self) -> dict[str, int]:
+        """How many weights there are of each format."""
+        counted: dict[str, int] = {}
+        for packed in self.packed.values():
+            counted[packed.format] = counted.get(packed.format, 0) + 1
+        return counted
+
+    @property
+    def owners(self) -> dict[str, str]:
+        """Every stored tensor that belongs to a quantized weight → that weight's dense name."""
+        return {part: name for name, packed in self.packed.items() for part in packed.parts}
+
+
+def find_quantization(base: Checkpoint) -> Quantization:
+    """Find the quantized weights of `base`. Reads headers, and of the data what names and shapes leave open.
+
+    What cannot be read is in the result's `problems`. Raises `DamagedFile` for unreadable configuration files.
+    """
+    settings = read_settings(base)
+    packed: dict[str, Packed] = {}
+    problems: list[IA3ExportError] = []
+    conv1d = bool(model_types(base.config) & CONV1D_MODEL_TYPES)
+    method = str(settings.get("quant_method", "")).lower()
+    reason = _UNREADABLE.get(method) or _unreadable_settings(settings)
+    if reason:
+        problems.append(
+            Unsupported(
+                f"the base {base.location.given} is quantized by {method}: {reason}",
+                hint="give the unquantized checkpoint, or one in a format of docs/formats.md",
+            )
+        )
+        return Quantization({}, settings, _kept(base), tuple(problems))
+    for find in FORMATS.values():
+        try:
+            for found in find(base.tensors, settings):
+                if found.name in packed:
+                    raise DamagedFile(
+                        f"{found.name} is stored twice, as {packed[found.name].format} and as {found.format}",
+                        hint="files of two checkpoints lie in one folder; fetch it into an empty one",
+                    )
+                packed[found.name] = _transposed(found) if conv1d and len(found.shape) == 2 else found
+        except (IA3ExportError, EOFError, OSError) as error:
+            problems.append(
+                error if isinstance(error, IA3ExportError) else DamagedFile(f"{base.location.given}: {error}")
+            )
+    packed = dict(integers.scale_activations(packed, base.tensors))
+    result = Quantization(packed, settings, _kept(base))
+    problems += _left_over(base, result) if not problems else []
+    return replace(result, problems=tuple(problems), warnings=tuple(_compare(result)))
+
+
+#: Scales of a quantized key-value cache, beside the attention's projections; and the projections whose outputs they fit.
+CACHE_SCALES = {"k_scale": "k_proj", "v_scale": "v_proj"}
+
+
+def cache_scales(base: Checkpoint) -> dict[str, str]:
+    """Stored scales of a quantized cache → the module whose output they were calibrated on."""
+    found = {}
+    for name, tensor in base.tensors.items():
+        parent, _, leaf = name.rpartition(".")
+        if leaf in CACHE_SCALES and tensor.size == 1:
+            last = parent.rpartition(".")[2]
+            found[name] = parent if last == CACHE_SCALES[leaf] else f"{parent}.{CACHE_SCALES[leaf]}"
+    return found
+
+
+def dense_view(base: Checkpoint, quantization: Quantization) -> Checkpoint:
+    """`base` with every quantized weight as the dense tensor that it stands for, under its dense name."""
+    hidden = {**quantization.owners, **(cache_scales(base) if quantization.packed else {})}
+    tensors = {name: tensor for name, tensor in base.tensors.items() if name not in hidden}
+    tensors |= {name: packed.dense(quantization.kept) for name, packed in quantization.packed.items()}
+    return replace(base, tensors=tensors)
+
+
+def _unreadable_settings(settings: Mapping[str, Any]) -> str:
+    if any((settings.get("transform_config") or {}).get("config_groups") or ()):
+        return "its transform_config mixes weights and activations by rotations"
+    if settings.get("sparsity_config") and "sparse-24" in str(settings["sparsity_config"].get("format")):
+        return "its weights are also pruned in the sparse-24 format"
+    return ""
+
+
+def _kept(base: Checkpoint) -> str:
+    """The dtype that the checkpoint computes in: as configured, else that of most of its dense tensors."""
+    config = base.config or {}
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in ("dtype", "torch_dtype"):
+            name = str(part.get(key, "")).removeprefix("torch.")
+            if name in _FLOAT_NAMES:
+                return _FLOAT_NAMES[name]
+    return base.main_dtype
+
+
+def _left_over(base: Checkpoint, result: Quantization) -> Iterator[IA3ExportError]:
+    """Codes that nothing above understood are an error: never are they taken for dense weights."""
+    owners = result.owners
+    for name, tensor in base.tensors.items():
+        if name in owners:
+            continue
+        coded = tensor.dtype not in FLOAT_DTYPES and (
+            name.endswith(".weight") or tensor.dtype.startswith(("F8", "F4", "F6"))
+        )
+        if coded or name.endswith(_COMPANIONS):
+            yield Unsupported(
+                f"{name} in {tensor.file.name} is {tensor.dtype} {list(tensor.shape)}: quantized in a way that this "
+                "version does not read",
+                hint="give the unquantized checkpoint, or one in a format of docs/formats.md",
+            )
+            return
+
+
+def _compare(result: Quantization) -> Iterator[str]:
+    method = result.settings.get("quant_method")
+    found = {packed.method for packed in result.packed.values()}
+    if method is None and found:
+        yield f"the tensors are quantized ({', '.join(sorted(result.formats))}), but no configuration says so"
+    elif method is not None and not found and not result.problems:
+        yield f"config.json says {method}, but every weight is dense: taken as unquantized"
+    notes = [packed.format for packed in result.packed.values() if "although labelled" in packed.format]
+    if notes:
+        yield f"{len(notes)} weights are {notes[0]}: decided by their zero points"
+
+
+def _transposed(packed: Packed) -> Packed:
+    """A Conv1D: stored as (out, in) by its quantizer, while the dense file has (in, out)."""
+    out, columns = packed.shape
+
+    def rows(first: int, count: int) -> Array:
+        del first, count  # always the whole weight, see `unit`
+        return np.ascontiguousarray(packed.rows(0, out).T)
+
+    return replace(packed, shape=(columns, out), rows=rows, unit=columns, conv1d=True)

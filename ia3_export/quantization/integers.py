@@ -1,0 +1,291 @@
+"""GPTQ and AWQ: packed integers with scales and zero points by group.
+
+Sources: GPTQModel ``gptqmodel/utils/model_dequant.py`` and ``utils/model.py`` (versions of the zero points), AutoAWQ
+``awq/modules/linear/gemm.py`` and ``gemv.py``. Weights are (codes - zeros) * scales in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ia3_export.checkpoint.header import StoredTensor
+from ia3_export.errors import DamagedFile, Unsupported
+from ia3_export.fold import Array
+from ia3_export.quantization.codes import unpack, unpack_planes
+from ia3_export.quantization.packed import (
+    Foldable,
+    Packed,
+    ScaleTensor,
+    as_float,
+    expect,
+    read_columns,
+    read_flat,
+    read_rows,
+)
+
+_UNREADABLE = ("marlin", "gemv_fast", "llm-awq", "exllama", "machete", "bitblas", "qqq", "ipex")
+_FLOATS = ("F16", "BF16", "F32")
+#: Columns of a dense weight that lie behind the nibbles of one word, lowest first (AWQ GEMM).
+_GEMM_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_ON_INPUT = "every scale belongs to a row and a group of columns"
+
+
+def find(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> Iterator[Packed]:
+    """The GPTQ and AWQ weights among `tensors`. Raises `DamagedFile` and `Unsupported`."""
+    for name, codes in tensors.items():
+        if not name.endswith(".qweight"):
+            continue
+        module = name.removesuffix(".qweight")
+        _refuse_variants(settings, codes)
+        parts = {name: codes}
+        for leaf in ("qzeros", "scales", "g_idx"):
+            part = tensors.get(f"{module}.{leaf}")
+            if part is not None:
+                parts[part.name] = part
+            elif leaf != "g_idx":
+                raise DamagedFile(
+                    f"{codes.file.name} holds {name} without {module}.{leaf}",
+                    hint="quantize or fetch the base again",
+                )
+        zeros, scales = parts[f"{module}.qzeros"], parts[f"{module}.scales"]
+        expect(codes, ("I32", "U32"), (None, None))
+        expect(zeros, ("I32", "U32"), (None, None))
+        expect(scales, _FLOATS, (None, None))
+        if _is_gptq(codes, scales, settings):
+            yield _gptq(module, codes, zeros, scales, parts.get(f"{module}.g_idx"), parts, settings)
+        elif codes.shape[1] * 8 == scales.shape[1]:
+            yield _gemm(module, codes, zeros, scales, parts)
+        elif codes.shape[0] == scales.shape[0] == zeros.shape[0]:
+            yield _gemv(module, codes, zeros, scales, parts, settings)
+        else:
+            raise DamagedFile(
+                f"{name} {list(codes.shape)}, its zero points {list(zeros.shape)} and scales {list(scales.shape)} "
+                "fit neither GPTQ nor AWQ",
+                hint="the file is damaged, or of a variant that this version does not read",
+            )
+
+
+def _refuse_variants(settings: Mapping[str, Any], codes: StoredTensor) -> None:
+    labels = [settings.get(key) for key in ("checkpoint_format", "version", "format", "packing_format")]
+    found = next((label for label in labels if str(label).lower() in _UNREADABLE), None)
+    if found is not None or codes.dtype == "I16":
+        raise Unsupported(
+            f"{codes.name} is packed for the kernels of {found or 'gemv_fast'}, which this version does not read",
+            hint="give the checkpoint in GPTQ (v1, v2) or AWQ (gemm, gemv) packing",
+        )
+
+
+def _is_gptq(codes: StoredTensor, scales: StoredTensor, settings: Mapping[str, Any]) -> bool:
+    if codes.shape[1] != scales.shape[1]:
+        return False
+    label = f"{settings.get('quant_method', '')} {settings.get('packing_format', '')}".lower()
+    return "awq" not in label or codes.shape[0] != scales.shape[0]
+
+
+def _gptq(
+    module: str,
+    codes: StoredTensor,
+    zeros: StoredTensor,
+    scales: StoredTensor,
+    g_idx: StoredTensor | None,
+    parts: Mapping[str, StoredTensor],
+    settings: Mapping[str, Any],
+) -> Packed:
+    groups, out = scales.shape
+    bits = zeros.shape[1] * 32 // max(out, 1)
+    planar = settings.get("checkpoint_format") == "gptq_p"
+    if bits not in (range(2, 9) if planar else (2, 3, 4, 8)) or codes.shape[0] * 32 % bits:
+        raise Unsupported(
+            f"{codes.name} looks like GPTQ of {bits} bits, which this version does not read",
+            hint="2, 3, 4 and 8 bits are read",
+        )
+    columns = codes.shape[0] * 32 // bits
+    expect(zeros, ("I32", "U32"), (groups, out * bits // 32))
+    if g_idx is not None:
+        expect(g_idx, ("I32", "I64"), (columns,))
+        group = read_flat(g_idx, 0, columns).astype("<i8")
+        if len(group) and (group.min() < 0 or group.max() >= groups):
+            raise DamagedFile(
+                f"{g_idx.name} names a group beyond {groups}", hint="quantize or fetch the base again"
+            )
+    else:
+        group = np.arange(columns) // group_size(columns, groups, settings)
+    ordered = bool((np.diff(group) >= 0).all())
+    offset, note = _zero_offset(zeros, bits, settings)
+    take = unpack_planes if planar else unpack
+    rows = partial(_decode_gptq, codes, zeros, scales, group, bits, offset, take)
+    label = f"GPTQ {bits} bit{', planar' if planar else ''}{'' if ordered else ', act-order'}{note}"
+    return Packed(
+        f"{module}.weight", "gptq", label, (out, columns), parts, rows, 32, Foldable((ScaleTensor(scales, 1),)), _ON_INPUT
+    )  # fmt: skip
+
+
+def group_size(columns: int, groups: int, settings: Mapping[str, Any]) -> int:
+    """Columns that share a scale: the configuration's, where it fits, since the last group may be smaller."""
+    for key in ("group_size", "q_group_size"):
+        size = settings.get(key)
+        if isinstance(size, int) and size > 0 and -(-columns // size) == groups:
+            return size
+    return -(-columns // groups)
+
+
+def _zero_offset(zeros: StoredTensor, bits: int, settings: Mapping[str, Any]) -> tuple[int, str]:
+    """What is added to stored zero points: 1 in version 1 of the format, 0 in version 2.
+
+    Labels are wrong in published files; where all zeros are one constant (symmetric) the constant tells.
+    """
+    label = str(settings.get("checkpoint_format", "gptq"))
+    as_they_are = label in ("gptq_v2", "gptq_p") or settings.get("packing_format") == "auto_round"
+    by_label = 0 if as_they_are else 1
+    if settings.get("sym", True) and label != "gptq_p":
+        sample = unpack(read_rows(zeros, 0, min(zeros.shape[0], 64)), bits, zeros.shape[1] * 32 // bits)
+        middle = 1 << (bits - 1)
+        if len(values := np.unique(sample)) == 1 and values[0] in (middle, middle - 1):
+            by_value = 0 if values[0] == middle else 1
+            if by_value != by_label:
+                return by_value, f", version {2 - by_value} although labelled {label}"
+            return by_value, ""
+    return by_label, ""
+
+
+def _decode_gptq(
+    codes: StoredTensor,
+    zeros: StoredTensor,
+    scales: StoredTensor,
+    group: Array,
+    bits: int,
+    offset: int,
+    take: Callable[[Array, int, int], Array],
+    first: int,
+    count: int,
+) -> Array:
+    words = np.ascontiguousarray(read_columns(codes, first, count).T)
+    values = take(words, bits, len(group)).astype("<f4")
+    # 32 zero points fill whole words in every width
+    packed = read_columns(zeros, first * bits // 32, -(-count * bits // 32))
+    zero = _zero_points(packed, bits, count, offset, take)
+    scale = as_float(read_columns(scales, first, count), scales.dtype)
+    values -= zero.T.astype("<f4")[:, group]
+    values *= scale.T[:, group]
+    return values
+
+
+def _zero_points(
+    packed: Array, bits: int, count: int, offset: int, take: Callable[[Array, int, int], Array]
+) -> Array:
+    """Zero points (groups, count). The writers of version 1 subtract one from each with whole words, so that a zero borrows
+    from its neighbour; adding one the same way gives it back. Words of 3 bits are shifted code by code."""
+    if 32 % bits:
+        return (take(packed, bits, count) + np.uint8(offset)) & np.uint8((1 << bits) - 1)
+    ones = sum(offset << shift for shift in range(0, 32, bits))
+    return take(packed.view("<u4") + np.uint32(ones), bits, count)
+
+
+def _gemm(
+    module: str,
+    codes: StoredTensor,
+    zeros: StoredTensor,
+    scales: StoredTensor,
+    parts: Mapping[str, StoredTensor],
+) -> Packed:
+    columns, groups, out = codes.shape[0], scales.shape[0], scales.shape[1]
+    expect(zeros, ("I32", "U32"), (groups, out // 8))
+    size = -(-columns // max(groups, 1))
+
+    def rows(first: int, count: int) -> Array:
+        def nibbles(packed: StoredTensor) -> Array:
+            words = read_columns(packed, first // 8, -(-count // 8))
+            found = unpack(words, 4, words.shape[1] * 8).reshape(len(words), -1, 8)
+            return found[..., np.argsort(_GEMM_ORDER)].reshape(len(words), -1)
+
+        values = nibbles(codes).T.astype("<f4")
+        zero = nibbles(zeros).T.astype("<f4")
+        scale = as_float(read_columns(scales, first, count), scales.dtype).T
+        return _by_groups(values, zero, scale, size)
+
+    return Packed(
+        f"{module}.weight", "awq", "AWQ GEMM 4 bit", (out, columns), parts, rows, 8, Foldable((ScaleTensor(scales, 1),)),
+        _ON_INPUT,
+    )  # fmt: skip
+
+
+def _gemv(
+    module: str,
+    codes: StoredTensor,
+    zeros: StoredTensor,
+    scales: StoredTensor,
+    parts: Mapping[str, StoredTensor],
+    settings: Mapping[str, Any],
+) -> Packed:
+    out, columns = codes.shape[0], codes.shape[1] * 8
+    size = settings.get("group_size", settings.get("q_group_size"))
+    if not isinstance(size, int) or size <= 0 or columns % size or columns // size > scales.shape[1]:
+        raise DamagedFile(
+            f"{codes.name} is AWQ GEMV, whose group size ({size!r}) the configuration must state",
+            hint="config.json or quant_config.json belongs to another checkpoint; fetch the folder again",
+        )
+    groups = columns // size
+
+    def rows(first: int, count: int) -> Array:
+        values = unpack(read_rows(codes, first, count), 4, columns).astype("<f4")
+        zero = unpack(read_rows(zeros, first, count), 4, zeros.shape[1] * 8)[:, :groups].astype("<f4")
+        scale = as_float(read_rows(scales, first, count)[:, :groups], scales.dtype)
+        return _by_groups(values, zero, scale, size)
+
+    fold = Foldable((ScaleTensor(scales, scales.shape[1]),))
+    return Packed(
+        f"{module}.weight", "awq", "AWQ GEMV 4 bit", (out, columns), parts, rows, 1, fold, _ON_INPUT
+    )
+
+
+def _by_groups(values: Array, zero: Array, scale: Array, size: int) -> Array:
+    """``(values - zero) * scale``: (rows, columns), with zeros and scales (rows, groups)."""
+    columns = values.shape[1]
+    values = values - np.repeat(zero, size, axis=1)[:, :columns]
+    values *= np.repeat(scale, size, axis=1)[:, :columns]
+    return values
+
+
+#: AWQ divides the activations of a feed-forward without a gate: the tensor that does, and what it feeds.
+_SCALED_ACTIVATIONS = (".act.scales", ".gelu_impl.scales")
+_FED = ("dense_4h_to_h", "fc_out", "down_proj", "c_proj", "fc2")
+
+
+def scale_activations(
+    packed: Mapping[str, Packed], tensors: Mapping[str, StoredTensor]
+) -> Iterator[tuple[str, Packed]]:
+    """`packed` with AWQ's activation scales (transformers ``integrations/awq.py``) in the weights that they feed.
+
+    The file divides the activation; a dense weight has its columns divided instead. An input vector folds into them.
+    Raises `DamagedFile` for scales that feed nothing.
+    """
+    found = {name: tensor for name, tensor in tensors.items() if name.endswith(_SCALED_ACTIVATIONS)}
+    fed: dict[str, StoredTensor] = {}
+    for name, scales in found.items():
+        parent = name.rsplit(".", 2)[0]
+        names = [f"{parent}.{leaf}.weight" for leaf in _FED]
+        target = next((n for n in names if n in packed and packed[n].shape[1:] == scales.shape), None)
+        if target is None:
+            raise DamagedFile(
+                f"{name} divides the input of no quantized weight that this version knows",
+                hint="report the model's type, or give the unquantized checkpoint",
+            )
+        fed[target] = scales
+    for name, weight in packed.items():
+        yield name, _divided(weight, fed[name]) if name in fed else weight
+
+
+def _divided(weight: Packed, scales: StoredTensor) -> Packed:
+    def rows(first: int, count: int) -> Array:
+        values = weight.rows(first, count)
+        return values / as_float(read_flat(scales, 0, scales.size), scales.dtype)
+
+    return replace(
+        weight, rows=rows, parts={**weight.parts, scales.name: scales}, format=f"{weight.format}, scaled activations",
+        on_input=Foldable((ScaleTensor(scales, 1, divides=True),)),
+    )  # fmt: skip

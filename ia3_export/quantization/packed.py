@@ -1,0 +1,171 @@
+"""What every format's reader returns, and reading parts of stored tensors as numpy arrays."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ia3_export.checkpoint import ranges
+from ia3_export.checkpoint.header import Computed, StoredTensor, tensor_bytes
+from ia3_export.errors import DamagedFile
+from ia3_export.fold import FLOAT_DTYPES, Array, storage_dtype, to_float
+
+#: ``read(first, count)``: rows ``first:first+count`` of a dense weight, float32 (count, columns).
+RowReader = Callable[[int, int], Array]
+
+_WHOLE = {"I64": "<i8", "U64": "<u8", "I32": "<i4", "U32": "<u4", "I16": "<i2", "U16": "<u2", "I8": "i1"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScaleTensor:
+    """A tensor of the output that absorbs a vector: `inner` consecutive elements share one of its factors.
+
+    `stored` is the file's own tensor, or one computed from it that takes its place (``computed``). One that `divides`
+    takes the reciprocals.
+    """
+
+    stored: StoredTensor
+    inner: int
+    divides: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Foldable:
+    """The tensors by which rows (or columns) of a packed weight are scaled without touching a code.
+
+    `drops` are stored tensors that the output no longer has, `rewrites` small ones with new bytes. Modules of one
+    `group` can only be rewritten together (they share an entry of the configuration). `blocks` replaces all that for
+    formats whose scales lie inside the blocks of codes: factors → the packed tensor as it will be, each scale rounded by
+    `rounding` at most.
+    """
+
+    scales: tuple[ScaleTensor, ...] = ()
+    drops: tuple[str, ...] = ()
+    rewrites: tuple[StoredTensor, ...] = ()
+    group: str | None = None
+    blocks: Callable[[Array], StoredTensor] | None = None
+    rounding: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """One quantized weight of a checkpoint.
+
+    `name` and `shape` are those of the dense parameter as its stored file would have them (nn.Linear: (out, in)), `parts`
+    every stored tensor that belongs to it by name, `rows` reads it dequantized, `unit` rows at a time. `on_output` and
+    `on_input` say how a vector there folds into the scales, or why it cannot. `conv1d`: the quantizer stored (out, in),
+    while `shape` is the dense file's (in, out). `method` is the configuration's word (``quant_method``), `format` names
+    it for people.
+    """
+
+    name: str
+    method: str
+    format: str
+    shape: tuple[int, ...]
+    parts: Mapping[str, StoredTensor]
+    rows: RowReader
+    unit: int
+    on_output: Foldable | str
+    on_input: Foldable | str
+    conv1d: bool = False
+
+    @property
+    def module(self) -> str:
+        """The module path."""
+        return self.name.removesuffix(".weight")
+
+    def dense(self, kept: str) -> StoredTensor:
+        """The dequantized weight as a float32 tensor that is computed while it is read, to be written as `kept`."""
+        columns = self.shape[-1]
+
+        def read(first: int, count: int) -> Array:
+            return np.ascontiguousarray(self.rows(first // columns, count // columns)).reshape(-1)
+
+        main = next(iter(self.parts.values()))
+        return compute(self.name, "F32", self.shape, main, Computed(self.unit * columns, read, kept))
+
+
+def compute(
+    name: str, dtype: str, shape: tuple[int, ...], beside: StoredTensor, computed: Computed
+) -> StoredTensor:
+    """A computed tensor that is written into the shard of `beside`."""
+    nbytes = tensor_bytes(dtype, shape)
+    return StoredTensor(name, dtype, shape, beside.file, beside.offset, nbytes, None, computed)
+
+
+def given(tensor: StoredTensor, values: Array, dtype: str) -> StoredTensor:
+    """`tensor` with other contents: the bytes of `values`, as `dtype`."""
+    data = np.frombuffer(np.ascontiguousarray(values).tobytes(), "u1")
+    return StoredTensor(tensor.name, dtype, values.shape, tensor.file, 0, data.nbytes, data)
+
+
+def numpy_dtype(dtype: str) -> np.dtype[np.generic]:
+    """The numpy dtype of the stored bits; bfloat16 and 8-bit floats are kept as unsigned integers."""
+    if dtype in FLOAT_DTYPES:
+        return storage_dtype(dtype)
+    return np.dtype(_WHOLE.get(dtype, "u1"))
+
+
+def read_flat(tensor: StoredTensor, first: int, count: int) -> Array:
+    """Elements ``first:first+count`` of a tensor in C order, as stored. Raises `EOFError` when the file is too short."""
+    dtype = numpy_dtype(tensor.dtype)
+    if tensor.computed is not None:
+        return tensor.computed.read(first, count)
+    if tensor.data is not None:
+        return tensor.data[first * dtype.itemsize : (first + count) * dtype.itemsize].view(dtype)
+    buffer = np.empty(count, dtype)
+    descriptor = os.open(tensor.file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    try:
+        ranges.read_into(
+            descriptor, buffer.view("u1").data, tensor.offset + first * dtype.itemsize
+        )  # fmt: skip
+    finally:
+        os.close(descriptor)
+    return buffer
+
+
+def read_rows(tensor: StoredTensor, first: int, count: int) -> Array:
+    """Rows ``first:first+count`` of a two-dimensional tensor, as stored."""
+    columns = tensor.shape[1]
+    return read_flat(tensor, first * columns, count * columns).reshape(count, columns)
+
+
+def read_columns(tensor: StoredTensor, first: int, count: int) -> Array:
+    """Columns ``first:first+count`` of a two-dimensional tensor, as stored, reading no others."""
+    rows, columns = tensor.shape
+    if tensor.data is not None or tensor.computed is not None or count == columns:
+        return read_rows(tensor, 0, rows)[:, first : first + count]
+    dtype = numpy_dtype(tensor.dtype)
+    found = np.empty((rows, count), dtype)
+    raw = found.view("u1").reshape(rows, -1)
+    descriptor = os.open(tensor.file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    try:
+        for row in range(rows):
+            ranges.read_into(
+                descriptor, raw[row].data, tensor.offset + (row * columns + first) * dtype.itemsize
+            )  # fmt: skip
+    finally:
+        os.close(descriptor)
+    return found
+
+
+def as_float(raw: Array, dtype: str) -> Array:
+    """Stored bits of a floating dtype as float32, exactly, in the same shape."""
+    return to_float(np.ascontiguousarray(raw).reshape(-1), dtype).astype("<f4", copy=False).reshape(raw.shape)
+
+
+def expect(tensor: StoredTensor, dtypes: tuple[str, ...], shape: tuple[int | None, ...]) -> None:
+    """Raise `DamagedFile` unless `tensor` has one of `dtypes` and `shape` (None: any extent)."""
+    fits = len(tensor.shape) == len(shape) and all(
+        wanted in (None, extent) for wanted, extent in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits or tensor.dtype not in dtypes:
+        wanted = ["any" if extent is None else extent for extent in shape]
+        raise DamagedFile(
+            f"{tensor.name} in {tensor.file.name} is {tensor.dtype} {list(tensor.shape)}, its format wants "
+            f"{' or '.join(dtypes)} {wanted}",
+            hint="the file is damaged, or of a variant that this version does not read",
+        )

@@ -1,0 +1,185 @@
+"""compressed-tensors' packed integers (pack-quantized) and 4-bit floats (NVFP4, MXFP4), and ModelOpt's NVFP4.
+
+Sources: compressed-tensors ``compressors/pack_quantized``, ``nvfp4``, ``mxfp4``; NVIDIA ModelOpt's export, in which the
+global scale multiplies where compressed-tensors' divides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ia3_export.checkpoint.header import StoredTensor
+from ia3_export.errors import DamagedFile
+from ia3_export.fold import Array
+from ia3_export.quantization.codes import E2M1, E4M3, E8M0, unpack, unpack_padded
+from ia3_export.quantization.packed import (
+    Foldable,
+    Packed,
+    ScaleTensor,
+    as_float,
+    expect,
+    read_flat,
+    read_rows,
+)
+from ia3_export.quantization.settings import schemes
+
+METHOD = "compressed-tensors"
+_LEAVES = ("weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale",
+           "input_global_scale", "input_scale", "weight_scale_2")  # fmt: skip
+
+
+def find(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> Iterator[Packed]:
+    """The packed weights among `tensors`. Raises `DamagedFile`."""
+    for name, codes in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        nvidia = leaf == "weight" and codes.dtype == "U8" and f"{module}.weight_scale_2" in tensors
+        if leaf != "weight_packed" and not nvidia:
+            continue
+        parts = {name: codes}
+        for other in _LEAVES:
+            if f"{module}.{other}" in tensors:
+                parts[f"{module}.{other}"] = tensors[f"{module}.{other}"]
+        if f"{module}.weight_scale" not in parts:
+            raise DamagedFile(
+                f"{codes.file.name} holds {name} without {module}.weight_scale",
+                hint="quantize or fetch the base again",
+            )
+        if codes.dtype in ("I32", "U32"):
+            yield _integers(module, codes, parts, settings)
+        else:
+            yield _four_bit_floats(module, codes, parts, "modelopt" if nvidia else METHOD)
+
+
+def _integers(
+    module: str, codes: StoredTensor, parts: Mapping[str, StoredTensor], settings: Mapping[str, Any]
+) -> Packed:
+    scale = parts[f"{module}.weight_scale"]
+    expect(codes, ("I32", "U32"), (None, None))
+    expect(scale, ("BF16", "F16", "F32"), (codes.shape[0], None))
+    declared = parts.get(f"{module}.weight_shape")
+    if declared is None:
+        raise DamagedFile(
+            f"{codes.file.name} holds {codes.name} without {module}.weight_shape", hint="fetch it again"
+        )
+    expect(declared, ("I64", "I32"), (2,))
+    out, columns = (int(n) for n in read_flat(declared, 0, 2))
+    bits, padded = _width(codes, (out, columns), settings)
+    sizes = {s.weights.get("group_size") for s in schemes(settings) if s.weights.get("num_bits") == bits}
+    groups = scale.shape[1]
+    size = next(
+        (n for n in sizes if isinstance(n, int) and n > 0 and -(-columns // n) == groups), -(-columns // groups)
+    )  # fmt: skip
+    order = parts.get(f"{module}.weight_g_idx")
+    group = np.arange(columns) // size
+    if order is not None:
+        expect(order, ("I32", "I64"), (columns,))
+        stored = read_flat(order, 0, columns).astype("<i8")
+        if stored.min() >= 0:  # -1 throughout: not ordered by activation
+            group = stored
+        if group.max() >= groups:
+            raise DamagedFile(
+                f"{order.name} names a group beyond {groups}", hint="quantize or fetch the base again"
+            )
+    zero = parts.get(f"{module}.weight_zero_point")
+    rows = partial(_decode, codes, scale, zero, bits, padded, group)
+    label = f"packed int{bits}{', act-order' if (np.diff(group) < 0).any() else ''}"
+    return Packed(
+        f"{module}.weight", METHOD, label, (out, columns), parts, rows, 32, Foldable((ScaleTensor(scale, groups),)),
+        "every scale belongs to a row",
+    )  # fmt: skip
+
+
+def _width(
+    codes: StoredTensor, shape: tuple[int, int], settings: Mapping[str, Any]
+) -> tuple[int, bool]:  # fmt: skip
+    """Bits a code, and whether words end in unused bits (versions before 0.13 packed 3, 5, 6 and 7 bits so)."""
+    out, columns = shape
+    fits = [
+        (bits, padded)
+        for bits in range(2, 9)
+        for padded in (False, True)
+        if codes.shape == (out, -(-columns // (32 // bits)) if padded else -(-columns * bits // 32))
+        and not (padded and 32 % bits == 0)
+    ]
+    configured = {s.weights.get("num_bits") for s in schemes(settings)}
+    best = [fit for fit in fits if fit[0] in configured] or fits
+    if not best:
+        raise DamagedFile(
+            f"{codes.name} is {list(codes.shape)}, which is no packing of a weight {list(shape)}",
+            hint="the file is damaged, or of a variant that this version does not read",
+        )
+    return best[0]
+
+
+def _decode(
+    codes: StoredTensor,
+    scale: StoredTensor,
+    zero: StoredTensor | None,
+    bits: int,
+    padded: bool,
+    group: Array,
+    first: int,
+    count: int,
+) -> Array:
+    take = unpack_padded if padded else unpack
+    values = take(read_rows(codes, first, count), bits, len(group)).astype("<f4")
+    scales = as_float(read_rows(scale, first, count), scale.dtype)
+    if zero is None:
+        values -= np.float32(1 << (bits - 1))
+    else:
+        values -= _zeros(zero, bits, padded, first, count)[:, group]
+    values *= scales[:, group]
+    return values
+
+
+def _zeros(zero: StoredTensor, bits: int, padded: bool, first: int, count: int) -> Array:
+    """Zero points of rows ``first:first+count``, packed along the rows, offset as the codes are: (rows, groups)."""
+    if zero.dtype == "I8":  # not packed: signed, around zero
+        return read_rows(zero, first, count).astype("<f4") + np.float32(1 << (bits - 1))
+    each = 32 // bits
+    if padded:
+        begin = first // each
+        words = read_rows(zero, begin, -(-(first + count) // each) - begin)
+        found = unpack_padded(np.ascontiguousarray(words.T), bits, len(words) * each)
+        return found[:, first - begin * each :][:, :count].T.astype("<f4")
+    # 32 rows fill whole words in every width
+    begin = first * bits // 32
+    words = read_rows(zero, begin, min(-(-count * bits // 32), zero.shape[0] - begin))
+    return unpack(np.ascontiguousarray(words.T), bits, count).T.astype("<f4")
+
+
+def _four_bit_floats(
+    module: str, codes: StoredTensor, parts: Mapping[str, StoredTensor], method: str
+) -> Packed:
+    scale = parts[f"{module}.weight_scale"]
+    expect(codes, ("U8",), (None, None))
+    out, columns = codes.shape[0], codes.shape[1] * 2
+    expect(scale, ("F8_E4M3", "U8", "F8_E8M0"), (out, None))
+    if scale.shape[1] < 1 or columns % scale.shape[1]:
+        raise DamagedFile(f"{scale.name} does not divide {columns} columns", hint="fetch the file again")
+    size = columns // scale.shape[1]
+    micro = scale.dtype != "F8_E4M3"
+    divisor, factor = np.float32(1), np.float32(1)
+    if f"{module}.weight_global_scale" in parts:
+        whole = parts[f"{module}.weight_global_scale"]
+        divisor = as_float(read_flat(whole, 0, 1), whole.dtype)[0]
+    elif f"{module}.weight_scale_2" in parts:
+        whole = parts[f"{module}.weight_scale_2"]
+        factor = as_float(read_flat(whole, 0, 1), whole.dtype)[0]
+    table = E8M0 if micro else E4M3
+
+    def rows(first: int, count: int) -> Array:
+        values = E2M1[unpack(read_rows(codes, first, count), 4, columns)]
+        scales = table[read_rows(scale, first, count)] / divisor * factor
+        values.reshape(count, -1, size)[...] *= scales[:, :, None]
+        return values
+
+    label = "MXFP4" if micro else "NVFP4"
+    return Packed(
+        f"{module}.weight", method, label, (out, columns), parts, rows, 1,
+        f"the scales are {'powers of two' if micro else '8-bit floats'}", "every scale belongs to a row",
+    )  # fmt: skip

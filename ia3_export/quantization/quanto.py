@@ -1,0 +1,151 @@
+"""optimum-quanto: qint8, qfloat8 (``weight._data``) and the packed qint4, qint2 (``weight._data._data``).
+
+Source: optimum-quanto ``tensor/packed.py``, ``tensor/grouped.py`` and ``tensor/weights``: codes of the first rows lie in the low
+bits, groups are runs of the flat weight, and ``W = codes * scale - shift``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from ia3_export.checkpoint.header import StoredTensor
+from ia3_export.errors import DamagedFile, Unsupported
+from ia3_export.fold import Array
+from ia3_export.quantization.codes import FLOAT_CODES
+from ia3_export.quantization.packed import (
+    Foldable,
+    Packed,
+    ScaleTensor,
+    as_float,
+    expect,
+    read_flat,
+    read_rows,
+)
+
+METHOD = "quanto"
+_FLOATS = ("F32", "F16", "BF16")
+_ON_INPUT = "every scale belongs to a row"
+
+
+def find(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> Iterator[Packed]:
+    """The quanto weights among `tensors`. Raises `DamagedFile` and `Unsupported`."""
+    shapes: Mapping[str, tuple[int, ...]] | None = None
+    for name, scale in tensors.items():
+        if not name.endswith(".weight._scale"):
+            continue
+        dense = name.removesuffix("._scale")
+        module = dense.removesuffix(".weight")
+        leaves = ("weight._data", "weight._data._data", "weight._shift", "input_scale", "output_scale")
+        parts = {
+            f"{module}.{leaf}": tensors[f"{module}.{leaf}"]
+            for leaf in leaves
+            if f"{module}.{leaf}" in tensors
+        }
+        parts[name] = scale
+        expect(scale, _FLOATS, tuple(scale.shape))
+        if f"{dense}._data" in parts:
+            yield _whole(dense, parts[f"{dense}._data"], scale, parts)
+        elif f"{dense}._data._data" in parts and f"{dense}._shift" in parts:
+            codes = parts[f"{dense}._data._data"]
+            kind = str(((settings.get("qmap") or {}).get(module) or {}).get("weights"))
+            if kind not in ("qint4", "qint2"):
+                raise Unsupported(
+                    f"{codes.name} is packed, and quanto_qmap.json does not say how ({kind})",
+                    hint="quanto_qmap.json belongs beside the weights; fetch the folder again",
+                )
+            bits = int(kind[-1])
+            shape = _shape(codes, scale, 8 // bits)
+            if shape is None:
+                shapes = _model_shapes(settings) if shapes is None else shapes
+                shape = shapes.get(dense)
+            yield _grouped(dense, codes, scale, parts, bits, shape)
+        else:
+            raise DamagedFile(f"{scale.file.name} holds {name} without codes", hint="fetch it again")
+
+
+def _whole(dense: str, codes: StoredTensor, scale: StoredTensor, parts: Mapping[str, StoredTensor]) -> Packed:
+    expect(codes, ("I8", *FLOAT_CODES), (None, None))
+    out = codes.shape[0]
+
+    def rows(first: int, count: int) -> Array:
+        raw = read_rows(codes, first, count)
+        values = raw.astype("<f4") if codes.dtype == "I8" else FLOAT_CODES[codes.dtype][raw]
+        where = (0, 1) if scale.size == 1 else (first, count)
+        return values * as_float(read_flat(scale, *where), scale.dtype)[:, None]
+
+    if scale.size not in (1, out):
+        raise DamagedFile(f"{scale.name} is {list(scale.shape)} for {out} rows", hint="fetch it again")
+    on_output = (
+        Foldable((ScaleTensor(scale, 1),)) if scale.size == out else "one scale belongs to the whole tensor"
+    )
+    kind = "qint8" if codes.dtype == "I8" else "qfloat8"
+    return Packed(
+        dense,
+        METHOD,
+        f"quanto {kind}",
+        codes.shape,
+        {codes.name: codes, **parts},
+        rows,
+        1,
+        on_output,
+        _ON_INPUT,
+    )
+
+
+def _shape(codes: StoredTensor, scale: StoredTensor, each: int) -> tuple[int, ...] | None:
+    """The weight's shape where a row is one group: of smaller groups, which have one of four lengths, the file does not tell
+    the shape (``quanto.tensor.weights.qbits``)."""
+    expect(codes, ("U8",), (None, None))
+    whole = scale.size == codes.shape[0] * each and codes.shape[1] not in (128, 96, 64, 32)
+    return (scale.size, codes.shape[1]) if whole else None
+
+
+def _model_shapes(settings: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
+    from ia3_export.model_class import parameter_shapes
+
+    return parameter_shapes(settings.get("model") or {})
+
+
+def _grouped(
+    dense: str,
+    codes: StoredTensor,
+    scale: StoredTensor,
+    parts: Mapping[str, StoredTensor],
+    bits: int,
+    shape: tuple[int, ...] | None,
+) -> Packed:
+    each = 8 // bits
+    lines, length = codes.shape[0] * each, codes.shape[1]
+    shift = parts[f"{dense}._shift"]
+    expect(shift, _FLOATS, scale.shape)
+    if shape is None or len(shape) != 2 or shape[0] * shape[1] != lines * length or scale.size != lines:
+        raise Unsupported(
+            f"the shape of {dense} cannot be told: the file holds groups of {length}, and config.json names no model "
+            "that has it",
+            hint="give the folder with its config.json, or the unquantized checkpoint",
+        )
+    out, columns = shape
+
+    def rows(first: int, count: int) -> Array:
+        begin, end = first * columns, (first + count) * columns
+        line, last = begin // length, -(-end // length)
+        values = np.empty((last - line, length), "<f4")
+        for part in range(each):
+            low, high = max(line, part * codes.shape[0]), min(last, (part + 1) * codes.shape[0])
+            if low < high:
+                raw = read_rows(codes, low - part * codes.shape[0], high - low)
+                values[low - line : high - line] = raw >> np.uint8(bits * part) & np.uint8((1 << bits) - 1)
+        values *= as_float(read_flat(scale, line, last - line), scale.dtype)[:, None]
+        values -= as_float(read_flat(shift, line, last - line), shift.dtype)[:, None]
+        return values.reshape(-1)[begin - line * length :][: end - begin].reshape(count, columns)
+
+    on_output: Foldable | str = f"rows of {columns} elements share groups of {length}"
+    if columns % length == 0:
+        inner = columns // length
+        on_output = Foldable((ScaleTensor(scale, inner), ScaleTensor(shift, inner)))
+    return Packed(
+        dense, METHOD, f"quanto qint{bits}", (out, columns), {codes.name: codes, **parts}, rows, 1, on_output, _ON_INPUT
+    )  # fmt: skip

@@ -1,0 +1,194 @@
+"""One code an element and a tensor of scales beside it: compressed-tensors' int8 and FP8, fine-grained FP8, FBGEMM, MXFP8.
+
+Sources: compressed-tensors ``compressors/`` and ``quantization/lifecycle/forward.py``, transformers
+``integrations/finegrained_fp8.py`` and ``fbgemm_fp8.py``. The scale multiplies, whatever its name says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ia3_export.checkpoint.header import Computed, StoredTensor
+from ia3_export.errors import DamagedFile, Unsupported
+from ia3_export.fold import Array
+from ia3_export.quantization.codes import E8M0, FLOAT_CODES
+from ia3_export.quantization.packed import (
+    Foldable,
+    Packed,
+    ScaleTensor,
+    as_float,
+    compute,
+    expect,
+    numpy_dtype,
+    read_flat,
+    read_rows,
+)
+from ia3_export.quantization.settings import block_shape, scheme_of
+
+#: Names of the scale, after the module path; all of them multiply.
+_SCALES = ("weight_scale", "weight_scale_inv", "scale", "qscale_weight")
+_COMPANIONS = ("input_scale", "input_scale_ub", "weight_zero_point", "activation_scale", "qscale_act")
+_FLOATS = ("F32", "BF16", "F16")
+
+
+def find(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> Iterator[Packed]:
+    """The weights of 8-bit codes with one tensor of scales among `tensors`. Raises `DamagedFile`, `Unsupported`."""
+    for name, codes in tensors.items():
+        if not name.endswith(".weight") or codes.dtype not in ("I8", *FLOAT_CODES) or len(codes.shape) != 2:
+            continue
+        module = name.removesuffix(".weight")
+        found = [tensors[f"{module}.{leaf}"] for leaf in _SCALES if f"{module}.{leaf}" in tensors]
+        if not found:
+            continue
+        scale = found[0]
+        others = [tensors[f"{module}.{leaf}"] for leaf in _COMPANIONS if f"{module}.{leaf}" in tensors]
+        zero = next((t for t in others if t.name.endswith("zero_point")), None)
+        yield _packed(name, codes, scale, zero, {t.name: t for t in (codes, scale, *others)}, settings)
+
+
+def find_torchao(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> Iterator[Packed]:
+    """torchao's tensor subclasses of plain codes (Int8Tensor, Float8Tensor, IntxUnpackedToInt8Tensor) among `tensors`, as
+    ``torchao.prototype.safetensors`` flattens them. Raises `DamagedFile`, `Unsupported`."""
+    for name, codes in tensors.items():
+        if not name.endswith("._weight_qdata"):
+            continue
+        module = name.removesuffix("._weight_qdata")
+        leaves = ("_weight_scale", "_weight_zero_point")
+        scale, zero = (tensors.get(f"{module}.{leaf}") for leaf in leaves)
+        if codes.dtype not in ("I8", *FLOAT_CODES) or len(codes.shape) != 2 or scale is None:
+            raise Unsupported(
+                f"{name} in {codes.file.name} is {codes.dtype} {list(codes.shape)}, a packed torchao tensor that this "
+                "version does not read",
+                hint="int8, float8 and unpacked intx weights are read",
+            )
+        parts = {tensor.name: tensor for tensor in (codes, scale, zero) if tensor is not None}
+        yield _packed(
+            f"{module}.weight", codes, scale, zero, parts, {"quant_method": "torchao"} | dict(settings)
+        )
+
+
+def _packed(
+    name: str,
+    codes: StoredTensor,
+    scale: StoredTensor,
+    zero: StoredTensor | None,
+    parts: Mapping[str, StoredTensor],
+    settings: Mapping[str, Any],
+) -> Packed:
+    out, columns = codes.shape
+    kind = "int8" if codes.dtype == "I8" else "FP8"
+    method = str(settings.get("quant_method", "compressed-tensors"))
+    on_input = "every scale belongs to a row"
+    if scale.dtype not in (*_FLOATS, "U8", "F8_E8M0"):
+        raise DamagedFile(
+            f"{scale.name} holds scales as {scale.dtype}", hint="fetch the file again, or report it"
+        )
+    if zero is not None:
+        expect(zero, ("I8",), scale.shape)
+    if scale.size == 1:
+        grid, strategy = (out, columns), "tensor"
+    elif scale.shape in ((out,), (out, 1)):
+        grid, strategy = (1, columns), "channel"
+    else:
+        grid, strategy = _grid(codes, scale, settings), "block"
+    if scale.dtype in ("U8", "F8_E8M0"):
+        on_output: Foldable | str = "its scales are powers of two"
+        kind = "MXFP8"
+    elif strategy == "block" and grid[0] != 1:
+        on_output = f"{grid[0]} rows share a scale"
+    elif strategy == "tensor":
+        on_output = _promote(codes, scale, method, settings)
+    else:
+        on_output = Foldable((ScaleTensor(scale, scale.size // out),))
+    rows = partial(_decode, codes, scale, zero, grid)
+    return Packed(
+        name, method, f"{kind} by {strategy}", codes.shape, parts, rows, grid[0] if strategy == "block" else 1,
+        on_output, on_input,
+    )  # fmt: skip
+
+
+def _grid(codes: StoredTensor, scale: StoredTensor, settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns that share a scale. The configuration's: the last block of a row or column may be smaller, so the
+    extents alone do not tell."""
+    expect(scale, (*_FLOATS, "U8", "F8_E8M0"), (None, None))
+    out, columns = codes.shape
+    if scale.shape[0] == out:  # groups within rows
+        return 1, -(-columns // scale.shape[1])
+    size = block_shape(settings, scheme_of(settings, codes.name.removesuffix(".weight"))) or (128, 128)
+    if (-(-out // size[0]), -(-columns // size[1])) != scale.shape:
+        raise DamagedFile(
+            f"{scale.name} is {list(scale.shape)}: blocks of {list(size)} of {list(codes.shape)} give another grid",
+            hint="weight_block_size in the configuration is not that of the file",
+        )
+    return size
+
+
+def _promote(
+    codes: StoredTensor, scale: StoredTensor, method: str, settings: Mapping[str, Any]
+) -> Foldable | str:
+    """One scale a tensor becomes one a row, which the configuration then has to say of all modules of its group."""
+    if method != "compressed-tensors":
+        return "one scale belongs to the whole tensor, and this format has none by row"
+    scheme = scheme_of(settings, codes.name.removesuffix(".weight"))
+    if scheme is None:
+        return "one scale belongs to the whole tensor"
+
+    def read(_: int, count: int) -> Array:
+        return np.repeat(as_float(read_flat(scale, 0, 1), scale.dtype), count)
+
+    wide = compute(scale.name, "F32", (codes.shape[0], 1), scale, Computed(1, read, "F32"))
+    return Foldable((ScaleTensor(wide, 1),), group=scheme.name)
+
+
+def _decode(
+    codes: StoredTensor,
+    scale: StoredTensor,
+    zero: StoredTensor | None,
+    grid: tuple[int, int],
+    first: int,
+    count: int,
+) -> Array:
+    raw = read_rows(codes, first, count)
+    values = (
+        raw.astype("<f4")
+        if codes.dtype == "I8"
+        else np.take(FLOAT_CODES[codes.dtype], raw.view(numpy_dtype("U8")))
+    )
+    if zero is not None:
+        values -= _spread(zero, grid, first, count, codes.shape)
+    if grid[1] >= codes.shape[1]:
+        values *= _spread(scale, grid, first, count, codes.shape)[:, :1]
+    else:
+        values *= _spread(scale, grid, first, count, codes.shape)
+    return values
+
+
+def _spread(
+    tensor: StoredTensor, grid: tuple[int, int], first: int, count: int, shape: tuple[int, ...]
+) -> Array:
+    """The part of a grid of scales (or zero points) that lies on rows ``first:first+count``, one value an element."""
+    lines = -(-shape[0] // grid[0])
+    begin, end = first // grid[0], -(-(first + count) // grid[0])
+    width = tensor.size // lines
+    raw = read_flat(tensor, begin * width, (end - begin) * width).reshape(end - begin, width)
+    values = E8M0[raw] if tensor.dtype in ("U8", "F8_E8M0") else _numbers(raw, tensor.dtype)
+    rows = np.repeat(values, grid[0], axis=0)[first - begin * grid[0] :][:count] if grid[0] > 1 else values
+    if grid[1] >= shape[1]:
+        return rows[:, :1]
+    return np.repeat(rows, grid[1], axis=1)[:, : shape[1]]
+
+
+def _numbers(raw: Array, dtype: str) -> Array:
+    return raw.astype("<f4") if dtype == "I8" else as_float(raw, dtype)
+
+
+def refuse_bare(name: str, tensor: StoredTensor) -> Unsupported:
+    """The error for codes without scales: never to be taken for a dense weight."""
+    return Unsupported(
+        f"{name} is {tensor.dtype} and no scales that this version knows lie beside it",
+        hint="the base is quantized in a way that is not read; give it dequantized, or report its format",
+    )

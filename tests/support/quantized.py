@@ -1,0 +1,99 @@
+"""The committed checkpoints that real quantizers wrote (tools/fixtures/quantized/README.md)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "quantized"
+#: Checkpoints in safetensors; GGUF files are apart.
+CASES = sorted(path.parent.name for path in FIXTURES.glob("*/recipe.json") if "gguf" not in path.parent.name)
+GGUF_CASES = sorted(path.parent.name for path in FIXTURES.glob("gguf-*/recipe.json"))
+
+
+def expected_weights(case: str) -> dict[str, Any]:
+    """The float32 weights that the format's own library made of the file, by dense parameter name."""
+    with np.load(FIXTURES / case / "expected.npz") as stored:
+        return {name: stored[name] for name in stored.files}
+
+
+#: Target and feed-forward modules by model type, where they are not Llama's.
+_TARGETS = {
+    "gpt2": (["c_attn", "mlp.c_proj"], ["mlp.c_proj"]),
+    "gpt_oss": (["k_proj", "v_proj"], []),  # experts are no modules
+    "gpt_neox": (["query_key_value", "dense_4h_to_h"], ["dense_4h_to_h"]),
+}
+
+
+def write_adapter(folder: Path, config: dict[str, Any], *, seed: int = 0, positive: bool = False) -> Path:
+    """An IA3 adapter that PEFT writes for a dense model of the fixture's configuration: keys, values, feed-forward."""
+    import torch
+    import transformers
+    from peft import IA3Config, get_peft_model
+
+    from ia3_export.model_class import make_config
+
+    torch.manual_seed(seed)
+    name = config["architectures"][0]
+    model = getattr(transformers, name)(make_config(config))
+    targets, feedforward = _TARGETS.get(
+        config["model_type"], (["k_proj", "v_proj", "down_proj"], ["down_proj"])
+    )
+    live = get_peft_model(model, IA3Config(target_modules=targets, feedforward_modules=feedforward))
+    for key, parameter in live.named_parameters():
+        if "ia3_l" in key:
+            values = 1 + 0.3 * torch.randn_like(parameter)
+            parameter.data = values.abs() + 0.1 if positive else values
+    live.save_pretrained(folder)
+    return folder
+
+
+def dense_model(folder: Path) -> Any:
+    """The checkpoint in `folder`, quantized or not, as a float64 transformers model of its dequantized weights."""
+    import torch
+    import transformers
+
+    from ia3_export.checkpoint.folder import read_checkpoint
+    from ia3_export.checkpoint.header import read_bytes
+    from ia3_export.fold import FLOAT_DTYPES, storage_dtype, to_float
+    from ia3_export.model_class import make_config
+    from ia3_export.quantization.detection import dense_view, find_quantization
+
+    base = read_checkpoint(folder)
+    quantization = find_quantization(base)
+    assert quantization.problems == ()
+    view = dense_view(base, quantization)
+    assert view.config is not None
+    model = getattr(transformers, view.config["architectures"][0])(make_config(view.config)).double()
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # grouped products know no float64
+    state = {}
+    for name, tensor in view.tensors.items():
+        if tensor.dtype not in FLOAT_DTYPES:
+            continue
+        raw = np.frombuffer(read_bytes(tensor), storage_dtype(tensor.dtype))
+        state[name.replace("embed_out.", "lm_head.")] = torch.from_numpy(
+            to_float(raw, tensor.dtype).astype("<f8").reshape(tensor.shape)
+        )  # fmt: skip
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected and not [name for name in missing if "lm_head" not in name], (missing, unexpected)
+    model.tie_weights()
+    return model.eval()
+
+
+def logits(model: Any) -> Any:
+    """Logits of fixed tokens, float64 numpy."""
+    import torch
+
+    tokens = torch.arange(24).reshape(2, 12) % model.config.vocab_size
+    with torch.no_grad():
+        return model(tokens).logits.double().numpy()
+
+
+def unmerged_logits(base: Path, adapter: Path) -> Any:
+    """Logits of the dequantized base with the adapter live, through PEFT's own forward in float64."""
+    from peft import PeftModel
+
+    return logits(PeftModel.from_pretrained(dense_model(base), adapter).double().eval())
