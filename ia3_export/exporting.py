@@ -144,7 +144,7 @@ def export_onnx(
         source: str | Path = model or ""
         if base is not None:
             say("merging")
-            merge(base, adapters, scratch / "merged", digests="none")
+            merge(base, adapters, scratch / "merged", digests="none", reload_check=False)
             source = scratch / "merged"
         checkpoint = read_checkpoint(source)
         if checkpoint.config is None:

@@ -11,8 +11,9 @@ import numpy as np
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
+from ia3_export.fold import FLOAT_DTYPES
 from ia3_export.manifest import describe_plan
-from ia3_export.plan import Plan, make_plan
+from ia3_export.plan import Plan, Quantized, make_plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +61,17 @@ class Inspection:
         return content
 
 
-def inspect(adapter: str | Path, base: str | Path | None = None) -> Inspection:
+def inspect(
+    adapter: str | Path, base: str | Path | None = None, *, quantized: Quantized = "keep-or-dense"
+) -> Inspection:
     """Describe an IA3 adapter, and with `base` plan its merge without writing anything.
 
+    `quantized` is that of `merge`; by default the plan says which vectors the scales of a quantized base can take.
     Neither torch nor transformers is imported while names and shapes settle everything (``.bin`` files need torch).
     Refusals of the plan are part of the result. Raises `IA3ExportError` for inputs that cannot be read.
     """
     read = read_adapter(adapter)
-    plan = make_plan(read_checkpoint(base), [read]) if base is not None else None
+    plan = make_plan(read_checkpoint(base), [read], quantized=quantized) if base is not None else None
     return Inspection(read, tuple(_statistics(read)), plan)
 
 
@@ -75,7 +79,7 @@ def summarize(plan: Plan) -> dict[str, Any]:
     """The plan's totals: parameters, tensors, bytes and shards, touched and in all."""
     base = plan.base
     return {
-        "base_parameters": _parameters(base),
+        "base_parameters": _parameters(plan.dense),
         "adapter_parameters": sum(adapter.parameters for adapter in plan.adapters),
         "tensors_changed": len(plan.changes),
         "tensors": len(base.tensors),
@@ -87,7 +91,7 @@ def summarize(plan: Plan) -> dict[str, Any]:
 
 
 def _parameters(base: Checkpoint) -> int:
-    return sum(tensor.size for tensor in base.tensors.values())
+    return sum(tensor.size for tensor in base.tensors.values() if tensor.dtype in FLOAT_DTYPES)
 
 
 def _statistics(adapter: Adapter) -> list[SiteStatistics]:

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ia3_export.checkpoint.gguf import write_prefix
 from ia3_export.checkpoint.header import Shard, StoredTensor, count_elements, write_header
 from ia3_export.plan import Change, Plan
+from ia3_export.quantization.gguf import check_gguf
 
 INDEX = "model.safetensors.index.json"
 
@@ -43,8 +45,11 @@ def lay_out(plan: Plan, shard_size: int | None = None) -> tuple[OutputFile, ...]
     """The weight files of the output: the base's shards and names, or new shards of at most `shard_size` bytes.
 
     What is dequantized stays where its codes were, other added tensors go into the last shard. ``.bin`` shards become
-    safetensors of the matching name.
+    safetensors of the matching name, a GGUF file stays one. Raises `UsageError` and `Refused` for what GGUF cannot hold.
     """
+    if plan.base.is_gguf:
+        check_gguf(plan.quantization, plan.changes, plan.dtype, shard_size)
+        return (_lay_gguf(plan.base.shards[0], _rows(plan)[0]),)
     if shard_size is not None:
         return _reshard(plan, shard_size)
     return tuple(
@@ -107,6 +112,23 @@ def _lay_shard(shard: Shard, rows: list[tuple[StoredTensor, Change | None]], pla
         size = len(shard.prefix) + sum(tensor.nbytes for tensor in shard.tensors)
         return OutputFile(shard.name, shard.prefix, size, pieces, shard)
     return _lay_new(_safetensors_name(shard.name), _metadata(shard, plan), rows)
+
+
+def _lay_gguf(shard: Shard, rows: list[tuple[StoredTensor, Change | None]]) -> OutputFile:
+    """The base's file with other bytes for some tensors; with a new header where one of them became dense."""
+    same = all(
+        change is None or (change.dtype, change.shape) == (tensor.dtype, tensor.shape)
+        for tensor, change in rows
+    )
+    prefix, size = shard.prefix, shard.path.stat().st_size
+    offsets = {tensor.name: tensor.offset for tensor in shard.tensors}
+    if not same:
+        kinds = {tensor.name: ((change or tensor).dtype, (change or tensor).shape) for tensor, change in rows}
+        prefix, offsets, size = write_prefix(shard.prefix, kinds)
+    pieces = tuple(
+        Piece(change.source if change else tensor, offsets[tensor.name], change) for tensor, change in rows
+    )
+    return OutputFile(shard.name, prefix, size, pieces, shard if same else None)
 
 
 def _lay_new(

@@ -78,9 +78,12 @@ def make_manifest(
     target: Path,
     written: Written,
     digests: Digests,
+    reload: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """The manifest of the files in `stage`, which will become `target`."""
+    """The manifest of the files in `stage`, which will become `target`; `reload` is what the reload check found."""
     content = describe_plan(plan)
+    if reload is not None:
+        content["reload"] = dict(reload)
     del content["refusals"]
     for row in content["changes"]:
         result = written.tensors.get(row["tensor"], TensorResult(None, 0, 0))

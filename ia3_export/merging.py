@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.combine import Combine
 from ia3_export.card import BASE_CARD, make_card
 from ia3_export.checkpoint import ranges
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
-from ia3_export.checkpoint.stage import check_target, staged
-from ia3_export.errors import OutputError, UsageError
+from ia3_export.checkpoint.stage import check_target, set_aside, staged
+from ia3_export.errors import CheckFailed, OutputError, UsageError
 from ia3_export.execute import Progress, write_outputs
 from ia3_export.layout import INDEX, OutputFile, lay_out, make_index
 from ia3_export.manifest import NAME, Digests, Manifest, make_manifest
@@ -68,6 +69,7 @@ def merge(
     allow_unused: bool = False,
     digests: Digests = "output",
     flush: bool = False,
+    reload_check: bool = True,
     on_progress: Callable[[Progress], None] = ignore_progress,
 ) -> Manifest:
     """Fold IA3 `adapters` into `base` and write a complete checkpoint folder.
@@ -96,12 +98,14 @@ def merge(
         allow_unused: drop vectors and tensors that have no place in the base.
         digests: SHA-256 of all input and output files (``full``), of outputs (``output``), or ``none``.
         flush: sync everything to disk before the final rename.
+        reload_check: of a quantized base, open the output through transformers (bitsandbytes, compressed-tensors) or gguf
+            and compare every weight, where they are installed and memory allows it.
         on_progress: called with bytes done and in total, from several threads, one at a time.
 
     Returns the manifest that was written as ``ia3_export.json``.
 
     Raises `IA3ExportError`: `NotFound`, `DamagedFile`, `Unsupported`, `Refused` and its kinds for inputs,
-    `UsageError` for options, `OutputError` for the output. Nothing is left behind in any of these cases.
+    `UsageError` for options, `OutputError` for the output, `CheckFailed` when the reload check fails. Nothing is left behind in any of these cases.
     """
     target = Path(output)
     plan = plan_merge(
@@ -109,7 +113,7 @@ def merge(
         allow_missing=allow_missing, allow_unused=allow_unused,
     )  # fmt: skip
     plan.raise_problems()
-    return _write([(plan, target)], shard_size, link, overwrite, digests, flush, on_progress)[0]
+    return _write([(plan, target)], shard_size, link, overwrite, digests, flush, reload_check, on_progress)[0]
 
 
 def merge_each(
@@ -127,6 +131,7 @@ def merge_each(
     allow_unused: bool = False,
     digests: Digests = "output",
     flush: bool = False,
+    reload_check: bool = True,
     on_progress: Callable[[Progress], None] = ignore_progress,
 ) -> list[Manifest]:
     """One merged model for each adapter alone, as ``directory/<adapter name>``, reading the base once.
@@ -157,7 +162,7 @@ def merge_each(
         )
         plan.raise_problems()
         jobs.append((plan, Path(directory) / adapter.name))
-    return _write(jobs, shard_size, link, overwrite, digests, flush, on_progress)
+    return _write(jobs, shard_size, link, overwrite, digests, flush, reload_check, on_progress)
 
 
 def _write(
@@ -167,6 +172,7 @@ def _write(
     overwrite: bool,
     digests: Digests,
     flush: bool,
+    reload_check: bool,
     on_progress: Callable[[Progress], None],
 ) -> list[Manifest]:
     for plan, target in jobs:
@@ -182,10 +188,24 @@ def _write(
         manifests = []
         for (plan, target), (stage, files), done in zip(jobs, outputs, written, strict=True):
             _write_side_files(plan, stage, files)
-            manifest = make_manifest(plan, stage, target, done, digests)
+            reload = _reload(plan, stage, target) if reload_check else None
+            manifest = make_manifest(plan, stage, target, done, digests, reload)
             (stage / NAME).write_text(manifest.to_json(), encoding="utf-8")
             manifests.append(manifest)
     return manifests
+
+
+def _reload(plan: Plan, stage: Path, target: Path) -> Mapping[str, Any] | None:
+    """Open the output of a quantized base through its users' library; one that is not what was written is kept aside."""
+    if not plan.quantization.packed:
+        return None
+    from ia3_export.reloading import check_output
+
+    try:
+        return check_output(stage, plan.base, dense=plan.quantized == "dequantize").to_json()
+    except CheckFailed as error:
+        aside = set_aside(stage, target)
+        raise CheckFailed(f"{error}; the output is kept in {aside}", hint=error.hint) from error
 
 
 def _check_space(outputs: Sequence[tuple[Path, Sequence[OutputFile]]], base: Checkpoint, link: bool) -> None:
@@ -213,7 +233,7 @@ def _write_side_files(plan: Plan, stage: Path, files: Sequence[OutputFile]) -> N
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(plan.base.folder / relative, target)
-    if plan.config is not None:
+    if plan.config is not None and not plan.base.is_gguf:
         text = json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n"
         (stage / "config.json").write_text(text, encoding="utf-8")
     index = make_index(plan, files)

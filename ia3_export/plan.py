@@ -10,6 +10,7 @@ import numpy as np
 
 from ia3_export.adapters.combine import Combine, combine_vectors
 from ia3_export.adapters.model import Adapter
+from ia3_export.base_match import base_warnings
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.header import StoredTensor, count_elements, same_bytes, tensor_bytes
 from ia3_export.config_edits import can_untie, check_vocabulary, edit_config
@@ -128,7 +129,8 @@ def make_plan(
     ]
     problems = [*quantization.problems, *(p for r in resolutions for p in r.problems)]
     problems += [p for adapter in adapters for p in _not_finite(adapter)]
-    warnings = [*quantization.warnings, *(w for r in resolutions for w in r.warnings)]
+    warnings = [w for a in adapters for w in base_warnings(a, base, quantization)]
+    warnings += [*quantization.warnings, *(w for r in resolutions for w in r.warnings)]
     changes: dict[str, Change] = {}
     dropped: frozenset[str] = frozenset()
     kept: Kept | None = None

@@ -79,7 +79,7 @@ def prepare(
     wanted = precision_list(["fp32", *precisions])
     checkpoint, read = read_checkpoint(base), tuple(read_adapter(source) for source in adapters)
     say("merging")
-    merge(base, adapters, scratch / "merged", digests="none")
+    merge(base, adapters, scratch / "merged", digests="none", reload_check=False)
     merged = read_checkpoint(scratch / "merged")
     runtime = load_runtime_model(checkpoint.config or {}, read[0], checkpoint.tensors)
     # an adapter may have been trained below or above the head of the base

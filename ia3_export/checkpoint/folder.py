@@ -52,6 +52,11 @@ class Checkpoint:
         return self.location.path if self.location.path.is_dir() else self.location.path.parent
 
     @property
+    def is_gguf(self) -> bool:
+        """Whether it is a lone GGUF file: `config` then is what its metadata says, and no file of its own."""
+        return self.location.path.suffix == ".gguf"
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
@@ -69,12 +74,17 @@ class Checkpoint:
 def read_checkpoint(source: str | Path) -> Checkpoint:
     """Read the headers of a base: a folder, a single weight file, or a hub id.
 
-    A lone file stands for itself: no configuration or tokenizer is looked for beside it.
+    A lone file stands for itself: no configuration or tokenizer is looked for beside it (a GGUF file holds both).
     Raises `NotFound`, `DamagedFile`, `Unsupported`, `Refused`.
     """
     location = locate(source, ignore=_DOWNLOAD_IGNORE)
     if location.path.is_dir():
         return _read_folder(location)
+    if location.path.suffix == ".gguf":
+        from ia3_export.checkpoint.gguf import read_gguf
+
+        shard, config = read_gguf(location.path)
+        return Checkpoint(location, (shard,), _by_name((shard,)), None, None, config, (), ())
     shard = _read_shard(location.path, location.path.name)
     return Checkpoint(location, (shard,), _by_name((shard,)), None, None, None, (), ())
 
@@ -115,7 +125,13 @@ def _no_weights(folder: Path) -> NotFound | Unsupported:
             f"{folder} is an adapter, not a base model",
             hint="--base takes the model that the adapter was trained on, --adapter takes this folder",
         )
-    for pattern, kind in (("*.gguf", "GGUF"), ("*.h5", "TensorFlow"), ("*.msgpack", "Flax")):
+    gguf = sorted(path.name for path in folder.glob("*.gguf"))
+    if gguf:
+        return Unsupported(
+            f"{folder} holds GGUF files only, of which one has to be chosen",
+            hint=f"give the file itself: --base {folder / gguf[0]}",
+        )
+    for pattern, kind in (("*.h5", "TensorFlow"), ("*.msgpack", "Flax")):
         if any(folder.glob(pattern)):
             return Unsupported(
                 f"{folder} holds {kind} weights only, which this version does not fold",
@@ -135,8 +151,8 @@ def _read_shard(path: Path, name: str) -> Shard:
 
         return read_bin(path, name)
     raise Unsupported(
-        f"{path} is neither a safetensors nor a PyTorch file",
-        hint="bases are read as .safetensors or .bin; GGUF bases are not folded by this version",
+        f"{path} is neither a safetensors nor a PyTorch nor a GGUF file",
+        hint="bases are read as .safetensors, .bin or .gguf",
     )
 
 

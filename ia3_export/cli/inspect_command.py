@@ -11,14 +11,31 @@ from ia3_export.cli.output import Output, human_bytes
 
 if TYPE_CHECKING:
     from ia3_export.inspection import Inspection
-    from ia3_export.plan import Plan
+    from ia3_export.plan import Plan, Quantized
+
+
+_OUTCOMES = ("exact", "rounded", "moved", "dense", "refused")
+_HOW = {
+    "dequantize": "written dense",
+    "keep": "the vectors go into its scales",
+    "keep-or-dense": "the vectors go into its scales where that is possible",
+}
 
 
 @click.command("inspect")
 @click.argument("adapter")
 @click.option("--base", metavar="BASE", help="Plan the merge into this base: folder, file or hub id.")
+@click.option(
+    "--quantized",
+    type=click.Choice(["dequantize", "keep", "keep-or-dense"]),
+    default="keep-or-dense",
+    show_default=True,
+    help="How a quantized base would be merged; the default shows which vectors its scales can take.",
+)
 @output_options
-def inspect_command(adapter: str, base: str | None, as_json: bool, quiet: bool, verbose: bool) -> None:
+def inspect_command(
+    adapter: str, base: str | None, quantized: Quantized, as_json: bool, quiet: bool, verbose: bool
+) -> None:
     """Show what an adapter is and, with --base, what a merge would change.
 
     Reads headers and the vectors only. Refusals of the plan are findings: the exit code stays 0.
@@ -30,7 +47,7 @@ def inspect_command(adapter: str, base: str | None, as_json: bool, quiet: bool, 
     from ia3_export.inspection import inspect
 
     out = Output(as_json, quiet, verbose)
-    found = inspect(adapter, base)
+    found = inspect(adapter, base, quantized=quantized)
     content = found.to_json()
     _show_adapter(out, found, content)
     if found.plan is not None:
@@ -68,9 +85,39 @@ def _show_adapter(out: Output, found: Inspection, content: dict[str, Any]) -> No
         )
 
 
+def show_quantization(out: Output, quantization: dict[str, Any]) -> None:
+    """A quantized base for people: its formats, and what becomes of every site that stays quantized."""
+    if not quantization:
+        return
+    formats = ", ".join(f"{count} {name}" for name, count in quantization["formats"].items())
+    out.text(f"quantized base: {formats}; {_HOW[quantization['how']]}")
+    sites = quantization["sites"]
+    counts = {outcome: sum(site["outcome"] == outcome for site in sites) for outcome in _OUTCOMES}
+    if sites:
+        out.text(
+            "vectors on quantized weights: "
+            + ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        )
+    shown = sites if out.verbose else [site for site in sites if site["outcome"] in ("dense", "refused")][:8]
+    if shown:
+        out.table(
+            ("weight", "format", "vectors", "rounding", "into, or why not"),
+            [
+                (
+                    site["weight"], site["format"], site["outcome"], f"{site['rounding']:.1e}" if site["rounding"] else "",
+                    site["reason"] or ", ".join(site["tensors"]),
+                )
+                for site in shown
+            ],
+            numbers=("rounding",),
+            optional=("format", "rounding"),
+        )  # fmt: skip
+
+
 def show_plan(out: Output, plan: Plan) -> None:
     """The plan for people: totals, rows (all with --verbose), edits, warnings, refusals."""
     from ia3_export.inspection import summarize
+    from ia3_export.manifest import describe_quantization
 
     total = summarize(plan)
     share = total["adapter_parameters"] / max(1, total["base_parameters"])
@@ -79,6 +126,7 @@ def show_plan(out: Output, plan: Plan) -> None:
         f"change {total['tensors_changed']} of {total['tensors']} tensors, {human_bytes(total['bytes_changed'])} of "
         f"{human_bytes(total['bytes'])}, in {len(total['shards_touched'])} of {total['shards']} shards"
     )
+    show_quantization(out, describe_quantization(plan))
     rows = sorted(plan.changes.values(), key=lambda change: change.name)
     shown = rows if out.verbose else rows[:8]
     if shown:

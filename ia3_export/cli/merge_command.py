@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from ia3_export.cli.inspect_command import show_plan
+from ia3_export.cli.inspect_command import show_plan, show_quantization
 from ia3_export.cli.options import (
     adapters_option,
     base_option,
@@ -84,6 +84,12 @@ if TYPE_CHECKING:
 @click.option(
     "--flush", is_flag=True, help="Sync to disk before the final rename: survives a power cut, slower."
 )
+@click.option(
+    "--reload-check/--no-reload-check",
+    default=True,
+    show_default=True,
+    help="Of a quantized base: open the output through transformers or gguf and compare every weight.",
+)
 @output_options
 def merge_command(
     base: str,
@@ -103,6 +109,7 @@ def merge_command(
     allow_unused: bool,
     digests: Literal["full", "output", "none"],
     flush: bool,
+    reload_check: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -139,7 +146,7 @@ def merge_command(
             manifests = merge_each(
                 base, adapters, output_per_adapter, cast=cast, dtype=dtype, quantized=quantized,
                 shard_size=shard_size, link=link, overwrite=overwrite, allow_missing=allow_missing, allow_unused=allow_unused, digests=digests,
-                flush=flush, on_progress=report,
+                flush=flush, reload_check=reload_check, on_progress=report,
             )  # fmt: skip
             out.document({"manifests": [manifest.content for manifest in manifests]})
         else:
@@ -148,7 +155,7 @@ def merge_command(
                 merge(
                     base, adapters, output, combine=combine, weights=weights, cast=cast, dtype=dtype,
                     quantized=quantized, shard_size=shard_size, link=link, overwrite=overwrite, allow_missing=allow_missing,
-                    allow_unused=allow_unused, digests=digests, flush=flush, on_progress=report,
+                    allow_unused=allow_unused, digests=digests, flush=flush, reload_check=reload_check, on_progress=report,
                 )
             ]  # fmt: skip
             out.document(manifests[0].content)
@@ -161,6 +168,7 @@ def _show(out: Output, manifest: Manifest) -> None:
     changed: list[dict[str, Any]] = content["changes"]
     for warning in content["warnings"]:
         out.text(f"warning: {warning}")
+    show_quantization(out, content["quantization"])
     if content["left_out"]:
         out.text(f"left out, the base's weights in other formats: {', '.join(content['left_out'])}")
     if out.verbose:
@@ -173,3 +181,11 @@ def _show(out: Output, manifest: Manifest) -> None:
         f"{manifest.folder}: {len(changed)} tensors changed, {human_bytes(sum(row['bytes'] for row in changed))}, "
         f"{len(content['files'])} files" + (f", {flushed} elements became zero" if flushed else "")
     )
+    reload = content.get("reload")
+    if reload is not None and reload["skipped"]:
+        out.text(f"not reloaded: {reload['skipped']}")
+    elif reload is not None:
+        out.text(
+            f"reloaded through {reload['library']}: {reload['weights']} weights are what was written, largest relative "
+            f"difference {reload['error']:.1e}"
+        )

@@ -26,6 +26,7 @@ from ia3_export.parity.judging import Artifact, Tolerance, failed_step, judge, u
 from ia3_export.parity.metrics import Outputs, compare, largest
 from ia3_export.parity.onnx_runs import decode_onnx, open_model, run_onnx
 from ia3_export.parity.own_inputs import fit_text, read_inputs, read_texts
+from ia3_export.parity.quantized import as_dense
 from ia3_export.parity.reference import Placement
 from ia3_export.parity.runners import exact_matmul, quiet
 from ia3_export.report.model import Reference, Step, WeightsProof
@@ -40,6 +41,7 @@ def run_chain(
     adapters: Sequence[Adapter],
     how: MergeOptions,
     merged: Checkpoint | None,
+    rounded: str | None,
     judged: bool,
     graphs: Sequence[tuple[str, Graph]],
     proofs: Sequence[WeightsProof],
@@ -57,6 +59,7 @@ def run_chain(
 ) -> tuple[Reference, tuple[Step, ...], list[str]]:
     """Run everything and judge it: the reference, a step for `merged` (if `judged`) and for each of `graphs`, warnings.
 
+    `rounded` is the dtype to which a merge that stays quantized rounded its scales.
     Raises `UsageError` for a device that is not there, `Unsupported` when the live model cannot be loaded or run.
     """
     place = choose_device(device)
@@ -64,10 +67,15 @@ def run_chain(
     limits = None if tolerance is None else Tolerance(*tolerance)
     with quiet(), exact_matmul(tf32):
         where = _placement(base, place, scratch, max_memory, warnings)
-        stored = TORCH_DTYPES[base.main_dtype]
+        # codes stand for float32 weights
+        stored = TORCH_DTYPES[base.main_dtype] if as_dense(base) is base else "float32"
         written = TORCH_DTYPES[merged.main_dtype] if merged is not None else stored
+        if merged is not None and as_dense(merged) is not merged:
+            written = rounded or written
         working = stored if dtype == "auto" else dtype
         used = written if dtype == "auto" else dtype  # in which the merged model runs
+        if merged is not None and dtype == "auto" and as_dense(merged) is not merged:
+            used = "float32"
         precisions = {name: graph.precision for name, graph in graphs}
         numeric = [NUMERIC.get(precision, precision) for precision in precisions.values()]
         needed = [coarser(used, written)] if merged is not None and judged else []
@@ -191,7 +199,7 @@ def _placement(
 
         free = torch.cuda.mem_get_info(torch.device(device))[0]
     limit = free if max_memory is None else max_memory
-    elements = sum(tensor.size for tensor in base.tensors.values())
+    elements = sum(tensor.size for tensor in as_dense(base).tensors.values())
     if 8 * elements * _HEADROOM <= limit:
         return Placement(device)
     if 4 * elements * _HEADROOM <= limit:

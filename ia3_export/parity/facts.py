@@ -20,7 +20,8 @@ from ia3_export.checkpoint.hub import Location
 from ia3_export.errors import Refused
 from ia3_export.execute import hash_file
 from ia3_export.manifest import NAME
-from ia3_export.plan import Cast, Dtype, Plan
+from ia3_export.plan import Cast, Dtype, Plan, Quantized
+from ia3_export.quantization.detection import find_quantization
 from ia3_export.report.model import SiteSummary, Source
 
 _LIBRARIES = ("torch", "transformers", "peft", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu")
@@ -36,6 +37,7 @@ class MergeOptions:
     weights: tuple[float, ...] = ()
     cast: Cast = "peft"
     dtype: Dtype = "auto"
+    quantized: Quantized = "dequantize"
     allow_missing: bool = False
     allow_unused: bool = False
 
@@ -48,13 +50,17 @@ def recorded_options(base: Checkpoint, merged: Checkpoint | None) -> MergeOption
         options = json.loads((merged.folder / NAME).read_text(encoding="utf-8"))["options"]
         made = MergeOptions(
             options["combine"], tuple(float(w) for w in options["weights"]), options["cast"], options["dtype"],
-            bool(options.get("allow_missing")), bool(options.get("allow_unused")),
+            options.get("quantized", "dequantize"), bool(options.get("allow_missing")), bool(options.get("allow_unused")),
         )  # fmt: skip
         known = made.combine in get_args(Combine) and made.cast in get_args(Cast)
-        if known and made.dtype in get_args(Dtype):
+        if known and made.dtype in get_args(Dtype) and made.quantized in get_args(Quantized):
             return made
     except (OSError, ValueError, KeyError, TypeError):
         pass
+    quantized = find_quantization(base)
+    if quantized.packed:
+        kept = bool(find_quantization(merged).packed)
+        return MergeOptions(quantized="keep-or-dense" if kept else "dequantize")
     if merged.main_dtype != base.main_dtype and merged.main_dtype in _NAMES:
         return MergeOptions(dtype=_NAMES[merged.main_dtype])
     return MergeOptions()

@@ -1,20 +1,64 @@
-"""Bases that bitsandbytes quantized: the model as that library runs it, and the same dequantized exactly.
+"""Quantized bases and merges: the dense model that one stands for, and bitsandbytes' as that library runs it.
 
-PEFT cannot run IA3 on such a base in 16 bits (its layers then give float32 and attention refuses), so everything that is
-not quantized, and the products themselves, are in float32.
+PEFT cannot run IA3 on a base of bitsandbytes in 16 bits (its layers then give float32 and attention refuses), so there
+everything that is not quantized, and the products themselves, are in float32.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from ia3_export.checkpoint.folder import Checkpoint
+from ia3_export.checkpoint.header import read_bytes
+from ia3_export.errors import Unsupported
+from ia3_export.fold import FLOAT_DTYPES, storage_dtype, to_float
+from ia3_export.quantization.detection import dense_view, find_quantization
 
 
 def is_bitsandbytes(base: Checkpoint) -> bool:
     """Whether the configuration says that bitsandbytes quantized the checkpoint."""
     settings = (base.config or {}).get("quantization_config")
     return isinstance(settings, dict) and settings.get("quant_method") == "bitsandbytes"
+
+
+def as_dense(checkpoint: Checkpoint) -> Checkpoint:
+    """`checkpoint` with its quantized weights as the dense tensors they stand for; itself when it has none.
+
+    Raises the reason why a quantized checkpoint cannot be read.
+    """
+    quantization = find_quantization(checkpoint)
+    for problem in quantization.problems:
+        raise problem
+    return dense_view(checkpoint, quantization) if quantization.packed else checkpoint
+
+
+def dense_state(dense: Checkpoint) -> dict[str, Any]:
+    """Every floating tensor of a dense view, as torch tensors: quantized weights in float32, exactly; others as stored."""
+    import torch
+
+    state = {}
+    for name, tensor in dense.tensors.items():
+        if tensor.dtype not in FLOAT_DTYPES:
+            continue
+        values = to_float(np.frombuffer(read_bytes(tensor), storage_dtype(tensor.dtype)), tensor.dtype)
+        state[name] = torch.from_numpy(values.reshape(tensor.shape))
+    return state
+
+
+def load_dense(dense: Checkpoint, class_name: str, config: Any, dtype: Any) -> Any:
+    """The dense view as a transformers model of `class_name`, through ``from_pretrained``'s own renames and fusions."""
+    import transformers
+
+    if dense.config is None:
+        raise Unsupported(
+            f"{dense.location.given} has no config.json, so no model can be built from it",
+            hint="give the model folder that save_pretrained() wrote",
+        )
+    return getattr(transformers, class_name).from_pretrained(
+        None, config=config, state_dict=dense_state(dense), dtype=dtype
+    )
 
 
 def widen(model: Any) -> None:
@@ -30,28 +74,3 @@ def widen(model: Any) -> None:
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None:
             state.dtype = torch.float32
-
-
-def dequantize(model: Any, dense: Any) -> None:
-    """Fill `dense`, a model of the same class without quantization, from a widened bitsandbytes model, in float32, with the
-    library's own functions (``functional.dequantize_4bit``, ``int8_vectorwise_dequant``).
-
-    Before any forward of `model`: on some CPUs that repacks the codes.
-    """
-    import bitsandbytes
-
-    functional = bitsandbytes.functional
-    wanted = dense.state_dict()
-    state = {name: tensor for name, tensor in model.state_dict().items() if name in wanted}
-    for path, module in model.named_modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            weight = functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-        elif isinstance(module, bitsandbytes.nn.Linear8bitLt):
-            weight = functional.int8_vectorwise_dequant(module.weight.data, module.weight.SCB)
-        else:
-            continue
-        name = f"{path}.weight"
-        # a Conv1D (GPT-2) is transposed before bitsandbytes packs it
-        conv1d = type(dense.get_submodule(path)).__name__ == "Conv1D"
-        state[name] = weight.T if conv1d else weight.reshape(wanted[name].shape)
-    dense.load_state_dict({name: tensor.float() for name, tensor in state.items()})

@@ -21,7 +21,7 @@ from ia3_export.checkpoint.header import read_bytes
 from ia3_export.errors import Unsupported
 from ia3_export.fold import storage_dtype, to_float
 from ia3_export.model_class import load_runtime_model, make_config
-from ia3_export.parity.quantized import dequantize, is_bitsandbytes, widen
+from ia3_export.parity.quantized import as_dense, load_dense, widen
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +96,16 @@ def load_plain(
 ) -> Any:
     """The checkpoint as a transformers model of `class_name`, in eval mode; seeded where a head is made anew.
 
-    `config` replaces the checkpoint's own configuration. A base that bitsandbytes quantized becomes dense float32, or with
-    `quantized` stays as that library runs it, with products in float32. Experts run one after the other, in plain matrix products:
+    `config` replaces the checkpoint's own configuration. A quantized checkpoint is dequantized (exactly in float32 and wider), or,
+    of bitsandbytes and with `quantized`, stays as that library runs it, with products in float32. Experts run one after the other, in plain matrix products:
     the grouped kernel knows no float64.
     """
     import torch
     import transformers
 
     torch.manual_seed(0)
-    by_library = is_bitsandbytes(base)
-    made = None if config is None or by_library else make_config(config)
+    dense = base if quantized else as_dense(base)
+    made = None if config is None or quantized else make_config(config)
     kind = "auto" if dtype == "auto" else getattr(torch, dtype)
     offload: dict[str, Any] = {}
     if where.offload is not None:
@@ -115,9 +115,12 @@ def load_plain(
             limits[index] = int(0.8 * torch.cuda.mem_get_info(index)[0])
         offload = {"device_map": "auto", "max_memory": limits, "offload_folder": str(where.offload)}
     try:
-        model = getattr(transformers, class_name).from_pretrained(
-            base.folder, config=made, dtype=kind, **offload
-        )
+        if dense is not base:
+            model = load_dense(dense, class_name, made or make_config(base.config or {}), kind)
+        else:
+            model = getattr(transformers, class_name).from_pretrained(
+                base.folder, config=made, dtype=kind, **offload
+            )
     except Exception as error:  # whatever a damaged or half-known checkpoint makes transformers raise
         raise Unsupported(
             f"transformers cannot load {base.location.given} as {class_name}: {type(error).__name__}: "
@@ -126,14 +129,10 @@ def load_plain(
         ) from error
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
-    if by_library:
+    if quantized:
         widen(model)
-        if quantized:
-            return model.eval()
-        dense = getattr(transformers, class_name)(make_config(base.config or {}))
-        dequantize(model, dense)
-        model = dense if dtype == "auto" else dense.to(getattr(torch, dtype))
-    return model.eval() if offload else model.eval().to(where.device)
+        return model.eval()
+    return model.eval() if offload and dense is base else model.eval().to(where.device)
 
 
 def load_as_library_runs_it(

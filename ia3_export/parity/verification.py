@@ -15,6 +15,7 @@ from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.errors import UsageError
 from ia3_export.execute import Progress
+from ia3_export.manifest import NAME
 from ia3_export.merging import merge
 from ia3_export.parity.facts import (
     MergeOptions,
@@ -29,12 +30,13 @@ from ia3_export.parity.facts import (
 )
 from ia3_export.parity.graph import Graph, prove_graph, read_graphs
 from ia3_export.parity.onnx_runs import find_onnx
-from ia3_export.parity.quantized import is_bitsandbytes
 from ia3_export.parity.weights import prove_folder
 from ia3_export.plan import Plan, make_plan
+from ia3_export.quantization.detection import find_quantization
 from ia3_export.report.model import Reference, Report, Step, WeightsProof
 
 Dtype = Literal["auto", "float64", "float32", "float16", "bfloat16"]
+_TORCH = {"BF16": "bfloat16", "F16": "float16"}
 
 
 def verify(
@@ -67,8 +69,8 @@ def verify(
 
     Args:
         base, adapters: as in `merge`. Without an adapter an ONNX file is compared with the model `base` itself.
-        merged: folder that `merge` wrote; for a base that bitsandbytes quantized, a dense folder, of which the forwards
-            are compared. With neither `merged` nor `onnx`, a merge into a temporary folder is verified.
+        merged: folder that `merge` wrote. Of another tool's dense merge into a quantized base only the forwards are compared:
+            its rounding is its own. With neither `merged` nor `onnx`, a merge into a temporary folder is verified.
         onnx: folders that `export_onnx` wrote (all precisions in them), or ``.onnx`` files, in the order of the chain.
         base_onnx: the base's own export, whose operators the graphs must then have.
         weights_only: no forward: streaming, in little memory, without torch unless a head or renamed tensors need it.
@@ -104,7 +106,8 @@ def verify(
     elif how != MergeOptions():
         check_recorded(how, len(read))
         said.append(f"taken from the manifest, or from the weights' dtype: {describe_options(how)}")
-    plan = _plan(checkpoint, read, how, forwards_only=merged is not None and not weights_only)
+    foreign = shipped is not None and not weights_only and _is_foreign(checkpoint, shipped)
+    plan = None if foreign else _plan(checkpoint, read, how)
     graphs = _name_graphs([read_graphs(paths) for location in onnx for paths in find_onnx(location)])
     base_graph = read_graphs(find_onnx(base_onnx)[0]) if base_onnx is not None else None
     overridden = atol is not None or rtol is not None
@@ -117,7 +120,7 @@ def verify(
         warnings = said
         if plan is None:
             warnings.append(
-                "the base is quantized: its codes are not folded by this version, only forwards are compared"
+                "the base is quantized and another tool merged into it, with roundings of its own: only forwards are compared"
             )
         else:
             warnings += plan.warnings
@@ -132,7 +135,7 @@ def verify(
             from ia3_export.parity.chain import run_chain
 
             reference, steps, more = run_chain(
-                checkpoint, read, how, subject, judged, graphs, proofs, sites_of(plan, read), scratch=Path(scratch),
+                checkpoint, read, how, subject, _rounded(plan), judged, graphs, proofs, sites_of(plan, read), scratch=Path(scratch),
                 inputs=inputs, text=text, device=device, dtype=dtype, tf32=tf32,
                 tolerance=(atol or 0.0, rtol or 0.0) if overridden else None, max_memory=max_memory, seed=seed,
             )  # fmt: skip
@@ -149,14 +152,22 @@ def verify(
     )  # fmt: skip
 
 
-def _plan(
-    base: Checkpoint, adapters: Sequence[Adapter], how: MergeOptions, *, forwards_only: bool
-) -> Plan | None:
-    """The plan of the merge; None for a base whose codes this version does not fold, if `forwards_only` will do."""
-    if forwards_only and is_bitsandbytes(base):
+def _is_foreign(base: Checkpoint, merged: Checkpoint) -> bool:
+    """Whether `merged` is a merge into a quantized base that another tool made."""
+    return not (merged.folder / NAME).is_file() and bool(find_quantization(base).packed)
+
+
+def _rounded(plan: Plan | None) -> str | None:
+    """The coarsest dtype that vectors were folded into, of a merge that stays quantized."""
+    if plan is None or not plan.kept:
         return None
+    dtypes = {change.dtype for change in plan.changes.values() if change.how == "fold"}
+    return next((_TORCH[dtype] for dtype in ("BF16", "F16") if dtype in dtypes), "float32")
+
+
+def _plan(base: Checkpoint, adapters: Sequence[Adapter], how: MergeOptions) -> Plan:
     plan = make_plan(
-        base, adapters, combine=how.combine, weights=how.weights, cast=how.cast, dtype=how.dtype,
+        base, adapters, combine=how.combine, weights=how.weights, cast=how.cast, dtype=how.dtype, quantized=how.quantized,
         allow_missing=how.allow_missing, allow_unused=how.allow_unused,
     )  # fmt: skip
     plan.raise_problems()
@@ -172,7 +183,9 @@ def _merge(base: str | Path, adapters: Sequence[str | Path], how: MergeOptions, 
         weights=how.weights,
         cast=how.cast,
         dtype=how.dtype,
+        quantized=how.quantized,
         digests="none",
+        reload_check=False,
     )
     return read_checkpoint(target)
 
@@ -196,6 +209,7 @@ def _shown_options(
 ) -> dict[str, str]:
     options: dict[str, Any] = {
         "combine": how.combine, "weights": ",".join(map(str, how.weights)), "cast": how.cast, "dtype": how.dtype,
+        "quantized": "" if how.quantized == "dequantize" else how.quantized,
         "allow_missing": how.allow_missing or "", "allow_unused": how.allow_unused or "", "seed": seed,
         "atol": "" if atol is None else atol, "rtol": "" if rtol is None else rtol, "tf32": "on" if tf32 else "",
     }  # fmt: skip

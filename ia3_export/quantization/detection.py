@@ -13,7 +13,7 @@ from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import DamagedFile, IA3ExportError, Unsupported
 from ia3_export.fold import FLOAT_DTYPES, Array
 from ia3_export.modules import CONV1D_MODEL_TYPES, model_types
-from ia3_export.quantization import bitsandbytes, hqq, integers, mxfp4, packed_integers, quanto, scaled
+from ia3_export.quantization import bitsandbytes, gguf, hqq, integers, mxfp4, packed_integers, quanto, scaled
 from ia3_export.quantization.packed import Packed
 from ia3_export.quantization.settings import read_settings
 
@@ -29,6 +29,7 @@ FORMATS: Mapping[str, Finder] = {
     "quanto": quanto.find,
     "HQQ": hqq.find,
     "MXFP4 experts": mxfp4.find,
+    "GGUF": gguf.find,
 }
 
 #: Methods that are known and not read, with what to do.

@@ -1,0 +1,71 @@
+"""Whether an adapter meets the base that it was trained on: the name that it states, and its quantization."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from ia3_export.adapters.model import Adapter
+from ia3_export.checkpoint.folder import Checkpoint
+from ia3_export.quantization.detection import Quantization
+
+#: What names of repositories say of a quantization.
+_IN_NAMES = (
+    (re.compile(r"bnb-?(4|8)bit|-4bit$|-8bit$|nf4|int8", re.I), "bitsandbytes"),
+    (re.compile(r"gptq", re.I), "gptq"), (re.compile(r"awq", re.I), "awq"), (re.compile(r"fp8", re.I), "fp8"),
+    (re.compile(r"gguf", re.I), "gguf"), (re.compile(r"hqq", re.I), "hqq"), (re.compile(r"w4a16|w8a8", re.I), "compressed-tensors"),
+)  # fmt: skip
+
+
+def base_warnings(adapter: Adapter, base: Checkpoint, quantization: Quantization) -> Iterator[str]:
+    """Why the vectors may not act in `base` as they did in training; nothing where the adapter names no base.
+
+    A vector trained over rounded weights has learned to make up for their rounding, and meets other weights in the
+    original (or the other way round): the merge is exact, what it computes is not what was evaluated.
+    """
+    named = adapter.config.get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        return
+    if not _same(named, base):
+        yield (
+            f"{adapter.name} says that it was trained on {named}, the base given is {base.location.given}: "
+            "its vectors fit no other weights"
+        )
+    methods = sorted({packed.method for packed in quantization.packed.values()})
+    trained = _method(named)
+    if trained and trained not in methods:
+        given = ", ".join(methods) or "not quantized"
+        yield (
+            f"{adapter.name} was trained on a base quantized by {trained} ({named}), this one is {given}: the rounding that "
+            "its vectors have learned to live with is another here, so measure the merged model's quality again"
+        )
+    elif trained is None and methods and Path(named).is_dir():
+        yield (
+            f"{adapter.name} was trained on unquantized weights ({named}), this base is quantized by {', '.join(methods)}: "
+            "the merge is exact, the quantization error of the base comes on top"
+        )
+
+
+def _same(named: str, base: Checkpoint) -> bool:
+    given = [
+        base.location.given.partition("@")[0],
+        base.location.path.name,
+        base.location.path.resolve().name,
+    ]
+    given += [base.location.hub_id or "", str((base.config or {}).get("_name_or_path") or "")]
+    ends = {name.rstrip("/").rpartition("/")[2].lower() for name in given if name}
+    return named.rstrip("/").rpartition("/")[2].lower() in ends
+
+
+def _method(named: str) -> str | None:
+    """The quantization of the named base: of its configuration where it lies on this disk, else what its name says."""
+    try:
+        config = json.loads((Path(named) / "config.json").read_text(encoding="utf-8"))
+        settings = config.get("quantization_config") or {}
+        return str(settings["quant_method"]) if "quant_method" in settings else None
+    except (OSError, ValueError, AttributeError, TypeError):
+        pass
+    name = named.rstrip("/").rpartition("/")[2]
+    return next((method for pattern, method in _IN_NAMES if pattern.search(name)), None)

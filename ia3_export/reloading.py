@@ -1,0 +1,223 @@
+"""The reload check: what was written, opened through the library that its users use, and compared weight by weight.
+
+A file that only we can read would be worth nothing. transformers loads the folder on the CPU (with bitsandbytes or
+compressed-tensors where the weights stay quantized), gguf a GGUF file; their dequantized weights must be those that we read.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
+from ia3_export.checkpoint.header import read_bytes
+from ia3_export.errors import CheckFailed
+from ia3_export.fold import FLOAT_DTYPES, Array, storage_dtype, to_float
+from ia3_export.quantization.detection import Quantization, dense_view, find_quantization
+
+#: Largest relative difference (Frobenius norm) of a weight: rounding of libraries that compute in 16 bits.
+TOLERANCE = {"bitsandbytes": 1e-6, "dense": 0.0}
+_SIXTEEN_BITS = 6e-3
+#: Methods that transformers loads on a CPU with one more package, or without any.
+_PACKAGES = {
+    "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_tensors", "fp8": "", "torchao": "torchao",
+    "mxfp4": "",
+}  # fmt: skip
+#: Copies of the dense weights that loading and comparing take.
+_COPIES = 2.5
+
+
+@dataclass(frozen=True, slots=True)
+class Reload:
+    """What the reload check found: the `library` that opened the output, how many `weights` were compared, and their
+    largest relative difference `error`; or why there was no check (`skipped`)."""
+
+    library: str
+    weights: int
+    error: float
+    skipped: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        return asdict(self)
+
+
+def check_reload(folder: Path) -> Reload:
+    """Open the checkpoint in `folder` through its users' library and compare every weight that both name alike.
+
+    Raises `CheckFailed` when the library cannot load it, misses or invents a tensor, or reads other weights.
+    """
+    written = read_checkpoint(folder)
+    quantization = find_quantization(written)
+    dense = dense_view(written, quantization)
+    reason = _impossible(dense, quantization)
+    if reason:
+        return Reload("", 0, 0.0, reason)
+    library, compared, worst = _library(quantization), 0, 0.0
+    expected = {n: t for n, t in dense.tensors.items() if t.dtype in FLOAT_DTYPES}
+    for name, found in _load(folder, dense, quantization):
+        if name not in expected:
+            continue
+        tensor = expected[name]
+        wanted = to_float(np.frombuffer(read_bytes(tensor), storage_dtype(tensor.dtype)), tensor.dtype)
+        if found.size != wanted.size:
+            raise CheckFailed(
+                f"{library} reads {name} as {list(found.shape)}, it was written as {list(tensor.shape)}"
+            )
+        found = found.reshape(-1)
+        scale = float(np.linalg.norm(wanted)) or 1.0
+        error = float(np.linalg.norm(found.astype("<f4") - wanted)) / scale
+        packed = quantization.packed.get(name)
+        limit = TOLERANCE.get(packed.method if packed else "dense", _SIXTEEN_BITS)
+        if not error <= limit:
+            raise CheckFailed(
+                f"{library} reads {name} with a relative difference of {error:.2e} to what was written "
+                f"(at most {limit:.0e} is rounding)",
+                hint="please report it with the base's name; --no-reload-check writes the output all the same",
+            )
+        compared, worst = compared + 1, max(worst, error)
+    return Reload(library, compared, worst, "")
+
+
+def check_output(folder: Path, base: Checkpoint, *, dense: bool) -> Reload:
+    """`check_reload` of a merge of `base` in `folder`, which is `dense` or still quantized.
+
+    Where a library reads the base itself wrongly, what it makes of the output says nothing of the merge.
+    """
+    try:
+        return check_reload(folder)
+    except CheckFailed as error:
+        if dense:
+            raise
+        try:
+            check_reload(base.folder)
+        except CheckFailed:
+            return Reload("", 0, 0.0, f"the base itself is read wrongly: {error}")
+        raise
+
+
+def _impossible(dense: Checkpoint, quantization: Quantization) -> str:
+    """Why the check cannot be made here; empty when it can."""
+    import psutil
+
+    config = dense.config or {}
+    if not config.get("architectures"):
+        return "config.json names no architecture"
+    methods = {packed.method for packed in quantization.packed.values()}
+    for method in methods:
+        if method not in _PACKAGES:
+            return f"transformers loads {method} weights only with other packages or on a GPU"
+        package = _PACKAGES[method]
+        if package and importlib.util.find_spec(package) is None:
+            return f"{package.replace('_', '-')} is not installed"
+    needed = int(sum(t.nbytes for t in dense.tensors.values()) * _COPIES)
+    if needed > psutil.virtual_memory().available:
+        return f"loading it takes about {needed:,} bytes of memory, which are not free"
+    from transformers import CONFIG_MAPPING
+
+    if config.get("model_type") not in CONFIG_MAPPING:
+        return f"transformers does not know model_type {config.get('model_type')!r}"
+    return ""
+
+
+def _library(quantization: Quantization) -> str:
+    names = ["transformers"]
+    for method in sorted({packed.method for packed in quantization.packed.values()}):
+        names += [_PACKAGES[method].replace("_", "-")] if _PACKAGES.get(method) else []
+    return ", ".join(f"{name} {metadata.version(name)}" for name in names)
+
+
+def _load(folder: Path, dense: Checkpoint, quantization: Quantization) -> Iterator[tuple[str, Array]]:
+    """The weights by name as the library reads them, dequantized. Raises `CheckFailed` when it cannot."""
+    import torch
+    import transformers
+
+    assert dense.config is not None
+    name = dense.config["architectures"][0]
+    with _quiet():
+        try:
+            model, info = getattr(transformers, name).from_pretrained(
+                folder, dtype="auto", output_loading_info=True
+            )
+            compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+            if compressor is not None and hasattr(compressor, "decompress_model"):
+                compressor.decompress_model(model=model)
+        except Exception as error:  # whatever a library raises is the finding
+            lines = str(error).strip().splitlines() or [""]
+            raise CheckFailed(
+                f"transformers cannot load the output as {name}: {type(error).__name__}: {lines[0]}",
+                hint="please report it with the base's name; --no-reload-check writes the output all the same",
+            ) from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(kind):
+            raise CheckFailed(
+                f"transformers reports {kind.replace('_', ' ')} in the output: {', '.join(map(str, sorted(info[kind])[:3]))}",
+                hint="please report it with the base's name; --no-reload-check writes the output all the same",
+            )
+    with torch.no_grad():
+        dequantized = dict(_bitsandbytes(model))
+        for key, tensor in model.state_dict().items():
+            if key not in dequantized and tensor.is_floating_point() and not _is_code(key, quantization):
+                yield key, _plain(tensor)
+        yield from dequantized.items()
+
+
+def _is_code(key: str, quantization: Quantization) -> bool:
+    """Whether an entry holds codes under the name of the dense weight (8-bit floats that stay packed)."""
+    packed = quantization.packed.get(key)
+    return (
+        packed is not None
+        and key in packed.parts
+        and packed.method not in ("compressed-tensors", "fp8", "mxfp4")
+    )
+
+
+def _bitsandbytes(model: Any) -> Iterator[tuple[str, Array]]:
+    kinds = {"Linear4bit", "Linear8bitLt"}
+    modules = {n: m for n, m in model.named_modules() if type(m).__name__ in kinds}
+    if not modules:
+        return
+    import torch
+    from bitsandbytes import functional
+    from transformers.pytorch_utils import Conv1D
+
+    for path, module in modules.items():
+        if type(module).__name__ == "Linear4bit":
+            module.weight.quant_state.dtype = torch.float32
+            weight = functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        else:
+            weight = functional.int8_vectorwise_dequant(module.weight.data, module.weight.SCB)
+        turned = getattr(module, "source_cls", None) is Conv1D
+        yield f"{path}.weight", _plain(weight.T if turned else weight)
+
+
+def _plain(tensor: Any) -> Array:
+    values: Array = tensor.detach().float().contiguous().cpu().numpy()
+    return values
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Progress bars and advice off."""
+    from transformers.utils import logging as transformers_logging
+
+    logger = logging.getLogger("transformers")
+    level, bars = logger.level, transformers_logging.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        with redirect_stderr(io.StringIO()):  # compressed-tensors draws bars of its own
+            yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
