@@ -35,7 +35,8 @@ def make_card(plan: Plan) -> str:
             (tag for end, tag in _PIPELINES.items() if (plan.model_class or "").endswith(end)), None
         )
         front |= {"pipeline_tag": pipeline} if pipeline else {}
-    front.setdefault("library_name", "transformers")
+    if not plan.base.is_gguf:
+        front.setdefault("library_name", "transformers")
     base_id = _base_id(plan)
     if base_id is not None:
         front["base_model"] = [base_id]
@@ -63,13 +64,25 @@ def make_card(plan: Plan) -> str:
         f"{len(plan.changes)} of {len(plan.base.tensors)} tensors changed ({changed:,} bytes); combined by "
         f"`{plan.combine}`"
         + (f" with weights {', '.join(f'{w:g}' for w in plan.weights)}" if plan.weights else "")
-        + f", cast `{plan.cast}`, dtype `{plan.dtype}`. Every other tensor is byte for byte the base's.",
+        + f", cast `{plan.cast}`, dtype `{plan.dtype}`. {_quantization(plan)}Every other tensor is byte for byte the base's.",
         "",
         "`ia3_export.json` lists every changed tensor and the digests of all files."
         + (f" The base's own card is `{BASE_CARD}`." if "README.md" in plan.base.side_files else ""),
         "",
     ]
     return "\n".join(lines)
+
+
+def _quantization(plan: Plan) -> str:
+    if not plan.quantization.packed:
+        return ""
+    formats = ", ".join(f"{count} {name}" for name, count in plan.quantization.formats.items())
+    if plan.quantized == "dequantize":
+        return f"The base's quantized weights ({formats}) were dequantized. "
+    dense = sum(site.outcome == "dense" for site in plan.kept)
+    return f"The base stays quantized ({formats}), the vectors are in its scales and no code was touched" + (
+        f"; {dense} weights that could not take theirs became dense. " if dense else ". "
+    )
 
 
 def _base_id(plan: Plan) -> str | None:

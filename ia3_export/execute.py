@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
+from ia3_export.changes import Change
 from ia3_export.checkpoint import ranges
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import DamagedFile, NotFinite
-from ia3_export.fold import FLOAT_DTYPES, Workspace, check_block, fold_block, storage_dtype
+from ia3_export.fold import FLOAT_DTYPES, Workspace, check_block, count_zeros, fold_block, storage_dtype
 from ia3_export.layout import OutputFile
-from ia3_export.plan import Change
 from ia3_export.schedule import Item, Queue, Sink, make_runs
 
 _BLOCK = 1 << 19
@@ -256,7 +256,7 @@ class _State:
                 raise _not_finite(change, first + check.not_finite)
             if check.zeros:
                 self._zeros += check.zeros
-                self._flushed += max(0, check.zeros - check_block(raw, dtype, work).zeros)
+                self._flushed += max(0, check.zeros - count_zeros(raw, dtype, work))
         data = out.data.cast("B")
         if self._hash is not None:
             self._hash.update(data)

@@ -230,3 +230,10 @@ def check_block(raw: Array, dtype: str, work: Workspace | None = None) -> BlockC
     if len(magnitude) and magnitude.max() >= infinity:
         bad = int(np.argmax(magnitude >= infinity))
     return BlockCheck(bad, len(magnitude) - int(np.count_nonzero(magnitude)))
+
+
+def count_zeros(raw: Array, dtype: str, work: Workspace) -> int:
+    """Zeros (of either sign) among stored bits."""
+    if dtype in ("F32", "F64"):
+        return len(raw) - int(np.count_nonzero(raw))
+    return check_block(raw, dtype, work).zeros

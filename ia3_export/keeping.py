@@ -8,8 +8,8 @@ can take it on its rows where the feed-forward allows that. No code is touched; 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 
@@ -18,7 +18,14 @@ from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.fold import Array, Layout, Scale, from_float, make_scale, to_float
 from ia3_export.quantization.detection import Quantization, cache_scales
 from ia3_export.quantization.feed_forward import activation_of, find_feeder, move_vector, self_check
-from ia3_export.quantization.packed import Foldable, Packed, ScaleTensor, as_float, read_flat
+from ia3_export.quantization.packed import (
+    Foldable,
+    Packed,
+    ScaleTensor,
+    as_float,
+    read_flat,
+    split_vectors,
+)
 
 Outcome = Literal["exact", "rounded", "moved", "dense", "refused"]
 
@@ -28,6 +35,8 @@ _RANGE = {"F16": (2.0**-14, 65504.0), "BF16": (2.0**-126, 3.38e38), "F32": (2.0*
 _EXACT = 2.0**-23
 #: The moved vector has to give the live one's result up to the rounding of float32 factors.
 _SELF_CHECK = 1e-5
+#: Channels that are tried.
+_CHECKED = 64
 #: Scales of the activations that a weight was calibrated with, as leaves of its module.
 _STATIC = ("input_scale", "activation_scale")
 #: Methods that write such scales although activations are not quantized.
@@ -155,38 +164,14 @@ def keep_codes(
             tensor, tensor.dtype, tuple(scale for scale, _ in parts), tuple(n for _, notes in parts for n in notes)
         )  # fmt: skip
     _promote_groups(quantization, kept)
-    coarse = [site for site in kept.sites if site.error > 2.0**-10]
+    coarse = [site for site in kept.sites if site.error > 2.0**-9]
     if coarse:
         kept.warnings.append(
             f"{len(coarse)} weights have scales in bfloat16, or ones that lose precision: rounded by up to "
-            f"{max(site.error for site in coarse):.1e}, which may be more than a dense weight loses (--quantized dequantize)"
+            f"{max(site.error for site in coarse):.1e}, which may be more than a dense weight loses"
         )
     kept.warnings += _sign_warnings([*context.rows.values(), *context.columns.values()])
     return kept
-
-
-def split_vectors(packed: Packed, scales: Iterable[Scale]) -> tuple[Array | None, Array | None] | str:
-    """The product of output vectors and that of input vectors among `scales` of a dense weight, float64; a reason where a
-    scale is neither (parts of fused parameters)."""
-    if len(packed.shape) != 2:
-        return "it is no single projection"
-    first, last = packed.shape
-    out = columns = None
-    for scale in scales:
-        factors = scale.factors.astype("<f8")
-        if scale.inner == 1 and len(factors) == first * last:
-            grid = factors.reshape(first, last)
-            if (grid == grid[:, :1]).all():
-                out = grid[:, 0] if out is None else out * grid[:, 0]
-            elif (grid == grid[:1]).all():
-                columns = grid[0] if columns is None else columns * grid[0]
-            else:
-                return "transformers builds its parameter from several stored tensors"
-        elif scale.inner == last and len(factors) == first:
-            out = factors if out is None else out * factors
-        else:
-            columns = factors if columns is None else columns * factors
-    return (columns, out) if packed.conv1d else (out, columns)
 
 
 def _decide(fold: Folds, context: _Context) -> KeptSite:
@@ -277,7 +262,10 @@ def _move(
     factors = move_vector(feeder, vector)
     if isinstance(factors, str):
         return f"{reason}, and the vector cannot move: {factors}"
-    if not self_check(feeder, vector, activation_of(packed.module, context.base.config)) <= _SELF_CHECK:
+    few = min(len(vector), _CHECKED)
+    first = feeder.start // len(vector) * few
+    sample = replace(feeder, start=first, stop=first + few)
+    if not self_check(sample, vector[:few], activation_of(packed.module, context.base.config)) <= _SELF_CHECK:
         return f"{reason}, and moving the vector to {feeder.module} failed its numeric self-check"
     weight = f"{feeder.module}.weight"
     whole = np.ones(shapes[weight][0])
@@ -367,8 +355,11 @@ def _emit(how: Foldable, laid: _Laid, packed: Packed, kept: Kept) -> None:
     for scale in how.scales:
         written = _written(scale, factors, packed)
         assert not isinstance(written, str)
+        before = kept.tensors.get(scale.stored.name)
+        earlier, notes = (before.scales, before.notes) if before is not None else ((), ())
+        laid_over = Scale(_for(scale, factors), scale.inner)
         kept.tensors[scale.stored.name] = KeptTensor(
-            scale.stored, written[0], (Scale(_for(scale, factors), scale.inner),), laid.notes
+            scale.stored, written[0], (*earlier, laid_over), (*notes, *laid.notes)
         )
     for tensor in how.rewrites:
         kept.tensors[tensor.name] = KeptTensor(tensor, tensor.dtype, (), ())
@@ -403,14 +394,5 @@ def _sign_warnings(laid: Iterable[_Laid]) -> list[str]:
         return []
     found = " and ".join(f"{n} {what}" for n, what in ((negative, "negative"), (zero, "zero")) if n)
     return [
-        f"{found} scales are written: the libraries tried on CPUs read them rightly, kernels of GPUs were not tried; "
-        "--quantized dequantize has none"
+        f"{found} scales are written: the libraries tried on CPUs read them rightly, kernels of GPUs were not tried"
     ]
-
-
-def describe_site(site: KeptSite) -> dict[str, Any]:
-    """A site as JSON."""
-    return {
-        "weight": site.weight, "format": site.format, "outcome": site.outcome, "tensors": list(site.tensors),
-        "rounding": site.error, "reason": site.reason, "folds": list(site.folds),
-    }  # fmt: skip

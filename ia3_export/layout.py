@@ -8,12 +8,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ia3_export.changes import Change, check_gguf
 from ia3_export.checkpoint.gguf import write_prefix
 from ia3_export.checkpoint.header import Shard, StoredTensor, count_elements, write_header
-from ia3_export.plan import Change, Plan
-from ia3_export.quantization.gguf import check_gguf
+from ia3_export.plan import Plan
 
 INDEX = "model.safetensors.index.json"
+#: Bytes of a shard beyond which a dequantized output gets shards of its own; transformers' default size.
+LARGEST = 5_000_000_000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,6 +54,10 @@ def lay_out(plan: Plan, shard_size: int | None = None) -> tuple[OutputFile, ...]
         return (_lay_gguf(plan.base.shards[0], _rows(plan)[0]),)
     if shard_size is not None:
         return _reshard(plan, shard_size)
+    dequantized = plan.quantization.packed and plan.quantized == "dequantize"
+    # four bits become sixteen: what was a shard of 5 GB would be one of 13
+    if dequantized and any(sum(_size(row) for row in rows) > LARGEST for rows in _rows(plan)):
+        return _reshard(plan, LARGEST)
     return tuple(
         _lay_shard(shard, rows, plan) for shard, rows in zip(plan.base.shards, _rows(plan), strict=True)
     )
@@ -164,6 +170,10 @@ def _reshard(plan: Plan, shard_size: int) -> tuple[OutputFile, ...]:
         _lay_new(f"model-{i:05d}-of-{len(groups):05d}.safetensors", metadata, group)
         for i, group in enumerate(groups, 1)
     )
+
+
+def _size(row: tuple[StoredTensor, Change | None]) -> int:
+    return (row[1] or row[0]).nbytes
 
 
 def _safetensors_name(name: str) -> str:

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 from ia3_export.checkpoint.hub import Location
 from ia3_export.execute import TensorResult, Written, hash_file
-from ia3_export.keeping import describe_site
 from ia3_export.plan import Plan
 
 SCHEMA = "ia3-export/manifest/1"
@@ -67,9 +66,13 @@ def describe_quantization(plan: Plan) -> dict[str, Any]:
         "formats": plan.quantization.formats,
         "method": plan.quantization.settings.get("quant_method"),
         "how": plan.quantized,
-        "sites": [describe_site(site) for site in plan.kept],
+        "sites": [{
+                "weight": site.weight, "format": site.format, "outcome": site.outcome, "tensors": list(site.tensors),
+                "rounding": site.error, "reason": site.reason, "folds": list(site.folds),
+            }
+            for site in plan.kept],
         "dropped": sorted(plan.dropped),
-    }
+    }  # fmt: skip
 
 
 def make_manifest(

@@ -12,6 +12,7 @@ from typing import Any
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.combine import Combine
 from ia3_export.card import BASE_CARD, make_card
+from ia3_export.changes import Cast, Dtype
 from ia3_export.checkpoint import ranges
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.checkpoint.stage import check_target, set_aside, staged
@@ -19,7 +20,7 @@ from ia3_export.errors import CheckFailed, OutputError, UsageError
 from ia3_export.execute import Progress, write_outputs
 from ia3_export.layout import INDEX, OutputFile, lay_out, make_index
 from ia3_export.manifest import NAME, Digests, Manifest, make_manifest
-from ia3_export.plan import Cast, Dtype, Plan, Quantized, make_plan
+from ia3_export.plan import Plan, Quantized, make_plan
 from ia3_export.quantization.settings import SIDE_FILES
 
 

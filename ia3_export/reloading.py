@@ -23,9 +23,10 @@ from ia3_export.checkpoint.header import read_bytes
 from ia3_export.errors import CheckFailed
 from ia3_export.fold import FLOAT_DTYPES, Array, storage_dtype, to_float
 from ia3_export.quantization.detection import Quantization, dense_view, find_quantization
+from ia3_export.quantization.gguf import reload_weights
 
 #: Largest relative difference (Frobenius norm) of a weight: rounding of libraries that compute in 16 bits.
-TOLERANCE = {"bitsandbytes": 1e-6, "dense": 0.0}
+TOLERANCE = {"bitsandbytes": 1e-6, "gguf": 0.0, "dense": 0.0}
 _SIXTEEN_BITS = 6e-3
 #: Methods that transformers loads on a CPU with one more package, or without any.
 _PACKAGES = {
@@ -33,7 +34,7 @@ _PACKAGES = {
     "mxfp4": "",
 }  # fmt: skip
 #: Copies of the dense weights that loading and comparing take.
-_COPIES = 2.5
+_COPIES = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ def check_output(folder: Path, base: Checkpoint, *, dense: bool) -> Reload:
         if dense:
             raise
         try:
-            check_reload(base.folder)
+            check_reload(base.location.path)
         except CheckFailed:
             return Reload("", 0, 0.0, f"the base itself is read wrongly: {error}")
         raise
@@ -109,6 +110,8 @@ def _impossible(dense: Checkpoint, quantization: Quantization) -> str:
     """Why the check cannot be made here; empty when it can."""
     import psutil
 
+    if dense.is_gguf:
+        return ""
     config = dense.config or {}
     if not config.get("architectures"):
         return "config.json names no architecture"
@@ -130,6 +133,8 @@ def _impossible(dense: Checkpoint, quantization: Quantization) -> str:
 
 
 def _library(quantization: Quantization) -> str:
+    if "gguf" in {packed.method for packed in quantization.packed.values()}:
+        return f"gguf {metadata.version('gguf')}"
     names = ["transformers"]
     for method in sorted({packed.method for packed in quantization.packed.values()}):
         names += [_PACKAGES[method].replace("_", "-")] if _PACKAGES.get(method) else []
@@ -138,6 +143,9 @@ def _library(quantization: Quantization) -> str:
 
 def _load(folder: Path, dense: Checkpoint, quantization: Quantization) -> Iterator[tuple[str, Array]]:
     """The weights by name as the library reads them, dequantized. Raises `CheckFailed` when it cannot."""
+    if dense.is_gguf:
+        yield from reload_weights(dense.shards[0].path, quantization.settings)
+        return
     import torch
     import transformers
 

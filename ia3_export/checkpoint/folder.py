@@ -53,8 +53,8 @@ class Checkpoint:
 
     @property
     def is_gguf(self) -> bool:
-        """Whether it is a lone GGUF file: `config` then is what its metadata says, and no file of its own."""
-        return self.location.path.suffix == ".gguf"
+        """Whether it is a GGUF file: `config` then is what its metadata says, and no file of its own."""
+        return any(shard.path.suffix == ".gguf" for shard in self.shards)
 
     @property
     def nbytes(self) -> int:
@@ -81,10 +81,7 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
     if location.path.is_dir():
         return _read_folder(location)
     if location.path.suffix == ".gguf":
-        from ia3_export.checkpoint.gguf import read_gguf
-
-        shard, config = read_gguf(location.path)
-        return Checkpoint(location, (shard,), _by_name((shard,)), None, None, config, (), ())
+        return _read_gguf(location, location.path, (), ())
     shard = _read_shard(location.path, location.path.name)
     return Checkpoint(location, (shard,), _by_name((shard,)), None, None, None, (), ())
 
@@ -106,6 +103,9 @@ def _read_folder(location: Location) -> Checkpoint:
     folder = location.path
     layout = next((name for name in _LAYOUTS if (folder / name).is_file()), None)
     if layout is None:
+        found = list(folder.glob("*.gguf"))
+        if len(found) == 1:
+            return _read_gguf(location, found[0], *_side_files(folder, {found[0].name}))
         raise _no_weights(folder)
     index = read_config(folder / layout) if layout.endswith(".index.json") else None
     names = [layout] if index is None else _shard_names(folder / layout, index)
@@ -119,6 +119,15 @@ def _read_folder(location: Location) -> Checkpoint:
     return Checkpoint(location, shards, tensors, index_name, index, config, side_files, left_out)
 
 
+def _read_gguf(
+    location: Location, path: Path, side_files: tuple[str, ...], left_out: tuple[str, ...]
+) -> Checkpoint:
+    from ia3_export.checkpoint.gguf import read_gguf
+
+    shard, config = read_gguf(path)
+    return Checkpoint(location, (shard,), _by_name((shard,)), None, None, config, side_files, left_out)
+
+
 def _no_weights(folder: Path) -> NotFound | Unsupported:
     if (folder / "adapter_config.json").is_file():
         return Unsupported(
@@ -128,7 +137,7 @@ def _no_weights(folder: Path) -> NotFound | Unsupported:
     gguf = sorted(path.name for path in folder.glob("*.gguf"))
     if gguf:
         return Unsupported(
-            f"{folder} holds GGUF files only, of which one has to be chosen",
+            f"{folder} holds {len(gguf)} GGUF files, of which one has to be chosen",
             hint=f"give the file itself: --base {folder / gguf[0]}",
         )
     for pattern, kind in (("*.h5", "TensorFlow"), ("*.msgpack", "Flax")):

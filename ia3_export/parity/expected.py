@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ia3_export.changes import How
 from ia3_export.checkpoint import ranges
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import DamagedFile
 from ia3_export.fold import FLOAT_DTYPES, Array, Scale, Workspace, fold_block, storage_dtype
-from ia3_export.plan import How, Plan
+from ia3_export.plan import Plan
 
 #: Bytes that are read and compared at a time.
 BLOCK = 1 << 19
@@ -122,7 +123,7 @@ def expected_blocks(
             raw = reader.read(row.source, first * stored.itemsize, length * stored.itemsize, "base").view(
                 stored
             )
-        if row.plain:
+        if row.plain or not floats:
             yield raw, first
         else:
             yield fold_block(raw, first, row.source.dtype, row.dtype, row.scales, reader.work), first

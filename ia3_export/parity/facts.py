@@ -15,12 +15,13 @@ import numpy as np
 
 from ia3_export.adapters.combine import Combine
 from ia3_export.adapters.model import Adapter
+from ia3_export.changes import Cast, Dtype
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.hub import Location
 from ia3_export.errors import Refused
 from ia3_export.execute import hash_file
 from ia3_export.manifest import NAME
-from ia3_export.plan import Cast, Dtype, Plan, Quantized
+from ia3_export.plan import Plan, Quantized
 from ia3_export.quantization.detection import find_quantization
 from ia3_export.report.model import SiteSummary, Source
 

@@ -158,10 +158,13 @@ def _is_foreign(base: Checkpoint, merged: Checkpoint) -> bool:
 
 
 def _rounded(plan: Plan | None) -> str | None:
-    """The coarsest dtype that vectors were folded into, of a merge that stays quantized."""
+    """The coarsest dtype that vectors were folded into, of a merge that stays quantized. GGUF's scales are float16 numbers
+    inside the blocks of codes."""
     if plan is None or not plan.kept:
         return None
     dtypes = {change.dtype for change in plan.changes.values() if change.how == "fold"}
+    if plan.base.is_gguf:
+        dtypes.add("F16")
     return next((_TORCH[dtype] for dtype in ("BF16", "F16") if dtype in dtypes), "float32")
 
 

@@ -112,7 +112,15 @@ def find_quantization(base: Checkpoint) -> Quantization:
             )
     packed = dict(integers.scale_activations(packed, base.tensors))
     result = Quantization(packed, settings, _kept(base))
-    problems += _left_over(base, result) if not problems else []
+    if not problems:
+        problems += _left_over(base, result)
+    if not problems and method and not packed:
+        problems.append(
+            Unsupported(
+                f"the base {base.location.given} says that it is quantized by {method}, but every weight in it is dense",
+                hint="config.json belongs to another checkpoint; if the weights are right, remove quantization_config from it",
+            )
+        )
     return replace(result, problems=tuple(problems), warnings=tuple(_compare(result)))
 
 
@@ -181,8 +189,6 @@ def _compare(result: Quantization) -> Iterator[str]:
     found = {packed.method for packed in result.packed.values()}
     if method is None and found:
         yield f"the tensors are quantized ({', '.join(sorted(result.formats))}), but no configuration says so"
-    elif method is not None and not found and not result.problems:
-        yield f"config.json says {method}, but every weight is dense: taken as unquantized"
     notes = [packed.format for packed in result.packed.values() if "although labelled" in packed.format]
     if notes:
         yield f"{len(notes)} weights are {notes[0]}: decided by their zero points"

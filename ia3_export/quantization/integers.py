@@ -170,8 +170,12 @@ def _decode_gptq(
     packed = read_columns(zeros, first * bits // 32, -(-count * bits // 32))
     zero = _zero_points(packed, bits, count, offset, take)
     scale = as_float(read_columns(scales, first, count), scales.dtype)
-    values -= zero.T.astype("<f4")[:, group]
-    values *= scale.T[:, group]
+    zero, scale = zero.T.astype("<f4"), scale.T
+    size = len(group) // scale.shape[1]
+    if scale.shape[1] * size == len(group) and (group == np.arange(len(group)) // size).all():
+        return _by_groups(values, zero, scale, size)
+    values -= zero[:, group]
+    values *= scale[:, group]
     return values
 
 
@@ -245,8 +249,14 @@ def _gemv(
 
 def _by_groups(values: Array, zero: Array, scale: Array, size: int) -> Array:
     """``(values - zero) * scale``: (rows, columns), with zeros and scales (rows, groups)."""
-    columns = values.shape[1]
-    values = values - np.repeat(zero, size, axis=1)[:, :columns]
+    rows, columns = values.shape
+    values = np.ascontiguousarray(values)
+    if columns == zero.shape[1] * size:
+        groups = values.reshape(rows, -1, size)
+        groups -= zero[:, :, None]
+        groups *= scale[:, :, None]
+        return values
+    values -= np.repeat(zero, size, axis=1)[:, :columns]
     values *= np.repeat(scale, size, axis=1)[:, :columns]
     return values
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from ia3_export.checkpoint import ranges
 from ia3_export.checkpoint.header import Computed, StoredTensor, tensor_bytes
 from ia3_export.errors import DamagedFile
-from ia3_export.fold import FLOAT_DTYPES, Array, storage_dtype, to_float
+from ia3_export.fold import FLOAT_DTYPES, Array, Scale, storage_dtype, to_float
 
 #: ``read(first, count)``: rows ``first:first+count`` of a dense weight, float32 (count, columns).
 RowReader = Callable[[int, int], Array]
@@ -169,3 +169,29 @@ def expect(tensor: StoredTensor, dtypes: tuple[str, ...], shape: tuple[int | Non
             f"{' or '.join(dtypes)} {wanted}",
             hint="the file is damaged, or of a variant that this version does not read",
         )
+
+
+def split_vectors(packed: Packed, scales: Iterable[Scale]) -> tuple[Array | None, Array | None] | str:
+    """The product of output vectors and that of input vectors among `scales` of a dense weight, float64; a reason where a
+    scale is neither (parts of fused parameters)."""
+    if len(packed.shape) == 1:  # a bias
+        return np.prod([scale.factors.astype("<f8") for scale in scales], axis=0), None
+    if len(packed.shape) != 2:
+        return "it is no single projection"
+    first, last = packed.shape
+    out = columns = None
+    for scale in scales:
+        factors = scale.factors.astype("<f8")
+        if scale.inner == 1 and len(factors) == first * last:
+            grid = factors.reshape(first, last)
+            if (grid == grid[:, :1]).all():
+                out = grid[:, 0] if out is None else out * grid[:, 0]
+            elif (grid == grid[:1]).all():
+                columns = grid[0] if columns is None else columns * grid[0]
+            else:
+                return "transformers builds its parameter from several stored tensors"
+        elif scale.inner == last and len(factors) == first:
+            out = factors if out is None else out * factors
+        else:
+            columns = factors if columns is None else columns * factors
+    return (columns, out) if packed.conv1d else (out, columns)

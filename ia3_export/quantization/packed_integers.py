@@ -132,7 +132,11 @@ def _decode(
         values -= np.float32(1 << (bits - 1))
     else:
         values -= _zeros(zero, bits, padded, first, count)[:, group]
-    values *= scales[:, group]
+    size = len(group) // scales.shape[1]
+    if scales.shape[1] * size == len(group) and (group == np.arange(len(group)) // size).all():
+        values.reshape(count, -1, size)[...] *= scales[:, :, None]
+    else:
+        values *= scales[:, group]
     return values
 
 

@@ -134,7 +134,7 @@ def _promote(
     if method != "compressed-tensors":
         return "one scale belongs to the whole tensor, and this format has none by row"
     scheme = scheme_of(settings, codes.name.removesuffix(".weight"))
-    if scheme is None:
+    if scheme is None or scheme.weights.get("strategy") != "tensor":
         return "one scale belongs to the whole tensor"
 
     def read(_: int, count: int) -> Array:

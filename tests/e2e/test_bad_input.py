@@ -618,7 +618,7 @@ def test_a_base_given_as_the_adapter_is_recognized(case: Case, tiny: Tiny) -> No
 # ------------------------------------------------------------------------------------ bases that are not folded
 
 
-def test_a_base_with_a_quantization_configuration_is_refused(case: Case) -> None:
+def test_a_quantization_configuration_over_dense_weights_is_refused(case: Case) -> None:
     edit_json(case.base / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     case.refuses(3, str(case.base), "quantized", "gptq")
 
@@ -645,7 +645,7 @@ def test_packed_weights_are_refused_even_without_a_configuration(case: Case) -> 
         return tensors | {"model.layers.0.self_attn.q_proj.qweight": torch.ones(4, 32, dtype=torch.int32)}
 
     rewrite(case.shard_of(f"{K_PROJ}.weight"), change)
-    case.refuses(3, str(case.base), "quantized", "q_proj.qweight")
+    case.refuses(3, "q_proj.qweight", "without", "q_proj.qzeros")
 
 
 def test_a_gguf_file_is_no_base(case: Case) -> None:
@@ -658,7 +658,7 @@ def test_a_folder_of_gguf_files_is_no_base(case: Case) -> None:
     for file in case.base.iterdir():
         file.unlink()
     (case.base / "model-Q4_K_M.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
-    case.refuses(3, str(case.base), "GGUF")
+    case.refuses(3, "model-Q4_K_M.gguf", "damaged")
 
 
 # --------------------------------------------------------------------------------------- pickles that run code

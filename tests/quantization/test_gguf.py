@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ import numpy as np
 import pytest
 
 from ia3_export.checkpoint.folder import read_checkpoint
-from ia3_export.checkpoint.gguf import ARCHITECTURES, hugging_face_name, read_gguf, write_prefix
+from ia3_export.checkpoint.gguf import read_gguf, write_prefix
+from ia3_export.checkpoint.gguf_models import ARCHITECTURES, hugging_face_name
 from ia3_export.checkpoint.header import StoredTensor, read_bytes
 from ia3_export.errors import IA3ExportError, NotFinite
 from ia3_export.fold import Array
 from ia3_export.quantization.detection import dense_view, find_quantization
-from ia3_export.quantization.gguf import SCALES, find
+from ia3_export.quantization.gguf import SCALES, find, reload_weights
 from ia3_export.quantization.packed import Foldable, Packed
 from tests.e2e.command import merge, only_complaint, run, run_process
 from tests.support.quantized import (
@@ -160,6 +162,16 @@ def test_reading_in_pieces_gives_the_same(case: str) -> None:
             )
 
 
+@pytest.mark.parametrize("case", GGUF_CASES)
+def test_gguf_s_own_reader_finds_the_same_weights(case: str) -> None:
+    settings = find_quantization(read_checkpoint(_file(case))).settings
+    ours = _dense(_file(case))
+    theirs = dict(reload_weights(_file(case), settings))
+    assert ours.keys() == theirs.keys()
+    for name, values in theirs.items():
+        np.testing.assert_array_equal(ours[name], values)
+
+
 # The fold
 
 
@@ -268,6 +280,19 @@ def test_merged_file_is_what_was_trained(case: str, adapters: Callable[[Path], P
     assert _relative(logits(dense_model(base)), wanted) > 0.02, "the adapter does nothing"
 
 
+def test_a_gguf_base_gives_a_gguf_output_by_default(adapters: Callable[[Path], Path], tmp_path: Path) -> None:
+    base = _file("gguf-q4_k_m")
+    merge(base, adapters(base), tmp_path / "default")
+    merge(base, adapters(base), tmp_path / "keep", "--quantized", "keep")
+    assert (tmp_path / "default" / "model.gguf").read_bytes() == (
+        tmp_path / "keep" / "model.gguf"
+    ).read_bytes()
+    manifest = json.loads((tmp_path / "default" / "ia3_export.json").read_text())
+    assert manifest["quantization"]["how"] == "keep"
+    assert {site["outcome"] for site in manifest["quantization"]["sites"]} == {"moved", "rounded"}
+    assert manifest["reload"]["library"] == f"gguf {metadata.version('gguf')}"
+
+
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 def test_a_file_without_codes_is_merged_too(
     dtype: str, adapters: Callable[[Path], Path], tmp_path: Path
@@ -373,10 +398,11 @@ def test_an_architecture_with_biases_and_rows_in_place(tmp_path: Path) -> None:
 
 def test_the_plan_imports_no_framework(adapters: Callable[[Path], Path], tmp_path: Path) -> None:
     base = _file("gguf-q4_k_m")
-    for command in (
+    commands: list[list[str | Path]] = [
         ["inspect", adapters(base), "--base", base],
         ["merge", "--base", base, "--adapter", adapters(base), "--output", tmp_path / "out", "--quantized", "keep", "--dry-run"],
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for command in commands:
         ran = run_process(*command, env={"PYTHONPROFILEIMPORTTIME": "1"})
         assert ran.code == 0, ran.stderr[-2000:]
         loaded = {line.rpartition("|")[2].strip() for line in ran.stderr.splitlines()}
@@ -396,10 +422,13 @@ def test_options_that_gguf_cannot_take(adapters: Callable[[Path], Path], tmp_pat
 
 
 def test_a_folder_of_gguf_files_asks_for_one(adapters: Callable[[Path], Path], tmp_path: Path) -> None:
-    shutil.copy(_file("gguf-q8_0"), tmp_path / "model.gguf")
-    ran = run("inspect", adapters(_file("gguf-q8_0")), "--base", tmp_path)
-    only_complaint(ran, 3, "GGUF files only")
-    assert str(tmp_path / "model.gguf") in ran.stderr
+    shutil.copy(_file("gguf-q8_0"), tmp_path / "a.gguf")
+    adapter = adapters(_file("gguf-q8_0"))
+    assert run("inspect", adapter, "--base", tmp_path).code == 0
+    shutil.copy(_file("gguf-q8_0"), tmp_path / "b.gguf")
+    ran = run("inspect", adapter, "--base", tmp_path)
+    only_complaint(ran, 3, "2 GGUF files")
+    assert str(tmp_path / "a.gguf") in ran.stderr
 
 
 # Damage
@@ -490,7 +519,8 @@ def test_no_changed_byte_of_the_header_gives_a_traceback(tmp_path: Path) -> None
 def _llama_cpp(path: Path) -> Array:
     script = Path(__file__).resolve().parents[2] / "tools" / "fixtures" / "quantized" / "llama_cpp_check.py"
     done = subprocess.run([LLAMA_CPP, str(script), str(path)], check=True, capture_output=True, text=True)
-    return np.array(json.loads(done.stdout)["logits"])
+    found: Array = np.array(json.loads(done.stdout)["logits"])
+    return found
 
 
 @pytest.mark.skipif(
@@ -518,8 +548,8 @@ def test_llama_cpp_computes_what_was_trained(
         if vector is None:
             return weight
         if name.endswith("down_proj.weight"):
-            return weight * vector
-        return weight * (_permuted(vector, 32) if "k_proj" in name else vector)[:, None]
+            return np.asarray(weight * vector)
+        return np.asarray(weight * (_permuted(vector, 32) if "k_proj" in name else vector)[:, None])
 
     merge(base, adapter, tmp_path / "out", "--quantized", "keep")
     folded = tmp_path / "out" / "model.gguf"

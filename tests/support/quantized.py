@@ -97,3 +97,22 @@ def unmerged_logits(base: Path, adapter: Path) -> Any:
     from peft import PeftModel
 
     return logits(PeftModel.from_pretrained(dense_model(base), adapter).double().eval())
+
+
+def source_of(case: str) -> Path:
+    """What ``--base`` takes for a fixture: its folder, or the GGUF file in it."""
+    return next((FIXTURES / case).glob("*.gguf"), FIXTURES / case)
+
+
+def dequantized(case: str, quantization: Any, name: str) -> Any:
+    """A weight of a fixture as ``expected.npz`` has it: (out, in), of GGUF files by and in the order of the file."""
+    from ia3_export.checkpoint.gguf_models import ARCHITECTURES, hugging_face_name
+
+    stored = name
+    if case in GGUF_CASES:
+        stored = str(hugging_face_name(name, ARCHITECTURES["llama"]))
+    packed = quantization.packed[stored]
+    values = packed.dense("F32").computed.read(0, int(np.prod(packed.shape))).reshape(packed.shape)
+    if "attn_k" in name:  # llama.cpp's own formula (LlamaModel.permute), 32 the head's size
+        values = values.reshape(len(values) // 32, 2, 16, -1).swapaxes(1, 2).reshape(values.shape)
+    return values.T if packed.conv1d else values

@@ -1,0 +1,276 @@
+"""The tensors of a merge that are not byte for byte the base's: what replaces, folds, unties and casts them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from ia3_export.adapters.combine import Combine, combine_vectors
+from ia3_export.checkpoint.folder import Checkpoint
+from ia3_export.checkpoint.header import StoredTensor, count_elements, same_bytes, tensor_bytes
+from ia3_export.config_edits import can_untie
+from ia3_export.errors import Refused, Unsupported, UsageError
+from ia3_export.fold import FLOAT_DTYPES, Array, Scale, make_scale, round_vector
+from ia3_export.quantization.detection import Quantization
+from ia3_export.resolve import Placement, Resolution
+
+Cast = Literal["peft", "peft-low-mem"]
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+How = Literal["fold", "replace", "add", "untie", "cast", "dequantize", "rewrite"]
+
+#: Stored dtypes by the names of ``--dtype``.
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Change:
+    """One tensor of the output that is not byte for byte the base's.
+
+    `source` holds the bytes to start from (the base's or the adapter's), `scales` are folded into them in order.
+    `folds` names them for people: ``adapter: module (output)``.
+    """
+
+    name: str
+    how: How
+    dtype: str
+    source: StoredTensor
+    scales: tuple[Scale, ...]
+    folds: tuple[str, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape in the output."""
+        return self.source.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the output."""
+        return tensor_bytes(self.dtype, self.shape)
+
+
+def written_dtype(stored: str, dtype: Dtype) -> str:
+    """The dtype in which a tensor stored as `stored` is written under the ``--dtype`` policy."""
+    return stored if dtype == "auto" or stored not in FLOAT_DTYPES else DTYPES[dtype]
+
+
+def replace_tensors(
+    resolutions: Sequence[Resolution], base: Checkpoint, changes: dict[str, Change], dtype: Dtype
+) -> None:
+    """Heads, embeddings and other tensors that the adapters bring, in the dtype of what they replace."""
+    owners: dict[str, Resolution] = {}
+    for result in resolutions:
+        for name, target in result.extras.items():
+            tensor = result.adapter.extras[name]
+            if target in owners and not same_bytes(changes[target].source, tensor):
+                raise Refused(
+                    f"{owners[target].adapter.name} and {result.adapter.name} both bring {target}, and they differ",
+                    hint="merge the adapters one at a time, or drop the head from one of them",
+                )
+            stored = base.tensors.get(target)
+            kept = stored.kept if stored is not None else base.main_dtype
+            if tensor.dtype not in FLOAT_DTYPES or kept not in FLOAT_DTYPES:
+                kept = tensor.dtype
+            how: How = "replace" if stored is not None else "add"
+            owners[target] = result
+            changes[target] = Change(
+                target, how, written_dtype(kept, dtype), tensor, (), (f"{result.adapter.name}: {name}",)
+            )
+
+
+def fold_vectors(
+    resolutions: Sequence[Resolution],
+    base: Checkpoint,
+    changes: dict[str, Change],
+    combine: Combine,
+    weights: Sequence[float],
+    cast: Cast,
+    dtype: Dtype,
+) -> None:
+    """The vectors of every adapter, one after the other (``product``) or combined, over the tensors they multiply."""
+    if combine == "product":
+        for result in resolutions:
+            vectors = {key: p.site.vector for key, p in result.placements.items()}
+            _lay(result, vectors, result.placements, base, changes, cast, dtype, result.adapter.name)
+        return
+    union: dict[str, Placement] = {}
+    for result in resolutions:
+        for key, placement in result.placements.items():
+            first = union.setdefault(key, placement)
+            if first.site.direction != placement.site.direction:
+                raise Refused(
+                    f"one adapter scales the input of {placement.site.module}, another its output",
+                    hint=f"--combine {combine} needs the same side; --combine product folds both",
+                )
+    vectors = {}
+    for key, placement in union.items():
+        weight = base.tensors.get(placement.parts[0].source)
+        stored = weight.kept if weight is not None else base.main_dtype
+        parts = [r.placements[key].site.vector if key in r.placements else None for r in resolutions]
+        vectors[key] = combine_vectors(parts, weights, combine, stored)
+    label = " + ".join(f"{w:g} {r.adapter.name}" for w, r in zip(weights, resolutions, strict=True))
+    _lay(resolutions[0], vectors, union, base, changes, cast, dtype, label)
+
+
+def _lay(
+    result: Resolution,
+    vectors: Mapping[str, Array],
+    placements: Mapping[str, Placement],
+    base: Checkpoint,
+    changes: dict[str, Change],
+    cast: Cast,
+    dtype: Dtype,
+    label: str,
+) -> None:
+    """Append the scales of one adapter (or of one combination) to the rows of the plan."""
+    experts: dict[str, tuple[Array, str]] = {}
+    for key, placement in placements.items():
+        site, vector = placement.site, vectors[key]
+        for part in placement.parts:
+            note = f"{label}: {site.module} ({site.direction}put)"
+            if part.kind == "expert":
+                experts[site.module] = (vector, site.direction)
+            elif part.kind == "converted":
+                stored = result.runtime.converted[part.tensor][0] if result.runtime else part.tensor
+                factors = _factors(vector, base.tensors[stored].kept, cast)
+                laid = make_scale(factors, part.shape, site.direction, part.layout)
+                _spread(result, part.tensor, _expand(laid, part.shape), base, changes, dtype, note)
+            else:
+                source = changes[part.tensor].source if part.tensor in changes else base.tensors[part.source]
+                factors = _factors(vector, base.tensors[part.source].kept, cast)
+                scale = make_scale(factors, part.shape, site.direction, part.layout)
+                how: How = "fold" if part.tensor in base.tensors else "untie"
+                _append(changes, part.tensor, how, base.tensors[part.source].kept, source, scale, note, dtype)
+    if experts and result.runtime is not None:
+        from ia3_export.conversions import fused_multiplier
+
+        multipliers, understood = fused_multiplier(result.runtime.rules, experts)
+        if set(experts) - understood:
+            first = min(set(experts) - understood)
+            raise Unsupported(
+                f"{first} is part of a fused expert parameter whose packing is not understood",
+                hint="save the base with its experts apart (transformers 4 layout), and merge into that",
+            )
+        for entry, multiplier in multipliers.items():
+            stored = (result.runtime.converted.get(entry) or (result.runtime.stored[entry],))[0]
+            multiplier = _factors(multiplier.reshape(-1), base.tensors[stored].kept, cast)
+            multiplier = multiplier.reshape(result.runtime.shapes[entry])
+            _spread(result, entry, multiplier, base, changes, dtype, f"{label}: experts of {entry}")
+
+
+def _spread(
+    result: Resolution,
+    entry: str,
+    multiplier: Array,
+    base: Checkpoint,
+    changes: dict[str, Change],
+    dtype: Dtype,
+    note: str,
+) -> None:
+    from ia3_export.conversions import spread
+
+    runtime = result.runtime
+    assert runtime is not None
+    if entry in runtime.stored:
+        parts = {runtime.stored[entry]: multiplier.reshape(-1)}
+    else:
+        sources = runtime.converted[entry]
+        siblings = [name for name, keys in runtime.converted.items() if keys == sources]
+        parts = spread(runtime.rules, entry, sources, siblings, multiplier, base.tensors)
+    for stored, factors in parts.items():
+        if (factors != 1).any():
+            tensor = base.tensors[stored]
+            source = changes[stored].source if stored in changes else tensor
+            _append(changes, stored, "fold", tensor.kept, source, Scale(factors, 1), note, dtype)
+
+
+def _append(
+    changes: dict[str, Change],
+    name: str,
+    how: How,
+    kept: str,
+    source: StoredTensor,
+    scale: Scale,
+    note: str,
+    dtype: Dtype,
+) -> None:
+    before = changes.get(name)
+    if before is None:
+        changes[name] = Change(name, how, written_dtype(kept, dtype), source, (scale,), (note,))
+    else:
+        changes[name] = Change(
+            name, before.how, before.dtype, before.source, (*before.scales, scale), (*before.folds, note)
+        )
+
+
+def _factors(vector: Array, stored: str, cast: Cast) -> Array:
+    """The vector in the precision that PEFT folds it in (see `Plan.cast`)."""
+    if cast == "peft-low-mem":
+        return round_vector(vector, stored)
+    with np.errstate(over="ignore", under="ignore"):
+        return vector.astype("<f8" if stored == "F64" else "<f4")
+
+
+def _expand(scale: Scale, shape: tuple[int, ...]) -> Array:
+    element = np.arange(count_elements(shape))
+    return scale.factors[element // scale.inner % len(scale.factors)].reshape(shape)
+
+
+def write_ties(
+    resolutions: Sequence[Resolution],
+    base: Checkpoint,
+    changes: dict[str, Change],
+    dtype: Dtype,
+    warnings: list[str],
+) -> None:
+    """Where a tensor leaves a tie, every other name of the tie that the file lacks is written with the base's
+    own bytes, since without the tie transformers would look for it."""
+    for result in resolutions:
+        if not result.untied or result.runtime is None:
+            continue
+        runtime = result.runtime
+        warnings.append(f"untied: {', '.join(result.untied)} no longer shares its tensor")
+        for target, source in runtime.ties.items():
+            name = runtime.stored.get(target, target)
+            stored = runtime.stored.get(source)
+            if target in runtime.stored or name in changes or stored is None or not can_untie(result, base):
+                continue
+            tensor = base.tensors[stored]
+            changes[name] = Change(
+                name, "untie", written_dtype(tensor.kept, dtype), tensor, (), (f"copy of {stored}",)
+            )
+
+
+def cast_rest(base: Checkpoint, changes: dict[str, Change], dtype: Dtype) -> None:
+    """What no vector touches and is written in another dtype than it is stored in, dequantized weights among it."""
+    for name, tensor in base.tensors.items():
+        written = written_dtype(tensor.kept, dtype)
+        if name not in changes and (written != tensor.dtype or tensor.computed is not None):
+            how: How = "cast" if tensor.computed is None else "dequantize"
+            changes[name] = Change(name, how, written, tensor, (), ())
+
+
+def check_gguf(
+    quantization: Quantization, changes: Mapping[str, Change], dtype: str, shard_size: int | None = None
+) -> None:
+    """Raise `UsageError` or `Refused` for what a GGUF output cannot hold."""
+    if dtype != "auto" or shard_size is not None:
+        option = "--shard-size" if dtype == "auto" else f"--dtype {dtype}"
+        raise UsageError(
+            f"{option} does not apply to a GGUF base",
+            hint="the output is the same file with the vectors folded in",
+        )
+    heads = quantization.settings.get("head_rows") or {}
+    for change in changes.values():
+        if change.how in ("replace", "add", "untie"):
+            raise Refused(
+                f"the adapter brings {change.name}, and llama.cpp's form of whole tensors is not written",
+                hint="merge into the Hugging Face checkpoint and convert that to GGUF",
+            )
+        if change.name in heads and (change.scales or change.how == "dequantize"):
+            raise Refused(
+                f"{change.name} has permuted rows and would have to be written dense",
+                hint="merge into the Hugging Face checkpoint and convert that to GGUF",
+            )

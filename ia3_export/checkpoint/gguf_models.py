@@ -1,0 +1,158 @@
+"""What a GGUF file says of its model: the architectures of llama.cpp that are known, tensor names, ``config.json``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ia3_export.errors import DamagedFile, Unsupported
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What llama.cpp's converter (``conversion/*.py``) makes of a Hugging Face model.
+
+    `permuted`: rows of q and k lie in the order of consecutive rotary pairs (``LlamaModel.permute``). All other rows keep
+    their order. `leaves` replaces entries of `_LEAVES`.
+    """
+
+    model_type: str
+    class_name: str
+    permuted: bool = False
+    leaves: Mapping[str, str] | None = None
+
+
+_GEMMA_NORMS = {"ffn_norm": "pre_feedforward_layernorm"}
+#: Architectures whose conversion has been read: which rows move there is not to be guessed.
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": Architecture("llama", "LlamaForCausalLM", permuted=True),  # Mistral too
+    "granite": Architecture("granite", "GraniteForCausalLM", permuted=True),
+    "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", permuted=True),
+    "olmo": Architecture("olmo", "OlmoForCausalLM", permuted=True),
+    "olmo2": Architecture("olmo2", "Olmo2ForCausalLM"),
+    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM"),
+    "gemma": Architecture("gemma", "GemmaForCausalLM"),
+    "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", leaves=_GEMMA_NORMS),
+    "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", leaves=_GEMMA_NORMS),
+    "phi3": Architecture("phi3", "Phi3ForCausalLM", leaves={"ffn_up": "mlp.gate_up_proj"}),
+    "command-r": Architecture("cohere", "CohereForCausalLM"),
+    "cohere2": Architecture("cohere2", "Cohere2ForCausalLM"),
+}
+
+_LEAVES = {
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
+    "post_attention_norm": "post_attention_layernorm", "ffn_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+_WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_BLOCK = re.compile(r"blk\.(\d+)\.([a-z0-9_]+)\.(weight|bias)")
+
+
+def find_architecture(path: Path, values: Mapping[str, Any]) -> Architecture:
+    """The architecture that the metadata `values` name. Raises `DamagedFile` and `Unsupported`."""
+    name = values.get("general.architecture")
+    if not isinstance(name, str):
+        raise damaged(path, "its metadata names no general.architecture")
+    if values.get("general.type", "model") != "model":
+        raise Unsupported(
+            f"{path} is a GGUF {values['general.type']}, no model",
+            hint="--base takes the model that was trained on",
+        )
+    if int(values.get("split.count") or 0) > 1:
+        raise Unsupported(
+            f"{path} is one of {values['split.count']} parts of a model",
+            hint="join them first: llama-gguf-split --merge FIRST_PART OUTPUT.gguf",
+        )
+    if name not in ARCHITECTURES:
+        raise Unsupported(
+            f"{path} holds a model of llama.cpp's architecture {name!r}, whose conversion this version does not know",
+            hint=f"known are {', '.join(ARCHITECTURES)}; or merge into the Hugging Face checkpoint and convert that",
+        )
+    return ARCHITECTURES[name]
+
+
+def hugging_face_name(name: str, known: Architecture) -> str | None:
+    """The Hugging Face name of a tensor of a GGUF file."""
+    module, _, leaf = name.rpartition(".")
+    if module in _WHOLE:
+        return f"{_WHOLE[module]}.{leaf}"
+    match = _BLOCK.fullmatch(name)
+    part = (dict(_LEAVES) | dict(known.leaves or {})).get(match[2]) if match else None
+    return f"model.layers.{match[1]}.{part}.{match[3]}" if match and part else None
+
+
+def make_config(
+    path: Path,
+    values: Mapping[str, Any],
+    known: Architecture,
+    shapes: Mapping[str, tuple[int, ...]],
+    types: Mapping[str, str],
+) -> dict[str, Any]:
+    """What ``config.json`` would say, as far as the metadata `values` tell.
+
+    `shapes` are those of all tensors by name, `types` the ggml types of the coded ones.
+    """
+    prefix = values["general.architecture"]
+    mixtral = known.model_type == "llama" and values.get(f"{prefix}.expert_count")
+    config: dict[str, Any] = {
+        "model_type": "mixtral" if mixtral else known.model_type,
+        "architectures": ["MixtralForCausalLM" if mixtral else known.class_name],
+    }
+    for key, entry in _CONFIG.items():
+        value = values.get(f"{prefix}.{key}")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            config[entry] = value
+    if "model.embed_tokens.weight" in shapes:
+        config["vocab_size"] = shapes["model.embed_tokens.weight"][0]
+    if f"{prefix}.rope.scaling.type" not in values and f"{prefix}.rope.freq_base" in values:
+        config["rope_parameters"] = {"rope_type": "default", "rope_theta": values[f"{prefix}.rope.freq_base"]}
+    if any(name.endswith("q_proj.bias") for name in shapes):
+        config["attention_bias"] = True
+    config["tie_word_embeddings"] = "lm_head.weight" not in shapes
+    rows = dict(_permuted(path, values, shapes)) if known.permuted else {}
+    if types:
+        config["dtype"] = "float16"
+    if types or rows:
+        config["quantization_config"] = {"quant_method": "gguf", "types": dict(types), "head_rows": rows}
+    return config
+
+
+_CONFIG = {
+    "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size", "block_count": "num_hidden_layers",
+    "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim", "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.layer_norm_epsilon": "layer_norm_eps", "context_length": "max_position_embeddings",
+    "expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok",
+}  # fmt: skip
+
+
+def _permuted(
+    path: Path, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, int]]:
+    """The tensors whose rows are permuted head by head, with the rows of one head."""
+    prefix = values["general.architecture"]
+    for name, shape in shapes.items():
+        match = re.fullmatch(r"model\.layers\.(\d+)\.self_attn\.([qk])_proj\.(weight|bias)", name)
+        if match is None:
+            continue
+        heads = values.get(f"{prefix}.attention.head_count")
+        if match[2] == "k":
+            heads = values.get(f"{prefix}.attention.head_count_kv", heads)
+        if isinstance(heads, list):
+            heads = heads[int(match[1])] if int(match[1]) < len(heads) else None
+        rows = shape[0]
+        if not isinstance(heads, int) or heads < 1 or rows % (2 * heads):
+            raise damaged(path, f"tensor {name} has {rows} rows for {heads!r} heads")
+        yield name, rows // heads
+
+
+def damaged(path: Path, what: str) -> DamagedFile:
+    """The error for a file that contradicts itself."""
+    return DamagedFile(f"{path} is damaged: {what}", hint="fetch the file again, or ask its author")

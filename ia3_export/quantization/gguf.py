@@ -1,0 +1,225 @@
+"""GGUF: llama.cpp's blocks of codes, whose scales are float16 numbers inside the blocks.
+
+Blocks never cross rows, and a weight is linear in its block's d (and m or dmin): an output vector multiplies those, each rounded
+once to float16, and no code is touched. Layouts: ggml ``ggml-common.h`` (``block_q4_K`` and so on); values:
+``gguf.quants.dequantize``. In files of the permuted architectures (`ia3_export.checkpoint.gguf_models`) the rows of q and k lie in rotary
+pairs; the dense view has Hugging Face's order, and vectors are permuted like the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ia3_export.checkpoint.gguf import read_gguf
+from ia3_export.checkpoint.header import Computed, StoredTensor
+from ia3_export.errors import DamagedFile, NotFinite, Unsupported
+from ia3_export.fold import FLOAT_DTYPES, Array, from_float
+from ia3_export.quantization.packed import (
+    Foldable,
+    Packed,
+    RowReader,
+    as_float,
+    compute,
+    read_flat,
+    read_rows,
+)
+
+METHOD = "gguf"
+
+#: Byte offsets of the float16 scales of a block, by ggml type.
+SCALES: Mapping[str, tuple[int, ...]] = {
+    "Q4_0": (0,), "Q5_0": (0,), "Q8_0": (0,), "Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2),
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,),
+    "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,), "IQ1_S": (0,), "TQ1_0": (52,), "TQ2_0": (64,),
+}  # fmt: skip
+_UNFOLDABLE = {
+    "MXFP4": "MXFP4 scales are powers of two", "NVFP4": "NVFP4 scales are 8-bit floats",
+    "IQ1_M": "IQ1_M scatters its scale over the bits of four words",
+}  # fmt: skip
+#: Relative error of a whole weight by the rounding of its scales, measured with weights of 0.02 and more (standard deviation)
+#: and vectors around one. Of two scales the errors do not cancel as the values do; below 6e-5 a scale is subnormal and has fewer
+#: bits, as most of Q6_K's are.
+_ROUNDING = dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "Q3_K", "IQ4_NL"), 3e-4)
+_ROUNDING_OTHERS = 1.3e-3
+_FLOAT_ROUNDING = {"F16": 2.0**-11, "BF16": 2.0**-8}
+_INPUT = "columns share the blocks' scales"
+
+
+def find(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> Iterator[Packed]:
+    """The coded tensors of a GGUF file, and those whose rows are permuted. Raises `DamagedFile`."""
+    if settings.get("quant_method") != METHOD:
+        return
+    types, heads = settings["types"], settings["head_rows"]
+    for name in dict.fromkeys((*types, *heads)):
+        tensor, rows = tensors[name], heads.get(name, 1)
+        if name in types:
+            yield _coded(tensor, types[name], rows)
+        elif tensor.dtype in FLOAT_DTYPES:
+            yield _permuted(tensor, rows)
+
+
+def reload_weights(path: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str, Array]]:
+    """Every float or coded tensor of a GGUF file as the gguf package reads it: float32, under its Hugging Face name and in that
+    row order. The package's reader holds the tokenizer as one array a token, 520 MB of them for Llama 3's.
+    """
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    heads = settings.get("head_rows") or {}
+    names = {tensor.offset: tensor.name for tensor in read_gguf(path)[0].tensors}
+    for tensor in GGUFReader(path).tensors:
+        name = names[tensor.data_offset]
+        try:
+            with np.errstate(all="ignore"):
+                values = np.asarray(dequantize(np.asarray(tensor.data), tensor.tensor_type), "<f4")
+        except NotImplementedError:  # integers, and types that it only knows by name
+            continue
+        if name in heads:
+            values = _unpermute(values.reshape(len(values), -1), heads[name]).reshape(values.shape)
+        yield name, values
+
+
+def head_order(rows: int, head: int) -> Array:
+    """For every row of the file the row of the dense weight that it is (llama.cpp's ``LlamaModel.permute``)."""
+    return np.arange(rows).reshape(-1, 2, head // 2).swapaxes(1, 2).reshape(-1)
+
+
+def _coded(tensor: StoredTensor, kind: str, head: int) -> Packed:
+    block, nbytes = _sizes(kind)
+    rows, width = tensor.shape
+    if width % nbytes:
+        raise DamagedFile(f"{tensor.name} in {tensor.file.name} has rows of {width} bytes for {kind} blocks")
+    shape = (rows, width // nbytes * block)
+    on_output: Foldable | str = _UNFOLDABLE.get(kind, f"{kind} has no known scale")
+    if kind in SCALES:
+        blocks = partial(_scale_blocks, tensor, SCALES[kind], nbytes, head)
+        on_output = Foldable(blocks=blocks, rounding=_ROUNDING.get(kind, _ROUNDING_OTHERS))
+    read = partial(_decode, tensor, kind)
+    return _packed(tensor, f"GGUF {kind}", shape, read, head, on_output, _INPUT)
+
+
+def _permuted(tensor: StoredTensor, head: int) -> Packed:
+    """A weight or bias that is dense, its rows in the file's order."""
+    shape = tensor.shape
+    columns = shape[1] if len(shape) == 2 else 1
+
+    def read(first: int, count: int) -> Array:
+        raw = read_flat(tensor, first * columns, count * columns)
+        return as_float(raw, tensor.dtype).reshape(count, columns)
+
+    blocks = partial(_scale_floats, tensor, columns, head)
+    on_output = Foldable(blocks=blocks, rounding=_FLOAT_ROUNDING.get(tensor.dtype, 0.0))
+    return _packed(
+        tensor, f"GGUF {tensor.dtype}", shape, read, head, on_output, "its rows are permuted for llama.cpp"
+    )
+
+
+def _packed(
+    tensor: StoredTensor,
+    label: str,
+    shape: tuple[int, ...],
+    read: RowReader,
+    head: int,
+    on_output: Foldable | str,
+    on_input: str,
+) -> Packed:
+    """`read` gives rows in the file's order, float32."""
+
+    def rows(first: int, count: int) -> Array:
+        if len(shape) == 1:
+            return _unpermute(read(0, shape[0]), head).reshape(1, -1)
+        found = read(first, count)
+        return found if head == 1 else _unpermute(found, head)
+
+    return Packed(
+        tensor.name,
+        METHOD,
+        label,
+        shape,
+        {tensor.name: tensor},
+        rows,
+        head if len(shape) == 2 else 1,
+        on_output,
+        on_input,
+    )
+
+
+def _unpermute(rows: Array, head: int) -> Array:
+    columns = rows.shape[1]
+    return rows.reshape(-1, head // 2, 2, columns).swapaxes(1, 2).reshape(-1, columns)
+
+
+def _sizes(kind: str) -> tuple[int, int]:
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    return GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+
+
+def _decode(tensor: StoredTensor, kind: str, first: int, count: int) -> Array:
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    with np.errstate(all="ignore"):
+        try:
+            found = dequantize(read_rows(tensor, first, count), GGMLQuantizationType[kind])
+        except NotImplementedError:
+            raise Unsupported(
+                f"{tensor.name} is {kind}, which the gguf package cannot dequantize",
+                hint="install a newer gguf package",
+            ) from None
+    return np.asarray(found, "<f4")
+
+
+def _in_file_order(factors: Array, head: int) -> Array:
+    return factors if head == 1 else factors[head_order(len(factors), head)]
+
+
+def _scale_blocks(
+    tensor: StoredTensor, offsets: tuple[int, ...], nbytes: int, head: int, factors: Array
+) -> StoredTensor:
+    """`tensor` with the scales of every row's blocks times the row's factor."""
+    width = tensor.shape[1]
+    laid = _in_file_order(factors, head).astype("<f4")
+
+    def read(first: int, count: int) -> Array:
+        start, rows = first // width, count // width
+        raw = np.array(read_rows(tensor, start, rows))
+        blocks = raw.reshape(rows, width // nbytes, nbytes)
+        for at in offsets:
+            scales = np.ascontiguousarray(blocks[:, :, at : at + 2]).view("<f2")[:, :, 0]
+            with np.errstate(all="ignore"):
+                scaled = (scales.astype("<f4") * laid[start : start + rows, None]).astype("<f2")
+            _check_finite(tensor, scaled, start)
+            blocks[:, :, at : at + 2] = scaled[:, :, None].view("u1")
+        return raw.reshape(-1)
+
+    return compute(tensor.name, tensor.dtype, tensor.shape, tensor, Computed(width, read, tensor.dtype))
+
+
+def _scale_floats(tensor: StoredTensor, columns: int, head: int, factors: Array) -> StoredTensor:
+    laid = _in_file_order(factors, head).astype("<f4")
+
+    def read(first: int, count: int) -> Array:
+        start, rows = first // columns, count // columns
+        values = as_float(read_flat(tensor, first, count), tensor.dtype).reshape(rows, columns)
+        with np.errstate(all="ignore"):
+            scaled = values * laid[start : start + rows, None]
+        _check_finite(tensor, scaled, start)
+        return from_float(scaled.reshape(-1), tensor.dtype)
+
+    return compute(tensor.name, tensor.dtype, tensor.shape, tensor, Computed(columns, read, tensor.dtype))
+
+
+def _check_finite(tensor: StoredTensor, scaled: Array, first: int) -> None:
+    bad = ~np.isfinite(scaled).all(axis=1)
+    if bad.any():
+        raise NotFinite(
+            f"{tensor.name}, row {first + int(np.argmax(bad))} of the file, is NaN or infinite after "
+            "the fold",
+            hint="the vector is too large for this file's scales, or the base is damaged",
+        )
