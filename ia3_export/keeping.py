@@ -95,10 +95,12 @@ class Kept:
 
 @dataclass(slots=True)
 class _Laid:
-    """Factors laid over the rows (or columns) of one weight so far, and the vectors they come from."""
+    """Factors laid over the rows (or columns) of one weight so far, the vectors they come from, and the dtypes in which
+    the scales are written."""
 
     factors: Array
     notes: tuple[str, ...]
+    dtypes: tuple[str, ...] = ()
 
     def times(self, factors: Array, notes: tuple[str, ...]) -> _Laid:
         return _Laid(self.factors * factors, tuple(dict.fromkeys((*self.notes, *notes))))
@@ -153,11 +155,11 @@ def keep_codes(
             )
         else:
             assert isinstance(packed.on_output, Foldable)
-            _emit(packed.on_output, laid, packed, kept)
+            _emit(packed.on_output, laid, kept)
     for name, laid in context.columns.items():
         packed = quantization.packed[name]
         assert isinstance(packed.on_input, Foldable)
-        _emit(packed.on_input, laid, packed, kept)
+        _emit(packed.on_input, laid, kept)
     for name, parts in context.others.items():
         tensor = base.tensors[name]
         kept.tensors[name] = KeptTensor(
@@ -237,6 +239,7 @@ def _lay(
         found = _written(scale, _single(after.factors), packed)
         if isinstance(found, str):
             return found
+        after.dtypes += (found[0],)
         error = max(error, found[1])
     return after, error
 
@@ -347,19 +350,17 @@ def _for(scale: ScaleTensor, factors: Array) -> Array:
     return np.float32(1) / factors if scale.divides else factors
 
 
-def _emit(how: Foldable, laid: _Laid, packed: Packed, kept: Kept) -> None:
+def _emit(how: Foldable, laid: _Laid, kept: Kept) -> None:
     factors = _single(laid.factors)
     if how.blocks is not None:
         tensor = how.blocks(factors)
         kept.tensors[tensor.name] = KeptTensor(tensor, tensor.dtype, (), laid.notes)
-    for scale in how.scales:
-        written = _written(scale, factors, packed)
-        assert not isinstance(written, str)
+    for scale, dtype in zip(how.scales, laid.dtypes, strict=True):
         before = kept.tensors.get(scale.stored.name)
         earlier, notes = (before.scales, before.notes) if before is not None else ((), ())
         laid_over = Scale(_for(scale, factors), scale.inner)
         kept.tensors[scale.stored.name] = KeptTensor(
-            scale.stored, written[0], (*earlier, laid_over), (*notes, *laid.notes)
+            scale.stored, dtype, (*earlier, laid_over), (*notes, *laid.notes)
         )
     for tensor in how.rewrites:
         kept.tensors[tensor.name] = KeptTensor(tensor, tensor.dtype, (), ())

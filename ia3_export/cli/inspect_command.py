@@ -38,7 +38,7 @@ def inspect_command(
 ) -> None:
     """Show what an adapter is and, with --base, what a merge would change.
 
-    Reads headers and the vectors only. Refusals of the plan are findings: the exit code stays 0.
+    Reads headers and the vectors only, and the 16-bit scales of a quantized base. Refusals of the plan are findings: the exit code stays 0.
 
     \b
       ia3-export inspect my-adapter

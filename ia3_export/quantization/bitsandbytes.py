@@ -131,8 +131,10 @@ def _nested(
         size, offset = int(state["nested_blocksize"]), np.float32(state["nested_offset"])
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(absmax, f"{error} of its double quantization is missing") from None
+    if size < 1:
+        raise _damaged(absmax, f"its scales lie in blocks of {size}")
     expect(absmax, ("U8",), (blocks,))
-    expect(outer, ("F32",), (-(-blocks // max(size, 1)),))
+    expect(outer, ("F32",), (-(-blocks // size),))
     expect(table, ("F32",), (256,))
     values = read_flat(table, 0, 256)
 

@@ -47,6 +47,8 @@ _COMPANIONS = (
     ".weight_scale_inv", ".weight_zero_point", ".weight_global_scale", ".codebooks", ".codes", ".W_q", "_blocks",
     ".weight_scales", "._weight_qdata", ".weight._data", ".weight._scale", ".trellis",
 )  # fmt: skip
+#: What empty tensors, short files and configurations of odd types make a reader raise.
+_READER_ERRORS = (EOFError, OSError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError)
 _FLOAT_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -106,9 +108,14 @@ def find_quantization(base: Checkpoint) -> Quantization:
                         hint="files of two checkpoints lie in one folder; fetch it into an empty one",
                     )
                 packed[found.name] = _transposed(found) if conv1d and len(found.shape) == 2 else found
-        except (IA3ExportError, EOFError, OSError) as error:
+        except IA3ExportError as error:
+            problems.append(error)
+        except _READER_ERRORS as error:
             problems.append(
-                error if isinstance(error, IA3ExportError) else DamagedFile(f"{base.location.given}: {error}")
+                DamagedFile(
+                    f"the quantized weights of {base.location.given} cannot be read: {type(error).__name__}: {error}",
+                    hint="tensors or quantization_config are damaged; fetch the files again",
+                )
             )
     packed = dict(integers.scale_activations(packed, base.tensors))
     result = Quantization(packed, settings, _kept(base))
@@ -148,9 +155,10 @@ def dense_view(base: Checkpoint, quantization: Quantization) -> Checkpoint:
 
 
 def _unreadable_settings(settings: Mapping[str, Any]) -> str:
-    if any((settings.get("transform_config") or {}).get("config_groups") or ()):
+    transforms = settings.get("transform_config")
+    if isinstance(transforms, dict) and transforms.get("config_groups"):
         return "its transform_config mixes weights and activations by rotations"
-    if settings.get("sparsity_config") and "sparse-24" in str(settings["sparsity_config"].get("format")):
+    if "sparse-24" in str(settings.get("sparsity_config")):
         return "its weights are also pruned in the sparse-24 format"
     return ""
 

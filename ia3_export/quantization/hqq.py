@@ -99,6 +99,7 @@ def _packed(
     step = _PACKED.get(bits, 0)
     if (
         len(shape) != 2
+        or min(shape) < 1
         or not step
         or groups < 1
         or size % groups

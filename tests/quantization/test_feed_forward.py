@@ -265,11 +265,13 @@ def test_a_sample_of_the_table_holds_on_real_models(tool: ModuleType, reviewed: 
     check_review(tool, reviewed)
 
 
+#: Every eighth; tools/mlp_kinds.py tries all of them in a quarter of an hour.
+_OTHERS = sorted({e.get("tried_in", n) for n, e in _table().items() if "move" in e} - set(SAMPLE))[::8]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "reviewed", sorted(({e.get("tried_in", n) for n, e in _table().items() if "move" in e}) - set(SAMPLE))
-)
-def test_all_of_the_table_holds_on_real_models(tool: ModuleType, reviewed: str) -> None:
+@pytest.mark.parametrize("reviewed", _OTHERS)
+def test_more_of_the_table_holds_on_real_models(tool: ModuleType, reviewed: str) -> None:
     check_review(tool, reviewed)
 
 
