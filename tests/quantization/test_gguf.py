@@ -276,7 +276,7 @@ def test_merged_file_is_what_was_trained(case: str, adapters: Callable[[Path], P
         )
     wanted = unmerged_logits(base, adapter)
     error = _relative(logits(dense_model(out / "model.gguf")), wanted)
-    assert error <= (1.3e-3 if any(name in case for name in _COARSE) else 3e-4)
+    assert error <= (1.3e-3 if any(name in case for name in _COARSE) else 3.5e-4)
     assert _relative(logits(dense_model(base)), wanted) > 0.02, "the adapter does nothing"
 
 

@@ -27,7 +27,7 @@ _TARGETS = {
 }
 
 
-def write_adapter(folder: Path, config: dict[str, Any], *, seed: int = 0, positive: bool = False) -> Path:
+def write_adapter(folder: Path, config: dict[str, Any], *, seed: int = 0) -> Path:
     """An IA3 adapter that PEFT writes for a dense model of the fixture's configuration: keys, values, feed-forward."""
     import torch
     import transformers
@@ -45,7 +45,8 @@ def write_adapter(folder: Path, config: dict[str, Any], *, seed: int = 0, positi
     for key, parameter in live.named_parameters():
         if "ia3_l" in key:
             values = 1 + 0.3 * torch.randn_like(parameter)
-            parameter.data = values.abs() + 0.1 if positive else values
+            values.view(-1)[::7] *= -1
+            parameter.data = values
     live.save_pretrained(folder)
     return folder
 
