@@ -108,6 +108,8 @@ def fold_vectors(
     for key, placement in union.items():
         weight = base.tensors.get(placement.parts[0].source)
         stored = weight.kept if weight is not None else base.main_dtype
+        if weight is not None and weight.computed is not None:
+            stored = "F32"  # PEFT rounds vectors to the dtype of 16-bit weights, and codes have none
         parts = [r.placements[key].site.vector if key in r.placements else None for r in resolutions]
         vectors[key] = combine_vectors(parts, weights, combine, stored)
     label = " + ".join(f"{w:g} {r.adapter.name}" for w, r in zip(weights, resolutions, strict=True))

@@ -29,14 +29,15 @@ from ia3_export.quantization.packed import (
 
 Outcome = Literal["exact", "rounded", "moved", "dense", "refused"]
 
-#: Smallest normal and largest finite number of the dtypes of scales.
-_RANGE = {"F16": (2.0**-14, 65504.0), "BF16": (2.0**-126, 3.38e38), "F32": (2.0**-126, 3.4e38)}
+_NAMES = {"F16": "float16", "BF16": "bfloat16"}
+#: Largest relative error of a scale: beyond it, it has overflowed, or is subnormal and has lost its bits.
+_COARSEST = 2.0**-7
+#: That of one rounding to float16 in its normal range.
+_HALF = 1.001 * 2.0**-11
 #: Relative error of one rounding to float32; a scale that has no more counts as exact.
 _EXACT = 2.0**-23
-#: The moved vector has to give the live one's result up to the rounding of float32 factors.
-_SELF_CHECK = 1e-5
-#: Channels that are tried.
-_CHECKED = 64
+#: The moved vector has to give the live one's result up to the rounding of float32 factors, on so many channels.
+_SELF_CHECK, _CHECKED = 1e-5, 64
 #: Scales of the activations that a weight was calibrated with, as leaves of its module.
 _STATIC = ("input_scale", "activation_scale")
 #: Methods that write such scales although activations are not quantized.
@@ -154,14 +155,11 @@ def keep_codes(
                 before.source, before.dtype, (*before.scales, scale), (*before.notes, *laid.notes)
             )
         else:
-            assert isinstance(packed.on_output, Foldable)
             _emit(packed.on_output, laid, kept)
     for name, laid in context.columns.items():
-        packed = quantization.packed[name]
-        assert isinstance(packed.on_input, Foldable)
-        _emit(packed.on_input, laid, kept)
+        _emit(quantization.packed[name].on_input, laid, kept)
     for name, parts in context.others.items():
-        tensor = base.tensors[name]
+        tensor = base.tensors.get(name) or dense.tensors[name]
         kept.tensors[name] = KeptTensor(
             tensor, tensor.dtype, tuple(scale for scale, _ in parts), tuple(n for _, notes in parts for n in notes)
         )  # fmt: skip
@@ -188,8 +186,8 @@ def _decide(fold: Folds, context: _Context) -> KeptSite:
         return refused(vectors)
     out, columns = vectors
     tensors: list[str] = []
-    error, outcome = 0.0, "exact"
-    commits = []
+    outcome: Outcome = "exact"
+    error, commits = 0.0, []
     for vector, how, laid in (
         (out, packed.on_output, context.rows),
         (columns, packed.on_input, context.columns),
@@ -212,7 +210,8 @@ def _decide(fold: Folds, context: _Context) -> KeptSite:
             commits += moved.commits
             for name, scale in moved.others:
                 context.others.setdefault(name, []).append((scale, fold.notes))
-            error, outcome = max(error, moved.error), "moved"
+            error = max(error, moved.error)
+            outcome = "moved"
             tensors += moved.tensors
     for laid, name, factors in commits:
         laid[name] = factors
@@ -222,8 +221,7 @@ def _decide(fold: Folds, context: _Context) -> KeptSite:
             tensors.append(name)
     if outcome == "exact" and error > _EXACT:
         outcome = "rounded"
-    rounded: Outcome = outcome  # type: ignore[assignment]
-    return KeptSite(packed.name, packed.format, rounded, tuple(tensors), error, "", fold.notes)
+    return KeptSite(packed.name, packed.format, outcome, tuple(tensors), error, "", fold.notes)
 
 
 def _lay(
@@ -297,6 +295,10 @@ def _move(
     if bias in shapes:
         moved.others.append((bias, Scale(_single(whole), 1)))
         moved.tensors.append(bias)
+    for name, fed in context.cache_scales.items():
+        if fed == feeder.module:
+            moved.tensors.append(name)
+            moved.others.append((name, _growth(vector)))
     for leaf in _STATIC if packed.method not in _NOT_STATIC else ():
         if f"{packed.module}.{leaf}" in packed.parts:
             moved.tensors.append(f"{packed.module}.{leaf}")
@@ -305,7 +307,7 @@ def _move(
 
 
 def _growth(vector: Array) -> Scale:
-    """What a scale of activations that were calibrated without `vector` has to grow by, so that none is clipped."""
+    """What a scale of activations, calibrated without `vector`, has to grow by."""
     return Scale(np.full(1, np.abs(vector).max(), "<f4"), 1)
 
 
@@ -332,25 +334,21 @@ def _written(scale: ScaleTensor, factors: Array, packed: Packed) -> tuple[str, f
     if packed.method == "compressed-tensors":
         # two more bytes a row are nothing, two more a group are
         choices = ("F32",) if stored.size == packed.shape[0] else ("F16", "F32")
+    nonzero = scaled != 0
     for dtype in choices:
-        smallest, largest = _RANGE[dtype]
-        magnitude = np.abs(scaled[(scaled != 0)])
-        if not len(magnitude):
-            return dtype, 0.0
-        # a scale that was subnormal before is no worse than it was
-        floor = min(smallest, float(np.abs(values[values != 0]).min(initial=smallest)))
-        if magnitude.max() > largest or magnitude.min() < floor:
-            continue
         rounded = to_float(from_float(scaled.astype("<f4"), dtype), dtype).astype("<f8")
-        return dtype, float(np.abs(rounded[scaled != 0] / scaled[scaled != 0] - 1).max())
-    return f"a scale of it times the vector leaves the normal range of {'float16' if stored.dtype == 'F16' else 'bfloat16'}"
+        error = float(np.abs(rounded[nonzero] / scaled[nonzero] - 1).max(initial=0.0))
+        if error <= (_COARSEST if dtype == choices[-1] else _HALF):
+            return dtype, error
+    return f"a scale times the vector leaves the range of {_NAMES[stored.dtype]} (it would be off by {error:.1e})"
 
 
 def _for(scale: ScaleTensor, factors: Array) -> Array:
     return np.float32(1) / factors if scale.divides else factors
 
 
-def _emit(how: Foldable, laid: _Laid, kept: Kept) -> None:
+def _emit(how: Foldable | str, laid: _Laid, kept: Kept) -> None:
+    assert isinstance(how, Foldable)
     factors = _single(laid.factors)
     if how.blocks is not None:
         tensor = how.blocks(factors)

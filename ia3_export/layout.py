@@ -58,9 +58,8 @@ def lay_out(plan: Plan, shard_size: int | None = None) -> tuple[OutputFile, ...]
     # four bits become sixteen: what was a shard of 5 GB would be one of 13
     if dequantized and any(sum(_size(row) for row in rows) > LARGEST for rows in _rows(plan)):
         return _reshard(plan, LARGEST)
-    return tuple(
-        _lay_shard(shard, rows, plan) for shard, rows in zip(plan.base.shards, _rows(plan), strict=True)
-    )
+    shards = zip(plan.base.shards, _rows(plan), strict=True)
+    return tuple(_lay_shard(shard, rows, plan) for shard, rows in shards if rows or not shard.tensors)
 
 
 def make_index(plan: Plan, files: Iterable[OutputFile]) -> bytes | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -127,7 +127,7 @@ def make_plan(
             else:
                 kept = _keep(base, dense, quantization, changes, quantized)
                 dropped = frozenset(kept.drops)
-                problems += _refusals(kept)
+                problems += _refusals(kept, base)
                 warnings += kept.warnings
             if base.is_gguf:
                 check_gguf(quantization, changes, dtype)
@@ -198,7 +198,10 @@ def _keep(
             folds.append(Folds(packed, change.scales, change.folds))
         else:  # the adapter brings the whole weight
             replaced.add(name)
-    kept = keep_codes(folds, base, dense, quantization, or_dense=quantized == "keep-or-dense")
+    staying = {name: packed for name, packed in quantization.packed.items() if name not in replaced}
+    kept = keep_codes(
+        folds, base, dense, replace(quantization, packed=staying), or_dense=quantized == "keep-or-dense"
+    )
     for name in replaced:
         kept.dense.add(name)
         kept.drops |= quantization.packed[name].parts.keys() - {name}
@@ -215,11 +218,12 @@ def _keep(
     return kept
 
 
-def _refusals(kept: Kept) -> list[IA3ExportError]:
+def _refusals(kept: Kept, base: Checkpoint) -> list[IA3ExportError]:
+    others = "" if base.is_gguf else ", --quantized dequantize all of them"
     return [
         Refused(
             f"{site.weight} ({site.format}) cannot be kept quantized: {site.reason}",
-            hint="--quantized keep-or-dense writes such weights dense, --quantized dequantize all of them",
+            hint=f"--quantized keep-or-dense writes such weights dense{others}",
         )
         for site in kept.sites
         if site.outcome == "refused"
@@ -249,6 +253,8 @@ def _adjust(
             for name, tensor in {**base.tensors, **{n: c.source for n, c in changes.items()}}.items()
             if name.endswith(".weight") and len(tensor.shape) == 2 and name not in packed
         }
+        if "lm_head.weight" not in packed:  # a tied head has no tensor, and must not be quantized either
+            dense.add("lm_head")
         edited = exclude(settings, [name.removesuffix(".weight") for name in sorted(kept.dense)], dense)
         if isinstance(edited, str):
             problems.append(

@@ -96,13 +96,14 @@ def check_output(folder: Path, base: Checkpoint, *, dense: bool) -> Reload:
     """
     try:
         return check_reload(folder)
-    except CheckFailed as error:
+    except CheckFailed:
         if dense:
             raise
         try:
             check_reload(base.location.path)
-        except CheckFailed:
-            return Reload("", 0, 0.0, f"the base itself is read wrongly: {error}")
+        except CheckFailed as of_base:
+            said = str(of_base).replace("the output", "the base")
+            return Reload("", 0, 0.0, f"the base itself is read wrongly: {said}")
         raise
 
 
@@ -113,7 +114,8 @@ def _impossible(dense: Checkpoint, quantization: Quantization) -> str:
     if dense.is_gguf:
         return ""
     config = dense.config or {}
-    if not config.get("architectures"):
+    named = config.get("architectures")
+    if not isinstance(named, list) or not named:
         return "config.json names no architecture"
     methods = {packed.method for packed in quantization.packed.values()}
     for method in methods:
@@ -125,10 +127,12 @@ def _impossible(dense: Checkpoint, quantization: Quantization) -> str:
     needed = int(sum(t.nbytes for t in dense.tensors.values()) * _COPIES)
     if needed > psutil.virtual_memory().available:
         return f"loading it takes about {needed:,} bytes of memory, which are not free"
-    from transformers import CONFIG_MAPPING
+    import transformers
 
-    if config.get("model_type") not in CONFIG_MAPPING:
+    if config.get("model_type") not in transformers.CONFIG_MAPPING:
         return f"transformers does not know model_type {config.get('model_type')!r}"
+    if not hasattr(transformers, str(named[0])):
+        return f"transformers has no class {named[0]}"
     return ""
 
 

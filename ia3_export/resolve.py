@@ -163,6 +163,10 @@ def _place(site: Site, base: Checkpoint, result: Resolution, square: bool) -> Pl
     if weight is not None:
         _check_dtype(module, weight.dtype)
         layout = weight_layout(site, weight.shape, square_is_conv1d=square)
+        if (
+            weight.computed is not None and layout == "conv1d" and not square
+        ):  # its reader knows which is which
+            raise ShapeMismatch(f"the vector of {module} fits {weight.name} only if that is transposed")
         parts = [Part("direct", weight.name, weight.name, weight.shape, layout)]
         bias = base.tensors.get(f"{module}.bias")
         if bias is not None and site.direction == "out":

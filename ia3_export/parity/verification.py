@@ -36,6 +36,8 @@ from ia3_export.quantization.detection import find_quantization
 from ia3_export.report.model import Reference, Report, Step, WeightsProof
 
 Dtype = Literal["auto", "float64", "float32", "float16", "bfloat16"]
+#: Kinds of change by which an output has other values than the base's.
+_VALUES = ("fold", "replace", "add", "untie")
 _TORCH = {"BF16": "bfloat16", "F16": "float16"}
 
 
@@ -162,9 +164,11 @@ def _rounded(plan: Plan | None) -> str | None:
     inside the blocks of codes."""
     if plan is None or not plan.kept:
         return None
-    dtypes = {change.dtype for change in plan.changes.values() if change.how == "fold"}
+    dtypes = {change.dtype for change in plan.changes.values() if change.how in _VALUES}
     if plan.base.is_gguf:
         dtypes.add("F16")
+    if plan.cast == "peft-low-mem":  # the vectors themselves are rounded
+        dtypes.add(plan.quantization.kept)
     return next((_TORCH[dtype] for dtype in ("BF16", "F16") if dtype in dtypes), "float32")
 
 

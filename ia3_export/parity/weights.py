@@ -44,6 +44,7 @@ def prove_folder(
     if "adapter_config.json" in merged.side_files and "adapter_config.json" not in plan.base.side_files:
         detail = "transformers applies an adapter that lies in a model's folder: it would act twice"
         findings.append(TensorFinding("adapter_config.json", "extra", detail))
+    findings += _settings(plan, merged)
     pairs = []
     for name, row in rows.items():
         tensor = merged.tensors.get(name)
@@ -64,6 +65,19 @@ def prove_folder(
         sum(row.changed for row in good), sum(not row.changed for row in good), 0,
         sum(tensor.nbytes for _, tensor in pairs), tuple(findings[:_FINDINGS]), tuple(_notes(plan, merged, findings)),
     )  # fmt: skip
+
+
+def _settings(plan: Plan, merged: Checkpoint) -> Iterator[TensorFinding]:
+    """What stays quantized is read by its configuration: without the right one every library reads something else."""
+    wanted = plan.config if plan.config is not None else plan.base.config
+    if not plan.quantization.packed or plan.base.is_gguf or wanted is None or merged.config is None:
+        return
+    place = "quantization_config"
+    if wanted.get(place) != merged.config.get(place):
+        detail = (
+            "it is not what the weights are written for: libraries would read them wrongly, or not at all"
+        )
+        yield TensorFinding(f"config.json: {place}", "differs", detail)
 
 
 def _missing(row: Expected) -> TensorFinding:

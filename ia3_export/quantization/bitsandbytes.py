@@ -52,6 +52,7 @@ def _four_bit(tensors: Mapping[str, StoredTensor], name: str, kind: str) -> Pack
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(state_tensor, f"{error} is missing or not what it should be") from None
     size = count_elements(shape)
+    blocksize = min(blocksize, size)
     if len(shape) != 2 or min(shape) < 1 or blocksize < 1 or codes.nbytes != -(-size // 2):
         raise _damaged(
             state_tensor, f"shape {list(shape)} and {codes.nbytes} bytes of codes do not fit together"
@@ -128,7 +129,7 @@ def _nested(
     absmax = tensors[f"{name}.absmax"]
     try:
         outer, table = tensors[f"{name}.nested_absmax"], tensors[f"{name}.nested_quant_map"]
-        size, offset = int(state["nested_blocksize"]), np.float32(state["nested_offset"])
+        size, offset = int(state["nested_blocksize"]), np.float32(float(state["nested_offset"]))
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(absmax, f"{error} of its double quantization is missing") from None
     if size < 1:

@@ -14,7 +14,7 @@ from ia3_export.errors import DamagedFile, IA3ExportError, Unsupported
 from ia3_export.fold import FLOAT_DTYPES, Array
 from ia3_export.modules import CONV1D_MODEL_TYPES, model_types
 from ia3_export.quantization import bitsandbytes, gguf, hqq, integers, mxfp4, packed_integers, quanto, scaled
-from ia3_export.quantization.packed import Packed
+from ia3_export.quantization.packed import READER_ERRORS, Packed
 from ia3_export.quantization.settings import read_settings
 
 Finder = Callable[[Mapping[str, StoredTensor], Mapping[str, Any]], Iterator[Packed]]
@@ -47,8 +47,6 @@ _COMPANIONS = (
     ".weight_scale_inv", ".weight_zero_point", ".weight_global_scale", ".codebooks", ".codes", ".W_q", "_blocks",
     ".weight_scales", "._weight_qdata", ".weight._data", ".weight._scale", ".trellis",
 )  # fmt: skip
-#: What empty tensors, short files and configurations of odd types make a reader raise.
-_READER_ERRORS = (EOFError, OSError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError)
 _FLOAT_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -110,7 +108,7 @@ def find_quantization(base: Checkpoint) -> Quantization:
                 packed[found.name] = _transposed(found) if conv1d and len(found.shape) == 2 else found
         except IA3ExportError as error:
             problems.append(error)
-        except _READER_ERRORS as error:
+        except READER_ERRORS as error:
             problems.append(
                 DamagedFile(
                     f"the quantized weights of {base.location.given} cannot be read: {type(error).__name__}: {error}",

@@ -76,7 +76,10 @@ def _packed(
         stored = parts.get(f"{module}.{leaf}")
         value = int.from_bytes(read_bytes(stored), "little") if stored is not None else configured.get(leaf)
         if not isinstance(value, int):
-            raise DamagedFile(f"{module}.{leaf} is neither in {codes.file.name} nor in the configuration")
+            raise DamagedFile(
+                f"{module}.{leaf} is neither in {codes.file.name} nor in the configuration",
+                hint="fetch it again",
+            )
         return value
 
     if any(
@@ -105,6 +108,7 @@ def _packed(
         or size % groups
         or axis not in (0, 1)
         or zero.size != groups
+        or {scale.dtype, zero.dtype} - set(_FLOATS)
     ):
         raise DamagedFile(
             f"{codes.name}: {bits} bits, axis {axis}, shape {list(shape)} and {groups} scales do not fit together",
@@ -114,7 +118,9 @@ def _packed(
     lines, length = (groups, group) if axis == 1 else (group, groups)
     matrix = _Codes(codes, bits, lines, length)
     if codes.nbytes != -(-lines // step) * length * (4 if bits == 3 else 1):
-        raise DamagedFile(f"{codes.name} has {codes.nbytes} bytes, which do not hold {size} codes")
+        raise DamagedFile(
+            f"{codes.name} has {codes.nbytes} bytes, which do not hold {size} codes", hint="fetch it again"
+        )
     out, columns = shape
 
     def factors(tensor: StoredTensor, first: int, count: int) -> Array:

@@ -23,6 +23,7 @@ from ia3_export.quantization.packed import (
     ScaleTensor,
     as_float,
     expect,
+    group_columns,
     read_columns,
     read_flat,
     read_rows,
@@ -59,7 +60,7 @@ def find(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> It
         if _is_gptq(codes, scales, settings):
             yield _gptq(module, codes, zeros, scales, parts.get(f"{module}.g_idx"), parts, settings)
         elif codes.shape[1] * 8 == scales.shape[1]:
-            yield _gemm(module, codes, zeros, scales, parts)
+            yield _gemm(module, codes, zeros, scales, parts, settings)
         elif codes.shape[0] == scales.shape[0] == zeros.shape[0]:
             yield _gemv(module, codes, zeros, scales, parts, settings)
         else:
@@ -114,7 +115,7 @@ def _gptq(
                 f"{g_idx.name} names a group beyond {groups}", hint="quantize or fetch the base again"
             )
     else:
-        group = np.arange(columns) // group_size(columns, groups, settings)
+        group = np.arange(columns) // _group_size(scales, columns, groups, settings)
     ordered = bool((np.diff(group) >= 0).all())
     offset, note = _zero_offset(zeros, bits, settings)
     take = unpack_planes if planar else unpack
@@ -125,13 +126,10 @@ def _gptq(
     )  # fmt: skip
 
 
-def group_size(columns: int, groups: int, settings: Mapping[str, Any]) -> int:
-    """Columns that share a scale: the configuration's, where it fits, since the last group may be smaller."""
-    for key in ("group_size", "q_group_size"):
-        size = settings.get(key)
-        if isinstance(size, int) and size > 0 and -(-columns // size) == groups:
-            return size
-    return -(-columns // groups)
+def _group_size(scales: StoredTensor, columns: int, groups: int, settings: Mapping[str, Any]) -> int:
+    sizes = [settings.get("group_size"), settings.get("q_group_size")]
+    # GPTQModel's `dynamic` gives modules sizes of their own
+    return group_columns(scales, columns, groups, sizes, strict="dynamic" not in settings)
 
 
 def _zero_offset(zeros: StoredTensor, bits: int, settings: Mapping[str, Any]) -> tuple[int, str]:
@@ -196,10 +194,11 @@ def _gemm(
     zeros: StoredTensor,
     scales: StoredTensor,
     parts: Mapping[str, StoredTensor],
+    settings: Mapping[str, Any],
 ) -> Packed:
     columns, groups, out = codes.shape[0], scales.shape[0], scales.shape[1]
     expect(zeros, ("I32", "U32"), (groups, out // 8))
-    size = -(-columns // max(groups, 1))
+    size = group_columns(scales, columns, groups, [settings.get("group_size")], strict=True)
 
     def rows(first: int, count: int) -> Array:
         def nibbles(packed: StoredTensor) -> Array:
@@ -228,7 +227,12 @@ def _gemv(
 ) -> Packed:
     out, columns = codes.shape[0], codes.shape[1] * 8
     size = settings.get("group_size", settings.get("q_group_size"))
-    if not isinstance(size, int) or size <= 0 or columns % size or columns // size > scales.shape[1]:
+    if (
+        not isinstance(size, int)
+        or size <= 0
+        or columns % size
+        or columns // size > min(scales.shape[1], 8 * zeros.shape[1])
+    ):
         raise DamagedFile(
             f"{codes.name} is AWQ GEMV, whose group size ({size!r}) the configuration must state",
             hint="config.json or quant_config.json belongs to another checkpoint; fetch the folder again",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,10 @@ from ia3_export.fold import FLOAT_DTYPES, Array, Scale, storage_dtype, to_float
 #: ``read(first, count)``: rows ``first:first+count`` of a dense weight, float32 (count, columns).
 RowReader = Callable[[int, int], Array]
 
+#: What damaged tensors and configurations of odd types make a reader raise.
+READER_ERRORS = (
+    EOFError, OSError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, MemoryError,
+)  # fmt: skip
 _WHOLE = {"I64": "<i8", "U64": "<u8", "I32": "<i4", "U32": "<u4", "I16": "<i2", "U16": "<u2", "I8": "i1"}
 
 
@@ -91,9 +95,38 @@ class Packed:
 def compute(
     name: str, dtype: str, shape: tuple[int, ...], beside: StoredTensor, computed: Computed
 ) -> StoredTensor:
-    """A computed tensor that is written into the shard of `beside`."""
+    """A computed tensor that is written into the shard of `beside`. What damaged parts make its reader raise becomes a
+    `DamagedFile`."""
+
+    def read(first: int, count: int) -> Array:
+        try:
+            return computed.read(first, count)
+        except READER_ERRORS as error:
+            raise DamagedFile(
+                f"{name} in {beside.file.name} cannot be dequantized: {type(error).__name__}: {error}",
+                hint="its scales, zero points or codes are damaged; quantize or fetch the base again",
+            ) from error
+
     nbytes = tensor_bytes(dtype, shape)
-    return StoredTensor(name, dtype, shape, beside.file, beside.offset, nbytes, None, computed)
+    guarded = Computed(computed.unit, read, computed.kept)
+    return StoredTensor(name, dtype, shape, beside.file, beside.offset, nbytes, None, guarded)
+
+
+def group_columns(
+    scales: StoredTensor, columns: int, groups: int, configured: Collection[object], *, strict: bool
+) -> int:
+    """Columns that share a scale: of the `configured` sizes one that gives `groups` (the last may be smaller), else the
+    even division, which `strict` does not allow where sizes are configured. Raises `DamagedFile`."""
+    sizes = [size for size in configured if isinstance(size, int) and size > 0]
+    fits = [size for size in sizes if -(-columns // size) == groups]
+    size = fits[0] if fits else -(-columns // max(groups, 1))
+    if size < 1 or -(-columns // size) != groups or (strict and sizes and not fits and groups != 1):
+        raise DamagedFile(
+            f"{scales.name} in {scales.file.name} has scales for {groups} groups of {columns} columns, which "
+            f"{f'groups of {sizes[0]} do' if sizes else 'no group size does'} not give",
+            hint="the file is damaged, or its configuration belongs to another; fetch them again",
+        )
+    return size
 
 
 def given(tensor: StoredTensor, values: Array, dtype: str) -> StoredTensor:

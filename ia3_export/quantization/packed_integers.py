@@ -22,6 +22,7 @@ from ia3_export.quantization.packed import (
     ScaleTensor,
     as_float,
     expect,
+    group_columns,
     read_flat,
     read_rows,
 )
@@ -70,21 +71,22 @@ def _integers(
     bits, padded = _width(codes, (out, columns), settings)
     sizes = {s.weights.get("group_size") for s in schemes(settings) if s.weights.get("num_bits") == bits}
     groups = scale.shape[1]
-    size = next(
-        (n for n in sizes if isinstance(n, int) and n > 0 and -(-columns // n) == groups), -(-columns // groups)
-    )  # fmt: skip
+    size = group_columns(scale, columns, groups, sizes, strict=True)
     order = parts.get(f"{module}.weight_g_idx")
     group = np.arange(columns) // size
     if order is not None:
         expect(order, ("I32", "I64"), (columns,))
         stored = read_flat(order, 0, columns).astype("<i8")
-        if stored.min() >= 0:  # -1 throughout: not ordered by activation
+        if (stored != -1).any():  # -1 throughout: not ordered by activation
             group = stored
-        if group.max() >= groups:
+        if group.min() < 0 or group.max() >= groups:
             raise DamagedFile(
                 f"{order.name} names a group beyond {groups}", hint="quantize or fetch the base again"
             )
     zero = parts.get(f"{module}.weight_zero_point")
+    if zero is not None:
+        lines = out if zero.dtype == "I8" else -(-out // (32 // bits)) if padded else -(-out * bits // 32)
+        expect(zero, ("I8", "I32", "U32"), (lines, groups))
     rows = partial(_decode, codes, scale, zero, bits, padded, group)
     label = f"packed int{bits}{', act-order' if (np.diff(group) < 0).any() else ''}"
     return Packed(
@@ -156,6 +158,14 @@ def _zeros(zero: StoredTensor, bits: int, padded: bool, first: int, count: int) 
     return unpack(np.ascontiguousarray(words.T), bits, count).T.astype("<f4")
 
 
+def _one(tensor: StoredTensor) -> Any:
+    if tensor.size != 1:
+        raise DamagedFile(
+            f"{tensor.name} holds {tensor.size} numbers, it should be one", hint="fetch it again"
+        )
+    return as_float(read_flat(tensor, 0, 1), tensor.dtype)[0]
+
+
 def _four_bit_floats(
     module: str, codes: StoredTensor, parts: Mapping[str, StoredTensor], method: str
 ) -> Packed:
@@ -169,11 +179,9 @@ def _four_bit_floats(
     micro = scale.dtype != "F8_E4M3"
     divisor, factor = np.float32(1), np.float32(1)
     if f"{module}.weight_global_scale" in parts:
-        whole = parts[f"{module}.weight_global_scale"]
-        divisor = as_float(read_flat(whole, 0, 1), whole.dtype)[0]
+        divisor = _one(parts[f"{module}.weight_global_scale"])
     elif f"{module}.weight_scale_2" in parts:
-        whole = parts[f"{module}.weight_scale_2"]
-        factor = as_float(read_flat(whole, 0, 1), whole.dtype)[0]
+        factor = _one(parts[f"{module}.weight_scale_2"])
     table = E8M0 if micro else E4M3
 
     def rows(first: int, count: int) -> Array:

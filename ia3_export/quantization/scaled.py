@@ -23,11 +23,12 @@ from ia3_export.quantization.packed import (
     as_float,
     compute,
     expect,
+    group_columns,
     numpy_dtype,
     read_flat,
     read_rows,
 )
-from ia3_export.quantization.settings import block_shape, scheme_of
+from ia3_export.quantization.settings import block_shape, scheme_of, schemes
 
 #: Names of the scale, after the module path; all of them multiply.
 _SCALES = ("weight_scale", "weight_scale_inv", "scale", "qscale_weight")
@@ -117,7 +118,8 @@ def _grid(codes: StoredTensor, scale: StoredTensor, settings: Mapping[str, Any])
     expect(scale, (*_FLOATS, "U8", "F8_E8M0"), (None, None))
     out, columns = codes.shape
     if scale.shape[0] == out:  # groups within rows
-        return 1, -(-columns // scale.shape[1])
+        sizes = {s.weights.get("group_size") for s in schemes(settings)}
+        return 1, group_columns(scale, columns, scale.shape[1], sizes, strict=False)
     size = block_shape(settings, scheme_of(settings, codes.name.removesuffix(".weight"))) or (128, 128)
     if (-(-out // size[0]), -(-columns // size[1])) != scale.shape:
         raise DamagedFile(

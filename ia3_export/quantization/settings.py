@@ -11,6 +11,8 @@ from ia3_export.checkpoint.folder import Checkpoint, read_config
 
 #: Files beside config.json that some quantizers write.
 SIDE_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quanto_qmap.json")
+#: Patterns that may take exponential time: a repeated group that repeats something itself.
+_EXPLODES = re.compile(r"[*+}][^)]*\)[*+{]|(\.[*+].*){6}")
 _KEYS = ("quantization_config", "compression_config")
 
 
@@ -90,13 +92,16 @@ def exclude(
     edited = dict(settings)
     if method == "bitsandbytes":
         # None means the library's own choice, which a list replaces: it has to name them all
-        edited["llm_int8_skip_modules"] = sorted({*dense, "lm_head"})
+        edited["llm_int8_skip_modules"] = sorted(dense)
     elif method == "gptq":
         rules: dict[str, Any] = {f"-:^{re.escape(module)}$": {} for module in sorted(modules)}
         edited["dynamic"] = {**rules, **(settings.get("dynamic") or {})}
     elif method in _SKIP_LISTS:
         key = "ignored_layers" if "ignored_layers" in settings else _SKIP_LISTS[method]
-        before = list(settings.get(key) or ())
+        listed = settings.get(key) or []
+        if not isinstance(listed, list):
+            return f"{key} in the configuration is no list"
+        before = list(listed)
         edited[key] = before + sorted(set(modules) - set(before))
     else:
         return f"settings of {method} have no list of modules that are not quantized"
@@ -133,6 +138,8 @@ def scheme_of(settings: Mapping[str, Any], module: str) -> Scheme | None:
 def matches(target: str, module: str) -> bool:
     """Whether a name or ``re:`` pattern of compressed-tensors means `module`."""
     if target.startswith("re:"):
+        if _EXPLODES.search(target):
+            return False
         try:
             return re.match(target.removeprefix("re:"), module) is not None
         except re.error:

@@ -235,3 +235,137 @@ def test_a_quantized_base_is_exported_to_onnx(adapter_for: Any, tmp_path: Path) 
     )  # fmt: skip
     assert ran.code == 0, ran
     assert (tmp_path / "out" / "onnx" / "model.onnx").exists()
+
+
+def _with_head(case: str, adapter: Path, folder: Path, module: str) -> Path:
+    """`adapter` that also brings the whole weight of `module`, as ``modules_to_save`` makes PEFT write it."""
+    import torch
+    from peft import IA3Config, get_peft_model
+
+    model = dense_model(FIXTURES / case).float()
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    targets, feedforward = settings["target_modules"], settings["feedforward_modules"]
+    live = get_peft_model(
+        model,
+        IA3Config(target_modules=targets, feedforward_modules=feedforward, modules_to_save=[module]),
+    )
+    torch.manual_seed(1)
+    for key, parameter in live.named_parameters():
+        if "ia3_l" in key:
+            parameter.data = 1 + 0.3 * torch.randn_like(parameter)
+        elif "modules_to_save" in key:
+            parameter.data = parameter.data + 0.02 * torch.randn_like(parameter)
+    live.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", ["bnb-nf4", "gptq-4bit-g32", "ct-fp8-tensor"])
+@pytest.mark.parametrize("module", ["up_proj", "gate_proj", "lm_head"])
+def test_an_adapter_that_brings_a_weight_of_the_feed_forward(
+    case: str, module: str, adapter_for: Any, tmp_path: Path
+) -> None:
+    adapter = _with_head(case, adapter_for(case), tmp_path / "adapter", module)
+    _merge(case, adapter, tmp_path / "out", "--quantized", "keep")
+    found, wanted = logits(dense_model(tmp_path / "out")), unmerged_logits(FIXTURES / case, adapter)
+    assert np.linalg.norm(found - wanted) < 4e-3 * np.linalg.norm(wanted)  # the brought weight is in 16 bits
+    proof = ["verify", "--base", FIXTURES / case, "--adapter", adapter, "--merged", tmp_path / "out"]
+    assert run(*proof).code == 0
+
+
+@pytest.mark.parametrize("case", ["bnb-nf4-double", "ct-fp8-tensor"])
+def test_a_combination_is_not_rounded_to_the_dtype_of_dense_weights(
+    case: str, adapter_for: Any, tmp_path: Path
+) -> None:
+    config = json.loads((FIXTURES / case / "config.json").read_text())
+    second = write_adapter(tmp_path / "second", config, seed=1)
+    both = ["--adapter", adapter_for(case), "--adapter", second]
+    weights = ["--combine", "linear", "--weights", "0.7,0.3"]
+    ran = run(
+        "merge", "--base", FIXTURES / case, *both, *weights, "--quantized", "keep", "--output", tmp_path / "out"
+    )  # fmt: skip
+    assert ran.code == 0, ran
+    ran = run("verify", "--base", FIXTURES / case, *both, "--merged", tmp_path / "out", "--json")
+    assert ran.code == 0, ran
+    assert json.loads(ran.stdout)["steps"][0]["distance"]["max_error"] < 1e-5
+
+
+def test_a_kept_merge_without_its_configuration_is_no_merge(adapter_for: Any, tmp_path: Path) -> None:
+    _merge("bnb-nf4", adapter_for("bnb-nf4"), tmp_path / "out", "--quantized", "keep")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    ran = run(
+        "verify", "--base", FIXTURES / "bnb-nf4", "--adapter", adapter_for("bnb-nf4"), "--merged", tmp_path / "out",
+        "--weights-only",
+    )  # fmt: skip
+    assert ran.code == 1 and "quantization_config" in ran.stdout
+
+
+def _state(key: str, value: Any) -> Any:
+    def change(tensors: dict[str, Any]) -> None:
+        name = "model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
+        state = json.loads(tensors[name].tobytes()) | {key: value}
+        tensors[name] = np.frombuffer(json.dumps(state).encode(), "u1")
+
+    return change
+
+
+def _tensor(name: str, value: Any) -> Any:
+    def change(tensors: dict[str, Any]) -> None:
+        tensors[f"model.layers.0.mlp.{name}"] = value
+
+    return change
+
+
+@pytest.mark.parametrize("how", ["keep", "dequantize"])
+@pytest.mark.parametrize(
+    ("case", "change"),
+    [
+        ("bnb-nf4", _state("blocksize", 0)),
+        ("bnb-nf4", _state("blocksize", 2**40)),
+        ("bnb-nf4", _state("blocksize", 10**30)),
+        ("bnb-nf4", _state("shape", [2**40, 2**40])),
+        ("bnb-nf4", _state("shape", [-192, -128])),
+        ("bnb-nf4", _state("shape", "large")),
+        ("bnb-nf4-double", _state("nested_offset", [1, 2])),
+        ("bnb-nf4-double", _state("nested_blocksize", 0)),
+        ("bnb-int8", _tensor("up_proj.SCB", np.ones(3, "f4"))),
+        ("gptq-act-order", _tensor("up_proj.g_idx", np.full(128, 99, "i4"))),
+        ("gptq-4bit-g32", _tensor("up_proj.scales", np.ones((3, 192), "f2"))),
+        ("awq-gemm-g32", _tensor("up_proj.scales", np.ones((0, 192), "f2"))),
+        ("ct-w4a16-g32-asym", _tensor("up_proj.weight_zero_point", np.ones((1, 1), "i4"))),
+        ("ct-w4a16-g32-fp16", _tensor("up_proj.weight_scale", np.ones((192, 3), "f2"))),
+        ("ct-w4a16-g32-sym", _tensor("up_proj.weight_shape", np.array([-1, 2**60]))),
+        ("hqq-4bit-axis1-g64", _tensor("up_proj.scale", np.ones((192, 1), "i4"))),
+        ("hqq-4bit-axis1-g64", _tensor("up_proj.shape", np.array([-96, -64]))),
+        ("quanto-qint8", _tensor("up_proj.weight._scale", np.ones((5, 1), "f2"))),
+    ],
+)  # fmt: skip
+def test_damaged_codes_are_an_error_and_leave_nothing(
+    how: str, case: str, change: Any, adapter_for: Any, tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import load_file as load_torch
+    from safetensors.torch import save_file as save_torch
+
+    base = shutil.copytree(FIXTURES / case, tmp_path / "base")
+    tensors = load_torch(base / "model.safetensors")
+    raw = {name: tensor.numpy() for name, tensor in tensors.items() if tensor.dtype == torch.uint8}
+    change(raw)
+    tensors |= {name: torch.from_numpy(np.array(value)) for name, value in raw.items()}
+    save_torch(tensors, base / "model.safetensors", {"format": "pt"})
+    ran = run(
+        "merge", "--base", base, "--adapter", adapter_for(case), "--output", tmp_path / "out", "--quantized", how
+    )  # fmt: skip
+    only_complaint(ran, 3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pattern_that_would_never_end_is_not_tried(adapter_for: Any, tmp_path: Path) -> None:
+    base = shutil.copytree(FIXTURES / "ct-fp8-tensor", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    group = next(iter(config["quantization_config"]["config_groups"].values()))
+    group["targets"] = ["re:(.*.*.*.*)*$x", "Linear"]
+    (base / "config.json").write_text(json.dumps(config))
+    ran = run("inspect", adapter_for("ct-fp8-tensor"), "--base", base, "--json")
+    assert ran.code == 0 and json.loads(ran.stdout)["plan"]["refusals"] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,3 +135,32 @@ def test_dequantized_is_what_was_trained(case: str, adapters: Callable[[str], Pa
     assert "quantization_config" not in (tmp_path / "out" / "config.json").read_text()
     error = _relative(logits(dense_model(tmp_path / "out")), unmerged_logits(FIXTURES / case, adapters(case)))
     assert error <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), [("gptq-4bit-g32", None), ("ct-w4a16-g32-sym", "F32"), ("bnb-nf4", "F32")]
+)
+def test_scales_that_would_leave_their_dtype_are_widened_or_refused(
+    case: str, dtype: str | None, adapters: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    adapter = shutil.copytree(adapters(case), tmp_path / "adapter")
+    vectors = load_file(adapter / "adapter_model.safetensors")
+    key = next(name for name in vectors if "k_proj" in name)
+    vectors[key].reshape(-1)[3] = 1e-6
+    save_file(vectors, adapter / "adapter_model.safetensors", {"format": "pt"})
+    if dtype is None:
+        with pytest.raises(Refused, match="leaves the range of float16"):
+            merge(FIXTURES / case, [adapter], tmp_path / "out", quantized="keep")
+        return
+    merge(FIXTURES / case, [adapter], tmp_path / "out", quantized="keep", reload_check=False)
+    out = read_checkpoint(tmp_path / "out")
+    scales = [
+        t.dtype
+        for name, t in out.tensors.items()
+        if "k_proj" in name and ("scale" in name or "absmax" in name)
+    ]
+    assert scales == [dtype]
+    error = _relative(logits(dense_model(tmp_path / "out")), unmerged_logits(FIXTURES / case, adapter))
+    assert error <= 3.3e-4
