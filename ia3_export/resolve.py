@@ -166,7 +166,10 @@ def _place(site: Site, base: Checkpoint, result: Resolution, square: bool) -> Pl
         if (
             weight.computed is not None and layout == "conv1d" and not square
         ):  # its reader knows which is which
-            raise ShapeMismatch(f"the vector of {module} fits {weight.name} only if that is transposed")
+            raise ShapeMismatch(
+                f"the vector of {module} fits {weight.name} only if that is transposed",
+                hint="the base is damaged, or the adapter was trained on another model",
+            )
         parts = [Part("direct", weight.name, weight.name, weight.shape, layout)]
         bias = base.tensors.get(f"{module}.bias")
         if bias is not None and site.direction == "out":

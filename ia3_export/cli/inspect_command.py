@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 _OUTCOMES = ("exact", "rounded", "moved", "dense", "refused")
 _HOW = {
-    "dequantize": "written dense",
-    "keep": "the vectors go into its scales",
-    "keep-or-dense": "the vectors go into its scales where that is possible",
+    "dequantize": "written dense (--quantized dequantize)",
+    "keep": "the vectors go into its scales (--quantized keep)",
+    "keep-or-dense": "the vectors go into its scales where that is possible (--quantized keep-or-dense)",
 }
 
 
