@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ia3_export.quantization.codes import E2M1, E4M3, E5M2, E8M0, unpack, unpack_padded, unpack_planes
@@ -16,6 +16,7 @@ def _pack(codes: list[int], bits: int) -> list[int]:
     return [stream >> (32 * i) & 0xFFFFFFFF for i in range(-(-len(codes) * bits // 32))]
 
 
+@settings(deadline=None)
 @given(bits=st.integers(1, 8), data=st.data())
 def test_a_stream_of_codes_is_read_back(bits: int, data: Any) -> None:
     count = data.draw(st.integers(1, 70))
@@ -29,6 +30,7 @@ def test_a_stream_of_codes_is_read_back(bits: int, data: Any) -> None:
     np.testing.assert_array_equal(unpack(words.view("<i4"), bits, count), rows)
 
 
+@settings(deadline=None)
 @given(bits=st.integers(2, 8), data=st.data())
 def test_whole_codes_a_word_are_read_back(bits: int, data: Any) -> None:
     each = 32 // bits
@@ -37,6 +39,7 @@ def test_whole_codes_a_word_are_read_back(bits: int, data: Any) -> None:
     np.testing.assert_array_equal(unpack_padded(np.array([words], "<u4"), bits, len(row)), [row])
 
 
+@settings(deadline=None)
 @given(bits=st.integers(2, 8), data=st.data())
 def test_planes_are_read_back(bits: int, data: Any) -> None:
     codes = data.draw(st.lists(st.integers(0, (1 << bits) - 1), min_size=32, max_size=32))
