@@ -26,6 +26,7 @@ from ia3_export.quantization.packed import (
     expect,
     given,
     read_flat,
+    read_rows,
 )
 
 METHOD = "bitsandbytes"
@@ -192,7 +193,7 @@ def _eight_bit(tensors: Mapping[str, StoredTensor], module: str) -> Packed:
             )
 
     def rows(first: int, count: int) -> Array:
-        values = read_codes(codes, first, count)
+        values = read_rows(codes, first, count).astype("<f4")
         values *= read_flat(scales, first, count)[:, None]
         values *= np.float32(1 / 127)  # a product, in this order, as the library has it
         return values
@@ -201,9 +202,3 @@ def _eight_bit(tensors: Mapping[str, StoredTensor], module: str) -> Packed:
     return Packed(
         codes.name, METHOD, "LLM.int8", codes.shape, parts, rows, 1, on_output, "every scale belongs to a row"
     )
-
-
-def read_codes(codes: StoredTensor, first: int, count: int) -> Array:
-    """Rows of integer codes as float32."""
-    columns = codes.shape[1]
-    return read_flat(codes, first * columns, count * columns).astype("<f4").reshape(count, columns)

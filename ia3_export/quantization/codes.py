@@ -47,11 +47,6 @@ def unpack_planes(words: Array, bits: int, count: int) -> Array:
     return codes.reshape(len(words), -1)[:, :count]
 
 
-def high_nibble_first(raw: Array) -> Array:
-    """uint8 (rows, n) → uint8 (rows, 2 n)."""
-    return np.stack([raw >> 4, raw & 15], axis=-1).reshape(len(raw), -1)
-
-
 def _small_float(exponent_bits: int, mantissa_bits: int, bias: int, nan_codes: tuple[int, ...]) -> Array:
     codes = np.arange(1 << (1 + exponent_bits + mantissa_bits))
     exponent = codes >> mantissa_bits & ((1 << exponent_bits) - 1)
@@ -75,3 +70,21 @@ with np.errstate(over="ignore"):
 E8M0[255] = np.nan
 
 FLOAT_CODES = {"F8_E4M3": E4M3, "F8_E5M2": E5M2, "F8_E8M0": E8M0}
+
+
+def code_values(raw: Array, dtype: str) -> Array:
+    """One-byte codes as float32: 8-bit floats (``F8_...``) by their table, integers (``I8``) as they are."""
+    return FLOAT_CODES[dtype][raw] if dtype in FLOAT_CODES else raw.astype("<f4")
+
+
+def combine_groups(operation: np.ufunc, values: Array, by_group: Array, group: Array) -> None:
+    """``operation(values, by_group[:, group])`` in place: C-ordered values (rows, columns) with one number for every group
+    of columns (rows, groups), `group` saying which a column belongs to. Runs of equal length are broadcast."""
+    rows, columns = values.shape
+    groups = by_group.shape[1]
+    size = columns // groups
+    if groups * size == columns and (group == np.arange(columns) // size).all():
+        runs = values.reshape(rows, groups, size)
+        operation(runs, by_group[:, :, None], out=runs)
+    else:
+        operation(values, by_group[:, group], out=values)

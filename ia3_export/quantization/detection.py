@@ -54,8 +54,7 @@ _FLOAT_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 class Quantization:
     """The quantized weights of a checkpoint by dense name; ``{}`` of a dense one.
 
-    `settings` is what the configuration says, `kept` the dtype that the checkpoint computes in, `side` the tensors
-    beside the weights by which activations are divided, by the name of the weight whose input they change.
+    `settings` is what the configuration says, `kept` the dtype that the checkpoint computes in.
     """
 
     packed: Mapping[str, Packed]

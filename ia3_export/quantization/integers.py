@@ -16,7 +16,7 @@ import numpy as np
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import DamagedFile, Unsupported
 from ia3_export.fold import Array
-from ia3_export.quantization.codes import unpack, unpack_planes
+from ia3_export.quantization.codes import combine_groups, unpack, unpack_planes
 from ia3_export.quantization.packed import (
     Foldable,
     Packed,
@@ -169,11 +169,8 @@ def _decode_gptq(
     zero = _zero_points(packed, bits, count, offset, take)
     scale = as_float(read_columns(scales, first, count), scales.dtype)
     zero, scale = zero.T.astype("<f4"), scale.T
-    size = len(group) // scale.shape[1]
-    if scale.shape[1] * size == len(group) and (group == np.arange(len(group)) // size).all():
-        return _by_groups(values, zero, scale, size)
-    values -= zero[:, group]
-    values *= scale[:, group]
+    combine_groups(np.subtract, values, zero, group)
+    combine_groups(np.multiply, values, scale, group)
     return values
 
 
@@ -199,6 +196,7 @@ def _gemm(
     columns, groups, out = codes.shape[0], scales.shape[0], scales.shape[1]
     expect(zeros, ("I32", "U32"), (groups, out // 8))
     size = group_columns(scales, columns, groups, [settings.get("group_size")], strict=True)
+    group = np.arange(columns) // size
 
     def rows(first: int, count: int) -> Array:
         def nibbles(packed: StoredTensor) -> Array:
@@ -206,10 +204,11 @@ def _gemm(
             found = unpack(words, 4, words.shape[1] * 8).reshape(len(words), -1, 8)
             return found[..., np.argsort(_GEMM_ORDER)].reshape(len(words), -1)
 
-        values = nibbles(codes).T.astype("<f4")
-        zero = nibbles(zeros).T.astype("<f4")
+        values = np.ascontiguousarray(nibbles(codes).T, "<f4")
+        combine_groups(np.subtract, values, nibbles(zeros).T.astype("<f4"), group)
         scale = as_float(read_columns(scales, first, count), scales.dtype).T
-        return _by_groups(values, zero, scale, size)
+        combine_groups(np.multiply, values, scale, group)
+        return values
 
     return Packed(
         f"{module}.weight", "awq", "AWQ GEMM 4 bit", (out, columns), parts, rows, 8, Foldable((ScaleTensor(scales, 1),)),
@@ -237,32 +236,20 @@ def _gemv(
             f"{codes.name} is AWQ GEMV, whose group size ({size!r}) the configuration must state",
             hint="config.json or quant_config.json belongs to another checkpoint; fetch the folder again",
         )
-    groups = columns // size
+    groups, group = columns // size, np.arange(columns) // size
 
     def rows(first: int, count: int) -> Array:
         values = unpack(read_rows(codes, first, count), 4, columns).astype("<f4")
-        zero = unpack(read_rows(zeros, first, count), 4, zeros.shape[1] * 8)[:, :groups].astype("<f4")
+        zero = unpack(read_rows(zeros, first, count), 4, groups).astype("<f4")
+        combine_groups(np.subtract, values, zero, group)
         scale = as_float(read_rows(scales, first, count)[:, :groups], scales.dtype)
-        return _by_groups(values, zero, scale, size)
+        combine_groups(np.multiply, values, scale, group)
+        return values
 
     fold = Foldable((ScaleTensor(scales, scales.shape[1]),))
     return Packed(
         f"{module}.weight", "awq", "AWQ GEMV 4 bit", (out, columns), parts, rows, 1, fold, _ON_INPUT
     )
-
-
-def _by_groups(values: Array, zero: Array, scale: Array, size: int) -> Array:
-    """``(values - zero) * scale``: (rows, columns), with zeros and scales (rows, groups)."""
-    rows, columns = values.shape
-    values = np.ascontiguousarray(values)
-    if columns == zero.shape[1] * size:
-        groups = values.reshape(rows, -1, size)
-        groups -= zero[:, :, None]
-        groups *= scale[:, :, None]
-        return values
-    values -= np.repeat(zero, size, axis=1)[:, :columns]
-    values *= np.repeat(scale, size, axis=1)[:, :columns]
-    return values
 
 
 #: AWQ divides the activations of a feed-forward without a gate: the tensor that does, and what it feeds.

@@ -15,7 +15,7 @@ import numpy as np
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import DamagedFile
 from ia3_export.fold import Array
-from ia3_export.quantization.codes import E2M1, E4M3, E8M0, unpack, unpack_padded
+from ia3_export.quantization.codes import E2M1, E4M3, E8M0, combine_groups, unpack, unpack_padded
 from ia3_export.quantization.packed import (
     Foldable,
     Packed,
@@ -133,12 +133,8 @@ def _decode(
     if zero is None:
         values -= np.float32(1 << (bits - 1))
     else:
-        values -= _zeros(zero, bits, padded, first, count)[:, group]
-    size = len(group) // scales.shape[1]
-    if scales.shape[1] * size == len(group) and (group == np.arange(len(group)) // size).all():
-        values.reshape(count, -1, size)[...] *= scales[:, :, None]
-    else:
-        values *= scales[:, group]
+        combine_groups(np.subtract, values, _zeros(zero, bits, padded, first, count), group)
+    combine_groups(np.multiply, values, scales, group)
     return values
 
 

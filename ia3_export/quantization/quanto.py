@@ -14,7 +14,7 @@ import numpy as np
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import DamagedFile, Unsupported
 from ia3_export.fold import Array
-from ia3_export.quantization.codes import FLOAT_CODES
+from ia3_export.quantization.codes import FLOAT_CODES, code_values
 from ia3_export.quantization.packed import (
     Foldable,
     Packed,
@@ -71,8 +71,7 @@ def _whole(dense: str, codes: StoredTensor, scale: StoredTensor, parts: Mapping[
     out = codes.shape[0]
 
     def rows(first: int, count: int) -> Array:
-        raw = read_rows(codes, first, count)
-        values = raw.astype("<f4") if codes.dtype == "I8" else FLOAT_CODES[codes.dtype][raw]
+        values = code_values(read_rows(codes, first, count), codes.dtype)
         where = (0, 1) if scale.size == 1 else (first, count)
         return values * as_float(read_flat(scale, *where), scale.dtype)[:, None]
 

@@ -15,7 +15,7 @@ import numpy as np
 from ia3_export.checkpoint.header import Computed, StoredTensor
 from ia3_export.errors import DamagedFile, Unsupported
 from ia3_export.fold import Array
-from ia3_export.quantization.codes import E8M0, FLOAT_CODES
+from ia3_export.quantization.codes import E8M0, FLOAT_CODES, code_values
 from ia3_export.quantization.packed import (
     Foldable,
     Packed,
@@ -24,7 +24,6 @@ from ia3_export.quantization.packed import (
     compute,
     expect,
     group_columns,
-    numpy_dtype,
     read_flat,
     read_rows,
 )
@@ -154,25 +153,17 @@ def _decode(
     first: int,
     count: int,
 ) -> Array:
-    raw = read_rows(codes, first, count)
-    values = (
-        raw.astype("<f4")
-        if codes.dtype == "I8"
-        else np.take(FLOAT_CODES[codes.dtype], raw.view(numpy_dtype("U8")))
-    )
+    values = code_values(read_rows(codes, first, count), codes.dtype)
     if zero is not None:
         values -= _spread(zero, grid, first, count, codes.shape)
-    if grid[1] >= codes.shape[1]:
-        values *= _spread(scale, grid, first, count, codes.shape)[:, :1]
-    else:
-        values *= _spread(scale, grid, first, count, codes.shape)
+    values *= _spread(scale, grid, first, count, codes.shape)
     return values
 
 
 def _spread(
     tensor: StoredTensor, grid: tuple[int, int], first: int, count: int, shape: tuple[int, ...]
 ) -> Array:
-    """The part of a grid of scales (or zero points) that lies on rows ``first:first+count``, one value an element."""
+    """The part of a grid of scales (or zero points) that lies on rows ``first:first+count``: one value an element, or a row."""
     lines = -(-shape[0] // grid[0])
     begin, end = first // grid[0], -(-(first + count) // grid[0])
     width = tensor.size // lines
@@ -186,11 +177,3 @@ def _spread(
 
 def _numbers(raw: Array, dtype: str) -> Array:
     return raw.astype("<f4") if dtype == "I8" else as_float(raw, dtype)
-
-
-def refuse_bare(name: str, tensor: StoredTensor) -> Unsupported:
-    """The error for codes without scales: never to be taken for a dense weight."""
-    return Unsupported(
-        f"{name} is {tensor.dtype} and no scales that this version knows lie beside it",
-        hint="the base is quantized in a way that is not read; give it dequantized, or report its format",
-    )

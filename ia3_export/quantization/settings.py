@@ -23,7 +23,6 @@ class Scheme:
     name: str
     targets: tuple[str, ...]
     weights: Mapping[str, Any]
-    content: Mapping[str, Any]
 
 
 def read_settings(base: Checkpoint) -> dict[str, Any]:
@@ -123,19 +122,19 @@ def schemes(settings: Mapping[str, Any]) -> Iterator[Scheme]:
     for name, content in (groups if isinstance(groups, dict) else {}).items():
         if isinstance(content, dict):
             targets = tuple(str(target) for target in content.get("targets") or ())
-            yield Scheme(str(name), targets, content.get("weights") or {}, content)
+            yield Scheme(str(name), targets, content.get("weights") or {})
 
 
 def scheme_of(settings: Mapping[str, Any], module: str) -> Scheme | None:
     """The group that `module` belongs to: by its path, else by its class, of which a checkpoint only knows Linear."""
     found = list(schemes(settings))
     for scheme in found:
-        if any(matches(target, module) for target in scheme.targets):
+        if any(_matches(target, module) for target in scheme.targets):
             return scheme
     return next((scheme for scheme in found if "Linear" in scheme.targets), None)
 
 
-def matches(target: str, module: str) -> bool:
+def _matches(target: str, module: str) -> bool:
     """Whether a name or ``re:`` pattern of compressed-tensors means `module`."""
     if target.startswith("re:"):
         if _EXPLODES.search(target):
