@@ -77,7 +77,7 @@ def _quantization(plan: Plan) -> str:
     if not plan.quantization.packed:
         return ""
     formats = ", ".join(f"{count} {name}" for name, count in plan.quantization.formats.items())
-    if plan.quantized == "dequantize":
+    if plan.dequantizes:
         return f"The base's quantized weights ({formats}) were dequantized. "
     dense = sum(site.outcome == "dense" for site in plan.kept)
     return f"The base stays quantized ({formats}), the vectors are in its scales and no code was touched" + (

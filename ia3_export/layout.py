@@ -54,9 +54,8 @@ def lay_out(plan: Plan, shard_size: int | None = None) -> tuple[OutputFile, ...]
         return (_lay_gguf(plan.base.shards[0], _rows(plan)[0]),)
     if shard_size is not None:
         return _reshard(plan, shard_size)
-    dequantized = plan.quantization.packed and plan.quantized == "dequantize"
     # four bits become sixteen: what was a shard of 5 GB would be one of 13
-    if dequantized and any(sum(_size(row) for row in rows) > LARGEST for rows in _rows(plan)):
+    if plan.dequantizes and any(sum(_size(row) for row in rows) > LARGEST for rows in _rows(plan)):
         return _reshard(plan, LARGEST)
     shards = zip(plan.base.shards, _rows(plan), strict=True)
     return tuple(_lay_shard(shard, rows, plan) for shard, rows in shards if rows or not shard.tensors)
@@ -101,16 +100,13 @@ def _rows(plan: Plan) -> list[list[tuple[StoredTensor, Change | None]]]:
 
 def _metadata(shard: Shard, plan: Plan) -> Mapping[str, str]:
     """A header's metadata; of a file that is no longer quantized only its format, since torchao describes tensors there."""
-    dense = plan.quantization.packed and plan.quantized == "dequantize"
-    return {k: v for k, v in shard.metadata.items() if k == "format"} if dense else shard.metadata
+    if not plan.dequantizes:
+        return shard.metadata
+    return {k: v for k, v in shard.metadata.items() if k == "format"}
 
 
 def _lay_shard(shard: Shard, rows: list[tuple[StoredTensor, Change | None]], plan: Plan) -> OutputFile:
-    same = bool(shard.prefix) and all(
-        change is None or (change.dtype, change.shape) == (tensor.dtype, tensor.shape)
-        for tensor, change in rows
-    )
-    if same and len(rows) == len(shard.tensors):
+    if shard.prefix and _fits_header(rows) and len(rows) == len(shard.tensors):
         pieces = tuple(
             Piece(change.source if change else tensor, tensor.offset, change) for tensor, change in rows
         )
@@ -119,12 +115,17 @@ def _lay_shard(shard: Shard, rows: list[tuple[StoredTensor, Change | None]], pla
     return _lay_new(_safetensors_name(shard.name), _metadata(shard, plan), rows)
 
 
-def _lay_gguf(shard: Shard, rows: list[tuple[StoredTensor, Change | None]]) -> OutputFile:
-    """The base's file with other bytes for some tensors; with a new header where one of them became dense."""
-    same = all(
+def _fits_header(rows: list[tuple[StoredTensor, Change | None]]) -> bool:
+    """Whether every tensor keeps the dtype and shape that the base's header gives it."""
+    return all(
         change is None or (change.dtype, change.shape) == (tensor.dtype, tensor.shape)
         for tensor, change in rows
     )
+
+
+def _lay_gguf(shard: Shard, rows: list[tuple[StoredTensor, Change | None]]) -> OutputFile:
+    """The base's file with other bytes for some tensors; with a new header where one of them became dense."""
+    same = _fits_header(rows)
     prefix, size = shard.prefix, shard.path.stat().st_size
     offsets = {tensor.name: tensor.offset for tensor in shard.tensors}
     if not same:

@@ -203,7 +203,7 @@ def _reload(plan: Plan, stage: Path, target: Path) -> Mapping[str, Any] | None:
     from ia3_export.reloading import check_output
 
     try:
-        return check_output(stage, plan.base, dense=plan.quantized == "dequantize").to_json()
+        return check_output(stage, plan.base, dense=plan.dequantizes).to_json()
     except CheckFailed as error:
         aside = set_aside(stage, target)
         raise CheckFailed(f"{error}; the output is kept in {aside}", hint=error.hint) from error
@@ -229,8 +229,7 @@ def _check_space(outputs: Sequence[tuple[Path, Sequence[OutputFile]]], base: Che
 def _write_side_files(plan: Plan, stage: Path, files: Sequence[OutputFile]) -> None:
     for relative in plan.base.side_files:
         target = stage / (BASE_CARD if relative == "README.md" else relative)
-        dense = plan.quantization.packed and plan.quantized == "dequantize"
-        if relative in (NAME, BASE_CARD) or (dense and relative in SIDE_FILES):
+        if relative in (NAME, BASE_CARD) or (plan.dequantizes and relative in SIDE_FILES):
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(plan.base.folder / relative, target)

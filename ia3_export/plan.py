@@ -74,6 +74,11 @@ class Plan:
         raise first
 
     @property
+    def dequantizes(self) -> bool:
+        """Whether a quantized base becomes a dense output."""
+        return bool(self.quantization.packed) and self.quantized == "dequantize"
+
+    @property
     def touched_shards(self) -> tuple[str, ...]:
         """Names of the base's shards that hold a changed tensor."""
         names = {*self.changes, *self.dropped}

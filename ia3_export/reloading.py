@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
-from ia3_export.checkpoint.header import read_bytes
+from ia3_export.checkpoint.header import read_values
 from ia3_export.errors import CheckFailed
-from ia3_export.fold import FLOAT_DTYPES, Array, storage_dtype, to_float
+from ia3_export.fold import FLOAT_DTYPES, Array
 from ia3_export.quantization.detection import Quantization, dense_view, find_quantization
 from ia3_export.quantization.gguf import reload_weights
 
@@ -35,6 +35,7 @@ _PACKAGES = {
 }  # fmt: skip
 #: Copies of the dense weights that loading and comparing take.
 _COPIES = 3.0
+_REPORT = "please report it with the base's name; --no-reload-check writes the output all the same"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,22 +69,21 @@ def check_reload(folder: Path) -> Reload:
     for name, found in _load(folder, dense, quantization):
         if name not in expected:
             continue
-        tensor = expected[name]
-        wanted = to_float(np.frombuffer(read_bytes(tensor), storage_dtype(tensor.dtype)), tensor.dtype)
+        wanted = read_values(expected[name])
         if found.size != wanted.size:
             raise CheckFailed(
-                f"{library} reads {name} as {list(found.shape)}, it was written as {list(tensor.shape)}"
+                f"{library} reads {name} as {list(found.shape)}, it was written as {list(wanted.shape)}",
+                hint=_REPORT,
             )
-        found = found.reshape(-1)
         scale = float(np.linalg.norm(wanted)) or 1.0
-        error = float(np.linalg.norm(found.astype("<f4") - wanted)) / scale
+        error = float(np.linalg.norm(found.astype("<f4").reshape(wanted.shape) - wanted)) / scale
         packed = quantization.packed.get(name)
         limit = TOLERANCE.get(packed.method if packed else "dense", _SIXTEEN_BITS)
         if not error <= limit:
             raise CheckFailed(
                 f"{library} reads {name} with a relative difference of {error:.2e} to what was written "
                 f"(at most {limit:.0e} is rounding)",
-                hint="please report it with the base's name; --no-reload-check writes the output all the same",
+                hint=_REPORT,
             )
         compared, worst = compared + 1, max(worst, error)
     return Reload(library, compared, worst, "")
@@ -167,13 +167,13 @@ def _load(folder: Path, dense: Checkpoint, quantization: Quantization) -> Iterat
             lines = str(error).strip().splitlines() or [""]
             raise CheckFailed(
                 f"transformers cannot load the output as {name}: {type(error).__name__}: {lines[0]}",
-                hint="please report it with the base's name; --no-reload-check writes the output all the same",
+                hint=_REPORT,
             ) from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(kind):
             raise CheckFailed(
                 f"transformers reports {kind.replace('_', ' ')} in the output: {', '.join(map(str, sorted(info[kind])[:3]))}",
-                hint="please report it with the base's name; --no-reload-check writes the output all the same",
+                hint=_REPORT,
             )
     with torch.no_grad():
         dequantized = dict(_bitsandbytes(model))

@@ -12,14 +12,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ia3_export.adapters.model import Adapter, Site, TargetRules, as_pattern
 from ia3_export.checkpoint.folder import read_config
-from ia3_export.checkpoint.header import Shard, StoredTensor, read_bytes, read_header
+from ia3_export.checkpoint.header import Shard, StoredTensor, read_header, read_values
 from ia3_export.checkpoint.hub import Location, locate
 from ia3_export.errors import DamagedFile, NotFound, Refused, ShapeMismatch, Unsupported, UnusedVector
-from ia3_export.fold import FLOAT_DTYPES, Array, Direction, storage_dtype, to_float
+from ia3_export.fold import FLOAT_DTYPES, Direction
 
 _PREFIX = "base_model.model."
 _VECTOR_KEY = re.compile(r"(?P<module>.+)\.ia3_l(\.(?P<adapter>[^.]+))?")
@@ -214,9 +212,4 @@ def _read_site(module: str, tensor: StoredTensor, rules: TargetRules) -> Site:
             f"feedforward_modules it would scale the {configured}put",
             hint="adapter_config.json is not the one this adapter was trained with",
         )
-    return Site(module, shaped, _read_values(tensor), shape, tensor.dtype)
-
-
-def _read_values(tensor: StoredTensor) -> Array:
-    raw = np.frombuffer(read_bytes(tensor), storage_dtype(tensor.dtype))
-    return to_float(raw, tensor.dtype)
+    return Site(module, shaped, read_values(tensor).reshape(-1), shape, tensor.dtype)

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ia3_export.errors import DamagedFile, NotFound
-from ia3_export.fold import DTYPE_BITS, Array
+from ia3_export.fold import DTYPE_BITS, Array, storage_dtype, to_float
 
 MAX_HEADER = 100_000_000
 
@@ -89,6 +91,12 @@ def read_bytes(tensor: StoredTensor) -> bytes:
     if len(data) != tensor.nbytes:
         raise DamagedFile(f"{tensor.file} ends inside tensor {tensor.name}", hint="fetch the file again")
     return data
+
+
+def read_values(tensor: StoredTensor) -> Array:
+    """All elements of a (small) floating tensor, widened exactly to float32 (float64 stays), in its shape."""
+    raw = np.frombuffer(read_bytes(tensor), storage_dtype(tensor.dtype))
+    return to_float(raw, tensor.dtype).reshape(tensor.shape)
 
 
 def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:

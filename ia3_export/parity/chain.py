@@ -66,15 +66,17 @@ def run_chain(
     warnings: list[str] = []
     limits = None if tolerance is None else Tolerance(*tolerance)
     with quiet(), exact_matmul(tf32):
-        where = _placement(base, place, scratch, max_memory, warnings)
+        dense = as_dense(base)
+        where = _placement(dense, place, scratch, max_memory, warnings)
         # codes stand for float32 weights
-        stored = TORCH_DTYPES[base.main_dtype] if as_dense(base) is base else "float32"
+        stored = TORCH_DTYPES[base.main_dtype] if dense is base else "float32"
         written = TORCH_DTYPES[merged.main_dtype] if merged is not None else stored
-        if merged is not None and as_dense(merged) is not merged:
+        codes = merged is not None and as_dense(merged) is not merged
+        if codes:
             written = rounded or written
         working = stored if dtype == "auto" else dtype
         used = written if dtype == "auto" else dtype  # in which the merged model runs
-        if merged is not None and dtype == "auto" and as_dense(merged) is not merged:
+        if codes and dtype == "auto":
             used = "float32"
         precisions = {name: graph.precision for name, graph in graphs}
         numeric = [NUMERIC.get(precision, precision) for precision in precisions.values()]
@@ -188,7 +190,7 @@ def _torch_on(device: str) -> str:
 
 
 def _placement(
-    base: Checkpoint, device: str, scratch: Path, max_memory: int | None, warnings: list[str]
+    dense: Checkpoint, device: str, scratch: Path, max_memory: int | None, warnings: list[str]
 ) -> Placement:
     """In memory if it fits in float64; with less, float32 and layer by layer."""
     import psutil
@@ -199,7 +201,7 @@ def _placement(
 
         free = torch.cuda.mem_get_info(torch.device(device))[0]
     limit = free if max_memory is None else max_memory
-    elements = sum(tensor.size for tensor in as_dense(base).tensors.values())
+    elements = sum(tensor.size for tensor in dense.tensors.values())
     if 8 * elements * _HEADROOM <= limit:
         return Placement(device)
     if 4 * elements * _HEADROOM <= limit:

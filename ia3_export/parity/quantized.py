@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from ia3_export.checkpoint.folder import Checkpoint
-from ia3_export.checkpoint.header import read_bytes
+from ia3_export.checkpoint.header import read_values
 from ia3_export.errors import Unsupported
-from ia3_export.fold import FLOAT_DTYPES, storage_dtype, to_float
+from ia3_export.fold import FLOAT_DTYPES
 from ia3_export.quantization.detection import dense_view, find_quantization
 
 
@@ -38,13 +36,8 @@ def dense_state(dense: Checkpoint) -> dict[str, Any]:
     """Every floating tensor of a dense view, as torch tensors: quantized weights in float32, exactly; others as stored."""
     import torch
 
-    state = {}
-    for name, tensor in dense.tensors.items():
-        if tensor.dtype not in FLOAT_DTYPES:
-            continue
-        values = to_float(np.frombuffer(read_bytes(tensor), storage_dtype(tensor.dtype)), tensor.dtype)
-        state[name] = torch.from_numpy(values.reshape(tensor.shape))
-    return state
+    floats = {name: tensor for name, tensor in dense.tensors.items() if tensor.dtype in FLOAT_DTYPES}
+    return {name: torch.from_numpy(read_values(tensor)) for name, tensor in floats.items()}
 
 
 def load_dense(dense: Checkpoint, class_name: str, config: Any, dtype: Any) -> Any:

@@ -17,9 +17,8 @@ import numpy as np
 from ia3_export.adapters.combine import Combine, combine_vectors
 from ia3_export.adapters.model import Adapter, Site
 from ia3_export.checkpoint.folder import Checkpoint
-from ia3_export.checkpoint.header import read_bytes
+from ia3_export.checkpoint.header import read_values
 from ia3_export.errors import Unsupported
-from ia3_export.fold import storage_dtype, to_float
 from ia3_export.model_class import load_runtime_model, make_config
 from ia3_export.parity.quantized import as_dense, load_dense, widen
 
@@ -186,10 +185,8 @@ def _with_hooks(
                         f"{name} comes from the adapter, and the model is too large for memory",
                         hint="use --weights-only, a larger --max-memory, or a machine with more memory",
                     )
-                raw = np.frombuffer(read_bytes(tensor), storage_dtype(tensor.dtype))
-                values = to_float(raw, tensor.dtype).reshape(tensor.shape)
                 with torch.no_grad():
-                    state[name].copy_(torch.from_numpy(values))
+                    state[name].copy_(torch.from_numpy(read_values(tensor)))
     handles = []
     for module, site, vector in _combined(adapters, combine, weights):
         target = modules.get(module)

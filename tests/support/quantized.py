@@ -57,8 +57,8 @@ def dense_model(folder: Path) -> Any:
     import transformers
 
     from ia3_export.checkpoint.folder import read_checkpoint
-    from ia3_export.checkpoint.header import read_bytes
-    from ia3_export.fold import FLOAT_DTYPES, storage_dtype, to_float
+    from ia3_export.checkpoint.header import read_values
+    from ia3_export.fold import FLOAT_DTYPES
     from ia3_export.model_class import make_config
     from ia3_export.quantization.detection import dense_view, find_quantization
 
@@ -74,9 +74,8 @@ def dense_model(folder: Path) -> Any:
     for name, tensor in view.tensors.items():
         if tensor.dtype not in FLOAT_DTYPES:
             continue
-        raw = np.frombuffer(read_bytes(tensor), storage_dtype(tensor.dtype))
         state[name.replace("embed_out.", "lm_head.")] = torch.from_numpy(
-            to_float(raw, tensor.dtype).astype("<f8").reshape(tensor.shape)
+            read_values(tensor).astype("<f8")
         )  # fmt: skip
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and not [name for name in missing if "lm_head" not in name], (missing, unexpected)
