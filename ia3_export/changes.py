@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -49,6 +49,10 @@ class Change:
     def nbytes(self) -> int:
         """Bytes in the output."""
         return tensor_bytes(self.dtype, self.shape)
+
+    def with_folds(self, scales: Sequence[Scale], folds: Sequence[str]) -> Change:
+        """The change with further vectors, folded in after its own."""
+        return replace(self, scales=(*self.scales, *scales), folds=(*self.folds, *folds))
 
 
 def written_dtype(stored: str, dtype: Dtype) -> str:
@@ -202,9 +206,7 @@ def _append(
     if before is None:
         changes[name] = Change(name, how, written_dtype(kept, dtype), source, (scale,), (note,))
     else:
-        changes[name] = Change(
-            name, before.how, before.dtype, before.source, (*before.scales, scale), (*before.folds, note)
-        )
+        changes[name] = before.with_folds((scale,), (note,))
 
 
 def _factors(vector: Array, stored: str, cast: Cast) -> Array:

@@ -7,18 +7,20 @@ can take it on its rows where the feed-forward allows that. No code is touched; 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
+from ia3_export.changes import Change
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.fold import Array, Layout, Scale, from_float, make_scale, to_float
 from ia3_export.quantization.detection import Quantization, cache_scales
 from ia3_export.quantization.feed_forward import activation_of, find_feeder, move_vector, self_check
 from ia3_export.quantization.packed import (
+    ROUNDING,
     Foldable,
     Packed,
     ScaleTensor,
@@ -71,23 +73,13 @@ class Folds:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class KeptTensor:
-    """A tensor of the output that is not the base's: `source`, with `scales` folded into it, written as `dtype`."""
-
-    source: StoredTensor
-    dtype: str
-    scales: tuple[Scale, ...]
-    notes: tuple[str, ...]
-
-
 @dataclass(slots=True)
 class Kept:
-    """What `keep_codes` decided: `tensors` to write in place of the base's, stored tensors that the output `drops`, what
+    """What `keep_codes` decided: `changes` of stored tensors by name, stored tensors that the output `drops`, what
     became `dense`, and the `groups` of the configuration whose weights now have a scale a channel."""
 
     sites: list[KeptSite] = field(default_factory=list)
-    tensors: dict[str, KeptTensor] = field(default_factory=dict)
+    changes: dict[str, Change] = field(default_factory=dict)
     drops: set[str] = field(default_factory=set)
     dense: set[str] = field(default_factory=set)
     groups: set[str] = field(default_factory=set)
@@ -113,19 +105,12 @@ class _Context:
     dense: Checkpoint
     quantization: Quantization
     layout: Layout
+    #: Of the dense parameters, (out, in).
+    shapes: Mapping[str, tuple[int, ...]]
     cache_scales: Mapping[str, str]
     rows: dict[str, _Laid] = field(default_factory=dict)
     columns: dict[str, _Laid] = field(default_factory=dict)
     others: dict[str, list[tuple[Scale, tuple[str, ...]]]] = field(default_factory=dict)
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the dense parameters, (out, in)."""
-        turned = self.layout == "conv1d"
-        return {
-            n: t.shape[::-1] if turned and len(t.shape) == 2 else t.shape
-            for n, t in self.dense.tensors.items()
-        }
 
 
 def keep_codes(
@@ -137,7 +122,9 @@ def keep_codes(
     becomes dense, else it is listed as refused.
     """
     layout: Layout = "conv1d" if any(packed.conv1d for packed in quantization.packed.values()) else "linear"
-    context = _Context(base, dense, quantization, layout, cache_scales(base))
+    turned = {n for n, t in dense.tensors.items() if layout == "conv1d" and len(t.shape) == 2}
+    shapes = {n: t.shape[::-1] if n in turned else t.shape for n, t in dense.tensors.items()}
+    context = _Context(base, dense, quantization, layout, shapes, cache_scales(base))
     kept = Kept()
     for fold in folds:
         site = _decide(fold, context)
@@ -149,20 +136,20 @@ def keep_codes(
     for name, laid in context.rows.items():
         packed = quantization.packed[name]
         if name in kept.dense:  # a vector of its neighbour was moved onto it before
-            before = kept.tensors[name]
             scale = make_scale(_single(laid.factors), packed.shape, "out", layout)
-            kept.tensors[name] = KeptTensor(
-                before.source, before.dtype, (*before.scales, scale), (*before.notes, *laid.notes)
-            )
+            kept.changes[name] = kept.changes[name].with_folds((scale,), laid.notes)
         else:
             _emit(packed.on_output, laid, kept)
     for name, laid in context.columns.items():
         _emit(quantization.packed[name].on_input, laid, kept)
     for name, parts in context.others.items():
         tensor = base.tensors.get(name) or dense.tensors[name]
-        kept.tensors[name] = KeptTensor(
-            tensor, tensor.dtype, tuple(scale for scale, _ in parts), tuple(n for _, notes in parts for n in notes)
-        )  # fmt: skip
+        kept.changes[name] = _change(
+            tensor,
+            tensor.dtype,
+            [scale for scale, _ in parts],
+            [note for _, notes in parts for note in notes],
+        )
     _promote_groups(quantization, kept)
     coarse = [site for site in kept.sites if site.error > 2.0**-9]
     if coarse:
@@ -271,39 +258,32 @@ def _move(
     weight = f"{feeder.module}.weight"
     whole = np.ones(shapes[weight][0])
     whole[feeder.start : feeder.stop] = factors
-    moved = _Moved([], [], 0.0, [])
-    error = _EXACT
+    commits: list[tuple[dict[str, _Laid], str, _Laid]] = []
+    others: list[tuple[str, Scale]] = []
+    tensors: list[str] = []
     into = context.quantization.packed.get(weight)
     if into is None:
-        stored = context.dense.tensors[weight].shape
-        moved.others.append((weight, make_scale(_single(whole), stored, "out", context.layout)))
-        moved.tensors.append(weight)
-        error = 2.0**-8 if context.dense.tensors[weight].dtype == "BF16" else 2.0**-11
-        error = error if context.dense.tensors[weight].dtype != "F32" else 0.0
+        stored = context.dense.tensors[weight]
+        others.append((weight, make_scale(_single(whole), stored.shape, "out", context.layout)))
+        error = ROUNDING.get(stored.dtype, 0.0)
     elif isinstance(into.on_output, str):
         return f"{reason}, and {feeder.module}, which feeds it, cannot take the vector: {into.on_output}"
     else:
         found = _lay(into.on_output, into, whole, notes, context.rows)
         if isinstance(found, str):
             return f"{reason}, and {feeder.module}, which feeds it, cannot take the vector: {found}"
-        moved.commits.append((context.rows, weight, found[0]))
+        commits.append((context.rows, weight, found[0]))
         error = found[1]
-        moved.tensors.extend([scale.stored.name for scale in into.on_output.scales] or [weight])
+        tensors += [scale.stored.name for scale in into.on_output.scales] or [weight]
     if f"{packed.module}.input_global_scale" in packed.parts:
         return f"{reason}, and its static activation scales were calibrated without the vector"
-    bias = f"{feeder.module}.bias"
-    if bias in shapes:
-        moved.others.append((bias, Scale(_single(whole), 1)))
-        moved.tensors.append(bias)
-    for name, fed in context.cache_scales.items():
-        if fed == feeder.module:
-            moved.tensors.append(name)
-            moved.others.append((name, _growth(vector)))
-    for leaf in _STATIC if packed.method not in _NOT_STATIC else ():
-        if f"{packed.module}.{leaf}" in packed.parts:
-            moved.tensors.append(f"{packed.module}.{leaf}")
-            moved.others.append((f"{packed.module}.{leaf}", _growth(vector)))
-    return _Moved(moved.commits, moved.others, error, moved.tensors)
+    if f"{feeder.module}.bias" in shapes:
+        others.append((f"{feeder.module}.bias", Scale(_single(whole), 1)))
+    static = [name for name, fed in context.cache_scales.items() if fed == feeder.module]
+    if packed.method not in _NOT_STATIC:
+        static += [f"{packed.module}.{leaf}" for leaf in _STATIC if f"{packed.module}.{leaf}" in packed.parts]
+    others += [(name, _growth(vector)) for name in static]
+    return _Moved(commits, others, error, [*tensors, *(name for name, _ in others)])
 
 
 def _growth(vector: Array) -> Scale:
@@ -347,21 +327,26 @@ def _for(scale: ScaleTensor, factors: Array) -> Array:
     return np.float32(1) / factors if scale.divides else factors
 
 
+def _change(
+    source: StoredTensor, dtype: str, scales: Sequence[Scale] = (), notes: Sequence[str] = ()
+) -> Change:
+    return Change(source.name, "fold" if notes else "rewrite", dtype, source, tuple(scales), tuple(notes))
+
+
 def _emit(how: Foldable | str, laid: _Laid, kept: Kept) -> None:
     assert isinstance(how, Foldable)
     factors = _single(laid.factors)
     if how.blocks is not None:
         tensor = how.blocks(factors)
-        kept.tensors[tensor.name] = KeptTensor(tensor, tensor.dtype, (), laid.notes)
+        kept.changes[tensor.name] = _change(tensor, tensor.dtype, (), laid.notes)
     for scale, dtype in zip(how.scales, laid.dtypes, strict=True):
-        before = kept.tensors.get(scale.stored.name)
-        earlier, notes = (before.scales, before.notes) if before is not None else ((), ())
+        before = kept.changes.get(scale.stored.name) or _change(scale.stored, dtype)
         laid_over = Scale(_for(scale, factors), scale.inner)
-        kept.tensors[scale.stored.name] = KeptTensor(
-            scale.stored, dtype, (*earlier, laid_over), (*notes, *laid.notes)
+        kept.changes[scale.stored.name] = replace(before, how="fold", dtype=dtype).with_folds(
+            (laid_over,), laid.notes
         )
     for tensor in how.rewrites:
-        kept.tensors[tensor.name] = KeptTensor(tensor, tensor.dtype, (), ())
+        kept.changes[tensor.name] = _change(tensor, tensor.dtype)
     kept.drops |= set(how.drops)
     if how.group is not None:
         kept.groups.add(how.group)
@@ -370,7 +355,7 @@ def _emit(how: Foldable | str, laid: _Laid, kept: Kept) -> None:
 def _write_dense(fold: Folds, context: _Context, kept: Kept) -> None:
     packed = fold.packed
     tensor = context.dense.tensors[packed.name]
-    kept.tensors[packed.name] = KeptTensor(tensor, tensor.kept, fold.scales, fold.notes)
+    kept.changes[packed.name] = _change(tensor, tensor.kept, fold.scales, fold.notes)
     kept.drops |= packed.parts.keys() - {packed.name}
 
 
@@ -381,8 +366,7 @@ def _promote_groups(quantization: Quantization, kept: Kept) -> None:
         if not isinstance(how, Foldable) or how.group not in kept.groups or packed.name in kept.dense:
             continue
         for scale in how.scales:
-            if scale.stored.name not in kept.tensors:
-                kept.tensors[scale.stored.name] = KeptTensor(scale.stored, scale.stored.dtype, (), ())
+            kept.changes.setdefault(scale.stored.name, _change(scale.stored, scale.stored.dtype))
 
 
 def _sign_warnings(laid: Iterable[_Laid]) -> list[str]:

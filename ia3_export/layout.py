@@ -55,7 +55,9 @@ def lay_out(plan: Plan, shard_size: int | None = None) -> tuple[OutputFile, ...]
     if shard_size is not None:
         return _reshard(plan, shard_size)
     # four bits become sixteen: what was a shard of 5 GB would be one of 13
-    if plan.dequantizes and any(sum(_size(row) for row in rows) > LARGEST for rows in _rows(plan)):
+    if plan.dequantizes and any(
+        sum((change or tensor).nbytes for tensor, change in rows) > LARGEST for rows in _rows(plan)
+    ):
         return _reshard(plan, LARGEST)
     shards = zip(plan.base.shards, _rows(plan), strict=True)
     return tuple(_lay_shard(shard, rows, plan) for shard, rows in shards if rows or not shard.tensors)
@@ -170,10 +172,6 @@ def _reshard(plan: Plan, shard_size: int) -> tuple[OutputFile, ...]:
         _lay_new(f"model-{i:05d}-of-{len(groups):05d}.safetensors", metadata, group)
         for i, group in enumerate(groups, 1)
     )
-
-
-def _size(row: tuple[StoredTensor, Change | None]) -> int:
-    return (row[1] or row[0]).nbytes
 
 
 def _safetensors_name(name: str) -> str:

@@ -16,7 +16,6 @@ from ia3_export.changes import (
     Cast,
     Change,
     Dtype,
-    How,
     cast_rest,
     check_gguf,
     fold_vectors,
@@ -210,16 +209,9 @@ def _keep(
     for name in replaced:
         kept.dense.add(name)
         kept.drops |= quantization.packed[name].parts.keys() - {name}
-    for name, tensor in kept.tensors.items():
+    for name, change in kept.changes.items():
         before = changes.get(name)
-        if before is not None:
-            changes[name] = Change(
-                name, before.how, before.dtype, before.source, (*before.scales, *tensor.scales),
-                (*before.folds, *tensor.notes),
-            )  # fmt: skip
-        else:
-            how: How = "fold" if tensor.notes else "rewrite"
-            changes[name] = Change(name, how, tensor.dtype, tensor.source, tensor.scales, tensor.notes)
+        changes[name] = change if before is None else before.with_folds(change.scales, change.folds)
     return kept
 
 

@@ -20,6 +20,7 @@ from ia3_export.checkpoint.header import Computed, StoredTensor
 from ia3_export.errors import DamagedFile, NotFinite, Unsupported
 from ia3_export.fold import FLOAT_DTYPES, Array, from_float
 from ia3_export.quantization.packed import (
+    ROUNDING,
     Foldable,
     Packed,
     RowReader,
@@ -46,7 +47,6 @@ _UNFOLDABLE = {
 #: bits, as most of Q6_K's are.
 _ROUNDING = dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "Q3_K", "IQ4_NL"), 3e-4)
 _ROUNDING_OTHERS = 1.3e-3
-_FLOAT_ROUNDING = {"F16": 2.0**-11, "BF16": 2.0**-8}
 _INPUT = "columns share the blocks' scales"
 
 
@@ -113,7 +113,7 @@ def _permuted(tensor: StoredTensor, head: int) -> Packed:
         return as_float(raw, tensor.dtype).reshape(count, columns)
 
     blocks = partial(_scale_floats, tensor, columns, head)
-    on_output = Foldable(blocks=blocks, rounding=_FLOAT_ROUNDING.get(tensor.dtype, 0.0))
+    on_output = Foldable(blocks=blocks, rounding=ROUNDING.get(tensor.dtype, 0.0))
     return _packed(
         tensor, f"GGUF {tensor.dtype}", shape, read, head, on_output, "its rows are permuted for llama.cpp"
     )

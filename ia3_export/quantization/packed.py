@@ -20,6 +20,8 @@ RowReader = Callable[[int, int], Array]
 READER_ERRORS = (
     EOFError, OSError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, MemoryError,
 )  # fmt: skip
+#: Largest relative error of one rounding to a 16-bit dtype.
+ROUNDING = {"F16": 2.0**-11, "BF16": 2.0**-8}
 _WHOLE = {"I64": "<i8", "U64": "<u8", "I32": "<i4", "U32": "<u4", "I16": "<i2", "U16": "<u2", "I8": "i1"}
 
 
