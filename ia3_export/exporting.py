@@ -21,6 +21,7 @@ from ia3_export.errors import CheckFailed, UsageError
 from ia3_export.execute import hash_file
 from ia3_export.manifest import NAME, list_files
 from ia3_export.merging import merge
+from ia3_export.model_class import quiet
 from ia3_export.onnx.contract import DecoderForm, plan_graphs
 from ia3_export.onnx.files import external_files, save_model
 from ia3_export.onnx.package import PRECISIONS, TARGETS, file_name, package, precision_list
@@ -29,7 +30,7 @@ from ia3_export.onnx.provenance import Origin, trace_origins
 from ia3_export.onnx.tasks import Task, choose_task, load_model
 from ia3_export.onnx.trace import OPSETS, trace
 from ia3_export.parity.inputs import make_cases
-from ia3_export.parity.runners import exact_matmul, quiet
+from ia3_export.parity.runners import exact_matmul
 from ia3_export.parity.verification import verify
 from ia3_export.report.model import Report, Step
 from ia3_export.sentence import read_sentence_head

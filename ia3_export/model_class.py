@@ -8,11 +8,12 @@ tensors are tied. Everything is asked of transformers itself; no remote code run
 from __future__ import annotations
 
 import copy
-import logging
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from logging import ERROR, getLogger
 from typing import Any
 
 from ia3_export.adapters.model import Adapter
@@ -63,7 +64,7 @@ def load_runtime_model(
     that have them all, the one that the checkpoint fills best.
     Raises `Unsupported` when transformers has no class for the configuration.
     """
-    with _quiet_transformers():
+    with quiet():
         try:
             return _best_class(config, adapter, tensors)
         except IA3ExportError:
@@ -112,7 +113,7 @@ def same_but_untied(config: Mapping[str, Any], edited: Mapping[str, Any]) -> boo
 
     T5 does not: there the flag also decides whether the decoder's output is scaled.
     """
-    with _quiet_transformers():
+    with quiet():
         before, after = make_config(config).to_dict(), make_config(edited).to_dict()
     return bool(_without_ties(before) == _without_ties(after))
 
@@ -124,14 +125,26 @@ def _without_ties(value: Any) -> Any:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def quiet() -> Iterator[None]:
+    """transformers and torch draw progress bars and warn of their own internals; neither belongs into a report."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    others = {name: getLogger(name).level for name in ("accelerate", "bitsandbytes")}
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    for name in others:
+        getLogger(name).setLevel(ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        logger.setLevel(level)
+        logging.set_verbosity(level)
+        for name, before in others.items():
+            getLogger(name).setLevel(before)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def make_config(config: Mapping[str, Any]) -> Any:
@@ -283,7 +296,7 @@ def parameter_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of the class that ``architectures`` names; ``{}`` where there is none."""
     import transformers
 
-    with _quiet_transformers():
+    with quiet():
         for name in config.get("architectures") or ():
             if isinstance(getattr(transformers, str(name), None), type):
                 model = _build(name, config)

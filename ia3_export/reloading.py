@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +21,7 @@ from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.checkpoint.header import read_values
 from ia3_export.errors import CheckFailed
 from ia3_export.fold import FLOAT_DTYPES, Array
+from ia3_export.model_class import quiet
 from ia3_export.quantization.detection import Quantization, dense_view, find_quantization
 from ia3_export.quantization.gguf import reload_weights
 
@@ -155,7 +155,7 @@ def _load(folder: Path, dense: Checkpoint, quantization: Quantization) -> Iterat
 
     assert dense.config is not None
     name = dense.config["architectures"][0]
-    with _quiet():
+    with quiet(), redirect_stderr(io.StringIO()):  # compressed-tensors draws bars of its own
         try:
             model, info = getattr(transformers, name).from_pretrained(
                 folder, dtype="auto", output_loading_info=True
@@ -215,21 +215,3 @@ def _bitsandbytes(model: Any) -> Iterator[tuple[str, Array]]:
 def _plain(tensor: Any) -> Array:
     values: Array = tensor.detach().float().contiguous().cpu().numpy()
     return values
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Progress bars and advice off."""
-    from transformers.utils import logging as transformers_logging
-
-    logger = logging.getLogger("transformers")
-    level, bars = logger.level, transformers_logging.is_progress_bar_enabled()
-    logger.setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    try:
-        with redirect_stderr(io.StringIO()):  # compressed-tensors draws bars of its own
-            yield
-    finally:
-        logger.setLevel(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

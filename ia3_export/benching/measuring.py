@@ -18,8 +18,8 @@ from ia3_export.benching.processes import start_worker
 from ia3_export.benching.results import Benchmark, Row, Timing, time_rounds
 from ia3_export.benching.variants import Prepared, prepare
 from ia3_export.errors import UsageError
+from ia3_export.model_class import quiet
 from ia3_export.parity.facts import environment, source_of
-from ia3_export.parity.runners import quiet
 
 #: Pools of threads go on spinning for a while after their work is done.
 _PAUSE = 0.01

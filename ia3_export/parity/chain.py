@@ -10,6 +10,7 @@ from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.errors import InputError, UsageError
 from ia3_export.fold import Array
+from ia3_export.model_class import quiet
 from ia3_export.parity.facts import MergeOptions
 from ia3_export.parity.forwards import (
     TORCH_DTYPES,
@@ -28,7 +29,7 @@ from ia3_export.parity.onnx_runs import decode_onnx, open_model, run_onnx
 from ia3_export.parity.own_inputs import fit_text, read_inputs, read_texts
 from ia3_export.parity.quantized import as_dense
 from ia3_export.parity.reference import Placement
-from ia3_export.parity.runners import exact_matmul, quiet
+from ia3_export.parity.runners import exact_matmul
 from ia3_export.report.model import Reference, Step, WeightsProof
 from ia3_export.sentence import SentenceHead, read_sentence_head
 

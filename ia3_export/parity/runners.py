@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from logging import ERROR, getLogger
 from typing import Any
 
 import numpy as np
@@ -195,29 +193,6 @@ def attended(case: Case, outputs: dict[str, Any]) -> dict[str, Any]:
         else values
         for name, values in outputs.items()
     }
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """transformers and torch draw progress bars and warn of their own internals; neither belongs into a report."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    others = {name: getLogger(name).level for name in ("accelerate", "bitsandbytes")}
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    for name in others:
-        getLogger(name).setLevel(ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        for name, before in others.items():
-            getLogger(name).setLevel(before)
-        if bars:
-            logging.enable_progress_bar()
 
 
 @contextmanager
