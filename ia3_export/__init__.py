@@ -20,33 +20,47 @@ if TYPE_CHECKING:
     from ia3_export.adapters import read_adapter
     from ia3_export.benching.measuring import bench
     from ia3_export.checkpoint.folder import read_checkpoint
+    from ia3_export.comparison import compare
+    from ia3_export.converting import combine, convert
     from ia3_export.exporting import export_onnx
     from ia3_export.inspection import inspect
     from ia3_export.merging import merge, merge_each, plan_merge
     from ia3_export.parity.verification import verify
+    from ia3_export.plotting import plot_vectors
+    from ia3_export.unmerging import unmerge
 
 __all__ = [
     "bench",
+    "combine",
+    "compare",
+    "convert",
     "errors",
     "export_onnx",
     "inspect",
     "merge",
     "merge_each",
     "plan_merge",
+    "plot_vectors",
     "read_adapter",
     "read_checkpoint",
+    "unmerge",
     "verify",
 ]
 
 _HOME = {
     "bench": "ia3_export.benching.measuring",
+    "combine": "ia3_export.converting",
+    "compare": "ia3_export.comparison",
+    "convert": "ia3_export.converting",
     "export_onnx": "ia3_export.exporting",
     "inspect": "ia3_export.inspection",
     "merge": "ia3_export.merging",
     "merge_each": "ia3_export.merging",
     "plan_merge": "ia3_export.merging",
+    "plot_vectors": "ia3_export.plotting",
     "read_adapter": "ia3_export.adapters",
     "read_checkpoint": "ia3_export.checkpoint.folder",
+    "unmerge": "ia3_export.unmerging",
     "verify": "ia3_export.parity.verification",
 }
 

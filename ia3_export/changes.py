@@ -14,8 +14,8 @@ from ia3_export.checkpoint.header import StoredTensor, count_elements, same_byte
 from ia3_export.config_edits import can_untie
 from ia3_export.errors import Refused, Unsupported, UsageError
 from ia3_export.fold import FLOAT_DTYPES, Array, Scale, make_scale, round_vector
+from ia3_export.placement import Placement, Resolution
 from ia3_export.quantization.detection import Quantization
-from ia3_export.resolve import Placement, Resolution
 
 Cast = Literal["peft", "peft-low-mem"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.errors import IA3ExportError, Refused
-from ia3_export.resolve import Resolution
+from ia3_export.placement import Resolution
 
 
 def edit_config(
@@ -34,10 +34,11 @@ def edit_config(
         config.update(fitted)
         if "id2label" in fitted:
             config.pop("num_labels", None)
-            warnings.append(
-                f"the adapter carries no label names: config.json calls them LABEL_0 to LABEL_{len(fitted['id2label']) - 1}, "
-                "in the order of training"
-            )
+            if not result.adapter.labels:
+                warnings.append(
+                    f"the adapter carries no label names: config.json calls them LABEL_0 to LABEL_{len(fitted['id2label']) - 1}, "
+                    "in the order of training"
+                )
         brings_head = any(runtime.stored.get(name) is None for name in result.extras)
         if brings_head and config.get("architectures") != [runtime.class_name]:
             config["architectures"] = [runtime.class_name]

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ia3_export.adapters.model import Adapter
 from ia3_export.card import BASE_CARD
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.checkpoint.stage import check_target, set_aside, staged
@@ -86,7 +87,7 @@ def export_onnx(
     *,
     model: str | Path | None = None,
     base: str | Path | None = None,
-    adapters: Sequence[str | Path] = (),
+    adapters: Sequence[str | Path | Adapter] = (),
     task: str | None = None,
     precisions: Sequence[str] = ("fp32",),
     targets: Sequence[str] = (),
@@ -140,7 +141,8 @@ def export_onnx(
         stack.enter_context(quiet())
         stack.enter_context(exact_matmul())
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ia3-export-")))
-        given = [Path(source) for source in (model, base, *adapters) if source is not None]
+        given = [Path(s) for s in (model, base, *adapters) if s is not None and not isinstance(s, Adapter)]
+        given += [a.location.path for a in adapters if isinstance(a, Adapter)]
         check_target(target, [path for path in given if path.exists()], overwrite=overwrite)
         source: str | Path = model or ""
         if base is not None:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from ia3_export.adapters import read_adapter
-from ia3_export.adapters.model import Adapter
+from ia3_export.adapters.channels import count_channels, strongest_channels
+from ia3_export.adapters.model import Adapter, Site
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.fold import FLOAT_DTYPES
 from ia3_export.manifest import describe_plan
@@ -18,7 +19,10 @@ from ia3_export.plan import Plan, Quantized, make_plan
 
 @dataclass(frozen=True, slots=True)
 class SiteStatistics:
-    """One vector. ``from_ones`` is the root mean square of ``l - 1``: 0 for a vector that changes nothing."""
+    """One vector. ``from_ones`` is the root mean square of ``l - 1``: 0 for a vector that changes nothing.
+
+    Channels are counted as in `Counts`; ``most_inhibited`` and ``most_amplified`` are their indices, strongest first.
+    """
 
     module: str
     direction: str
@@ -29,6 +33,11 @@ class SiteStatistics:
     mean: float
     from_ones: float
     not_finite: int
+    inhibited: int
+    amplified: int
+    negative: int
+    most_inhibited: tuple[int, ...]
+    most_amplified: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,7 +58,8 @@ class Inspection:
             "task_type": adapter.task_type,
             "base_model": adapter.config.get("base_model_name_or_path"),
             "parameters": adapter.parameters,
-            "bytes": sum((adapter.location.path / name).stat().st_size for name in adapter.files),
+            "warnings": list(adapter.warnings),
+            "bytes": sum((adapter.folder / name).stat().st_size for name in adapter.files),
             "sites": [asdict(site) for site in self.sites],
             "extra_tensors": [
                 {"name": name, "dtype": tensor.dtype, "shape": list(tensor.shape), "bytes": tensor.nbytes}
@@ -62,7 +72,7 @@ class Inspection:
 
 
 def inspect(
-    adapter: str | Path, base: str | Path | None = None, *, quantized: Quantized = "keep-or-dense"
+    adapter: str | Path | Adapter, base: str | Path | None = None, *, quantized: Quantized = "keep-or-dense"
 ) -> Inspection:
     """Describe an IA3 adapter, and with `base` plan its merge without writing anything.
 
@@ -72,7 +82,7 @@ def inspect(
     """
     read = read_adapter(adapter)
     plan = make_plan(read_checkpoint(base), [read], quantized=quantized) if base is not None else None
-    return Inspection(read, tuple(_statistics(read)), plan)
+    return Inspection(read, tuple(describe_vector(site) for site in read.sites.values()), plan)
 
 
 def summarize(plan: Plan) -> dict[str, Any]:
@@ -94,16 +104,14 @@ def _parameters(base: Checkpoint) -> int:
     return sum(tensor.size for tensor in base.tensors.values() if tensor.dtype in FLOAT_DTYPES)
 
 
-def _statistics(adapter: Adapter) -> list[SiteStatistics]:
-    rows = []
-    for site in adapter.sites.values():
-        values = site.vector.astype("<f8")
-        with np.errstate(invalid="ignore", over="ignore"):
-            rows.append(
-                SiteStatistics(
-                    site.module, site.direction, len(values), site.dtype,
-                    float(values.min()), float(values.max()), float(values.mean()),
-                    float(np.sqrt(np.mean((values - 1.0) ** 2))), int(np.sum(~np.isfinite(values))),
-                )
-            )  # fmt: skip
-    return rows
+def describe_vector(site: Site) -> SiteStatistics:
+    """Statistics of one vector."""
+    values = site.vector.astype("<f8")
+    counts, (inhibited, amplified) = count_channels(values), strongest_channels(values)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return SiteStatistics(
+            site.module, site.direction, len(values), site.dtype,
+            float(values.min()), float(values.max()), float(values.mean()),
+            float(np.sqrt(np.mean((values - 1.0) ** 2))), int(np.sum(~np.isfinite(values))),
+            counts.inhibited, counts.amplified, counts.negative, tuple(inhibited), tuple(amplified),
+        )  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any
 
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.combine import Combine
+from ia3_export.adapters.model import Adapter
 from ia3_export.card import BASE_CARD, make_card
 from ia3_export.changes import Cast, Dtype
 from ia3_export.checkpoint import ranges
@@ -30,7 +31,7 @@ def ignore_progress(_: Progress) -> None:
 
 def plan_merge(
     base: str | Path,
-    adapters: Sequence[str | Path],
+    adapters: Sequence[str | Path | Adapter],
     *,
     combine: Combine = "product",
     weights: Sequence[float] = (),
@@ -55,7 +56,7 @@ def plan_merge(
 
 def merge(
     base: str | Path,
-    adapters: Sequence[str | Path],
+    adapters: Sequence[str | Path | Adapter],
     output: str | Path,
     *,
     combine: Combine = "product",
@@ -82,7 +83,8 @@ def merge(
 
     Args:
         base: folder, weight file or hub id ``org/name[@revision]`` of the base model, quantized or not.
-        adapters: folders, files or hub ids of PEFT IA3 adapters, in the order in which they are folded.
+        adapters: folders, files or hub ids of IA3 adapters in any format of `READERS`, or what `read_adapter` returned, in the
+            order in which they are folded.
         output: folder to create.
         combine: ``product`` folds one adapter after the other; ``linear`` is PEFT's ``add_weighted_adapter``
             (``sum w l``); ``delta`` is ``1 + sum w (l - 1)``.
@@ -119,7 +121,7 @@ def merge(
 
 def merge_each(
     base: str | Path,
-    adapters: Sequence[str | Path],
+    adapters: Sequence[str | Path | Adapter],
     directory: str | Path,
     *,
     cast: Cast = "peft",

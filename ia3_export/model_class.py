@@ -83,7 +83,7 @@ def _best_class(
     for name in _candidate_classes(config, adapter):
         fitted, model = _fit_config(name, config, adapter)
         runtime = _describe(name, fitted, model, tensors)
-        left_over = sum(module not in runtime.layouts for module in adapter.sites)
+        left_over = sum(module not in runtime.layouts for module in adapter.modules)
         left_over += sum(extra not in runtime.shapes for extra in adapter.extras)
         absent = sum(entry not in adapter.extras for entry in absent_entries(runtime))
         if best is None or (left_over, absent) < best[0]:
@@ -209,22 +209,40 @@ def _fit_config(name: str, config: Mapping[str, Any], adapter: Adapter) -> tuple
         if extra in shapes and shapes[extra] != tensor.shape
     }
     if not misfits:
-        return fitted, model
+        return _with_labels(fitted, adapter), model
     embeddings = {_embedding_name(model, which) for which in ("input", "output")}
     for extra, shape in misfits.items():
         if extra in embeddings and shape[1:] == shapes[extra][1:]:
             _set_vocabulary(fitted, shapes[extra][0], shape[0])
     for labels in dict.fromkeys(shape[0] for extra, shape in misfits.items() if extra not in embeddings):
         labelled = fitted | {
-            "id2label": {str(i): f"LABEL_{i}" for i in range(labels)},
-            "label2id": {f"LABEL_{i}": i for i in range(labels)},
+            "id2label": {str(i): name for i, name in enumerate(_label_names(adapter, labels))},
+            "label2id": {name: i for i, name in enumerate(_label_names(adapter, labels))},
         }
         labelled.pop("num_labels", None)
         trial = _build(name, labelled)
         now = trial.state_dict()
         if all(e in embeddings or tuple(now[e].shape) == shape for e, shape in misfits.items()):
-            return labelled, _build(name, labelled)
+            return _with_labels(labelled, adapter), _build(name, labelled)
     return fitted, _build(name, fitted)
+
+
+def _label_names(adapter: Adapter, count: int) -> list[str]:
+    return list(adapter.labels) if len(adapter.labels) == count else [f"LABEL_{i}" for i in range(count)]
+
+
+def _with_labels(config: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
+    """The configuration with the adapter's own names of its labels, and its kind of problem, if it has them."""
+    if adapter.labels:
+        names = adapter.labels
+        config |= {
+            "id2label": {str(i): name for i, name in enumerate(names)},
+            "label2id": {name: i for i, name in enumerate(names)},
+        }
+        config.pop("num_labels", None)
+    if "problem_type" in adapter.config:
+        config["problem_type"] = adapter.config["problem_type"]
+    return config
 
 
 def _set_vocabulary(config: dict[str, Any], old: int, new: int) -> None:

@@ -76,7 +76,7 @@ def weight_layout(site: Site, shape: tuple[int, ...], *, square_is_conv1d: bool)
     """
     length = len(site.vector)
     if site.is_conv or len(shape) > 2:
-        fits = len(shape) == len(site.shape) and (
+        fits = len(site.shape) in (1, len(shape)) and (
             shape[0] == length if site.direction == "out" else _fits_groups(length, shape)
         )
         if not fits:

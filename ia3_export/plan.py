@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ia3_export.adapters.combine import Combine
+from ia3_export.adapters.combine import Combine, linear_warnings
 from ia3_export.adapters.model import Adapter
 from ia3_export.base_match import base_warnings
 from ia3_export.changes import (
@@ -100,7 +100,7 @@ def make_plan(
 
     Refusals are collected in ``Plan.problems``. Raises `UsageError` for weights that do not fit `combine`.
     """
-    _check_weights(adapters, combine, weights)
+    check_weights(adapters, combine, weights)
     if quantized != "dequantize" and dtype != "auto":
         raise UsageError(
             f"--dtype {dtype} and --quantized {quantized} exclude each other",
@@ -114,8 +114,9 @@ def make_plan(
         resolve(a, dense, allow_missing=allow_missing, allow_unused=allow_unused) for a in adapters
     ]
     problems = [*quantization.problems, *(p for r in resolutions for p in r.problems)]
-    problems += [p for adapter in adapters for p in _not_finite(adapter)]
-    warnings = [w for a in adapters for w in base_warnings(a, base, quantization)]
+    problems += [p for adapter in adapters for p in not_finite(adapter)]
+    warnings = [*linear_warnings([r.adapter for r in resolutions], weights)] if combine == "linear" else []
+    warnings += [w for a in adapters for w in base_warnings(a, base, quantization)]
     warnings += [*quantization.warnings, *(w for r in resolutions for w in r.warnings)]
     changes: dict[str, Change] = {}
     dropped: frozenset[str] = frozenset()
@@ -151,12 +152,13 @@ def make_plan(
     problems += check_vocabulary(resolutions, shapes, config)
     classes = [r.runtime.class_name for r in resolutions if r.runtime is not None]
     return Plan(
-        base, dense, quantization, quantized, tuple(adapters), combine, tuple(weights), cast, dtype, allow_missing,
+        base, dense, quantization, quantized, tuple(r.adapter for r in resolutions), combine, tuple(weights), cast, dtype, allow_missing,
         allow_unused, changes, dropped, config, tuple(edits), tuple(kept.sites) if kept else (), classes[0] if classes else None, tuple(dict.fromkeys(warnings)), tuple(problems),
     )  # fmt: skip
 
 
-def _check_weights(adapters: Sequence[Adapter], combine: Combine, weights: Sequence[float]) -> None:
+def check_weights(adapters: Sequence[Adapter], combine: Combine, weights: Sequence[float]) -> None:
+    """Raise `UsageError` for `weights` that do not fit `combine`, and for an adapter that is given twice."""
     if combine == "product" and weights:
         raise UsageError("--weights belongs to --combine linear or delta", hint="product has no weights")
     if combine != "product" and len(weights) != len(adapters):
@@ -171,7 +173,8 @@ def _check_weights(adapters: Sequence[Adapter], combine: Combine, weights: Seque
         raise UsageError("the same adapter is given twice", hint="its vectors would be applied twice")
 
 
-def _not_finite(adapter: Adapter) -> list[IA3ExportError]:
+def not_finite(adapter: Adapter) -> list[IA3ExportError]:
+    """A `NotFinite` for every vector with NaN or infinity in it."""
     found: list[IA3ExportError] = []
     for site in adapter.sites.values():
         bad = np.flatnonzero(~np.isfinite(site.vector))

@@ -6,21 +6,20 @@ which costs an import of transformers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-from ia3_export.adapters.model import Adapter, Site
+from ia3_export.adapters.mangled import restore_names
+from ia3_export.adapters.model import Adapter, Site, second_key
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.header import same_bytes
-from ia3_export.errors import (
-    IA3ExportError,
-    MissingVector,
-    Refused,
-    ShapeMismatch,
-    Unsupported,
-    UnusedVector,
+from ia3_export.completeness import (
+    is_fused_expert,
+    missing_by_name,
+    report_missing,
+    report_random,
+    report_unused,
 )
+from ia3_export.errors import Refused, ShapeMismatch, Unsupported, UnusedVector
 from ia3_export.fold import FLOAT_DTYPES, Layout
 from ia3_export.modules import (
     in_layer_stack,
@@ -30,50 +29,10 @@ from ia3_export.modules import (
     stored_modules,
     weight_layout,
 )
+from ia3_export.placement import Part, Placement, Resolution
 
 if TYPE_CHECKING:
     from ia3_export.model_class import RuntimeModel
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A tensor that a site's vector multiplies.
-
-    ``direct``: the stored tensor `source` (written as `tensor`, another name where a tie is split) holds the
-    weight or bias in `layout`. ``converted``: transformers builds the state-dict entry `tensor` while loading.
-    ``expert``: the entry is not known yet, the module is an expert of a fused parameter.
-    """
-
-    kind: Literal["direct", "converted", "expert"]
-    tensor: str
-    source: str
-    shape: tuple[int, ...]
-    layout: Layout
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """A site and the tensors its vector multiplies, weight first."""
-
-    site: Site
-    parts: tuple[Part, ...]
-
-
-@dataclass(slots=True)
-class Resolution:
-    """One adapter laid over one checkpoint.
-
-    `placements` is keyed by the tensor that holds the weight (so that two adapters can be compared), `extras`
-    maps names of the adapter's further tensors to stored names. `untied` are the output names that leave a tie.
-    """
-
-    adapter: Adapter
-    placements: dict[str, Placement] = field(default_factory=dict)
-    extras: dict[str, str] = field(default_factory=dict)
-    untied: list[str] = field(default_factory=list)
-    runtime: RuntimeModel | None = None
-    problems: list[IA3ExportError] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
 
 
 def resolve(
@@ -81,14 +40,17 @@ def resolve(
 ) -> Resolution:
     """Lay `adapter` over `base`; whatever does not fit is in the result's `problems`, nothing is raised."""
     result = Resolution(adapter)
-    questions = _open_questions(adapter, base)
-    if questions and base.config is not None:
-        from ia3_export.model_class import load_runtime_model
-
-        try:
-            result.runtime = load_runtime_model(base.config, adapter, base.tensors)
-        except Unsupported as error:
-            result.warnings.append(f"{error}; names are taken as stored")
+    _ask_class(result, base)
+    try:
+        modules = result.runtime.layouts if result.runtime else stored_modules(base.tensors)
+        restored = restore_names(adapter, modules)
+    except Refused as error:
+        result.problems.append(error)
+        return result
+    if restored is not None:
+        adapter = result.adapter = restored
+        _ask_class(result, base)
+    result.warnings.extend(adapter.warnings)
     square = square_is_conv1d(adapter, base.tensors, model_types(base.config))
     if result.runtime is None and base.config is None and _has_square_sites(adapter, base):
         result.warnings.append(
@@ -97,12 +59,12 @@ def resolve(
         )
     present = {*base.tensors, *(result.runtime.shapes if result.runtime is not None else ())}
     unused = []
-    for module, site in adapter.sites.items():
+    for site in adapter.sites.values():
         try:
-            refuse_untraceable(module, present)
+            refuse_untraceable(site.module, present)
             placement = _place(site, base, result, square)
             if placement is None:
-                unused.append(module)
+                unused.append(site.module)
             else:
                 _insert(result, placement)
         except (Refused, Unsupported) as error:
@@ -112,43 +74,50 @@ def resolve(
             _place_extra(name, base, result, allow_unused=allow_unused)
         except Refused as error:
             result.problems.append(error)
-    _report_unused(adapter, base, unused, result, allow_unused=allow_unused)
-    _report_missing(adapter, base, result, allow_missing=allow_missing)
-    _report_random(result)
+    report_unused(adapter, base, unused, result, allow_unused=allow_unused)
+    report_missing(adapter, base, result, allow_missing=allow_missing)
+    report_random(result)
     return result
+
+
+def _ask_class(result: Resolution, base: Checkpoint) -> None:
+    """Build the model class where names and shapes leave something open."""
+    if base.config is None or not _open_questions(result.adapter, base):
+        return
+    from ia3_export.model_class import load_runtime_model
+
+    try:
+        result.runtime = load_runtime_model(base.config, result.adapter, base.tensors)
+    except Unsupported as error:
+        result.warnings.append(f"{error}; names are taken as stored")
 
 
 def _open_questions(adapter: Adapter, base: Checkpoint) -> bool:
     """Whether names and shapes leave something open that the model class can answer."""
     may_be_tied = base.config is None or base.config.get("tie_word_embeddings") is not False
-    for module in adapter.sites:
+    for module in adapter.modules:
         if f"{module}.weight" not in base.tensors or (may_be_tied and not in_layer_stack(module)):
             return True
     for name, tensor in adapter.extras.items():
         stored = base.tensors.get(name)
         if stored is None or stored.shape != tensor.shape or (may_be_tied and not in_layer_stack(name)):
             return True
-    return bool(_missing_by_name(adapter, base))
-
-
-def _missing_by_name(adapter: Adapter, base: Checkpoint) -> list[str]:
-    return sorted(
-        module
-        for module in stored_modules(base.tensors)
-        if module not in adapter.sites and adapter.rules.targets(module)
-    )
+    return bool(missing_by_name(adapter, base))
 
 
 def _has_square_sites(adapter: Adapter, base: Checkpoint) -> bool:
-    weights = (base.tensors.get(f"{module}.weight") for module in adapter.sites)
+    weights = (base.tensors.get(f"{module}.weight") for module in adapter.modules)
     return any(w is not None and len(w.shape) == 2 and w.shape[0] == w.shape[1] for w in weights)
 
 
 def _insert(result: Resolution, placement: Placement) -> None:
-    key = placement.parts[0].tensor if placement.parts[0].kind != "expert" else placement.site.module
+    site = placement.site
+    key = placement.parts[0].tensor if placement.parts[0].kind != "expert" else site.module
+    if key in result.placements and result.placements[key].site.module == site.module:
+        key = second_key(key, site.direction)
     if key in result.placements:
         raise Refused(
-            f"the vectors of {result.placements[key].site.module} and {placement.site.module} both land on {key}",
+            f"the vectors of {result.placements[key].site.module} and {site.module} both land on {key}",
             hint="the modules share a weight; a merged checkpoint cannot give them different ones",
         )
     result.placements[key] = placement
@@ -175,16 +144,9 @@ def _place(site: Site, base: Checkpoint, result: Resolution, square: bool) -> Pl
         if bias is not None and site.direction == "out":
             parts.append(Part("direct", bias.name, bias.name, bias.shape, layout))
         return Placement(site, tuple(parts))
-    if runtime is not None and _is_fused_expert(module, runtime):
+    if runtime is not None and is_fused_expert(module, runtime):
         return Placement(site, (Part("expert", module, "", (), "linear"),))
     return None
-
-
-def _is_fused_expert(module: str, runtime: RuntimeModel) -> bool:
-    from ia3_export.conversions import state_entry
-
-    entry, pattern = state_entry(runtime.rules, f"{module}.weight")
-    return pattern is not None and len(runtime.shapes.get(entry, ())) == 3
 
 
 def _place_by_class(
@@ -325,93 +287,3 @@ def _place_in_tie(name: str, target: str, result: Resolution, runtime: RuntimeMo
 def _stored_or_tied(entry: str, runtime: RuntimeModel) -> str:
     source = runtime.ties.get(entry, entry)
     return runtime.stored.get(entry) or runtime.stored.get(source) or source
-
-
-def _report_unused(
-    adapter: Adapter, base: Checkpoint, unused: list[str], result: Resolution, *, allow_unused: bool
-) -> None:
-    if not unused:
-        return
-    message = (
-        f"{len(unused)} of {len(adapter.sites)} vectors of {adapter.name} land on no tensor of "
-        f"{base.location.given}, first: {unused[0]}"
-    )
-    if allow_unused and len(unused) < len(adapter.sites):
-        result.warnings.append(message + "; dropped")
-        return
-    near = _nearest(unused[0], base.tensors)
-    result.problems.append(
-        UnusedVector(
-            message,
-            hint="the adapter was trained on another model, or its keys have another prefix"
-            + (f" (the base has {near})" if near else "")
-            + ("; --allow-unused drops them" if len(unused) < len(adapter.sites) else ""),
-        )
-    )
-
-
-def _nearest(module: str, tensors: Mapping[str, Any]) -> str | None:
-    parts = module.split(".")
-    for start in range(1, len(parts)):
-        tail = ".".join(parts[start:]) + ".weight"
-        for name in tensors:
-            if name == tail or name.endswith("." + tail):
-                return str(name)
-    return None
-
-
-def _report_missing(adapter: Adapter, base: Checkpoint, result: Resolution, *, allow_missing: bool) -> None:
-    runtime = result.runtime
-    if runtime is None:
-        missing = _missing_by_name(adapter, base)
-    else:
-        missing = sorted(
-            module
-            for module in runtime.layouts
-            if module not in adapter.sites
-            and adapter.rules.targets(module)
-            # a module that the class has and the checkpoint has not (a head made anew) cannot be folded either
-            and _is_stored(f"{module}.weight", runtime)
-        )
-        # modules that exist in the file only: fused at run time, so PEFT never saw them
-        absent = set(_missing_by_name(adapter, base)) - set(missing)
-        absent -= {runtime.stored[e].removesuffix(".weight") for e in runtime.stored if e.endswith(".weight")}
-        absent = {module for module in absent if _is_fused_expert(module, runtime)}
-        if any(_is_fused_expert(module, runtime) for module in adapter.sites):
-            missing += sorted(absent)  # trained where every expert was a module of its own
-        elif absent:
-            result.warnings.append(
-                f"{len(absent)} stored modules match target_modules but are no modules of {runtime.class_name} "
-                f"(fused at run time), first: {min(absent)}; the adapter has no vectors for them"
-            )
-    if not missing:
-        return
-    message = f"{len(missing)} modules that {adapter.name} targets have no vector in it, first: {missing[0]}"
-    if allow_missing:
-        result.warnings.append(message + "; left as they are")
-    else:
-        result.problems.append(
-            MissingVector(
-                message,
-                hint="the adapter file is incomplete, or belongs to another base; --allow-missing leaves those "
-                "modules as they are",
-            )
-        )
-
-
-def _report_random(result: Resolution) -> None:
-    """Point out what the model needs and neither base nor adapter has: transformers fills it at random."""
-    if result.runtime is None:
-        return
-    from ia3_export.model_class import absent_entries
-
-    absent = [entry for entry in absent_entries(result.runtime) if entry not in result.adapter.extras]
-    if absent:
-        result.warnings.append(
-            f"{result.runtime.class_name} needs {', '.join(absent[:3])}{' ...' if len(absent) > 3 else ''}, which "
-            "neither the base nor the adapter holds: transformers will fill in random values"
-        )
-
-
-def _is_stored(entry: str, runtime: RuntimeModel) -> bool:
-    return entry in runtime.stored or entry in runtime.converted or entry in runtime.ties

@@ -1,17 +1,68 @@
-"""Readers of adapter formats, each bytes → the same frozen :class:`~ia3_export.adapters.model.Adapter`."""
+"""Readers of adapter formats, each files → the same frozen :class:`~ia3_export.adapters.model.Adapter`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from ia3_export.adapters.adapterhub import is_adapterhub, read_adapterhub
+from ia3_export.adapters.mapped import read_mapped
 from ia3_export.adapters.model import Adapter
-from ia3_export.adapters.peft import read_peft
+from ia3_export.adapters.peft import is_peft, read_peft
+from ia3_export.adapters.research import is_mats, is_tango, is_tfew, read_mats, read_tango, read_tfew
+from ia3_export.adapters.source import Source, open_source
+from ia3_export.errors import Unsupported, UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How files are recognised as a format, and read."""
+
+    recognises: Callable[[Source], bool]
+    read: Callable[[Source], Adapter]
+
 
 #: All formats at one look; the order is the order of detection.
-READERS: Mapping[str, Callable[[str | Path], Adapter]] = {"peft": read_peft}
+READERS: Mapping[str, Format] = {
+    "peft": Format(is_peft, read_peft),
+    "adapterhub": Format(is_adapterhub, read_adapterhub),
+    "tfew": Format(is_tfew, read_tfew),
+    "mats": Format(is_mats, read_mats),
+    "tango": Format(is_tango, read_tango),
+}
 
 
-def read_adapter(source: str | Path) -> Adapter:
-    """Read an adapter: a folder, a file or a hub id. Raises `IA3ExportError`."""
-    return READERS["peft"](source)
+def read_adapters(sources: Sequence[str | Path | Adapter], rules: Sequence[str] = ()) -> list[Adapter]:
+    """`read_adapter` of each. Raises `UsageError` when `rules` are given and every adapter is in a known format."""
+    read = [read_adapter(source, rules=rules) for source in sources]
+    if rules and all(adapter.format != "mapped" for adapter in read):
+        kinds = ", ".join(dict.fromkeys(adapter.format for adapter in read))
+        raise UsageError(
+            f"--map is for files in no known format, and this is {kinds}", hint="leave --map out"
+        )
+    return read
+
+
+def read_adapter(source: str | Path | Adapter, *, rules: Sequence[str] = ()) -> Adapter:
+    """Read an adapter: a folder, a file or a hub id, in whatever format of `READERS` it is.
+
+    `rules` (``REGEX=output`` or ``REGEX=input``, see `read_mapped`) say what the vectors are in a file of no known format. An
+    `Adapter` that was read before is returned as it is. Raises `IA3ExportError`.
+    """
+    if isinstance(source, Adapter):
+        return source
+    files = open_source(source)
+    found = next((known for known in READERS.values() if known.recognises(files)), None)
+    if found is not None:
+        return found.read(files)
+    if rules:
+        return read_mapped(files, rules)
+    keys = [tensor.name for tensor in files.weights.tensors[:3]]
+    raise Unsupported(
+        f"{files.weights.path} is in no adapter format that is known ({', '.join(READERS)}); its keys are "
+        f"{', '.join(keys) or 'none'}{', ...' if keys else ''}",
+        hint="tell what the vectors are with --map, for example --map '(.+)\\.ia3_l=output'"
+        if files.config_file is None
+        else f"{files.config_file} has no peft_type: it is no PEFT adapter; --map tells what the vectors are",
+    )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ia3_export.checkpoint.header import StoredTensor
@@ -16,7 +17,11 @@ Pattern = str | tuple[str, ...] | None
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Site:
-    """One learned vector: `vector` is 1-D and exact (float32 or float64), `shape` and `dtype` as stored."""
+    """One learned vector: `vector` is 1-D and exact (float32 or float64), `dtype` as stored.
+
+    `shape` is (n, 1) on an output and (1, n) on an input of Linear and Conv1D, (1, n, 1, 1[, 1]) for convolutions, as PEFT
+    stores it, or (n,) where the format does not say what the module is.
+    """
 
     module: str
     direction: Direction
@@ -65,7 +70,10 @@ class TargetRules:
 class Adapter:
     """An IA3 adapter: its vectors by module path, and the tensors it brings besides (heads, embeddings).
 
-    Module paths and the names of `extras` are those of the model that was trained, without PEFT's prefix.
+    Module paths and the names of `extras` are those of the model that was trained, without PEFT's prefix. PEFT has one
+    vector a module; where a format has two, `sites` holds the second under `second_key`. `files` lie in
+    `folder`. `labels` are the names of a classification head's labels, where the format keeps them, and
+    `warnings` what its reader noticed.
     """
 
     name: str
@@ -76,6 +84,8 @@ class Adapter:
     extras: Mapping[str, StoredTensor]
     rules: TargetRules
     config: Mapping[str, Any]
+    labels: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def task_type(self) -> str | None:
@@ -83,9 +93,34 @@ class Adapter:
         return self.config.get("task_type")
 
     @property
+    def folder(self) -> Path:
+        """The folder that holds `files`."""
+        return self.location.path if self.location.path.is_dir() else self.location.path.parent
+
+    @property
+    def modules(self) -> frozenset[str]:
+        """Paths of the modules that have vectors."""
+        return frozenset(site.module for site in self.sites.values())
+
+    @property
     def parameters(self) -> int:
         """Elements of all vectors."""
         return sum(len(site.vector) for site in self.sites.values())
+
+
+def second_key(module: str, direction: Direction) -> str:
+    """Key in ``Adapter.sites`` of the second vector of a module, on the other side than the first."""
+    return f"{module} ({direction}put)"
+
+
+def same_in_every_layer(modules: Iterable[str]) -> str:
+    """A regular expression for `modules` and their like in all other layers: what a format without a list of target
+    modules must hold to be complete."""
+    patterns = {
+        r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in module.split("."))
+        for module in modules
+    }
+    return "|".join(sorted(patterns))
 
 
 def _matches(pattern: Pattern, module: str) -> bool:

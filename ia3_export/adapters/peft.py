@@ -4,182 +4,190 @@ Layout as written by ``PeftModel.save_pretrained`` (peft 0.4 to 0.21, ``utils/sa
 ``base_model.model.<module path>.ia3_l``, shape (out, 1) on an output and (1, in) on an input of Linear and
 Conv1D, (1, n, 1, 1[, 1]) for convolutions; further base tensors (``modules_to_save``, embeddings) lie beside
 them under ``base_model.model.<name>``.
+
+Keys that PEFT itself would load as nothing, leaving every vector at one, are read for what they are, with a warning.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ia3_export.adapters.model import Adapter, Site, TargetRules, as_pattern
-from ia3_export.checkpoint.folder import read_config
-from ia3_export.checkpoint.header import Shard, StoredTensor, read_header, read_values
-from ia3_export.checkpoint.hub import Location, locate
-from ia3_export.errors import DamagedFile, NotFound, Refused, ShapeMismatch, Unsupported, UnusedVector
+from ia3_export.adapters.model import Adapter, Pattern, Site, TargetRules, as_pattern, same_in_every_layer
+from ia3_export.adapters.source import Source
+from ia3_export.checkpoint.header import Shard, StoredTensor, read_values
+from ia3_export.errors import DamagedFile, Refused, ShapeMismatch, Unsupported, UnusedVector
 from ia3_export.fold import FLOAT_DTYPES, Direction
 
-_PREFIX = "base_model.model."
-_VECTOR_KEY = re.compile(r"(?P<module>.+)\.ia3_l(\.(?P<adapter>[^.]+))?")
+PREFIX = "base_model.model."
+_VECTOR = ".ia3_l"
 _OTHER_METHODS = re.compile(
     r"\.(lora_[A-Za-z_]+|hada_\w+|lokr_\w+|oft_\w+|boft_\w+|vera_\w+|hra_u|ln_tuning\w*|fourierft\w*)(\.|$)"
 )
+#: What DataParallel and torch.compile put before the names of the module they wrap.
+_WRAPPER = re.compile(r"^(?P<prefix>base_model\.model\.)?(module\.)+|(?<![^.])_orig_mod\.")
 
 
-def read_peft(source: str | Path) -> Adapter:
-    """Read a PEFT IA3 adapter: its folder, the folder above a named adapter, its weight file, or a hub id.
+def is_peft(source: Source) -> bool:
+    """Whether the configuration names a PEFT method."""
+    return "peft_type" in source.config
 
-    Raises `NotFound`, `DamagedFile`, `Unsupported` (another PEFT method, a mixed adapter), `Refused` (a
-    configuration that does not say the directions, or contradicts the vectors), `ShapeMismatch`,
-    `UnusedVector` (keys that PEFT would not load either).
+
+def read_peft(source: Source) -> Adapter:
+    """The adapter in files that PEFT wrote.
+
+    Raises `Unsupported` (another PEFT method, a mixed adapter), `DamagedFile`, `Refused` (a configuration that
+    contradicts the vectors, or leaves the direction of convolutions open), `ShapeMismatch`, `UnusedVector`.
     """
-    location = locate(source)
-    folder = _adapter_folder(location)
-    config_file = folder / "adapter_config.json"
-    config = read_config(config_file)
-    _check_type(config_file, config)
+    config_file, config = source.config_file, source.config
+    assert config_file is not None
+    if config["peft_type"] != "IA3":
+        raise Unsupported(
+            f"{config_file} is a PEFT adapter of type {config['peft_type']}; ia3-export folds IA3 adapters only",
+            hint="PEFT's own merge_and_unload() merges LoRA and its relatives",
+        )
     for key in ("task_type", "base_model_name_or_path"):
         if not isinstance(config.get(key), str | None):
             raise DamagedFile(
                 f"{config_file} has a {key} that is no text: {config[key]!r}", hint="fetch the file again"
             )
-    shard = _read_weights(location, folder)
-    vectors, extras = _sort_keys(shard, folder.name)
-    rules = _read_rules(config_file, config, vectors)
+    warnings: list[str] = []
+    vectors, extras = _sort_keys(source, warnings)
+    rules = _read_rules(config_file, config, vectors, warnings)
     sites = {module: _read_site(module, tensor, rules) for module, tensor in vectors.items()}
-    name = location.hub_id.rpartition("/")[2] if location.hub_id and folder == location.path else folder.name
-    files = (config_file.name, shard.path.name)
     return Adapter(
-        name, "peft", Location(location.given, folder, location.hub_id, location.revision), files,
-        sites, extras, rules, config,
+        source.name, "peft", source.location, source.files, sites, extras, rules, config, warnings=tuple(warnings)
     )  # fmt: skip
 
 
-def _adapter_folder(location: Location) -> Path:
-    path = location.path if location.path.is_dir() else location.path.parent
-    path = path.resolve() if path.name in ("", ".", "..") else path
-    if (path / "adapter_config.json").is_file():
-        return path
-    if location.path.is_dir():
-        named = sorted(file.parent for file in path.glob("*/adapter_config.json"))
-        if len(named) == 1:
-            return named[0]
-        if named:
-            raise NotFound(
-                f"{path} holds several adapters: {', '.join(folder.name for folder in named)}",
-                hint=f"name one of them, for example --adapter {named[0]}",
-            )
-    raise NotFound(
-        f"{path} holds no adapter_config.json",
-        hint="give the folder that PeftModel.save_pretrained() wrote",
-    )
-
-
-def _check_type(config_file: Path, config: dict[str, Any]) -> None:
-    kind = config.get("peft_type")
-    if kind == "IA3":
-        return
-    if kind is None:
-        raise Unsupported(
-            f"{config_file} has no peft_type: it is no PEFT adapter",
-            hint="this version reads adapters that PEFT's save_pretrained() wrote",
-        )
-    raise Unsupported(
-        f"{config_file} is a PEFT adapter of type {kind}; ia3-export folds IA3 adapters only",
-        hint="PEFT's own merge_and_unload() merges LoRA and its relatives",
-    )
-
-
-def _read_weights(location: Location, folder: Path) -> Shard:
-    candidates = [folder / "adapter_model.safetensors", folder / "adapter_model.bin"]
-    if location.path.is_file() and location.path.name != "adapter_config.json":
-        candidates = [location.path]
-    file = next((path for path in candidates if path.is_file()), None)
-    if file is None:
-        raise NotFound(
-            f"{folder} holds neither adapter_model.safetensors nor adapter_model.bin",
-            hint="the adapter was saved incompletely; save it again with save_pretrained()",
-        )
-    if file.suffix == ".safetensors":
-        return read_header(file)
-    from ia3_export.checkpoint.pickled import read_bin
-
-    return read_bin(file)
-
-
-def _sort_keys(shard: Shard, adapter_name: str) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
+def _sort_keys(
+    source: Source, warnings: list[str]
+) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
     """Split the file into vectors by module path and extra tensors by their name in the trained model."""
-    vectors: dict[str, StoredTensor] = {}
+    shard = source.weights
+    own = source.folder.name
     extras: dict[str, StoredTensor] = {}
+    by_adapter: dict[str, dict[str, StoredTensor]] = {}
+    odd = []
+    vector_key = _vector_key(shard, own)
     for tensor in shard.tensors:
         if _OTHER_METHODS.search(tensor.name):
             raise Unsupported(
                 f"{shard.path} holds {tensor.name}, which is not IA3: a mixed or mislabelled adapter",
                 hint="ia3-export folds IA3 alone; merge the other method with PEFT first",
             )
-        if not tensor.name.startswith(_PREFIX):
-            raise UnusedVector(
-                f"{shard.path}: key {tensor.name} does not begin with {_PREFIX!r}; PEFT would not load it either",
-                hint="save the adapter with PeftModel.save_pretrained(), not with torch.save of a state dict",
-            )
-        name = tensor.name.removeprefix(_PREFIX)
-        match = _VECTOR_KEY.fullmatch(name)
+        key = _WRAPPER.sub(lambda match: match["prefix"] or "", tensor.name)
+        name = key.removeprefix(PREFIX)
+        if key != tensor.name or name == key:
+            odd.append(tensor.name)
+        match = vector_key.fullmatch(name)
+        if "original_module" in name.split("."):
+            continue  # the base's own head, as PEFT keeps it beside the trained one
         if match is None:
-            name = name.replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")
-            extras[name] = tensor
-        elif match["adapter"] in (None, "default", adapter_name):
-            if match["module"] in vectors:
-                raise DamagedFile(
-                    f"{shard.path} holds two vectors for module {match['module']}",
-                    hint="save the adapter again with PEFT's save_pretrained()",
-                )
-            vectors[match["module"]] = tensor
-        else:
-            raise UnusedVector(
-                f"{shard.path}: key {tensor.name} belongs to another adapter, {match['adapter']!r}",
-                hint="save each adapter alone: save_pretrained(..., selected_adapters=[name])",
-            )
+            _add(extras, name.replace(".modules_to_save.default.", ".").replace(".base_layer.", "."), tensor)
+            continue
+        suffix = match["adapter"]
+        # saving "en" also removed its name from the keys of "en2"
+        owner = suffix.removeprefix(".") if suffix[:1] in ("", ".") else own + suffix
+        _add(by_adapter.setdefault("" if owner == "weight" else owner, {}), match["module"], tensor)
+    if odd:
+        warnings.append(
+            f"{len(odd)} keys of {shard.path.name} are not of PEFT's form, first: {odd[0]}; they were read all the same, "
+            "PEFT would load such an adapter as ones"
+        )
+    vectors = _choose_adapter(shard, by_adapter, own, warnings)
     for name, tensor in extras.items():
         if name.rpartition(".")[0] in vectors and ".base_layer." not in tensor.name:
             raise Refused(
                 f"{shard.path} holds {tensor.name} beside a vector for the same module; PEFT ignores that tensor",
                 hint="remove it from the adapter, or put the weight into the base",
             )
-    if not vectors:
+    return vectors, extras
+
+
+def _vector_key(shard: Shard, adapter: str) -> re.Pattern[str]:
+    """Keys of vectors; of an adapter called ``ia3``, whatever its folder is called now, PEFT below 0.18 left ``_l`` of ``.ia3_l``."""
+    suffixes = (_VECTOR, _VECTOR.replace(f".{adapter}", ""), "_l")
+    keys = [tensor.name for tensor in shard.tensors]
+    suffix = next((s for s in suffixes if s and any(s in key for key in keys)), _VECTOR)
+    return re.compile(rf"(?P<module>.+){re.escape(suffix)}(?P<adapter>|\.[^.]+|[^.]+)")
+
+
+def _add(table: dict[str, StoredTensor], name: str, tensor: StoredTensor) -> None:
+    if name in table:
+        raise DamagedFile(
+            f"{tensor.file} holds {name} twice, as {table[name].name} and as {tensor.name}",
+            hint="save the adapter again with PEFT's save_pretrained()",
+        )
+    table[name] = tensor
+
+
+def _choose_adapter(
+    shard: Shard, by_adapter: Mapping[str, dict[str, StoredTensor]], own: str, warnings: list[str]
+) -> dict[str, StoredTensor]:
+    """The adapter's own vectors: those without any adapter's name, else those of its `own`, or of the only name there is.
+
+    Before peft 0.20, saving one of several IA3 adapters wrote the keys of all of them.
+    """
+    if not by_adapter:
         raise Refused(
             f"{shard.path} holds no IA3 vector",
             hint="was the adapter saved before training, or with the wrong adapter name?",
         )
-    return vectors, extras
-
-
-def _read_rules(config_file: Path, config: dict[str, Any], vectors: dict[str, StoredTensor]) -> TargetRules:
-    if config.get("feedforward_modules") is None:
-        inputs = {
-            name.rpartition(".")[2] for name, t in vectors.items() if t.shape[:1] == (1,) != t.shape[-1:]
-        }
-        raise Refused(
-            f"{config_file} has no feedforward_modules, so it does not say which vectors scale an input",
-            hint=f'by their shapes, "feedforward_modules": {sorted(inputs)}; add it if that is what was trained'
-            .replace("'", '"'),
-        )  # fmt: skip
-    if config.get("target_modules") is None:
-        raise Refused(
-            f"{config_file} has no target_modules", hint="add the names of the modules that were adapted"
+    chosen = next((name for name in ("", own, "default") if name in by_adapter), None)
+    if chosen is None and len(by_adapter) > 1:
+        raise UnusedVector(
+            f"{shard.path} holds vectors of {', '.join(sorted(by_adapter))}, and none without an adapter's name",
+            hint="save each adapter alone: save_pretrained(..., selected_adapters=[name])",
         )
+    chosen = next(iter(by_adapter)) if chosen is None else chosen
+    others = {name: len(vectors) for name, vectors in by_adapter.items() if name != chosen}
+    if others:
+        warnings.append(
+            f"{shard.path.name} also holds {sum(others.values())} vectors of other adapters ({', '.join(sorted(others))}), which are "
+            "left out, as PEFT leaves them"
+        )
+    return by_adapter[chosen]
+
+
+def _read_rules(
+    config_file: Path, config: Mapping[str, Any], vectors: Mapping[str, StoredTensor], warnings: list[str]
+) -> TargetRules:
     try:
-        return TargetRules(
-            as_pattern(config["target_modules"]),
-            as_pattern(config["feedforward_modules"]),
-            as_pattern(config.get("exclude_modules")),
-            _saved(config.get("modules_to_save")),
-        )
+        target, feedforward = as_pattern(config.get("target_modules")), config.get("feedforward_modules")
+        exclude, to_save = as_pattern(config.get("exclude_modules")), _saved(config.get("modules_to_save"))
+        inputs = as_pattern(feedforward) if feedforward is not None else _by_shape(config_file, vectors)
     except (ValueError, re.error, TypeError) as error:
         raise DamagedFile(
             f"{config_file} has target_modules, feedforward_modules, exclude_modules or modules_to_save "
             f"that cannot be read: {error}",
             hint="each is a list of names or one regular expression",
         ) from None
+    if feedforward is None:
+        warnings.append(
+            f"{config_file.name} has no feedforward_modules: by the shapes of the vectors, inputs are scaled in {len(inputs or ())} "
+            "modules (PEFT takes a table of model types instead)"
+        )
+    if target is None:
+        warnings.append(
+            f"{config_file.name} has no target_modules: what the vectors are on, in all layers, counts as them"
+        )
+        target = same_in_every_layer(vectors)
+    return TargetRules(target, inputs, exclude, to_save)
+
+
+def _by_shape(config_file: Path, vectors: Mapping[str, StoredTensor]) -> Pattern:
+    """Modules whose vector is (1, n). Raises `Refused` where a shape is the same either way (convolutions)."""
+    unclear = [name for name, t in vectors.items() if len(t.shape) != 2 or t.shape == (1, 1)]
+    if unclear:
+        raise Refused(
+            f"{config_file} has no feedforward_modules, and the vector of {unclear[0]} does not tell by its shape "
+            "whether it scales an input",
+            hint='add "feedforward_modules": [...] with the modules whose input is scaled',
+        )
+    return tuple(sorted(name for name, tensor in vectors.items() if tensor.shape[0] == 1))
 
 
 def _saved(value: object) -> tuple[str, ...]:

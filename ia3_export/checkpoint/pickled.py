@@ -34,8 +34,7 @@ def read_bin(path: Path, name: str | None = None) -> Shard:
         raise NotFound(f"{path} does not exist", hint="check the path, or download the file again")
     records = _records(path)
     state = _load(path, fake=records is not None)
-    if isinstance(state, dict) and set(state) == {"state_dict"}:
-        state = state["state_dict"]
+    state = _state_dict(state)
     if not isinstance(state, dict):
         raise Unsupported(
             f"{path} holds a {type(state).__name__}, not a table of tensors",
@@ -49,9 +48,15 @@ def read_bin(path: Path, name: str | None = None) -> Shard:
         stored = _address(path, str(key), value) if records is not None else None
         if stored is None:
             real = _load(path, fake=False) if real is None else real
-            stored = _in_memory(path, str(key), real.get("state_dict", real)[key])
+            stored = _in_memory(path, str(key), _state_dict(real)[key])
         tensors.append(stored)
     return Shard(name or path.name, path, b"", {"format": "pt"}, tuple(tensors))
+
+
+def _state_dict(value: Any) -> Any:
+    """The table of tensors in what ``torch.save`` saved: trainers put it under ``state_dict``, beside other things."""
+    nested = value.get("state_dict") if isinstance(value, dict) else None
+    return nested if isinstance(nested, dict) else value
 
 
 def _records(path: Path) -> dict[int, int] | None:

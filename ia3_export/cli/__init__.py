@@ -9,10 +9,12 @@ from typing import Any
 
 import click
 
+from ia3_export.cli.adapter_commands import combine_command, convert_command
 from ia3_export.cli.bench_command import bench_command
 from ia3_export.cli.inspect_command import inspect_command
 from ia3_export.cli.merge_command import merge_command
 from ia3_export.cli.onnx_command import onnx_command
+from ia3_export.cli.unmerge_command import unmerge_command
 from ia3_export.cli.verify_command import verify_command
 from ia3_export.errors import IA3ExportError, UsageError
 
@@ -56,6 +58,9 @@ def cli() -> None:
       ia3-export merge --base my-base --adapter my-adapter --output merged
       ia3-export onnx --model merged --output exported
       ia3-export verify --base my-base --adapter my-adapter --merged merged --onnx exported
+      ia3-export convert tfew.pt --output my-adapter
+      ia3-export combine --adapter a --adapter b --output ab
+      ia3-export unmerge --model merged --adapter my-adapter --output base-again
       ia3-export bench --base my-base --adapter my-adapter
 
     BASE and ADAPTER are a folder, a file, or a hub id org/name[@revision].
@@ -65,7 +70,9 @@ def cli() -> None:
     """
 
 
-for _command in (inspect_command, merge_command, onnx_command, verify_command, bench_command):
+for _command in (
+    inspect_command, merge_command, onnx_command, verify_command, convert_command, combine_command, unmerge_command, bench_command,
+):  # fmt: skip
     cli.add_command(_command)
 
 

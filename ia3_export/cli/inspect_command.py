@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ia3_export.cli.options import output_options
+from ia3_export.cli.options import output_options, rules_option
 from ia3_export.cli.output import Output, human_bytes
 
 if TYPE_CHECKING:
@@ -23,7 +24,15 @@ _HOW = {
 
 
 @click.command("inspect")
-@click.argument("adapter")
+@click.argument("adapters", metavar="ADAPTER [ADAPTER]", nargs=-1, required=True)
+@rules_option
+@click.option("--compare", is_flag=True, help="Two adapters: how they differ, site by site.")
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Draw the vectors: .html, or .png (needs matplotlib).",
+)
 @click.option("--base", metavar="BASE", help="Plan the merge into this base: folder, file or hub id.")
 @click.option(
     "--quantized",
@@ -34,20 +43,50 @@ _HOW = {
 )
 @output_options
 def inspect_command(
-    adapter: str, base: str | None, quantized: Quantized, as_json: bool, quiet: bool, verbose: bool
+    adapters: tuple[str, ...],
+    rules: tuple[str, ...],
+    compare: bool,
+    plot: Path | None,
+    base: str | None,
+    quantized: Quantized,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
 ) -> None:
-    """Show what an adapter is and, with --base, what a merge would change.
+    """Show what an adapter is and, with --base, what a merge would change; with --compare, how two differ.
 
     Reads headers and the vectors only, and the 16-bit scales of a quantized base. Refusals of the plan are findings: the exit code stays 0.
 
     \b
       ia3-export inspect my-adapter
       ia3-export inspect my-adapter --base my-base --json
+      ia3-export inspect --compare adapter-a adapter-b --plot compared.html
     """
+    if len(adapters) != (2 if compare else 1):
+        raise click.UsageError(
+            "--compare takes two adapters" if compare else "give one adapter, or two with --compare"
+        )
+    if compare and base is not None:
+        raise click.UsageError("--compare and --base exclude each other")
+    from ia3_export.adapters import read_adapters
     from ia3_export.inspection import inspect
+    from ia3_export.plotting import plot_vectors
 
     out = Output(as_json, quiet, verbose)
-    found = inspect(adapter, base, quantized=quantized)
+    read = read_adapters(adapters, rules)
+    if compare:
+        from ia3_export.cli.compare_text import show_comparison
+        from ia3_export.comparison import compare as compare_adapters
+
+        compared = compare_adapters(*read)
+        show_comparison(out, compared)
+        if plot is not None:
+            plot_vectors(read, plot)
+        out.document(compared.to_json())
+        return
+    found = inspect(read[0], base, quantized=quantized)
+    if plot is not None:
+        plot_vectors(read, plot)
     content = found.to_json()
     _show_adapter(out, found, content)
     if found.plan is not None:
@@ -65,17 +104,20 @@ def _show_adapter(out: Output, found: Inspection, content: dict[str, Any]) -> No
         f"task: {adapter.task_type or 'not stated'}; base named in it: {content['base_model'] or 'none'}"
     )
     out.table(
-        ("module path", "scales", "length", "dtype", "min", "max", "mean", "from ones"),
+        ("module path", "scales", "length", "dtype", "min", "max", "mean", "from ones", "inhibited", "amplified", "negative"),
         [
             (
                 row.module, f"{row.direction}put", row.length, row.dtype, f"{row.min:.4f}", f"{row.max:.4f}",
                 f"{row.mean:.4f}", f"{row.from_ones:.4f}" + (" not finite!" if row.not_finite else ""),
+                row.inhibited, row.amplified, row.negative,
             )
             for row in found.sites
         ],
-        numbers=("length", "min", "max", "mean", "from ones"),
-        optional=("mean", "dtype", "min", "max"),
+        numbers=("length", "min", "max", "mean", "from ones", "inhibited", "amplified", "negative"),
+        optional=("mean", "dtype", "negative", "min", "max", "inhibited", "amplified"),
     )  # fmt: skip
+    for warning in adapter.warnings:
+        out.text(f"warning: {warning}")
     if adapter.extras:
         out.text("tensors besides the vectors:")
         out.table(

@@ -15,6 +15,7 @@ from ia3_export.cli.options import (
     overwrite_option,
     parse_size,
     parse_weights,
+    rules_option,
 )
 from ia3_export.cli.output import Output, human_bytes
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 @click.command("merge")
 @base_option
 @adapters_option
+@rules_option
 @click.option("--output", type=click.Path(path_type=Path), help="Folder to create.")
 @click.option(
     "--output-per-adapter",
@@ -94,6 +96,7 @@ if TYPE_CHECKING:
 def merge_command(
     base: str,
     adapters: tuple[str, ...],
+    rules: tuple[str, ...],
     output: Path | None,
     output_per_adapter: Path | None,
     combine: Literal["product", "linear", "delta"],
@@ -126,15 +129,17 @@ def merge_command(
         raise click.UsageError("give either --output or --output-per-adapter")
     if output_per_adapter is not None and (combine != "product" or weights):
         raise click.UsageError("--output-per-adapter merges each adapter alone: no --combine, no --weights")
+    from ia3_export.adapters import read_adapters
     from ia3_export.merging import merge, merge_each, plan_merge
 
     out = Output(as_json, quiet, verbose)
+    read = read_adapters(adapters, rules)
     if dry_run:
         from ia3_export.inspection import summarize
         from ia3_export.manifest import describe_plan
 
         plan = plan_merge(
-            base, adapters, combine=combine, weights=weights, cast=cast, dtype=dtype, quantized=quantized,
+            base, read, combine=combine, weights=weights, cast=cast, dtype=dtype, quantized=quantized,
             allow_missing=allow_missing, allow_unused=allow_unused,
         )  # fmt: skip
         show_plan(out, plan)
@@ -144,7 +149,7 @@ def merge_command(
     with out.progress("merging") as report:
         if output_per_adapter is not None:
             manifests = merge_each(
-                base, adapters, output_per_adapter, cast=cast, dtype=dtype, quantized=quantized,
+                base, read, output_per_adapter, cast=cast, dtype=dtype, quantized=quantized,
                 shard_size=shard_size, link=link, overwrite=overwrite, allow_missing=allow_missing, allow_unused=allow_unused, digests=digests,
                 flush=flush, reload_check=reload_check, on_progress=report,
             )  # fmt: skip
@@ -153,7 +158,7 @@ def merge_command(
             assert output is not None
             manifests = [
                 merge(
-                    base, adapters, output, combine=combine, weights=weights, cast=cast, dtype=dtype,
+                    base, read, output, combine=combine, weights=weights, cast=cast, dtype=dtype,
                     quantized=quantized, shard_size=shard_size, link=link, overwrite=overwrite, allow_missing=allow_missing,
                     allow_unused=allow_unused, digests=digests, flush=flush, reload_check=reload_check, on_progress=report,
                 )

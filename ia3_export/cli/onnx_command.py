@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ia3_export.cli.options import output_options, overwrite_option, parse_words
+from ia3_export.cli.options import output_options, overwrite_option, parse_words, rules_option
 from ia3_export.cli.output import Output, human_bytes
 from ia3_export.cli.report_text import show_report
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @click.option(
     "--adapter", "adapters", multiple=True, metavar="ADAPTER", help="IA3 adapter; repeat for several."
 )
+@rules_option
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to create.")
 @click.option(
     "--task",
@@ -47,6 +48,7 @@ def onnx_command(
     model: str | None,
     base: str | None,
     adapters: tuple[str, ...],
+    rules: tuple[str, ...],
     output: Path,
     task: str | None,
     precisions: tuple[str, ...],
@@ -68,11 +70,12 @@ def onnx_command(
       ia3-export onnx --model merged --output exported
       ia3-export onnx --base my-base --adapter my-adapter --output exported --precision fp32,int8,int4
     """
+    from ia3_export.adapters import read_adapters
     from ia3_export.exporting import export_onnx
 
     out = Output(as_json, quiet, verbose)
     done = export_onnx(
-        output, model=model, base=base, adapters=adapters, task=task, precisions=precisions, targets=targets,
+        output, model=model, base=base, adapters=read_adapters(adapters, rules), task=task, precisions=precisions, targets=targets,
         decoder=decoder, opset=opset, check=not no_verify, overwrite=overwrite, on_step=out.text,  # type: ignore[arg-type]
     )  # fmt: skip
     if done.report is not None:

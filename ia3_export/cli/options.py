@@ -22,6 +22,11 @@ adapters_option = click.option(
     "--adapter", "adapters", required=True, multiple=True, metavar="ADAPTER",
     help="IA3 adapter: folder, file or hub id. Repeat it for several, in the order of folding.",
 )  # fmt: skip
+rules_option = click.option(
+    "--map", "rules", multiple=True, metavar="'REGEX=output|input'",
+    help="Adapter file in no known format: keys that match the expression are vectors on that side; its groups, joined by "
+    "dots, are the module path. Repeat it; the first rule that matches counts.",
+)  # fmt: skip
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
 
 

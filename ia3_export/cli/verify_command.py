@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ia3_export.cli.options import adapters_option, base_option, output_options, parse_size, parse_weights
+from ia3_export.cli.options import (
+    adapters_option,
+    base_option,
+    output_options,
+    parse_size,
+    parse_weights,
+    rules_option,
+)
 from ia3_export.cli.output import Output
 
 if TYPE_CHECKING:
@@ -20,6 +27,7 @@ _FILE = click.Path(path_type=Path)
 @click.command("verify")
 @base_option
 @adapters_option
+@rules_option
 @click.option("--merged", type=_FILE, metavar="DIR", help="Folder that merge wrote.")
 @click.option(
     "--onnx", type=_FILE, multiple=True, metavar="DIR|FILE",
@@ -82,6 +90,7 @@ def verify_command(
     ctx: click.Context,
     base: str,
     adapters: tuple[str, ...],
+    rules: tuple[str, ...],
     merged: Path | None,
     onnx: tuple[Path, ...],
     base_onnx: Path | None,
@@ -115,6 +124,7 @@ def verify_command(
 
     In GitHub Actions the Markdown report also goes to $GITHUB_STEP_SUMMARY.
     """
+    from ia3_export.adapters import read_adapters
     from ia3_export.cli.report_text import show_report
     from ia3_export.parity.verification import verify
     from ia3_export.report.files import append_step_summary, check_targets, write_reports
@@ -126,7 +136,7 @@ def verify_command(
     out = Output(as_json, quiet, verbose)
     with out.progress("comparing weights") as on_progress:
         result = verify(
-            base, adapters, merged=merged, onnx=onnx, base_onnx=base_onnx, weights_only=weights_only, combine=combine,
+            base, read_adapters(adapters, rules), merged=merged, onnx=onnx, base_onnx=base_onnx, weights_only=weights_only, combine=combine,
             weights=weights, inputs=inputs, text=text, device=device, dtype=dtype, tf32=tf32, atol=atol, rtol=rtol,
             max_memory=max_memory, seed=seed, on_progress=on_progress,
         )  # fmt: skip

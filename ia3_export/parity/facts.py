@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from ia3_export.adapters.channels import count_channels
 from ia3_export.adapters.combine import Combine
 from ia3_export.adapters.model import Adapter
 from ia3_export.changes import Cast, Dtype
@@ -86,7 +87,7 @@ def describe_options(options: MergeOptions) -> str:
 
 def sites_of(plan: Plan | None, adapters: Sequence[Adapter]) -> dict[str, list[str]]:
     """Modules with a vector, and the stored tensors that it is folded into (none known without a plan)."""
-    sites: dict[str, list[str]] = {module: [] for adapter in adapters for module in adapter.sites}
+    sites: dict[str, list[str]] = {module: [] for adapter in adapters for module in adapter.modules}
     for name, change in plan.changes.items() if plan is not None else ():
         for fold in change.folds:  # "adapter: module (output)"
             module = fold.partition(": ")[2].rpartition(" (")[0]
@@ -98,14 +99,14 @@ def sites_of(plan: Plan | None, adapters: Sequence[Adapter]) -> dict[str, list[s
 def summarize_sites(adapters: Sequence[Adapter]) -> tuple[SiteSummary, ...]:
     """Every vector, with at most 128 of its elements."""
     return tuple(
-        _summarize(adapter.name, module, site.direction, site.vector.astype("<f8"))
+        _summarize(adapter.name, site.module, site.direction, site.vector.astype("<f8"))
         for adapter in adapters
-        for module, site in adapter.sites.items()
+        for site in adapter.sites.values()
     )
 
 
 def _summarize(adapter: str, module: str, direction: Any, values: Any) -> SiteSummary:
-    magnitude = np.abs(values)
+    counts = count_channels(values)
     stretch = -(-len(values) // _SHOWN)
     padded = np.ones(-(-len(values) // stretch) * stretch)
     padded[: len(values)] = values
@@ -113,7 +114,7 @@ def _summarize(adapter: str, module: str, direction: Any, values: Any) -> SiteSu
     farthest = np.abs(rows - 1).argmax(axis=1)
     return SiteSummary(
         adapter, module, direction, len(values), float(values.min()), float(values.max()), float(values.mean()),
-        int((magnitude > 1.01).sum()), int((magnitude < 0.99).sum()), int((values < 0).sum()),
+        counts.amplified, counts.inhibited, counts.negative,
 tuple(rows[np.arange(len(rows)), farthest].tolist()),
     )  # fmt: skip
 
@@ -154,9 +155,8 @@ def _files(
 ) -> Iterator[tuple[str, Path]]:
     yield "base/config.json", base.folder / "config.json"
     for adapter in adapters:
-        folder = adapter.location.path
         for name in adapter.files:
-            yield f"{adapter.name}/{name}", folder / name if folder.is_dir() else folder
+            yield f"{adapter.name}/{name}", adapter.folder / name
     if merged is not None:
         yield f"merged/{NAME}", merged.folder / NAME
         yield "merged/config.json", merged.folder / "config.json"

@@ -148,6 +148,8 @@ def _with_peft(model: Any, adapters: Sequence[Adapter]) -> Any | None:
 
     from peft import PeftModel
 
+    if any(adapter.format != "peft" for adapter in adapters):
+        return None
     names = [f"adapter_{i}" for i in range(len(adapters))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -160,8 +162,8 @@ def _with_peft(model: Any, adapters: Sequence[Adapter]) -> Any | None:
             return None
     loaded = dict(live.named_parameters())
     for name, adapter in zip(names, adapters, strict=True):
-        for module, site in adapter.sites.items():
-            vector = loaded.get(f"base_model.model.{module}.ia3_l.{name}")
+        for site in adapter.sites.values():
+            vector = loaded.get(f"base_model.model.{site.module}.ia3_l.{name}")
             if vector is None:
                 return None
             held = vector.detach().double().cpu().numpy().reshape(-1)
@@ -203,19 +205,20 @@ def _combined(
     adapters: Sequence[Adapter], combine: Combine, weights: Sequence[float]
 ) -> list[tuple[str, Site, Any]]:
     if combine == "product":
-        return [(module, site, site.vector) for a in adapters for module, site in a.sites.items()]
-    union: Mapping[str, Site] = {m: s for a in reversed(adapters) for m, s in a.sites.items()}
+        return [(site.module, site, site.vector) for a in adapters for site in a.sites.values()]
+    union: Mapping[str, Site] = {key: s for a in reversed(adapters) for key, s in a.sites.items()}
     rows = []
-    for module, site in union.items():
-        vectors = [a.sites[module].vector if module in a.sites else None for a in adapters]
-        rows.append((module, site, combine_vectors(vectors, weights, combine, "F64")))
+    for key, site in union.items():
+        vectors = [a.sites[key].vector if key in a.sites else None for a in adapters]
+        rows.append((site.module, site, combine_vectors(vectors, weights, combine, "F64")))
     return rows
 
 
 def _hook(target: Any, site: Site, vector: Any) -> Any:
     import torch
 
-    shape = (1, -1, *(1,) * (len(site.shape) - 2)) if site.is_conv else (-1,)
+    dimensions = target.weight.dim()  # a bare vector does not say that it is a convolution's
+    shape = (1, -1, *(1,) * (dimensions - 2)) if dimensions > 2 else (-1,)
     factors = torch.from_numpy(np.array(vector)).reshape(shape)
 
     def scaled(values: Any) -> Any:

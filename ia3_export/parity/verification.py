@@ -43,7 +43,7 @@ _TORCH = {"BF16": "bfloat16", "F16": "float16"}
 
 def verify(
     base: str | Path,
-    adapters: Sequence[str | Path],
+    adapters: Sequence[str | Path | Adapter],
     *,
     merged: str | Path | None = None,
     onnx: Sequence[str | Path] = (),
@@ -110,13 +110,15 @@ def verify(
         said.append(f"taken from the manifest, or from the weights' dtype: {describe_options(how)}")
     foreign = shipped is not None and not weights_only and _is_foreign(checkpoint, shipped)
     plan = None if foreign else _plan(checkpoint, read, how)
+    if plan is not None:
+        read = list(plan.adapters)
     graphs = _name_graphs([read_graphs(paths) for location in onnx for paths in find_onnx(location)])
     base_graph = read_graphs(find_onnx(base_onnx)[0]) if base_onnx is not None else None
     overridden = atol is not None or rtol is not None
     with tempfile.TemporaryDirectory(prefix="ia3-export-") as scratch:
         subject = shipped
         if shipped is None and not weights_only and (not graphs or _widened(checkpoint, graphs)):
-            subject = _merge(base, adapters, how, Path(scratch) / "merged")
+            subject = _merge(base, read, how, Path(scratch) / "merged")
         judged = shipped is not None or not graphs  # a merge made for an ONNX file's sake is no artifact
         proofs: list[WeightsProof] = []
         warnings = said
@@ -181,7 +183,7 @@ def _plan(base: Checkpoint, adapters: Sequence[Adapter], how: MergeOptions) -> P
     return plan
 
 
-def _merge(base: str | Path, adapters: Sequence[str | Path], how: MergeOptions, target: Path) -> Checkpoint:
+def _merge(base: str | Path, adapters: Sequence[Adapter], how: MergeOptions, target: Path) -> Checkpoint:
     merge(
         base,
         adapters,

@@ -1,0 +1,68 @@
+"""The generic reader: research code's bare vectors, told by ``REGEX=output|input`` rules what they are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from ia3_export.adapters.model import Adapter, Site, TargetRules, same_in_every_layer, second_key
+from ia3_export.adapters.source import Source, make_site
+from ia3_export.checkpoint.header import StoredTensor
+from ia3_export.errors import DamagedFile, UnusedVector, UsageError
+from ia3_export.fold import Direction
+
+_SIDES: dict[str, Direction] = {"output": "out", "input": "in"}
+
+
+def parse_rules(rules: Sequence[str]) -> list[tuple[re.Pattern[str], Direction]]:
+    """Rules as compiled expressions and directions. Raises `UsageError`."""
+    parsed = []
+    for rule in rules:
+        expression, separator, side = rule.rpartition("=")
+        if not separator or side not in _SIDES or not expression:
+            raise UsageError(f"--map {rule!r} is no rule", hint=r"for example --map '(.+)\.ia3_scale=output'")
+        try:
+            parsed.append((re.compile(expression), _SIDES[side]))
+        except re.error as error:
+            raise UsageError(
+                f"--map {rule!r}: {error}", hint="write a Python regular expression before the ="
+            ) from None
+    return parsed
+
+
+def read_mapped(source: Source, rules: Sequence[str]) -> Adapter:
+    """The adapter in a file of vectors under any names.
+
+    The first rule whose expression matches a whole key says the side that the vector scales. The module path is what the
+    expression's groups matched, joined by dots; without groups the key without its last component. Keys that no rule matches
+    are tensors that replace the base's. Raises `UsageError`, `UnusedVector` (no rule matches anything), `DamagedFile` (two
+    vectors for one place), `Unsupported` and `ShapeMismatch`.
+    """
+    parsed = parse_rules(rules)
+    sites: dict[str, Site] = {}
+    extras: dict[str, StoredTensor] = {}
+    for tensor in source.weights.tensors:
+        found = next(((m, side) for regex, side in parsed if (m := regex.fullmatch(tensor.name))), None)
+        if found is None:
+            extras[tensor.name] = tensor
+            continue
+        match, side = found
+        module = ".".join(part for part in match.groups() if part) or tensor.name.rpartition(".")[0]
+        before = sites.get(module)
+        key = module if before is None else second_key(module, side)
+        if not module or key in sites or (before is not None and before.direction == side):
+            raise DamagedFile(
+                f"{tensor.file}: by --map, {tensor.name} and another key are both the {side}put vector of {module or 'nothing'}",
+                hint="put the part of the key that is the module path into a group: --map '(.+)\\.scale=output'",
+            )
+        sites[key] = make_site(module, side, tensor)
+    if not sites:
+        keys = ", ".join(tensor.name for tensor in source.weights.tensors[:3])
+        raise UnusedVector(
+            f"no --map rule matches a key of {source.weights.path}",
+            hint=f"an expression must match the whole key; the file has {keys}{', ...' if keys else 'none'}",
+        )
+    everywhere = TargetRules(same_in_every_layer(site.module for site in sites.values()), ())
+    return Adapter(
+        source.name, "mapped", source.location, source.files, sites, extras, everywhere, source.config
+    )

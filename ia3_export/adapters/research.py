@@ -1,0 +1,118 @@
+"""Readers of the formats of research code that saves its vectors in plain checkpoints.
+
+T-Few, by the method's authors (``r-three/t-few``), saves the trainable parameters alone with ``torch.save``:
+``<module path>.multi_lora_b``, (out, 1), multiplies the output of that Linear, bias included, and ``multi_lora_a``, (1, in), where
+it was trained, its input (``src/models/lora.py``, ``LoRALinear.forward``). The paper's feed-forward vector lies on ``wi_1``, whose
+product with the gate it scales. MTTL has the same keys with 1-D vectors. MaTS (``r-three/mats``, ``src/model/ia3.py``) has
+``<module path>.ia3_layer.ia3_vector`` on the output, allenai's Tango (``tango/integrations/transformers/ia3.py``) ``<module
+path>.ia3``; of a fused projection Tango scales all rows but the first third.
+
+None says which modules it was meant for, so what has a vector in one layer must have one in all. Tensors besides the vectors,
+such as layer norms, replace the base's.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import numpy as np
+
+from ia3_export.adapters.model import Adapter, Site, TargetRules, same_in_every_layer, second_key
+from ia3_export.adapters.source import Source, make_site, unwrapped
+from ia3_export.checkpoint.header import StoredTensor
+from ia3_export.errors import Unsupported
+from ia3_export.fold import Direction
+
+_TFEW = re.compile(r"(?P<module>.+)\.multi_lora_(?P<side>[ab])")
+_MATS = re.compile(r"(?P<module>.+)\.ia3_layer\.ia3_vector")
+_TANGO = re.compile(r"(?P<module>.+)\.ia3")
+_TANGO_FUSED = ("c_attn", "query_key_value")
+_LOW_RANK = re.compile(r".+\.lora_[ab]")
+
+
+def is_tfew(source: Source) -> bool:
+    """Whether the file has keys of T-Few's rescaling (or of its low-rank updates, which `read_tfew` refuses)."""
+    names = [tensor.name for tensor in source.weights.tensors]
+    return any(_TFEW.fullmatch(name) or _LOW_RANK.fullmatch(name) for name in names)
+
+
+def is_mats(source: Source) -> bool:
+    """Whether the file has keys of MaTS."""
+    return any(_MATS.fullmatch(tensor.name) for tensor in source.weights.tensors)
+
+
+def is_tango(source: Source) -> bool:
+    """Whether the file has keys of Tango."""
+    return any(_TANGO.fullmatch(tensor.name) for tensor in source.weights.tensors)
+
+
+def read_tfew(source: Source) -> Adapter:
+    """The adapter in a checkpoint of T-Few. Raises `Unsupported` for its low-rank variants, and `ShapeMismatch`."""
+    sites: dict[str, Site] = {}
+    extras: dict[str, StoredTensor] = {}
+    for tensor in source.weights.tensors:
+        match = _TFEW.fullmatch(tensor.name)
+        if match is None:
+            if _LOW_RANK.fullmatch(tensor.name) and tensor.size:
+                raise Unsupported(
+                    f"{tensor.file} holds {tensor.name}: a low-rank update, not (IA)3",
+                    hint="ia3-export folds checkpoints that were trained with lora_rank 0",
+                )
+            if tensor.size:
+                extras[unwrapped(tensor.name)] = tensor
+            continue
+        module, direction = unwrapped(match["module"]), _side(match["side"])
+        rank = min(tensor.shape) if len(tensor.shape) == 2 else 1
+        if rank > 1:
+            raise Unsupported(
+                f"{tensor.file} holds {tensor.name} of scaling rank {rank}: it rescales the weight element by element",
+                hint="ia3-export folds checkpoints that were trained with lora_scaling_rank 1",
+            )
+        site = make_site(module, direction, tensor)
+        sites[module if module not in sites else second_key(module, direction)] = site
+    return _adapter(source, "tfew", sites, extras)
+
+
+def read_mats(source: Source) -> Adapter:
+    """The adapter in a checkpoint of MaTS. Raises `Unsupported` and `ShapeMismatch`."""
+    return _read_outputs(source, "mats", _MATS)
+
+
+def read_tango(source: Source) -> Adapter:
+    """The adapter in a state dict of Tango, with or without the whole model around it. Raises as `read_mats`."""
+    read = _read_outputs(source, "tango", _TANGO)
+    sites = {
+        name: _behind_queries(site) if name.rpartition(".")[2] in _TANGO_FUSED else site
+        for name, site in read.sites.items()
+    }
+    return replace(read, sites=sites)
+
+
+def _read_outputs(source: Source, kind: str, key: re.Pattern[str]) -> Adapter:
+    sites: dict[str, Site] = {}
+    extras: dict[str, StoredTensor] = {}
+    for tensor in source.weights.tensors:
+        match = key.fullmatch(tensor.name)
+        if match is not None:
+            module = unwrapped(match["module"])
+            sites[module] = make_site(module, "out", tensor)
+        else:
+            extras[unwrapped(tensor.name.replace(".linear_layer.", "."))] = tensor
+    return _adapter(source, kind, sites, extras)
+
+
+def _behind_queries(site: Site) -> Site:
+    """The vector of keys and values over a fused projection, whose first third (the queries) Tango leaves alone."""
+    ones = np.ones(len(site.vector) // 2, site.vector.dtype)
+    vector = np.concatenate([ones, site.vector])
+    return replace(site, vector=vector, shape=(len(vector), 1))
+
+
+def _side(side: str) -> Direction:
+    return "out" if side == "b" else "in"
+
+
+def _adapter(source: Source, kind: str, sites: dict[str, Site], extras: dict[str, StoredTensor]) -> Adapter:
+    rules = TargetRules(same_in_every_layer(site.module for site in sites.values()), ())
+    return Adapter(source.name, kind, source.location, source.files, sites, extras, rules, {})

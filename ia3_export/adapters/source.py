@@ -1,0 +1,166 @@
+"""The files of an adapter, before anybody knows what format they have."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ia3_export.adapters.model import Site
+from ia3_export.checkpoint.folder import read_config
+from ia3_export.checkpoint.header import Shard, StoredTensor, read_header, read_values
+from ia3_export.checkpoint.hub import Location, locate
+from ia3_export.errors import NotFound, ShapeMismatch, Unsupported
+from ia3_export.fold import FLOAT_DTYPES, Direction
+
+#: What training leaves in an adapter's repository besides the adapter.
+_DOWNLOAD_IGNORE = (
+    "*.onnx*", "*.gguf", "*.h5", "*.msgpack", "optimizer*", "scheduler*", "rng_state*", "training_args*", "checkpoint-*/*",
+    "global_step*/*", "runs/*", "tf_model*", "model.safetensors", "model-*.safetensors", "pytorch_model*",
+)  # fmt: skip
+_CONFIG = "adapter_config.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+#: Weight files by name, in the order in which their libraries look for them (PEFT, then AdapterHub's adapters).
+_NAMES = ("adapter_model.safetensors", "adapter_model.bin", "adapter.safetensors", "pytorch_adapter.bin")
+
+
+#: MaTS and AdapterHub's T5AdapterModel hold T5 as ``transformer``, MTTL as ``model``.
+_WRAPPED_T5 = re.compile(
+    r"^(transformer|model)\.(?=shared\.|lm_head\.|(en|de)coder\.(block|final_layer_norm|embed_tokens)\.)"
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """An adapter's files: `config` is its ``adapter_config.json``, empty where there is none (`config_file` is None then).
+
+    ``location.path`` is the folder, or a file that stands for itself; `name` the folder's name, the repository's, or the
+    file's without suffix.
+    """
+
+    location: Location
+    name: str
+    config: Mapping[str, Any]
+    config_file: Path | None
+    weights: Shard
+
+    @property
+    def folder(self) -> Path:
+        """The folder that holds the files."""
+        return self.weights.path.parent
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the files that were read."""
+        names = (self.config_file, self.weights.path)
+        return tuple(path.name for path in names if path is not None)
+
+
+def open_source(given: str | Path) -> Source:
+    """Find an adapter's configuration and weights: in its folder, in the one subfolder that holds an adapter, beside or in
+    the weight file given. Raises `NotFound`, `DamagedFile`, `Unsupported`."""
+    location = locate(given, ignore=_DOWNLOAD_IGNORE)
+    path = location.path
+    folder = _folder(path) if path.is_dir() else path.parent
+    config_file = folder / _CONFIG if (folder / _CONFIG).is_file() else None
+    lone = path.is_file() and path.name != _CONFIG
+    if lone:
+        weights = path
+        if path.name not in _NAMES and not _is_part_of(config_file):
+            config_file = None  # a checkpoint that happens to lie beside another adapter's configuration
+    else:
+        weights = _weights(folder, config_file)
+    config = read_config(config_file) if config_file is not None else {}
+    if location.hub_id and folder == path:
+        name = location.hub_id.rpartition("/")[2]
+    else:
+        name = folder.resolve().name if config_file is not None or not lone else path.stem
+    return Source(
+        Location(location.given, folder if config_file or not lone else path, location.hub_id, location.revision),
+        name, config, config_file, read_weights(weights),
+    )  # fmt: skip
+
+
+def unwrapped(name: str) -> str:
+    """A name of T5 without the prefix of a class that wraps the whole model, which transformers' own has not."""
+    return _WRAPPED_T5.sub("", name)
+
+
+def read_weights(file: Path) -> Shard:
+    """Headers of a safetensors file, or of a torch file, which needs torch but executes none of its pickled code."""
+    if file.suffix in _PICKLES:
+        from ia3_export.checkpoint.pickled import read_bin
+
+        return read_bin(file)
+    return read_header(file)
+
+
+def make_site(module: str, direction: Direction, tensor: StoredTensor, factor: float = 1.0) -> Site:
+    """The vector in `tensor`, of any shape with one extent above 1, times `factor`.
+
+    A shape of four or five dimensions says that the module is a convolution, one of two that it is Linear or Conv1D.
+    Raises `Unsupported` and `ShapeMismatch`.
+    """
+    where = f"{tensor.file}: {tensor.name}"
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise Unsupported(
+            f"{where} has dtype {tensor.dtype}", hint="IA3 vectors are float64, float32, float16 or bfloat16"
+        )
+    if sum(extent != 1 for extent in tensor.shape) > 1 or not tensor.size:
+        raise ShapeMismatch(
+            f"{where} has shape {list(tensor.shape)}, which is no vector",
+            hint="(IA)3 learns one number a channel; this is another method, or the wrong tensor",
+        )
+    values = read_values(tensor).reshape(-1)
+    dtype = tensor.dtype
+    if factor != 1.0:
+        values, dtype = (values * values.dtype.type(factor)), "F64" if values.dtype == np.float64 else "F32"
+    shape = tensor.shape
+    if len(shape) == 2:
+        shape = (len(values), 1) if direction == "out" else (1, len(values))
+    elif len(shape) in (4, 5):
+        shape = (1, len(values), *(1,) * (len(shape) - 2))
+    else:
+        shape = (len(values),)
+    return Site(module, direction, values, shape, dtype)
+
+
+def _folder(path: Path) -> Path:
+    path = path.resolve() if path.name in ("", ".", "..") else path
+    if (path / _CONFIG).is_file():
+        return path
+    named = sorted(file.parent for file in path.glob(f"*/{_CONFIG}"))
+    if len(named) > 1:
+        raise NotFound(
+            f"{path} holds several adapters: {', '.join(folder.name for folder in named)}",
+            hint=f"name one of them, for example --adapter {named[0]}",
+        )
+    return named[0] if named else path
+
+
+def _is_part_of(config_file: Path | None) -> bool:
+    """Whether the folder of `config_file` holds weights under none of the usual names, so that a file of another name is them."""
+    return config_file is not None and not any((config_file.parent / name).is_file() for name in _NAMES)
+
+
+def _weights(folder: Path, config_file: Path | None) -> Path:
+    for name in _NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    if config_file is not None:
+        raise NotFound(
+            f"{folder} holds none of {', '.join(_NAMES)}",
+            hint="the adapter was saved incompletely; save it again with save_pretrained()",
+        )
+    found = [f for f in sorted(folder.iterdir()) if f.suffix in (*_PICKLES, ".safetensors") and f.is_file()]
+    if len(found) == 1:
+        return found[0]
+    raise NotFound(
+        f"{folder} holds no {_CONFIG}, and "
+        + (f"several weight files: {', '.join(f.name for f in found)}" if found else "no weight file"),
+        hint="give the folder that PeftModel.save_pretrained() wrote, or the weight file itself",
+    )

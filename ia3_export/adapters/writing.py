@@ -1,0 +1,74 @@
+"""Writes an adapter in PEFT's layout, for PEFT 0.4 and later.
+
+``adapter_config.json`` has only fields that every version knows; ``target_modules`` are whole module paths, which match those
+modules and no others (``check_target_module_exists``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ia3_export.adapters.model import Site
+from ia3_export.adapters.peft import PREFIX
+from ia3_export.checkpoint.header import StoredTensor, read_bytes, write_header
+from ia3_export.fold import from_float
+
+
+def write_peft(
+    folder: Path,
+    sites: Iterable[Site],
+    extras: Mapping[str, StoredTensor],
+    *,
+    task_type: str | None,
+    base_model: str | None,
+    to_save: Iterable[str],
+) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into `folder`.
+
+    Vectors keep their dtype and become (n, 1), (1, n) or (1, n, 1, 1[, 1]). At most one site a module. The same input gives
+    the same bytes.
+    """
+    ordered = sorted(sites, key=lambda site: site.module)
+    config: dict[str, Any] = {
+        "auto_mapping": None,
+        "base_model_name_or_path": base_model,
+        "fan_in_fan_out": False,
+        "feedforward_modules": [site.module for site in ordered if site.direction == "in"],
+        "inference_mode": True,
+        "init_ia3_weights": True,
+        "modules_to_save": sorted(to_save) or None,
+        "peft_type": "IA3",
+        "revision": None,
+        "target_modules": [site.module for site in ordered],
+        "task_type": task_type,
+    }
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    entries: dict[str, tuple[str, tuple[int, ...], bytes]] = {
+        f"{PREFIX}{site.module}.ia3_l": (
+            site.dtype, peft_shape(site), from_float(site.vector.copy(), site.dtype).tobytes()
+        )
+        for site in ordered
+    }  # fmt: skip
+    scaled = {site.module for site in ordered}
+    for name, tensor in extras.items():
+        module, _, leaf = name.rpartition(".")
+        place = f"{module}.base_layer.{leaf}" if module in scaled else name  # PEFT's layer wraps the module
+        entries[PREFIX + place] = tensor.dtype, tensor.shape, read_bytes(tensor)
+    header, starts = write_header(
+        [(name, dtype, shape) for name, (dtype, shape, _) in entries.items()], {"format": "pt"}
+    )
+    with (folder / "adapter_model.safetensors").open("wb") as file:
+        file.write(header)
+        for name in sorted(starts, key=starts.__getitem__):
+            file.write(entries[name][2])
+
+
+def peft_shape(site: Site) -> tuple[int, ...]:
+    """The shape in which PEFT stores the vector; one of an unknown kind of module counts as Linear's."""
+    if len(site.shape) > 1:
+        return site.shape
+    return (len(site.vector), 1) if site.direction == "out" else (1, len(site.vector))

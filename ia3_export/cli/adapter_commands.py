@@ -1,0 +1,124 @@
+"""``ia3-export convert`` and ``ia3-export combine``: commands that write an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from ia3_export.cli.options import (
+    adapters_option,
+    output_options,
+    overwrite_option,
+    parse_weights,
+    rules_option,
+)
+from ia3_export.cli.output import Output
+
+if TYPE_CHECKING:
+    from ia3_export.converting import WrittenAdapter
+
+_output_option = click.option(
+    "--output", required=True, type=click.Path(path_type=Path), help="Folder to create."
+)
+
+
+@click.command("convert")
+@click.argument("adapter")
+@_output_option
+@rules_option
+@click.option(
+    "--base", metavar="BASE",
+    help="The model it belongs to: checks names and shapes, restores names that old versions of PEFT damaged.",
+)  # fmt: skip
+@click.option(
+    "--task-type", metavar="TYPE", help="PEFT's, such as SEQ_2_SEQ_LM; default what the adapter says."
+)
+@click.option(
+    "--allow-unused", is_flag=True, help="Leave out vectors and heads that have no place in the model."
+)
+@overwrite_option
+@output_options
+def convert_command(
+    adapter: str,
+    output: Path,
+    rules: tuple[str, ...],
+    base: str | None,
+    task_type: str | None,
+    allow_unused: bool,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Rewrite an adapter of any format in PEFT's layout.
+
+    PEFT, T-Few, MaTS, AdapterHub's adapters, and with --map any file of vectors. The result loads with
+    PeftModel.from_pretrained and has the same forward.
+
+    \b
+      ia3-export convert t03b_ia3_finish.pt --output t-few --task-type SEQ_2_SEQ_LM
+      ia3-export convert vectors.pt --map '(.+)\\.ia3_scale=output' --output mine
+    """
+    from ia3_export.adapters import read_adapters
+    from ia3_export.converting import convert
+
+    out = Output(as_json, quiet, verbose)
+    read = read_adapters([adapter], rules)[0]
+    done = convert(
+        read, output, base=base, task_type=task_type, allow_unused=allow_unused, overwrite=overwrite
+    )
+    _show(out, done)
+
+
+@click.command("combine")
+@adapters_option
+@rules_option
+@_output_option
+@click.option(
+    "--combine",
+    type=click.Choice(["product", "linear", "delta"]),
+    default="product",
+    show_default=True,
+    help="Product of the vectors, PEFT's sum of w*l, or 1 + sum of w*(l-1).",
+)
+@click.option(
+    "--weights", callback=parse_weights, metavar="W,W,...", help="One per adapter, for linear and delta."
+)
+@overwrite_option
+@output_options
+def combine_command(
+    adapters: tuple[str, ...],
+    rules: tuple[str, ...],
+    output: Path,
+    combine: Literal["product", "linear", "delta"],
+    weights: tuple[float, ...],
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Make one adapter of several, in PEFT's layout.
+
+    \b
+      ia3-export combine --adapter a --adapter b --output a-then-b
+      ia3-export combine --adapter a --adapter b --combine delta --weights 0.7,0.3 --output mix
+    """
+    from ia3_export.adapters import read_adapters
+    from ia3_export.converting import combine as combine_adapters
+
+    out = Output(as_json, quiet, verbose)
+    read = read_adapters(adapters, rules)
+    _show(out, combine_adapters(read, output, how=combine, weights=weights, overwrite=overwrite))
+
+
+def _show(out: Output, written: WrittenAdapter) -> None:
+    content = written.content
+    for warning in written.warnings:
+        out.text(f"warning: {warning}")
+    sources = " + ".join(f"{row['name']} ({row['format']})" for row in content["sources"])
+    out.text(
+        f"{sources} -> {written.folder}: {content['vectors']} vectors, {content['parameters']:,} parameters"
+    )
+    out.document(content)

@@ -1,0 +1,117 @@
+"""``compare``: how two adapters differ, site by site. Reads headers and the vectors, nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ia3_export.adapters import read_adapter
+from ia3_export.adapters.channels import UNCHANGED, cosine
+from ia3_export.adapters.model import Adapter, Site
+from ia3_export.checkpoint.header import same_bytes
+from ia3_export.fold import Array
+from ia3_export.inspection import SiteStatistics, describe_vector
+
+
+@dataclass(frozen=True, slots=True)
+class SiteComparison:
+    """One module of two adapters, ``a`` and ``b``.
+
+    `where`: both have a vector for it, or one of them only, or they scale different ``sides``, or vectors of different
+    ``lengths``. Only vectors in both are compared: `cosine` of ``a - 1`` and ``b - 1`` (None where one of them is all ones),
+    `distance` their root mean square difference, `largest` the largest difference and `channel` where it is; `opposite`
+    channels are inhibited by one adapter and amplified by the other, `agreeing` ones are treated alike by both.
+    """
+
+    module: str
+    where: Literal["both", "a", "b", "sides", "lengths"]
+    a: SiteStatistics | None
+    b: SiteStatistics | None
+    cosine: float | None = None
+    distance: float | None = None
+    largest: float | None = None
+    channel: int | None = None
+    opposite: int | None = None
+    agreeing: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Comparison:
+    """What `compare` returns: the adapters, every site of either, most different first, and their further tensors."""
+
+    a: Adapter
+    b: Adapter
+    sites: tuple[SiteComparison, ...]
+    cosine: float | None
+    extras_equal: tuple[str, ...]
+    extras_different: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON document of ``inspect --compare --json``."""
+        return {
+            "schema": "ia3-export/compare/1",
+            "a": _describe(self.a),
+            "b": _describe(self.b),
+            "cosine": self.cosine,
+            "sites": [asdict(site) for site in self.sites],
+            "extra_tensors": {"equal": list(self.extras_equal), "different": list(self.extras_different)},
+        }
+
+
+def compare(a: str | Path | Adapter, b: str | Path | Adapter) -> Comparison:
+    """How two adapters differ: which modules each scales, which channels it inhibits or amplifies, how alike they are.
+
+    Adapters of any format; modules are compared by their paths. Raises `IA3ExportError` for what cannot be read.
+    """
+    one, other = read_adapter(a), read_adapter(b)
+    keys = dict.fromkeys([*one.sites, *other.sites])
+    sites = [_compare(one.sites.get(key), other.sites.get(key)) for key in keys]
+    shared = [(one.sites[key], other.sites[key]) for key in keys if key in one.sites and key in other.sites]
+    shared = [(x, y) for x, y in shared if x.direction == y.direction and len(x.vector) == len(y.vector)]
+    changes = [
+        np.concatenate([site.vector.astype("<f8") - 1 for site in side] or [np.empty(0)])
+        for side in zip(*shared, strict=True)
+    ] or [np.empty(0), np.empty(0)]
+    names = sorted({*one.extras, *other.extras})
+    equal = {
+        n for n in names
+        if n in one.extras and n in other.extras and same_bytes(one.extras[n], other.extras[n])
+    }  # fmt: skip
+    return Comparison(
+        one, other, tuple(sorted(sites, key=lambda s: (s.where == "both", -(s.distance or 0.0), s.module))),
+        cosine(*changes), tuple(n for n in names if n in equal), tuple(n for n in names if n not in equal),
+    )  # fmt: skip
+
+
+def _compare(a: Site | None, b: Site | None) -> SiteComparison:
+    one, other = (describe_vector(site) if site is not None else None for site in (a, b))
+    if a is None or b is None:
+        module = (a or b).module  # type: ignore[union-attr]
+        return SiteComparison(module, "a" if b is None else "b", one, other)
+    if a.direction != b.direction:
+        return SiteComparison(a.module, "sides", one, other)
+    if len(a.vector) != len(b.vector):
+        return SiteComparison(a.module, "lengths", one, other)
+    x, y = a.vector.astype("<f8"), b.vector.astype("<f8")
+    apart, kinds = np.abs(x - y), (_kinds(x), _kinds(y))
+    return SiteComparison(
+        a.module, "both", one, other, cosine(x - 1, y - 1),
+        float(np.sqrt(np.mean(apart**2))), float(apart.max()), int(apart.argmax()),
+        int(np.sum(kinds[0] * kinds[1] == -1)), int(np.sum((kinds[0] == kinds[1]) & (np.sign(x) == np.sign(y)))),
+    )  # fmt: skip
+
+
+def _kinds(vector: Array) -> Array:
+    """-1 for inhibited channels, 1 for amplified ones, 0 for unchanged ones."""
+    magnitude = np.abs(vector)
+    return np.asarray((magnitude > 1 + UNCHANGED).astype("i1") - (magnitude < 1 - UNCHANGED).astype("i1"))
+
+
+def _describe(adapter: Adapter) -> dict[str, Any]:
+    return {
+        "name": adapter.name, "format": adapter.format, "task_type": adapter.task_type, "vectors": len(adapter.sites),
+        "parameters": adapter.parameters, "warnings": list(adapter.warnings),
+    }  # fmt: skip

@@ -1,0 +1,290 @@
+"""``unmerge``: divide the vectors out of a merged model again, and measure how far from exact that is.
+
+A fold rounds, so several weights may have given the same product and no division can tell which one it was. For every
+element the quotient is therefore folded again, and so are its two neighbours in the dtype: where the quotient alone gives
+back the merged value, it is the weight that was there before.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ia3_export.adapters import read_adapter
+from ia3_export.adapters.combine import Combine
+from ia3_export.adapters.model import Adapter
+from ia3_export.card import BASE_CARD
+from ia3_export.changes import Change
+from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
+from ia3_export.checkpoint.header import StoredTensor
+from ia3_export.checkpoint.stage import check_target, staged
+from ia3_export.errors import Refused, ShapeMismatch, Unsupported
+from ia3_export.execute import Progress, write_outputs
+from ia3_export.fold import Array, Scale, fold_block, storage_dtype
+from ia3_export.layout import INDEX, lay_out, make_index
+from ia3_export.manifest import NAME, list_files
+from ia3_export.parity.expected import Expected, Reader, expected_blocks
+from ia3_export.parity.facts import MergeOptions, check_recorded, describe_options, recorded_options
+from ia3_export.plan import Plan, make_plan
+from ia3_export.quantization.detection import find_quantization
+
+SCHEMA = "ia3-export/unmerge/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Exactness:
+    """How surely the elements of a tensor are what they were before the merge.
+
+    `certain`: no other value of the dtype folds to the merged one. `ambiguous`: a neighbour does so too, the original is one
+    of them. `unfolded`: folding again does not give the merged value, so it was no such merge. With a base, `equal` elements
+    have its bits, and `distance` is the largest difference in units of the last place.
+    """
+
+    tensor: str
+    dtype: str
+    elements: int
+    certain: int
+    ambiguous: int
+    unfolded: int
+    equal: int | None
+    distance: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Unmerged:
+    """What `unmerge` wrote. `content` lies in the folder as ``ia3_export.json``."""
+
+    folder: Path
+    tensors: tuple[Exactness, ...]
+    content: Mapping[str, Any]
+    warnings: tuple[str, ...]
+
+
+def unmerge(
+    model: str | Path,
+    adapters: Sequence[str | Path | Adapter],
+    output: str | Path,
+    *,
+    base: str | Path | None = None,
+    combine: Combine | None = None,
+    weights: Sequence[float] = (),
+    overwrite: bool = False,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> Unmerged:
+    """Divide the vectors of `adapters` out of a merged `model`.
+
+    Every element becomes ``round_to_dtype(W / l)``, the quotient in float64, the last adapter first. Streaming, as `merge`.
+
+    Args:
+        model: folder, weight file or hub id of a dense merged model.
+        adapters: what was folded into it, in the same order.
+        output: folder to create.
+        base: the original, if it is at hand: the result is then compared with it.
+        combine, weights: how several adapters were merged; by default what the model's manifest says.
+        overwrite: replace an existing output folder.
+        on_progress: called with bytes done and in total.
+
+    Tensors that the adapters brought (heads, embeddings) stay, as does ``config.json``: what was there before is not in the
+    merged model.
+
+    Raises `Refused` for a zero in a vector (what it multiplied is lost), `Unsupported` for a quantized model, and what `merge`
+    raises.
+    """
+    checkpoint = read_checkpoint(model)
+    read = [read_adapter(source) for source in adapters]
+    how = recorded_options(checkpoint, checkpoint)
+    warnings = []
+    if combine is not None:
+        how = replace(how, combine=combine, weights=tuple(weights))
+    elif how != MergeOptions():
+        check_recorded(how, len(read))
+        warnings.append(f"taken from the model's manifest: {describe_options(how)}")
+    if find_quantization(checkpoint).packed:
+        raise Unsupported(
+            f"{checkpoint.location.given} is quantized, and vectors are not divided out of scales",
+            hint="merge adapters of your choice into the original base instead",
+        )
+    warnings += _compare_record(checkpoint, read)
+    warnings += [
+        f"{adapter.name} brought {', '.join(sorted(adapter.extras)[:3])}{' ...' if len(adapter.extras) > 3 else ''}: they stay, "
+        "since the model does not hold what they replaced"
+        for adapter in read
+        if adapter.extras
+    ]
+    plan = make_plan(
+        checkpoint, [replace(adapter, extras={}) for adapter in read], combine=how.combine, weights=how.weights,
+        cast=how.cast, allow_missing=how.allow_missing, allow_unused=how.allow_unused,
+    )  # fmt: skip
+    plan.raise_problems()
+    original = read_checkpoint(base) if base is not None else None
+    inverse = replace(
+        plan, changes={name: _invert(change) for name, change in plan.changes.items()}, config=None
+    )
+    target = Path(output)
+    inputs = [checkpoint.location.path, *(adapter.location.path for adapter in read)]
+    check_target(target, inputs, overwrite=overwrite)
+    with staged(target, overwrite=overwrite) as stage:
+        files = lay_out(inverse)
+        write_outputs([(stage, files)], link=False, digests=False, on_progress=on_progress)
+        _copy_side_files(checkpoint, stage, make_index(inverse, files))
+        tensors = tuple(_measure(plan, inverse, original))
+        warnings += [*(said for adapter in plan.adapters for said in adapter.warnings), *_found(tensors)]
+        content = {
+            "schema": SCHEMA,
+            "tool": {"name": "ia3-export", "version": metadata.version("ia3-export")},
+            "model": checkpoint.location.hub_id or checkpoint.location.path.resolve().name,
+            "adapters": [adapter.name for adapter in read],
+            "options": {"combine": how.combine, "weights": list(how.weights), "cast": how.cast},
+            "exactness": [asdict(row) for row in tensors],
+            "warnings": warnings,
+            "files": list_files(stage, known={}, hashed=True),
+        }
+        text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        (stage / NAME).write_text(text, encoding="utf-8")
+    return Unmerged(target, tensors, content, tuple(warnings))
+
+
+def _compare_record(model: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[str]:
+    """What the manifest of the merged model says that does not go with the adapters given."""
+    try:
+        manifest = json.loads((model.folder / NAME).read_text(encoding="utf-8"))
+        folded = [(str(row["name"]), int(row["parameters"])) for row in manifest["adapters"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        yield "the model has no manifest that says what was folded into it: a wrong adapter would be divided out all the same"
+        return
+    given = [(adapter.name, adapter.parameters) for adapter in adapters]
+    if folded != given:
+        yield (
+            f"the model's manifest says that {', '.join(name for name, _ in folded)} were folded into it, given are "
+            f"{', '.join(name for name, _ in given)}"
+        )
+
+
+def _invert(change: Change) -> Change:
+    if change.how != "fold":
+        raise Refused(
+            f"{change.name} would be {change.how} by a merge, so the model holds no merge of these adapters",
+            hint="give the folder that merge wrote, and the adapters that it folded",
+        )
+    pairs = list(zip(change.scales, change.folds, strict=True))[::-1]
+    return replace(
+        change,
+        scales=tuple(_reciprocal(scale, fold) for scale, fold in pairs),
+        folds=tuple(fold for _, fold in pairs),
+    )
+
+
+def _reciprocal(scale: Scale, fold: str) -> Scale:
+    zeros = np.flatnonzero(scale.factors == 0)
+    if len(zeros):
+        raise Refused(
+            f"the vector of {fold} is zero at element {zeros[0]} ({len(zeros)} such elements): what it multiplied is lost",
+            hint="merging cannot be undone for these channels; keep the original base",
+        )
+    with np.errstate(over="ignore"):
+        return Scale(1.0 / scale.factors.astype("<f8"), scale.inner)
+
+
+def _copy_side_files(model: Checkpoint, stage: Path, index: bytes | None) -> None:
+    """The model's files; the base's own card, which `merge` had put aside, gets its name back."""
+    for relative in model.side_files:
+        if relative in (NAME, BASE_CARD) or (relative == "README.md" and BASE_CARD in model.side_files):
+            continue
+        place = stage / relative
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(model.folder / relative, place)
+    if BASE_CARD in model.side_files:
+        shutil.copyfile(model.folder / BASE_CARD, stage / "README.md")
+    if index is not None:
+        (stage / INDEX).write_bytes(index)
+
+
+def _measure(plan: Plan, inverse: Plan, original: Checkpoint | None) -> Iterator[Exactness]:
+    reader = Reader()
+    with reader.stack:
+        for name in sorted(plan.changes):
+            before = original.tensors.get(name) if original is not None else None
+            if original is not None and before is None:
+                raise ShapeMismatch(f"the base has no tensor {name}", hint="--base is not the merge's base")
+            yield _measure_tensor(plan.changes[name], inverse.changes[name], before, reader)
+
+
+def _measure_tensor(
+    forward: Change, backward: Change, original: StoredTensor | None, reader: Reader
+) -> Exactness:
+    tensor, dtype = forward.source, forward.dtype
+    stored = storage_dtype(dtype)
+    if original is not None and (original.dtype, original.shape) != (dtype, tensor.shape):
+        raise ShapeMismatch(
+            f"{tensor.name} is {original.dtype} {list(original.shape)} in the base, {dtype} {list(tensor.shape)} in the model",
+            hint="--base is not the merge's base, or the merge changed the dtype",
+        )
+    row = Expected(tensor.name, dtype, tensor, backward.scales, "fold", None)
+    certain = ambiguous = unfolded = equal = distance = 0
+    for block, first in expected_blocks(row, reader):
+        quotient = block.copy()
+        span = first * stored.itemsize, len(quotient) * stored.itemsize
+        merged = reader.read(tensor, *span, "merged").view(stored)
+        again = [
+            _same_value(fold_block(bits, first, dtype, dtype, forward.scales, reader.work), merged, dtype)
+            for bits in (quotient, _neighbour(quotient, dtype, 1), _neighbour(quotient, dtype, -1))
+        ]
+        certain += int(np.sum(again[0] & ~again[1] & ~again[2]))
+        ambiguous += int(np.sum(again[0] & (again[1] | again[2])))
+        unfolded += int(np.sum(~again[0]))
+        if original is not None:
+            apart = np.abs(
+                _ordinal(quotient, dtype) - _ordinal(reader.read(original, *span, "original"), dtype)
+            )
+            equal += int(np.sum(apart == 0))
+            distance = max(distance, int(apart.max(initial=0)))
+    return Exactness(
+        tensor.name, dtype, tensor.size, certain, ambiguous, unfolded,
+        equal if original is not None else None, distance if original is not None else None,
+    )  # fmt: skip
+
+
+def _same_value(bits: Array, other: Array, dtype: str) -> Array:
+    return np.asarray(_bits(bits, dtype) == _bits(other, dtype))
+
+
+def _bits(values: Array, dtype: str) -> Array:
+    return values.view(f"<u{storage_dtype(dtype).itemsize}")
+
+
+def _neighbour(values: Array, dtype: str, step: int) -> Array:
+    """The next value of `dtype` away from zero (`step` 1) or towards it (-1), as stored bits; zero stays for the latter."""
+    bits = _bits(values, dtype).copy()
+    magnitude = bits & bits.dtype.type(2 ** (8 * bits.itemsize - 1) - 1)
+    if step > 0:
+        bits += bits.dtype.type(1)
+    else:
+        bits -= (magnitude > 0).astype(bits.dtype)
+    return bits.view(storage_dtype(dtype))
+
+
+def _ordinal(values: Array, dtype: str) -> Array:
+    """Stored bits as integers in the order of the values, so that neighbours differ by one; both zeros are 0.
+
+    float64 ordinals do not fit the difference of opposite signs, whose distance is then meaningless and large.
+    """
+    bits = _bits(values, dtype)
+    sign = bits.dtype.type(2 ** (8 * bits.itemsize - 1))
+    magnitude = (bits & (sign - bits.dtype.type(1))).astype("<i8")
+    return np.asarray(np.where(bits & sign, -magnitude, magnitude))
+
+
+def _found(tensors: Sequence[Exactness]) -> Iterator[str]:
+    wrong = [row for row in tensors if row.unfolded]
+    if wrong:
+        yield (
+            f"{sum(row.unfolded for row in wrong):,} elements in {len(wrong)} tensors, first {wrong[0].tensor}, do not fold back to "
+            "the model's values: these adapters were not folded into it, or in another way"
+        )

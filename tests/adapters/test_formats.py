@@ -1,0 +1,256 @@
+"""Adapters that other libraries wrote: the merge computes what those libraries' own unmerged forwards gave.
+
+The fixtures and how they were made: tools/fixtures/{adapterhub,old_peft,research}.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from ia3_export import convert, inspect, merge, read_adapter
+from ia3_export.errors import MissingVector, Refused, Unsupported, UnusedVector
+from tests.e2e.command import only_complaint, run
+from tests.support import adapter_cases
+from tests.support.adapter_cases import FIXTURES, AdapterCase
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+ADAPTERHUB, RESEARCH, OLD = adapter_cases.adapterhub(), adapter_cases.research(), adapter_cases.old_peft()
+#: One key of two modules is lost for good; a file without tensors.
+LOST = ("0.17.1-name-attention-bert", "0.21.2-data-parallel-outside")
+#: AdapterHub's DeBERTa is refused whole, though one of its classes could be folded.
+REFUSED = ("deberta_adapter_model",)
+GOOD = [
+    c for c in (*ADAPTERHUB, *RESEARCH, *OLD) if not c.refuse and not c.name.startswith((*LOST, *REFUSED))
+]
+T_FEW = Path(__file__).parents[3] / "shared" / "data" / "tfew" / "t03b_ia3_finish.pt"
+
+
+def by_name(name: str) -> AdapterCase:
+    return next(case for case in (*ADAPTERHUB, *RESEARCH, *OLD) if case.name == name)
+
+
+def forward(case: AdapterCase, folder: Path) -> Any:
+    import torch
+    import transformers
+
+    name = "AutoModel" if case.field == "last_hidden_state" else case.class_name
+    model, info = getattr(transformers, name).from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    if name != "AutoModel":
+        assert not info["missing_keys"]
+    return output(case, model.eval())
+
+
+def output(case: AdapterCase, model: Any) -> Any:
+    import torch
+
+    with torch.no_grad():
+        return getattr(model(**case.inputs()), case.field)
+
+
+def near(found: Any, wanted: Any) -> bool:
+    """Float32 rounding of small models, and no more: a forgotten bias or vector is a thousand times that."""
+    return bool((found - wanted).abs().max() <= 5e-6 * max(1.0, float(wanted.abs().max())))
+
+
+@pytest.mark.parametrize("case", GOOD, ids=lambda case: case.name)
+def test_a_merge_computes_what_the_library_computed_unmerged(case: AdapterCase, tmp_path: Path) -> None:
+    merge(case.base, [case.adapter], tmp_path / "merged", allow_unused=case.unplaced)
+    assert near(forward(case, tmp_path / "merged"), case.wanted())
+
+
+@pytest.mark.parametrize("case", [c for c in ADAPTERHUB if c.changes], ids=lambda case: case.name)
+def test_where_there_are_biases_adapterhubs_own_merge_is_wrong_and_ours_is_not(case: AdapterCase) -> None:
+    expected = load_file(case.expected)
+    own = expected[case.output.replace("unmerged", "merged_by_adapters")]
+    assert not near(own, case.wanted())
+
+
+@pytest.mark.parametrize("case", [c for c in GOOD if not c.two_sides], ids=lambda case: case.name)
+def test_converted_it_has_the_same_forward_in_peft(case: AdapterCase, tmp_path: Path) -> None:
+    import torch
+    import transformers
+    from peft import PeftModel
+
+    done = convert(case.adapter, tmp_path / "peft", base=case.base, allow_unused=case.unplaced)
+    name = "AutoModel" if case.field == "last_hidden_state" else case.class_name
+    if case.field == "last_hidden_state" and any(
+        site.startswith(("bert.", "distilbert.", "transformer.")) for site in read_adapter(done.folder).sites
+    ):
+        pytest.skip("PEFT finds the modules of a model with a head in no bare model")
+    labels = case.labels(tmp_path / "peft")
+    options = {"num_labels": labels} if labels else {}
+    model = getattr(transformers, name).from_pretrained(case.base, dtype=torch.float32, **options)
+    if "resized_to" in case.options:
+        model.resize_token_embeddings(case.options["resized_to"])
+    live = PeftModel.from_pretrained(model, done.folder).eval()
+    assert near(output(case, live), case.wanted())
+
+
+@pytest.mark.parametrize("case", [c for c in GOOD if not c.two_sides], ids=lambda case: case.name)
+def test_converting_keeps_every_bit_and_is_repeatable(case: AdapterCase, tmp_path: Path) -> None:
+    read = read_adapter(case.adapter)
+    for name in ("one", "two"):
+        convert(read, tmp_path / name, allow_unused=case.unplaced)
+    again = read_adapter(tmp_path / "one")
+    assert again.format == "peft"
+    assert {key: site.vector.tobytes() for key, site in read.sites.items()} == {
+        key: site.vector.tobytes() for key, site in again.sites.items()
+    }
+    for file in sorted((tmp_path / "one").iterdir()):
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in (*ADAPTERHUB, *RESEARCH) if c.refuse], ids=lambda case: case.name
+)
+def test_what_no_weight_can_hold_is_refused_by_name(case: AdapterCase, tmp_path: Path) -> None:
+    ran = run("merge", "--base", case.base, "--adapter", case.adapter, "--output", tmp_path / "out")
+    only_complaint(ran, 3, str(case.adapter))
+    assert not (tmp_path / "out").exists()
+
+
+def test_deberta_of_adapterhub_is_refused() -> None:
+    with pytest.raises(Unsupported, match="deberta"):
+        read_adapter(by_name("deberta_adapter_model").adapter)
+
+
+@pytest.mark.parametrize("flags", [{}, {"allow_missing": True}], ids=["strict", "allow_missing"])
+def test_a_vector_that_peft_overwrote_while_saving_is_not_guessed(
+    flags: dict[str, bool], tmp_path: Path
+) -> None:
+    case = by_name("0.17.1-name-attention-bert-attention")
+    with pytest.raises(Refused, match=r"attention.output.dense and .*output.dense were saved under one key"):
+        merge(case.base, [case.adapter], tmp_path / "out", **flags)
+
+
+def test_a_key_that_fits_the_wrong_module_is_caught_by_the_targets(tmp_path: Path) -> None:
+    case = by_name("0.17.1-name-attention-bert-trap-attention")
+    with pytest.raises(MissingVector, match=r"attention.output.dense"):
+        merge(case.base, [case.adapter], tmp_path / "out")
+
+
+def test_a_file_that_peft_emptied_is_refused() -> None:
+    with pytest.raises(Refused, match="no IA3 vector"):
+        read_adapter(by_name("0.21.2-data-parallel-outside-default").adapter)
+
+
+@pytest.mark.parametrize(
+    "name", ["0.17.1-name-layer-bert-layer", "0.17.1-name-k-k", "0.17.1-name-ia3-ia3", "0.17.1-name-1-1"]
+)
+def test_damaged_names_are_restored_when_the_folder_has_another_name_too(name: str, tmp_path: Path) -> None:
+    case = by_name(name)
+    shutil.copytree(case.adapter, tmp_path / "renamed")
+    merge(case.base, [tmp_path / "renamed"], tmp_path / "merged")
+    assert near(forward(case, tmp_path / "merged"), case.wanted())
+
+
+def test_restored_names_are_said(tmp_path: Path) -> None:
+    case = by_name("0.17.1-name-k-k")
+    found = inspect(case.adapter, case.base)
+    assert found.plan is not None
+    assert any("PEFT removed" in warning and "k_proj" in warning for warning in found.plan.warnings)
+
+
+def test_other_adapters_in_the_file_are_named_and_left_out() -> None:
+    adapter = read_adapter(FIXTURES / "old_peft" / "0.17.1-two-en-en2" / "adapter" / "en")
+    assert any("6 vectors of other adapters (en2)" in warning for warning in adapter.warnings)
+    assert len(adapter.sites) == 6
+
+
+def test_a_head_that_no_class_has_is_refused_until_it_may_be_dropped(tmp_path: Path) -> None:
+    case = by_name("distilbert_classification")
+    ran = run("merge", "--base", case.base, "--adapter", case.adapter, "--output", tmp_path / "out")
+    only_complaint(ran, 3, "heads.task.1")
+    with pytest.raises(UnusedVector, match="no class of transformers"):
+        convert(case.adapter, tmp_path / "peft")
+
+
+def test_labels_and_kind_of_problem_come_along(tmp_path: Path) -> None:
+    case = by_name("bert_multilabel")
+    merge(case.base, [case.adapter], tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    head = json.loads((case.adapter / "head_config.json").read_text())
+    assert config["label2id"] == head["config"]["label2id"]
+    assert config["problem_type"] == "multi_label_classification"
+    assert config["architectures"] == ["BertForSequenceClassification"]
+
+
+@pytest.mark.parametrize("name", ["tfew_a_and_b", "tfew_bert_a_and_b"])
+def test_vectors_on_both_sides_are_merged_and_refused_for_peft(name: str, tmp_path: Path) -> None:
+    case = by_name(name)
+    with pytest.raises(Refused, match="both sides"):
+        convert(case.adapter, tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["tfew_bert_a_and_b", "gpt2_vq_output", "bert_classification", "0.17.1-name-k-k", "tango_bloom"]
+)
+def test_verify_proves_merges_of_every_format(name: str, tmp_path: Path) -> None:
+    case = by_name(name)
+    merge(case.base, [case.adapter], tmp_path / "merged")
+    ran = run("verify", "--base", case.base, "--adapter", case.adapter, "--merged", tmp_path / "merged")
+    assert ran.code == 0, ran
+
+
+def test_a_checkpoint_with_half_of_the_layers_is_not_complete(tmp_path: Path) -> None:
+    import torch
+
+    case = by_name("tfew_gated_t5")
+    state = torch.load(case.adapter, weights_only=True)
+    torch.save({k: v for k, v in state.items() if ".block.1." not in k}, tmp_path / "half.pt")
+    with pytest.raises(MissingVector, match=r"block.1"):
+        merge(case.base, [tmp_path / "half.pt"], tmp_path / "out")
+    merge(case.base, [tmp_path / "half.pt"], tmp_path / "out", allow_missing=True)
+
+
+@pytest.mark.skipif(
+    not T_FEW.is_file(),
+    reason="the authors' T0-3B checkpoint lies beside the repository only where it was fetched",
+)
+def test_the_checkpoint_of_the_papers_authors_is_what_is_known_of_it() -> None:
+    adapter = read_adapter(T_FEW)
+    values = [float(v) for site in adapter.sites.values() for v in (site.vector.min(), site.vector.max())]
+    assert (adapter.format, len(adapter.sites), adapter.parameters) == ("tfew", 192, 540_672)
+    assert (min(values), max(values)) == pytest.approx((-0.78757966, 2.04876447))
+    assert sum(int((site.vector < 0).sum()) for site in adapter.sites.values()) == 12
+    assert {site.direction for site in adapter.sites.values()} == {"out"}
+
+
+@pytest.mark.skipif(
+    not T_FEW.is_file(),
+    reason="the authors' T0-3B checkpoint lies beside the repository only where it was fetched",
+)
+def test_the_checkpoint_of_the_papers_authors_loads_in_peft_after_conversion(tmp_path: Path) -> None:
+    import torch
+    from peft import load_peft_weights
+
+    ran = run("convert", T_FEW, "--output", tmp_path / "peft", "--task-type", "SEQ_2_SEQ_LM", "--quiet")
+    assert ran.code == 0, ran
+    saved = load_peft_weights(str(tmp_path / "peft"), device="cpu")
+    original = torch.load(T_FEW, weights_only=True)
+    assert len(saved) == len(original)
+    for key, value in original.items():
+        module = key.removesuffix(".multi_lora_b")
+        assert torch.equal(saved[f"base_model.model.{module}.ia3_l"], value), module
+
+
+def test_inspect_of_safetensors_imports_no_torch() -> None:
+    code = (
+        "import sys; from ia3_export import inspect; inspect(sys.argv[1]); "
+        "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules), sorted(sys.modules)"
+    )
+    import subprocess
+
+    subprocess.run([sys.executable, "-c", code, str(by_name("gpt2_qkv").adapter)], check=True, timeout=60)
