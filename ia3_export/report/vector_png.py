@@ -71,16 +71,24 @@ class _Sheet:
         axes.tick_params(length=0, labelsize=10)
         return axes
 
-    def text(self, x: float, y: float, text: str, **style: Any) -> None:
-        """`text` with its upper left corner at `x`, `y`."""
+    def text(
+        self, x: float, y: float, text: str, *, size: float | None = None, weight: str = "normal",
+        color: Any = None, ha: str = "left",
+    ) -> None:  # fmt: skip
+        """`text` with its upper left corner (with `ha` right: its upper right one) at `x`, `y`."""
         axes = self.axes(x, y, 1, 1)
         axes.axis("off")
-        axes.text(0, 1, " ".join(clean(text).split()), va="top", transform=axes.transAxes, **style)
+        style = {"size": size, "weight": weight, "ha": ha, "va": "top"} | (
+            {} if color is None else {"color": color}
+        )
+        axes.text(0, 1, " ".join(clean(text).split()), style, transform=axes.transAxes)
 
-    def paragraph(self, text: str, most: int, height: float, **style: Any) -> None:
+    def paragraph(
+        self, text: str, most: int, height: float, *, size: float, weight: str = "normal", color: Any = None
+    ) -> None:
         """`text` in lines of at most `most` characters, below all that is there."""
         for line in textwrap.wrap(clean(text), most):
-            self.text(_MARGIN, self.y, line, **style)
+            self.text(_MARGIN, self.y, line, size=size, weight=weight, color=color)
             self.y += height
 
     def finish(self) -> bytes:

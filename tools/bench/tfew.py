@@ -100,13 +100,14 @@ def exactness(checkpoint: Path, folder: Path, dtype: str) -> dict[str, Any]:
         key.replace(".multi_lora_b", ".weight"): (torch.randn(len(v), 64) * 0.05).to(getattr(torch, dtype))
         for key, v in vectors.items()
     }
-    save_file(weights, place / "base.safetensors")
+    base = place / "model.safetensors"  # the name under which a folder's weights are found again
+    save_file(weights, base)
     program, adapter = our_program(), str(checkpoint)
-    merge = [program, "merge", "--base", str(place / "base.safetensors"), "--adapter", adapter]
+    merge = [program, "merge", "--base", str(base), "--adapter", adapter]
     subprocess.run([*merge, "--output", str(place / "merged"), "-q"], check=True)
     undo = [program, "unmerge", "--model", str(place / "merged"), "--adapter", adapter]
     done = subprocess.run(
-        [*undo, "--base", str(place / "base.safetensors"), "--output", str(place / "undone"), "-q", "--json"],
+        [*undo, "--base", str(base), "--output", str(place / "undone"), "-q", "--json"],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     rows = json.loads(done.stdout)["exactness"]
@@ -123,6 +124,9 @@ def exactness(checkpoint: Path, folder: Path, dtype: str) -> dict[str, Any]:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--make-base"]:
+        make_base(Path(sys.argv[2]))
+        return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -135,7 +139,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     folder, checkpoint = options.folder, options.checkpoint
-    base = make_base(folder)
+    # in a process of its own: a child's peak RSS is never below its parent's
+    subprocess.run([sys.executable, __file__, "--make-base", str(folder)], check=True)
+    base = folder / "t0-3b"
     place = Place(base, checkpoint, folder / "tfew-run")
     converted = folder / "tfew-peft"
     subprocess.run(
