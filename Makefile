@@ -37,12 +37,12 @@ tests/runtimes/javascript/node_modules/.installed: tests/runtimes/javascript/pac
 	@if command -v npm >/dev/null; then npm ci --ignore-scripts --no-audit --no-fund --prefix $(@D)/.. && touch $@; \
 	else echo "npm is not installed: the tests of transformers.js will be skipped"; fi
 
-# optimum-onnx cannot live beside transformers 5
+# optimum-onnx and AdapterHub's adapters cannot live beside transformers 5
 .venv-optimum/.installed: Makefile
 	$(PYTHON) -m venv .venv-optimum
 	.venv-optimum/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
 	.venv-optimum/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==4.57.6 optimum==2.1.0 \
-		optimum-onnx==0.1.0 onnxruntime==1.31.1
+		optimum-onnx==0.1.0 onnxruntime==1.31.1 adapters==1.3.0
 	touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt

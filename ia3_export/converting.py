@@ -98,7 +98,7 @@ def combine(
     adapters: Sequence[str | Path | Adapter],
     output: str | Path,
     *,
-    how: Combine = "product",
+    how: Combine | None = None,
     weights: Sequence[float] = (),
     overwrite: bool = False,
 ) -> WrittenAdapter:
@@ -109,7 +109,7 @@ def combine(
         output: folder to create.
         how: ``product`` multiplies the vectors, as folding one after the other does but rounded once; ``linear`` is PEFT's
             ``IA3Model.add_weighted_adapter``, ``sum w l`` with its bits in float32, in which a missing vector counts as zeros;
-            ``delta`` is ``1 + sum w (l - 1)``.
+            ``delta`` is ``1 + sum w (l - 1)``. By default ``linear`` with `weights`, ``product`` without.
         weights: one number an adapter, for ``linear`` and ``delta``.
         overwrite: replace an existing output folder.
 
@@ -122,6 +122,7 @@ def combine(
         raise UsageError(
             "combine needs at least two adapters", hint="repeat --adapter; convert rewrites a single one"
         )
+    how = how or ("linear" if weights else "product")
     check_weights(read, how, weights)
     _check_finite(read)
     warnings = [warning for adapter in read for warning in adapter.warnings]

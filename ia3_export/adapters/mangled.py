@@ -21,8 +21,9 @@ _CLASSIFIERS = ("classifier", "score")
 def restore_names(adapter: Adapter, modules: Collection[str]) -> Adapter | None:
     """`adapter` with the module paths it must have had, given the `modules` of its base; None when nothing explains them.
 
-    The name that was removed is the adapter's own, or any beginning of a path's components. It must explain every vector, and
-    every head that lost its path, each by one module only. Raises `Refused` when the removal made two keys one.
+    The name that was removed is the adapter's own or, where the folder has another name now, any beginning of a path's
+    components. It must explain every vector, and every head that lost its path, each by one targeted module only, and no other
+    name may explain them differently. Raises `Refused` when the removal made two keys one.
     """
     vectors = {site.module for site in adapter.sites.values()} - set(modules)
     heads = {
@@ -34,18 +35,30 @@ def restore_names(adapter: Adapter, modules: Collection[str]) -> Adapter | None:
         return None
     if not vectors and not heads:
         return None
-    free = set(modules) - adapter.sites.keys()
+    whole = {site.module for site in adapter.sites.values()} - vectors
+    free = set(filter(adapter.rules.targets, modules)) - whole
+    heads_of = {*modules, *adapter.rules.to_save, *_CLASSIFIERS}
+    explanations: dict[str, dict[str, str]] = {}
     for name in _names(adapter, modules):
+        if any(f".{name}" in f"{PREFIX}{module}" for module in whole):
+            continue  # it would have been removed there as well
         found = _explain(name, vectors, free, "")
         for wrapper in (f".modules_to_save.{name}", f".{name}"):
-            found |= _explain(name, heads, {*modules, *adapter.rules.to_save, *_CLASSIFIERS}, wrapper)
+            found |= _explain(name, heads, heads_of, wrapper)
         if found.keys() != vectors | heads:
             continue
-        if name != adapter.name and all(found[m].endswith(f".{m}") for m in vectors):
-            continue  # rather another class of the model than a damaged name
-        _refuse_collisions(adapter, name, modules)
-        return _renamed(adapter, name, found)
-    return None
+        if name == adapter.name:
+            _refuse_collisions(adapter, name, modules)
+            return _renamed(adapter, name, found)
+        if not all(
+            found[m].endswith(f".{m}") for m in vectors
+        ):  # else another class of the model, rather than damage
+            explanations[name] = found
+    if not explanations or any(found != next(iter(explanations.values())) for found in explanations.values()):
+        return None
+    name, found = next(iter(explanations.items()))
+    _refuse_collisions(adapter, name, modules)
+    return _renamed(adapter, name, found)
 
 
 def _saved(name: str, module: str, wrapper: str = "") -> str:

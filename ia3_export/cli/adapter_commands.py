@@ -79,9 +79,7 @@ def convert_command(
 @click.option(
     "--combine",
     type=click.Choice(["product", "linear", "delta"]),
-    default="product",
-    show_default=True,
-    help="Product of the vectors, PEFT's sum of w*l, or 1 + sum of w*(l-1).",
+    help="Product of the vectors, PEFT's sum of w*l, or 1 + sum of w*(l-1). Default: linear with --weights, product without.",
 )
 @click.option(
     "--weights", callback=parse_weights, metavar="W,W,...", help="One per adapter, for linear and delta."
@@ -92,7 +90,7 @@ def combine_command(
     adapters: tuple[str, ...],
     rules: tuple[str, ...],
     output: Path,
-    combine: Literal["product", "linear", "delta"],
+    combine: Literal["product", "linear", "delta"] | None,
     weights: tuple[float, ...],
     overwrite: bool,
     as_json: bool,
@@ -103,6 +101,7 @@ def combine_command(
 
     \b
       ia3-export combine --adapter a --adapter b --output a-then-b
+      ia3-export combine --adapter a --adapter b --weights 0.7,0.3 --output sum
       ia3-export combine --adapter a --adapter b --combine delta --weights 0.7,0.3 --output mix
     """
     from ia3_export.adapters import read_adapters
