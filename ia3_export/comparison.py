@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,10 +10,9 @@ from typing import Any, Literal
 import numpy as np
 
 from ia3_export.adapters import read_adapter
-from ia3_export.adapters.channels import UNCHANGED, cosine
+from ia3_export.adapters.channels import cosine, kinds_of
 from ia3_export.adapters.model import Adapter, Site
 from ia3_export.checkpoint.header import same_bytes
-from ia3_export.fold import Array
 from ia3_export.inspection import SiteStatistics, describe_vector
 
 
@@ -40,7 +40,8 @@ class SiteComparison:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Comparison:
-    """What `compare` returns: the adapters, every site of either, most different first, and their further tensors."""
+    """What `compare` returns: the adapters, every site of either, most different first, and their further tensors: equal in
+    both, or different or in one only."""
 
     a: Adapter
     b: Adapter
@@ -81,9 +82,15 @@ def compare(a: str | Path | Adapter, b: str | Path | Adapter) -> Comparison:
         if n in one.extras and n in other.extras and same_bytes(one.extras[n], other.extras[n])
     }  # fmt: skip
     return Comparison(
-        one, other, tuple(sorted(sites, key=lambda s: (s.where == "both", -(s.distance or 0.0), s.module))),
+        one, other, tuple(sorted(sites, key=_order)),
         cosine(*changes), tuple(n for n in names if n in equal), tuple(n for n in names if n not in equal),
     )  # fmt: skip
+
+
+def _order(site: SiteComparison) -> tuple[bool, float, str]:
+    """What is not in both first, then what is most apart; NaN is farther than anything."""
+    distance = 0.0 if site.distance is None else site.distance
+    return site.where == "both", -distance if distance == distance else -math.inf, site.module
 
 
 def _compare(a: Site | None, b: Site | None) -> SiteComparison:
@@ -96,18 +103,12 @@ def _compare(a: Site | None, b: Site | None) -> SiteComparison:
     if len(a.vector) != len(b.vector):
         return SiteComparison(a.module, "lengths", one, other)
     x, y = a.vector.astype("<f8"), b.vector.astype("<f8")
-    apart, kinds = np.abs(x - y), (_kinds(x), _kinds(y))
+    apart, kinds = np.abs(x - y), (kinds_of(x), kinds_of(y))
     return SiteComparison(
         a.module, "both", one, other, cosine(x - 1, y - 1),
         float(np.sqrt(np.mean(apart**2))), float(apart.max()), int(apart.argmax()),
         int(np.sum(kinds[0] * kinds[1] == -1)), int(np.sum((kinds[0] == kinds[1]) & (np.sign(x) == np.sign(y)))),
     )  # fmt: skip
-
-
-def _kinds(vector: Array) -> Array:
-    """-1 for inhibited channels, 1 for amplified ones, 0 for unchanged ones."""
-    magnitude = np.abs(vector)
-    return np.asarray((magnitude > 1 + UNCHANGED).astype("i1") - (magnitude < 1 - UNCHANGED).astype("i1"))
 
 
 def _describe(adapter: Adapter) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from typing import Any
 
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.combine import Combine, combine_extras, combine_sites, linear_warnings
+from ia3_export.adapters.mangled import may_be_damaged
 from ia3_export.adapters.model import Adapter, Site
 from ia3_export.adapters.writing import write_peft
-from ia3_export.checkpoint.folder import read_checkpoint
-from ia3_export.checkpoint.header import StoredTensor
+from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.checkpoint.stage import check_target, staged
 from ia3_export.errors import Refused, UnusedVector, UsageError
 from ia3_export.execute import hash_file
@@ -42,64 +42,43 @@ def convert(
     output: str | Path,
     *,
     base: str | Path | None = None,
-    rules: Sequence[str] = (),
     task_type: str | None = None,
+    allow_missing: bool = False,
     allow_unused: bool = False,
     overwrite: bool = False,
 ) -> WrittenAdapter:
     """Write an adapter of any format in PEFT's layout: it loads with ``PeftModel.from_pretrained`` and has the same forward.
 
     Args:
-        adapter: folder, file or hub id, in any format of `READERS`.
+        adapter: folder, file or hub id in any format of `READERS`, or what `read_adapter` returned.
         output: folder to create.
         base: the model that it belongs to. Names and shapes are then checked against it, names that old versions of PEFT
             damaged are restored, and bare vectors of convolutions get their shape.
-        rules: ``REGEX=output|input`` for a file of no known format (`read_mapped`).
         task_type: PEFT's, such as ``SEQ_2_SEQ_LM``, for the configuration; default what the adapter says, if anything.
+        allow_missing: accept targeted modules of the base without a vector.
         allow_unused: leave out what has no place in the base, or in any class of transformers.
         overwrite: replace an existing output folder.
 
     Raises `Refused` where a module has vectors on both sides: PEFT's layer takes its side for all its adapters, so not even
     two adapters can hold them (`merge` folds both). Other `IA3ExportError`; nothing is left behind then.
     """
-    read = read_adapter(adapter, rules=rules)
-    warnings: Iterable[str] = read.warnings
-    _check_finite([read])
-    sites, warnings = list(read.sites.values()), list(read.warnings)
-    if base is not None:
-        checkpoint = read_checkpoint(base)
-        found = resolve(
-            read, dense_view(checkpoint, find_quantization(checkpoint)), allow_unused=allow_unused
-        )
-        if found.problems:
-            raise found.problems[0]
-        warnings, sites = found.warnings, [_shaped(placement) for placement in found.placements.values()]
-        read = replace(found.adapter, extras={name: found.adapter.extras[name] for name in found.extras})
-    elif read.format == "peft" and "peft_version" not in read.config:
-        warnings.append(
-            "PEFT below 0.18 may have written it, which damaged module paths that the adapter's name occurs in; --base checks them"
-        )
-    elif read.format == "adapterhub":
-        read = _without_own_head(read, allow_unused=allow_unused)
-    return _write([read], sites, read.extras, Path(output), warnings, "convert", {}, task_type, overwrite)
-
-
-def _without_own_head(adapter: Adapter, *, allow_unused: bool) -> Adapter:
-    own = [name for name in adapter.extras if name.startswith("heads.")]
-    if own and not allow_unused:
-        raise UnusedVector(
-            f"{adapter.name}: {adapter.warnings[0] if adapter.warnings else own[0]}",
-            hint="--allow-unused converts the vectors without the head",
-        )
-    return replace(adapter, extras={n: t for n, t in adapter.extras.items() if n not in own})
+    checkpoint = read_checkpoint(base) if base is not None else None
+    read, warnings = _fit(read_adapter(adapter), checkpoint, allow_missing, allow_unused)
+    # with a base it is known to be complete, or allowed not to be; without one a reader's rule must stay as it is
+    rule = None if read.format == "peft" or base is not None else read.rules.target
+    return _write(
+        [read], list(read.sites.values()), rule if isinstance(rule, str) else None, Path(output), warnings, "convert", {},
+        task_type, overwrite, checkpoint,
+    )  # fmt: skip
 
 
 def combine(
     adapters: Sequence[str | Path | Adapter],
     output: str | Path,
     *,
-    how: Combine | None = None,
+    combine: Combine | None = None,
     weights: Sequence[float] = (),
+    base: str | Path | None = None,
     overwrite: bool = False,
 ) -> WrittenAdapter:
     """Write one adapter, in PEFT's layout, that acts as several do together.
@@ -107,46 +86,84 @@ def combine(
     Args:
         adapters: at least two folders, files or hub ids, in any format of `READERS`.
         output: folder to create.
-        how: ``product`` multiplies the vectors, as folding one after the other does but rounded once; ``linear`` is PEFT's
+        combine: ``product`` multiplies the vectors, as folding one after the other does but rounded once; ``linear`` is PEFT's
             ``IA3Model.add_weighted_adapter``, ``sum w l`` with its bits in float32, in which a missing vector counts as zeros;
             ``delta`` is ``1 + sum w (l - 1)``. By default ``linear`` with `weights`, ``product`` without.
         weights: one number an adapter, for ``linear`` and ``delta``.
+        base: as in `convert`.
         overwrite: replace an existing output folder.
 
     Heads and other tensors besides the vectors are kept where at most one adapter brings them, or all bring the same.
 
-    Raises `UsageError`, `Refused` (different sides of a module, different heads), `ShapeMismatch` and what reading raises.
+    Raises `UsageError`, `Refused` (different sides of a module, different heads), `ShapeMismatch`, `NotFinite` and what reading
+    raises.
     """
     read = [read_adapter(source) for source in adapters]
     if len(read) < 2:
         raise UsageError(
             "combine needs at least two adapters", hint="repeat --adapter; convert rewrites a single one"
         )
-    how = how or ("linear" if weights else "product")
+    how = combine or ("linear" if weights else "product")
     check_weights(read, how, weights)
-    _check_finite(read)
-    warnings = [warning for adapter in read for warning in adapter.warnings]
+    checkpoint = read_checkpoint(base) if base is not None else None
+    fitted = [_fit(adapter, checkpoint, False, False) for adapter in read]
+    read = [adapter for adapter, _ in fitted]
+    warnings = [warning for _, said in fitted for warning in said]
     if how == "linear":
         warnings += linear_warnings(read, weights)
     sites = combine_sites(read, weights, how)
     options = {"combine": how, "weights": list(weights)}
     return _write(
-        read, list(sites.values()), combine_extras(read), Path(output), warnings, "combine", options, None, overwrite
+        read, list(sites.values()), None, Path(output), warnings, "combine", options, None, overwrite, checkpoint
     )  # fmt: skip
+
+
+def _fit(
+    adapter: Adapter, base: Checkpoint | None, allow_missing: bool, allow_unused: bool
+) -> tuple[Adapter, list[str]]:
+    """`adapter` with the names and shapes that it has in `base`, if there is one, and what a user should know."""
+    for problem in not_finite(adapter):
+        raise problem
+    if base is not None:
+        dense = dense_view(base, find_quantization(base))
+        found = resolve(adapter, dense, allow_missing=allow_missing, allow_unused=allow_unused)
+        for problem in found.problems:
+            raise problem
+        placed = list(found.placements.values())
+        keys = {(site.module, site.direction): key for key, site in found.adapter.sites.items()}
+        sites = {keys[p.site.module, p.site.direction]: _shaped(p) for p in placed}
+        extras = {name: found.adapter.extras[name] for name in found.extras}
+        return replace(found.adapter, sites=sites, extras=extras), found.warnings
+    warnings = list(adapter.warnings)
+    if may_be_damaged(adapter):
+        warnings.append(
+            f"PEFT below 0.18 may have written {adapter.name}: it damaged module paths that the adapter's name occurs in; --base "
+            "checks and restores them"
+        )
+    if adapter.unplaced and not allow_unused:
+        raise UnusedVector(
+            f"{adapter.name}: {adapter.warnings[-1]}",
+            hint="--allow-unused converts the vectors without the head",
+        )
+    extras = {name: tensor for name, tensor in adapter.extras.items() if name not in adapter.unplaced}
+    return replace(adapter, extras=extras), warnings
 
 
 def _write(
     adapters: Sequence[Adapter],
     sites: Sequence[Site],
-    extras: Mapping[str, StoredTensor],
+    pattern: str | None,
     target: Path,
     warnings: Sequence[str],
     command: str,
     options: Mapping[str, Any],
     task_type: str | None,
     overwrite: bool,
+    base: Checkpoint | None,
 ) -> WrittenAdapter:
-    check_target(target, [adapter.location.path for adapter in adapters], overwrite=overwrite)
+    inputs = [adapter.location.path for adapter in adapters]
+    inputs += [base.location.path] if base is not None else []
+    check_target(target, inputs, overwrite=overwrite)
     twice = sorted(module for module, count in Counter(site.module for site in sites).items() if count > 1)
     if twice:
         raise Refused(
@@ -155,7 +172,7 @@ def _write(
         )
     with staged(target, overwrite=overwrite) as stage:
         write_peft(
-            stage, sites, extras,
+            stage, sites, combine_extras(adapters), pattern,
             task_type=task_type or _agreed(a.task_type for a in adapters),
             base_model=_agreed(a.config.get("base_model_name_or_path") for a in adapters),
             to_save={name for adapter in adapters for name in adapter.rules.to_save},
@@ -181,11 +198,6 @@ def _write(
         text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         (stage / NAME).write_text(text, encoding="utf-8")
     return WrittenAdapter(target, content, tuple(warnings))
-
-
-def _check_finite(adapters: Sequence[Adapter]) -> None:
-    for problem in (p for adapter in adapters for p in not_finite(adapter)):
-        raise problem
 
 
 def _shaped(placement: Placement) -> Site:

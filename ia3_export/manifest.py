@@ -12,12 +12,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from ia3_export.checkpoint.folder import MANIFEST
 from ia3_export.checkpoint.hub import Location
 from ia3_export.execute import TensorResult, Written, hash_file
 from ia3_export.plan import Plan
 
 SCHEMA = "ia3-export/manifest/1"
-NAME = "ia3_export.json"
+NAME = MANIFEST
 Digests = Literal["full", "output", "none"]
 
 

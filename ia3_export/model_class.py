@@ -233,8 +233,8 @@ def _label_names(adapter: Adapter, count: int) -> list[str]:
 
 def _with_labels(config: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
     """The configuration with the adapter's own names of its labels, and its kind of problem, if it has them."""
-    if adapter.labels:
-        names = adapter.labels
+    names = adapter.labels
+    if names and len(names) == len(config.get("id2label") or range(config.get("num_labels", 2))):
         config |= {
             "id2label": {str(i): name for i, name in enumerate(names)},
             "label2id": {name: i for i, name in enumerate(names)},

@@ -102,6 +102,10 @@ def square_is_conv1d(adapter: Adapter, tensors: Mapping[str, StoredTensor], type
     """
     if types & CONV1D_MODEL_TYPES:
         return True
+    if (
+        types and adapter.format != "peft"
+    ):  # the orientation of their vectors is a reader's word, not the module's
+        return False
     layouts = set()
     for site in adapter.sites.values():
         weight = tensors.get(f"{site.module}.weight")

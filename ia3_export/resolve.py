@@ -132,12 +132,13 @@ def _place(site: Site, base: Checkpoint, result: Resolution, square: bool) -> Pl
     if weight is not None:
         _check_dtype(module, weight.dtype)
         layout = weight_layout(site, weight.shape, square_is_conv1d=square)
-        if (
-            weight.computed is not None and layout == "conv1d" and not square
-        ):  # its reader knows which is which
+        # the reader of a quantized weight knows which side is which; a bare vector's says nothing against the model type
+        told = weight.computed is not None or (result.adapter.format != "peft" and base.config is not None)
+        if told and layout == "conv1d" and not square:
             raise ShapeMismatch(
-                f"the vector of {module} fits {weight.name} only if that is transposed",
-                hint="the base is damaged, or the adapter was trained on another model",
+                f"the vector of {module} has {len(site.vector):,} elements, said to scale its {site.direction}put: that fits "
+                f"{weight.name} {list(weight.shape)} only if it is stored transposed",
+                hint="the adapter was trained on another model, or (--map) the vector scales the other side",
             )
         parts = [Part("direct", weight.name, weight.name, weight.shape, layout)]
         bias = base.tensors.get(f"{module}.bias")

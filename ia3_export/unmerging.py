@@ -1,8 +1,8 @@
 """``unmerge``: divide the vectors out of a merged model again, and measure how far from exact that is.
 
 A fold rounds, so several weights may have given the same product and no division can tell which one it was. For every
-element the quotient is therefore folded again, and so are its two neighbours in the dtype: where only one of the three gives
-back the merged value, it is the weight that was there before (the quotient itself may not be it, next to a power of two).
+element the quotient is therefore folded again, and so are its neighbours in the dtype: where only one of them gives back the
+merged value, it is the weight that was there before (the quotient itself may not be it, next to a power of two).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ia3_export.changes import Change
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.checkpoint.stage import check_target, staged
-from ia3_export.errors import Refused, ShapeMismatch, Unsupported
+from ia3_export.errors import Refused, ShapeMismatch, Unsupported, UsageError
 from ia3_export.execute import Progress, write_outputs
 from ia3_export.fold import Array, Scale, fold_block, storage_dtype
 from ia3_export.layout import INDEX, lay_out, make_index
@@ -38,14 +38,17 @@ from ia3_export.quantization.detection import find_quantization
 SCHEMA = "ia3-export/unmerge/1"
 #: Share of a tensor's elements that may not fold back, since several adapters round several times.
 _EXPLAINED = 0.02
+#: Places from the quotient that are tried, in this order. What folds back lies side by side, since a fold keeps the order of values:
+#: so one whose two neighbours do not is the only one.
+_STEPS = (0, 1, -1, 2, -2)
 
 
 @dataclass(frozen=True, slots=True)
 class Exactness:
     """How surely the elements of a tensor are what they were before the merge.
 
-    `certain`: no other value of the dtype folds to the merged one. `ambiguous`: a neighbour does so too, the original is one
-    of them. `unfolded`: neither the quotient nor a neighbour gives the merged value. With a base, `equal` elements
+    `certain`: no other value of the dtype folds to the merged one. `ambiguous`: several in a row do, and the original is one of
+    them. `unfolded`: nothing near the quotient gives the merged value. With a base that has the tensor, `equal` elements
     have its bits, and `distance` is the largest difference in units of the last place.
     """
 
@@ -77,12 +80,14 @@ def unmerge(
     base: str | Path | None = None,
     combine: Combine | None = None,
     weights: Sequence[float] = (),
+    allow_missing: bool = False,
     overwrite: bool = False,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> Unmerged:
     """Divide the vectors of `adapters` out of a merged `model`.
 
-    Every element becomes ``round_to_dtype(W / l)``, the quotient in float64, the last adapter first. Streaming, as `merge`.
+    Every element becomes ``round_to_dtype(W / l)``, the quotient in float64, the last adapter first, or the neighbour of that which
+    gives the merged value when it is folded. Streaming, as `merge`.
 
     Args:
         model: folder, weight file or hub id of a dense merged model.
@@ -90,6 +95,7 @@ def unmerge(
         output: folder to create.
         base: the original, if it is at hand: the result is then compared with it.
         combine, weights: how several adapters were merged; by default what the model's manifest says.
+        allow_missing: accept targeted modules without a vector.
         overwrite: replace an existing output folder.
         on_progress: called with bytes done and in total.
 
@@ -102,12 +108,15 @@ def unmerge(
     checkpoint = read_checkpoint(model)
     read = [read_adapter(source) for source in adapters]
     how = recorded_options(checkpoint, checkpoint)
+    if weights and combine is None:
+        raise UsageError("--weights needs --combine", hint="say how the adapters were merged")
     warnings = []
     if combine is not None:
         how = replace(how, combine=combine, weights=tuple(weights))
     elif how != MergeOptions():
         check_recorded(how, len(read))
         warnings.append(f"taken from the model's manifest: {describe_options(how)}")
+    how = replace(how, allow_missing=how.allow_missing or allow_missing)
     if find_quantization(checkpoint).packed:
         raise Unsupported(
             f"{checkpoint.location.given} is quantized, and vectors are not divided out of scales",
@@ -126,11 +135,16 @@ def unmerge(
     )  # fmt: skip
     plan.raise_problems()
     original = read_checkpoint(base) if base is not None else None
+    if how.dtype != "auto":
+        warnings.append(
+            f"the merge also wrote {how.dtype}: what was there before in another dtype is not known any more"
+        )
     inverse = replace(
         plan, changes={name: _invert(change) for name, change in plan.changes.items()}, config=None
     )
     target = Path(output)
     inputs = [checkpoint.location.path, *(adapter.location.path for adapter in read)]
+    inputs += [original.location.path] if original is not None else []
     check_target(target, inputs, overwrite=overwrite)
     with staged(target, overwrite=overwrite) as stage:
         files = lay_out(inverse)
@@ -143,7 +157,8 @@ def unmerge(
             if piece.change is not None
         }
         tensors = tuple(_settle(plan, inverse, original, places))
-        warnings += [*(said for adapter in plan.adapters for said in adapter.warnings), *_found(tensors)]
+        warnings += [*(said for adapter in plan.adapters for said in adapter.warnings)]
+        warnings += _found(tensors) if how.dtype == "auto" else []
         content = {
             "schema": SCHEMA,
             "tool": {"name": "ia3-export", "version": metadata.version("ia3-export")},
@@ -203,7 +218,8 @@ def _reciprocal(scale: Scale, fold: str) -> Scale:
 def _copy_side_files(model: Checkpoint, stage: Path, index: bytes | None) -> None:
     """The model's files; the base's own card, which `merge` had put aside, gets its name back."""
     for relative in model.side_files:
-        if relative in (NAME, BASE_CARD) or (relative == "README.md" and BASE_CARD in model.side_files):
+        merge_card = relative == "README.md" and NAME in model.side_files
+        if relative in (NAME, BASE_CARD) or merge_card:
             continue
         place = stage / relative
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -218,12 +234,16 @@ def _settle(
     plan: Plan, inverse: Plan, original: Checkpoint | None, places: Mapping[str, tuple[Path, int]]
 ) -> Iterator[Exactness]:
     """Look at every quotient that was written (`places`: file and byte), and correct those whose neighbour it must be."""
+    if original is not None and not original.tensors.keys() & plan.changes.keys():
+        raise ShapeMismatch(
+            f"{original.location.given} has none of the tensors that were folded, such as {min(plan.changes)}",
+            hint="--base is not the merge's base",
+        )
     reader = Reader()
     with reader.stack:
         for name in sorted(plan.changes):
+            # a head that the merge untied has no tensor of its own in the base
             before = original.tensors.get(name) if original is not None else None
-            if original is not None and before is None:
-                raise ShapeMismatch(f"the base has no tensor {name}", hint="--base is not the merge's base")
             path, position = places[name]
             with path.open("r+b") as file:
                 yield _settle_tensor(
@@ -251,23 +271,26 @@ def _settle_tensor(
     for block, first in expected_blocks(row, reader):
         quotient = block.copy()
         span = first * stored.itemsize, len(quotient) * stored.itemsize
-        merged = reader.read(tensor, *span, "merged").view(stored)
-        tried = (quotient, _neighbour(quotient, dtype, 1), _neighbour(quotient, dtype, -1))
-        here, above, below = (
-            _same_bits(fold_block(bits, first, dtype, dtype, forward.scales, reader.work), merged, dtype) for bits in tried
-        )  # fmt: skip
-        count = here.astype("u1") + above + below
+        merged = _bits(reader.read(tensor, *span, "merged"), dtype)
+        candidates = [_step(quotient, dtype, steps) for steps in _STEPS]
+        folds = np.stack(
+            [
+                _bits(fold_block(values, first, dtype, dtype, forward.scales, reader.work), dtype) == merged
+                for values in candidates
+            ]
+        )
+        count = folds.sum(axis=0)
         certain += int(np.sum(count == 1))
         ambiguous += int(np.sum(count > 1))
         unfolded += int(np.sum(count == 0))
-        if (~here & (count > 0)).any():
-            quotient = np.where(here | (count == 0), quotient, np.where(above, tried[1], tried[2]))
+        nearest = folds.argmax(axis=0)  # the first that folds back; where none does, the quotient
+        if nearest.any():
+            quotient = np.choose(nearest, candidates)
             file.seek(position + span[0])
             file.write(quotient.tobytes())
         if original is not None:
-            apart = np.abs(
-                _ordinal(quotient, dtype) - _ordinal(reader.read(original, *span, "original"), dtype)
-            )
+            before = _ordinal(reader.read(original, *span, "original"), dtype)
+            apart = np.abs(_ordinal(quotient, dtype) - before)
             equal += int(np.sum(apart == 0))
             distance = max(distance, int(apart.max(initial=0)))
     return Exactness(
@@ -276,23 +299,8 @@ def _settle_tensor(
     )  # fmt: skip
 
 
-def _same_bits(bits: Array, other: Array, dtype: str) -> Array:
-    return np.asarray(_bits(bits, dtype) == _bits(other, dtype))
-
-
 def _bits(values: Array, dtype: str) -> Array:
     return values.view(f"<u{storage_dtype(dtype).itemsize}")
-
-
-def _neighbour(values: Array, dtype: str, step: int) -> Array:
-    """The next value of `dtype` away from zero (`step` 1) or towards it (-1), as stored bits; zero stays for the latter."""
-    bits = _bits(values, dtype).copy()
-    magnitude = bits & bits.dtype.type(2 ** (8 * bits.itemsize - 1) - 1)
-    if step > 0:
-        bits += bits.dtype.type(1)
-    else:
-        bits -= (magnitude > 0).astype(bits.dtype)
-    return bits.view(storage_dtype(dtype))
 
 
 def _ordinal(values: Array, dtype: str) -> Array:
@@ -304,6 +312,17 @@ def _ordinal(values: Array, dtype: str) -> Array:
     sign = bits.dtype.type(2 ** (8 * bits.itemsize - 1))
     magnitude = (bits & (sign - bits.dtype.type(1))).astype("<i8")
     return np.asarray(np.where(bits & sign, -magnitude, magnitude))
+
+
+def _step(values: Array, dtype: str, steps: int) -> Array:
+    """Stored bits of the values `steps` places up (or, negative, down) in the order of `dtype`."""
+    if steps == 0:
+        return values
+    ordinal = _ordinal(values, dtype) + steps
+    sign = 2 ** (8 * storage_dtype(dtype).itemsize - 1)
+    magnitude = np.abs(ordinal).astype("<u8")
+    bits = np.where(ordinal < 0, magnitude | np.uint64(sign), magnitude)
+    return np.asarray(bits, f"<u{storage_dtype(dtype).itemsize}").view(storage_dtype(dtype))
 
 
 def _found(tensors: Sequence[Exactness]) -> Iterator[str]:

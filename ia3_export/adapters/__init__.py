@@ -39,7 +39,8 @@ def read_adapters(sources: Sequence[str | Path | Adapter], rules: Sequence[str] 
     if rules and all(adapter.format != "mapped" for adapter in read):
         kinds = ", ".join(dict.fromkeys(adapter.format for adapter in read))
         raise UsageError(
-            f"--map is for files in no known format, and this is {kinds}", hint="leave --map out"
+            f"--map is for files whose configuration names no format, and this is {kinds}",
+            hint="leave --map out",
         )
     return read
 
@@ -47,17 +48,19 @@ def read_adapters(sources: Sequence[str | Path | Adapter], rules: Sequence[str] 
 def read_adapter(source: str | Path | Adapter, *, rules: Sequence[str] = ()) -> Adapter:
     """Read an adapter: a folder, a file or a hub id, in whatever format of `READERS` it is.
 
-    `rules` (``REGEX=output`` or ``REGEX=input``, see `read_mapped`) say what the vectors are in a file of no known format. An
-    `Adapter` that was read before is returned as it is. Raises `IA3ExportError`.
+    `rules` (``REGEX=output`` or ``REGEX=input``, see `read_mapped`) say what the vectors are in a file without a configuration
+    that names its format. An `Adapter` that was read before is returned as it is. Raises `IA3ExportError`.
     """
     if isinstance(source, Adapter):
         return source
     files = open_source(source)
     found = next((known for known in READERS.values() if known.recognises(files)), None)
+    if rules and (
+        found is None or files.config_file is None
+    ):  # keys alone are a guess, which the user knows better
+        return read_mapped(files, rules)
     if found is not None:
         return found.read(files)
-    if rules:
-        return read_mapped(files, rules)
     keys = [tensor.name for tensor in files.weights.tensors[:3]]
     raise Unsupported(
         f"{files.weights.path} is in no adapter format that is known ({', '.join(READERS)}); its keys are "

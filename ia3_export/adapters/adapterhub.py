@@ -16,7 +16,7 @@ import numpy as np
 
 from ia3_export.adapters.adapterhub_heads import Head, read_head
 from ia3_export.adapters.model import Adapter, Site, TargetRules, same_in_every_layer
-from ia3_export.adapters.source import Source, make_site, unwrapped
+from ia3_export.adapters.source import Source, add_site, make_site, unwrapped
 from ia3_export.errors import DamagedFile, Refused, Unsupported
 
 _VECTOR = re.compile(r"(?P<module>.+)\.loras\.(?P<name>[^.]+)\.lora_B")
@@ -58,14 +58,14 @@ def read_adapterhub(source: Source) -> Adapter:
         site = make_site(module, "out", tensor, factor)
         if module.rpartition(".")[2] in _FUSED:
             site = _fill_up(site, enabled, factor)
-        sites[module] = site
+        add_site(sites, site, tensor)
     if not sites:
         raise Refused(f"{source.weights.path} holds no vector", hint="was the adapter saved before training?")
     # layers that were left out are missing on purpose, and the decoder's are counted on from the encoder's
     target = tuple(sorted(sites)) if settings.get("leave_out") else same_in_every_layer(sites)
     return Adapter(
         source.name, "adapterhub", source.location, (*source.files, *head.files), sites, head.tensors, TargetRules(target, ()),
-        _as_config(source, head), head.labels, head.warnings,
+        _as_config(source, head), head.labels, head.unplaced, head.warnings,
     )  # fmt: skip
 
 

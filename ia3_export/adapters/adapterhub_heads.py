@@ -40,6 +40,7 @@ class Head:
     task_type: str | None = None
     problem_type: str | None = None
     labels: tuple[str, ...] = ()
+    unplaced: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
 
     @property
@@ -138,7 +139,7 @@ def _flexible(found: Head, kind: str, settings: Mapping[str, Any], model_type: s
             f"its head ({kind}, {settings.get('layers')} layers, {settings.get('activation_function')}) is one that no class of "
             "transformers computes; --allow-unused merges the vectors without it"
         )
-        return replace(found, warnings=(warning,))
+        return replace(found, unplaced=frozenset(found.tensors), labels=(), warnings=(warning,))
     tensors = {f"{places[index]}.{leaf}": tensor for (index, leaf), tensor in layers.items()}
     if kind == "seq2seq_lm" and model_type in ("bart", "mbart", "plbart"):
         tensors["final_logits_bias"] = _no_bias(tensors["lm_head.weight"])

@@ -15,7 +15,7 @@ UNCHANGED = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Channels by what a vector does to them. Negative ones are inhibited, amplified or neither besides."""
+    """Channels by what a vector does to them. A negative channel counts by its magnitude as well."""
 
     channels: int = 0
     unchanged: int = 0
@@ -49,6 +49,12 @@ def strongest_channels(vector: Array, most: int = 5) -> tuple[list[int], list[in
     inhibited = [int(i) for i in order[:most] if magnitude[i] < 1 - UNCHANGED]
     amplified = [int(i) for i in order[::-1][:most] if magnitude[i] > 1 + UNCHANGED]
     return inhibited, amplified
+
+
+def kinds_of(vector: Array) -> Array:
+    """-1 for channels that are inhibited, 1 for those that are amplified, 0 for the others."""
+    magnitude = np.abs(vector)
+    return np.asarray((magnitude > 1 + UNCHANGED).astype("i1") - (magnitude < 1 - UNCHANGED).astype("i1"))
 
 
 def unchanged(values: Array) -> Array:

@@ -1,6 +1,6 @@
-"""Several adapters at once: the three ways of section 2 of the design.
+"""Several adapters as one vector a module.
 
-``product`` folds one vector after the other. ``linear`` is PEFT's ``IA3Model.add_weighted_adapter``: the plain sum of weight
+``product`` multiplies them, which a merge does one after the other. ``linear`` is PEFT's ``IA3Model.add_weighted_adapter``: the plain sum of weight
 times vector, in which a missing vector counts as zero. ``delta`` adds the changes instead, ``1 + sum w (l - 1)``, in which a
 missing vector counts as ones.
 """
@@ -14,7 +14,7 @@ import numpy as np
 
 from ia3_export.adapters.model import Adapter, Site
 from ia3_export.checkpoint.header import StoredTensor, same_bytes
-from ia3_export.errors import Refused, ShapeMismatch
+from ia3_export.errors import NotFinite, Refused, ShapeMismatch
 from ia3_export.fold import Array, round_vector
 
 Combine = Literal["product", "linear", "delta"]
@@ -25,7 +25,7 @@ def combine_vectors(
 ) -> Array:
     """One vector from those of several adapters for one module (None where an adapter has none).
 
-    `stored` is the dtype of the module's weight in the base. ``linear`` has PEFT's bits: its new vector lives in that
+    `stored` is the dtype of the module's weight in the base, or without a base that of the vectors. ``linear`` has PEFT's bits: its new vector lives in that
     dtype, and is rounded after every addition. ``delta`` and ``product`` are computed in float64 and rounded once, to float32
     (float64 for float64 bases).
     """
@@ -73,7 +73,7 @@ def linear_warnings(adapters: Sequence[Adapter], weights: Sequence[float]) -> li
 def combine_sites(adapters: Sequence[Adapter], weights: Sequence[float], how: Combine) -> dict[str, Site]:
     """The combined vector of every module, float32 (float64 where one of them is).
 
-    Raises `Refused` when adapters scale different sides of a module, and `ShapeMismatch`.
+    Raises `Refused` when adapters scale different sides of a module, `ShapeMismatch`, and `NotFinite`.
     """
     combined: dict[str, Site] = {}
     for key in dict.fromkeys(key for adapter in adapters for key in adapter.sites):
@@ -93,9 +93,14 @@ def combine_sites(adapters: Sequence[Adapter], weights: Sequence[float], how: Co
         dtype = "F64" if any(site.dtype == "F64" for site in present) else "F32"
         vectors = [adapter.sites[key].vector if key in adapter.sites else None for adapter in adapters]
         shape = max((site.shape for site in present), key=len)
-        combined[key] = Site(
-            first.module, first.direction, combine_vectors(vectors, weights, how, dtype), shape, dtype
-        )
+        with np.errstate(over="ignore", invalid="ignore"):
+            vector = combine_vectors(vectors, weights, how, dtype)
+        if not np.isfinite(vector).all():
+            raise NotFinite(
+                f"the combined vector of {first.module} does not fit {dtype} at element {int(np.argmin(np.isfinite(vector)))}",
+                hint="the adapters' vectors are too large for each other; look at them with ia3-export inspect",
+            )
+        combined[key] = Site(first.module, first.direction, vector, shape, dtype)
     return combined
 
 

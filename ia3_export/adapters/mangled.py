@@ -12,10 +12,17 @@ from dataclasses import replace
 
 from ia3_export.adapters.model import Adapter
 from ia3_export.adapters.peft import PREFIX
+from ia3_export.checkpoint.folder import MANIFEST
 from ia3_export.errors import Refused
 
 #: What PEFT always saves of a classifier (``PeftModelForSequenceClassification``).
 _CLASSIFIERS = ("classifier", "score")
+
+
+def may_be_damaged(adapter: Adapter) -> bool:
+    """Whether PEFT below 0.18 can have written the adapter: later versions record themselves, and so do we."""
+    written_by_us = (adapter.folder / MANIFEST).is_file()
+    return adapter.format == "peft" and "peft_version" not in adapter.config and not written_by_us
 
 
 def restore_names(adapter: Adapter, modules: Collection[str]) -> Adapter | None:
@@ -31,9 +38,7 @@ def restore_names(adapter: Adapter, modules: Collection[str]) -> Adapter | None:
         for name in adapter.extras
         if "." not in name or "modules_to_save" in name.split(".")
     }
-    if adapter.format != "peft" or "peft_version" in adapter.config:  # recorded since 0.18
-        return None
-    if not vectors and not heads:
+    if not may_be_damaged(adapter) or not (vectors or heads):
         return None
     whole = {site.module for site in adapter.sites.values()} - vectors
     free = set(filter(adapter.rules.targets, modules)) - whole

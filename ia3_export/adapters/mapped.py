@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ia3_export.adapters.model import Adapter, Site, TargetRules, same_in_every_layer, second_key
-from ia3_export.adapters.source import Source, make_site
+from ia3_export.adapters.model import Adapter, Site, TargetRules, same_in_every_layer
+from ia3_export.adapters.source import Source, add_site, make_site
 from ia3_export.checkpoint.header import StoredTensor
-from ia3_export.errors import DamagedFile, UnusedVector, UsageError
+from ia3_export.errors import UnusedVector, UsageError
 from ia3_export.fold import Direction
 
 _SIDES: dict[str, Direction] = {"output": "out", "input": "in"}
@@ -48,14 +48,7 @@ def read_mapped(source: Source, rules: Sequence[str]) -> Adapter:
             continue
         match, side = found
         module = ".".join(part for part in match.groups() if part) or tensor.name.rpartition(".")[0]
-        before = sites.get(module)
-        key = module if before is None else second_key(module, side)
-        if not module or key in sites or (before is not None and before.direction == side):
-            raise DamagedFile(
-                f"{tensor.file}: by --map, {tensor.name} and another key are both the {side}put vector of {module or 'nothing'}",
-                hint="put the part of the key that is the module path into a group: --map '(.+)\\.scale=output'",
-            )
-        sites[key] = make_site(module, side, tensor)
+        add_site(sites, make_site(module, side, tensor), tensor)
     if not sites:
         keys = ", ".join(tensor.name for tensor in source.weights.tensors[:3])
         raise UnusedVector(

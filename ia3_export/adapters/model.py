@@ -72,8 +72,8 @@ class Adapter:
 
     Module paths and the names of `extras` are those of the model that was trained, without PEFT's prefix. PEFT has one
     vector a module; where a format has two, `sites` holds the second under `second_key`. `files` lie in
-    `folder`. `labels` are the names of a classification head's labels, where the format keeps them, and
-    `warnings` what its reader noticed.
+    `folder`. `labels` are the names of a classification head's labels, where the format keeps them, `unplaced` names
+    extras that no class of transformers has, and `warnings` is what its reader noticed.
     """
 
     name: str
@@ -85,6 +85,7 @@ class Adapter:
     rules: TargetRules
     config: Mapping[str, Any]
     labels: tuple[str, ...] = ()
+    unplaced: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
 
     @property

@@ -147,7 +147,7 @@ def _choose_adapter(
     if others:
         warnings.append(
             f"{shard.path.name} also holds {sum(others.values())} vectors of other adapters ({', '.join(sorted(others))}), which are "
-            "left out, as PEFT leaves them"
+            "left out"
         )
     return by_adapter[chosen]
 

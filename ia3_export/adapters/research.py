@@ -18,8 +18,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from ia3_export.adapters.model import Adapter, Site, TargetRules, same_in_every_layer, second_key
-from ia3_export.adapters.source import Source, make_site, unwrapped
+from ia3_export.adapters.model import Adapter, Site, TargetRules, same_in_every_layer
+from ia3_export.adapters.source import Source, add_site, make_site, unwrapped
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import Unsupported
 from ia3_export.fold import Direction
@@ -62,15 +62,15 @@ def read_tfew(source: Source) -> Adapter:
             if tensor.size:
                 extras[unwrapped(tensor.name)] = tensor
             continue
-        module, direction = unwrapped(match["module"]), _side(match["side"])
+        module = unwrapped(match["module"])
+        direction: Direction = "out" if match["side"] == "b" else "in"
         rank = min(tensor.shape) if len(tensor.shape) == 2 else 1
         if rank > 1:
             raise Unsupported(
                 f"{tensor.file} holds {tensor.name} of scaling rank {rank}: it rescales the weight element by element",
                 hint="ia3-export folds checkpoints that were trained with lora_scaling_rank 1",
             )
-        site = make_site(module, direction, tensor)
-        sites[module if module not in sites else second_key(module, direction)] = site
+        add_site(sites, make_site(module, direction, tensor), tensor)
     return _adapter(source, "tfew", sites, extras)
 
 
@@ -96,7 +96,7 @@ def _read_outputs(source: Source, kind: str, key: re.Pattern[str]) -> Adapter:
         match = key.fullmatch(tensor.name)
         if match is not None:
             module = unwrapped(match["module"])
-            sites[module] = make_site(module, "out", tensor)
+            add_site(sites, make_site(module, "out", tensor), tensor)
         else:
             extras[unwrapped(tensor.name.replace(".linear_layer.", "."))] = tensor
     return _adapter(source, kind, sites, extras)
@@ -107,10 +107,6 @@ def _behind_queries(site: Site) -> Site:
     ones = np.ones(len(site.vector) // 2, site.vector.dtype)
     vector = np.concatenate([ones, site.vector])
     return replace(site, vector=vector, shape=(len(vector), 1))
-
-
-def _side(side: str) -> Direction:
-    return "out" if side == "b" else "in"
 
 
 def _adapter(source: Source, kind: str, sites: dict[str, Site], extras: dict[str, StoredTensor]) -> Adapter:

@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from ia3_export.adapters.model import Site
+from ia3_export.adapters.model import Site, second_key
 from ia3_export.checkpoint.folder import read_config
 from ia3_export.checkpoint.header import Shard, StoredTensor, read_header, read_values
 from ia3_export.checkpoint.hub import Location, locate
-from ia3_export.errors import NotFound, ShapeMismatch, Unsupported
+from ia3_export.errors import DamagedFile, NotFound, ShapeMismatch, Unsupported
 from ia3_export.fold import FLOAT_DTYPES, Direction
 
 #: What training leaves in an adapter's repository besides the adapter.
 _DOWNLOAD_IGNORE = (
-    "*.onnx*", "*.gguf", "*.h5", "*.msgpack", "optimizer*", "scheduler*", "rng_state*", "training_args*", "checkpoint-*/*",
-    "global_step*/*", "runs/*", "tf_model*", "model.safetensors", "model-*.safetensors", "pytorch_model*",
+    "*.onnx*", "*.gguf", "*.h5", "*.msgpack", "*optimizer*", "*scheduler*", "*rng_state*", "*training_args*", "*checkpoint-*/*",
+    "*global_step*/*", "*runs/*", "tf_model*", "model.safetensors", "model-*.safetensors", "pytorch_model.bin*", "pytorch_model-*",
 )  # fmt: skip
 _CONFIG = "adapter_config.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -127,6 +127,19 @@ def make_site(module: str, direction: Direction, tensor: StoredTensor, factor: f
     else:
         shape = (len(values),)
     return Site(module, direction, values, shape, dtype)
+
+
+def add_site(sites: dict[str, Site], site: Site, tensor: StoredTensor) -> None:
+    """Put `site`, read from `tensor`, among `sites`. Raises `DamagedFile` for a second vector on one side of a module."""
+    before = sites.get(site.module)
+    key = site.module if before is None else second_key(site.module, site.direction)
+    if not site.module or key in sites or (before is not None and before.direction == site.direction):
+        raise DamagedFile(
+            f"{tensor.file}: {tensor.name} and another key are both the {site.direction}put vector of "
+            f"{site.module or 'no module at all'}",
+            hint="a file holds one adapter; with --map, put the part of the key that is the module path into a group",
+        )
+    sites[key] = site
 
 
 def _folder(path: Path) -> Path:

@@ -1,13 +1,14 @@
 """Writes an adapter in PEFT's layout, for PEFT 0.4 and later.
 
-``adapter_config.json`` has only fields that every version knows; ``target_modules`` are whole module paths, which match those
-modules and no others (``check_target_module_exists``).
+``adapter_config.json`` has only fields that every version knows; ``target_modules`` are whole module paths, which match a module
+of that path and one whose path ends in it after a dot (``check_target_module_exists``).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ def write_peft(
     folder: Path,
     sites: Iterable[Site],
     extras: Mapping[str, StoredTensor],
+    pattern: str | None = None,
     *,
     task_type: str | None,
     base_model: str | None,
@@ -28,7 +30,7 @@ def write_peft(
 ) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into `folder`.
 
-    Vectors keep their dtype and become (n, 1), (1, n) or (1, n, 1, 1[, 1]). At most one site a module. The same input gives
+    `pattern` is an expression for the target modules, instead of their list. Vectors keep their dtype and become (n, 1), (1, n) or (1, n, 1, 1[, 1]). At most one site a module. The same input gives
     the same bytes.
     """
     ordered = sorted(sites, key=lambda site: site.module)
@@ -36,13 +38,13 @@ def write_peft(
         "auto_mapping": None,
         "base_model_name_or_path": base_model,
         "fan_in_fan_out": False,
-        "feedforward_modules": [site.module for site in ordered if site.direction == "in"],
+        "feedforward_modules": _feedforward(ordered),
         "inference_mode": True,
         "init_ia3_weights": True,
         "modules_to_save": sorted(to_save) or None,
         "peft_type": "IA3",
         "revision": None,
-        "target_modules": [site.module for site in ordered],
+        "target_modules": pattern or [site.module for site in ordered],
         "task_type": task_type,
     }
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
@@ -72,3 +74,12 @@ def peft_shape(site: Site) -> tuple[int, ...]:
     if len(site.shape) > 1:
         return site.shape
     return (len(site.vector), 1) if site.direction == "out" else (1, len(site.vector))
+
+
+def _feedforward(sites: Sequence[Site]) -> list[str] | str:
+    """The modules whose input is scaled: a list, or, where PEFT would find the end of another path in it, an expression."""
+    inputs = [site.module for site in sites if site.direction == "in"]
+    outputs = [site.module for site in sites if site.direction == "out"]
+    if any(output.endswith(tuple(inputs)) for output in outputs if inputs):
+        return "|".join(re.escape(module) for module in inputs)
+    return inputs

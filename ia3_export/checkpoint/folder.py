@@ -22,6 +22,8 @@ _OTHER_WEIGHTS = (
     "pytorch_model*.bin.index.json", "tf_model*.h5.index.json", "flax_model*.msgpack.index.json",
 )  # fmt: skip
 _OTHER_WEIGHT_FOLDERS = ("onnx", "openvino", "coreml", "original", "gguf")
+#: What every command of ours leaves in the folder that it wrote.
+MANIFEST = "ia3_export.json"
 _SKIPPED_FOLDERS = (".git", ".cache", "__pycache__")
 _DOWNLOAD_IGNORE = ("*.gguf", "*.onnx*", "*.h5", "*.msgpack", "*.ot", "*.tflite", "*.pth", "original/*")
 

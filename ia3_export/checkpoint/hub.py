@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partialmethod
 from pathlib import Path
 
 from ia3_export.errors import NotFound
 
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+# a revision becomes part of a path in the hub cache: no "..", no "/" at the start (git allows neither)
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +49,59 @@ def locate(source: str | Path, *, ignore: Sequence[str] = ()) -> Location:
 
 def _download(text: str, repo: str, revision: str | None, ignore: Sequence[str]) -> Location:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class TerminalBar(tqdm):
+        """A bar on a terminal only; huggingface_hub draws one into pipes, too."""
+
+        __init__ = partialmethod(tqdm.__init__, disable=None)
 
     try:
-        folder = Path(snapshot_download(repo, revision=revision, ignore_patterns=list(ignore)))
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+        folder = Path(
+            snapshot_download(repo, revision=revision, ignore_patterns=list(ignore), tqdm_class=TerminalBar)
+        )
+    except Exception as error:
+        # also of httpx, of the parser of answers that are no hub's, of the check of names: all about the input
+        raise _not_fetched(text, repo, revision, error) from None
+    if not folder.is_dir():
         raise NotFound(
-            f"{text} is neither a local path nor in the hub cache, and the hub cannot be reached",
-            hint="check the spelling, the network, and HF_HUB_OFFLINE; or download the folder and give its path",
-        ) from None
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else "no answer"
-        raise NotFound(
-            f"{text} cannot be fetched from the hub (HTTP status {status})",
-            hint="check the id and revision; private and gated repositories need HF_TOKEN",
-        ) from None
-    except OSError as error:
-        raise NotFound(f"{text} cannot be fetched from the hub ({type(error).__name__})") from None
+            f"{text}: the repository holds no file of use here", hint="check the spelling and the revision"
+        )
     return Location(text, folder, repo, folder.name if folder.parent.name == "snapshots" else revision)
+
+
+def _not_fetched(text: str, repo: str, revision: str | None, error: Exception) -> NotFound:
+    """Why `error` kept `text` from being fetched, without the error's own words: they can quote the token."""
+    from huggingface_hub import errors
+
+    # where the cache does not help out, huggingface_hub says so and keeps what the hub answered as the cause
+    cause = (error.__cause__ or error) if isinstance(error, errors.LocalEntryNotFoundError) else error
+    if isinstance(cause, errors.OfflineModeIsEnabled):
+        what = "is neither a local path nor complete in the hub cache, and HF_HUB_OFFLINE is set"
+        hint = "check the spelling and HF_HOME; run once without HF_HUB_OFFLINE; or give a folder"
+    elif isinstance(cause, errors.HFValidationError):
+        what = "is neither a local path nor a valid hub id"
+        hint = "give a folder, a file, or org/name[@revision]"
+    elif isinstance(cause, errors.RevisionNotFoundError):
+        what = f"cannot be fetched: {repo} has no revision {revision or 'main'}"
+        hint = "give a branch, a tag or a whole commit id of that repository"
+    elif isinstance(cause, errors.GatedRepoError):
+        what = f"cannot be fetched: {repo} is gated"
+        hint = "accept its conditions on the hub, and set HF_TOKEN to a token of that account"
+    elif isinstance(cause, errors.RepositoryNotFoundError):
+        what = "is no local path, and the hub shows no such repository"
+        hint = "check the spelling; a private repository needs HF_TOKEN, a token that may read it"
+    elif isinstance(cause, errors.HfHubHTTPError):
+        status = cause.response.status_code
+        what = f"cannot be fetched: the hub answers with HTTP status {status}"
+        if status in (401, 403):
+            hint = "HF_TOKEN, or the token that is logged in, is not valid there or may not read it"
+        else:
+            hint = "try again later; HF_HUB_OFFLINE=1 takes what is in the hub cache"
+    elif isinstance(cause, OSError) and cause.filename:
+        what = f"cannot be stored in the hub cache: {cause.filename}: {cause.strerror}"
+        hint = "HF_HOME says where the cache is"
+    else:
+        what = f"cannot be fetched from the hub ({type(cause).__name__})"
+        hint = "check the spelling and the network, and HF_ENDPOINT and HF_TOKEN where they are set; or give a folder"
+    return NotFound(f"{text} {what}", hint=hint)

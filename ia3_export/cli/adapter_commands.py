@@ -35,6 +35,7 @@ _output_option = click.option(
 @click.option(
     "--task-type", metavar="TYPE", help="PEFT's, such as SEQ_2_SEQ_LM; default what the adapter says."
 )
+@click.option("--allow-missing", is_flag=True, help="Accept modules of the base without a vector.")
 @click.option(
     "--allow-unused", is_flag=True, help="Leave out vectors and heads that have no place in the model."
 )
@@ -46,6 +47,7 @@ def convert_command(
     rules: tuple[str, ...],
     base: str | None,
     task_type: str | None,
+    allow_missing: bool,
     allow_unused: bool,
     overwrite: bool,
     as_json: bool,
@@ -67,8 +69,8 @@ def convert_command(
     out = Output(as_json, quiet, verbose)
     read = read_adapters([adapter], rules)[0]
     done = convert(
-        read, output, base=base, task_type=task_type, allow_unused=allow_unused, overwrite=overwrite
-    )
+        read, output, base=base, task_type=task_type, allow_missing=allow_missing, allow_unused=allow_unused, overwrite=overwrite
+    )  # fmt: skip
     _show(out, done)
 
 
@@ -84,6 +86,7 @@ def convert_command(
 @click.option(
     "--weights", callback=parse_weights, metavar="W,W,...", help="One per adapter, for linear and delta."
 )
+@click.option("--base", metavar="BASE", help="The model they belong to; as in convert.")
 @overwrite_option
 @output_options
 def combine_command(
@@ -92,6 +95,7 @@ def combine_command(
     output: Path,
     combine: Literal["product", "linear", "delta"] | None,
     weights: tuple[float, ...],
+    base: str | None,
     overwrite: bool,
     as_json: bool,
     quiet: bool,
@@ -109,7 +113,9 @@ def combine_command(
 
     out = Output(as_json, quiet, verbose)
     read = read_adapters(adapters, rules)
-    _show(out, combine_adapters(read, output, how=combine, weights=weights, overwrite=overwrite))
+    _show(
+        out, combine_adapters(read, output, combine=combine, weights=weights, base=base, overwrite=overwrite)
+    )
 
 
 def _show(out: Output, written: WrittenAdapter) -> None:

@@ -70,23 +70,23 @@ def inspect_command(
         raise click.UsageError("--compare and --base exclude each other")
     from ia3_export.adapters import read_adapters
     from ia3_export.inspection import inspect
-    from ia3_export.plotting import plot_vectors
 
     out = Output(as_json, quiet, verbose)
     read = read_adapters(adapters, rules)
+    if plot is not None:
+        from ia3_export.plotting import plot_vectors
+
+        plot_vectors(read, plot)
+        out.text(f"drawn: {plot}")
     if compare:
         from ia3_export.cli.compare_text import show_comparison
         from ia3_export.comparison import compare as compare_adapters
 
         compared = compare_adapters(*read)
         show_comparison(out, compared)
-        if plot is not None:
-            plot_vectors(read, plot)
         out.document(compared.to_json())
         return
     found = inspect(read[0], base, quantized=quantized)
-    if plot is not None:
-        plot_vectors(read, plot)
     content = found.to_json()
     _show_adapter(out, found, content)
     if found.plan is not None:

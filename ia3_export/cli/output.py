@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -33,7 +34,7 @@ class Output:
     def document(self, content: Mapping[str, Any]) -> None:
         """The JSON document, if asked for."""
         if self.as_json:
-            click.echo(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False))
+            click.echo(json.dumps(_finite(content), indent=2, sort_keys=True, ensure_ascii=False))
 
     def table(
         self,
@@ -84,6 +85,15 @@ class Output:
                 yield report
         else:
             yield _lines(what)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for NaN and infinity, which JSON has not."""
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _printable(text: str) -> str:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 @click.option(
     "--weights", callback=parse_weights, metavar="W,W", help="One weight an adapter, with --combine."
 )
+@click.option("--allow-missing", is_flag=True, help="Accept targeted modules without a vector.")
 @overwrite_option
 @output_options
 def unmerge_command(
@@ -44,6 +45,7 @@ def unmerge_command(
     base: str | None,
     combine: Literal["product", "linear", "delta"] | None,
     weights: tuple[float, ...],
+    allow_missing: bool,
     overwrite: bool,
     as_json: bool,
     quiet: bool,
@@ -64,7 +66,7 @@ def unmerge_command(
     read = read_adapters(adapters, rules)
     with out.progress("unmerging") as report:
         done = unmerge(
-            model, read, output, base=base, combine=combine, weights=weights, overwrite=overwrite, on_progress=report
+            model, read, output, base=base, combine=combine, weights=weights, allow_missing=allow_missing, overwrite=overwrite, on_progress=report
         )  # fmt: skip
     _show(out, done)
     out.document(done.content)

@@ -50,21 +50,24 @@ def check_targets(targets: Mapping[str, Path], inputs: Sequence[Path]) -> None:
 def write_reports(report: Report, targets: Mapping[str, Path]) -> None:
     """Write `report` to each of `targets` (a kind of `render` → file); new folders are made. Raises `OutputError`."""
     for kind, path in targets.items():
-        target = path.resolve()  # a link stays a link
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            if target.exists() and not target.is_file():  # /dev/stdout, a named pipe: nothing to replace
-                target.write_text(render(report, kind), encoding="utf-8")
-                continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(render(report, kind), encoding="utf-8")
-            temporary.replace(target)
-        except OSError as error:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise OutputError(
-                f"{path} cannot be written: {error.strerror}", hint="give another place"
-            ) from None
+        write_whole(path, render(report, kind).encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all; its folder is made. Raises `OutputError`."""
+    target = path.resolve()  # a link stays a link
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        if target.exists() and not target.is_file():  # /dev/stdout, a named pipe: nothing to replace
+            target.write_bytes(content)
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(target)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OutputError(f"{path} cannot be written: {error.strerror}", hint="give another place") from None
 
 
 def append_step_summary(report: Report, variable: str = "GITHUB_STEP_SUMMARY") -> None:

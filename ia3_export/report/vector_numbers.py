@@ -58,7 +58,7 @@ class Histogram:
     counts: tuple[Array, ...]
 
 
-def summarize(vector: Array, bins: int) -> Strip:
+def make_strip(vector: Array, bins: int) -> Strip:
     """`vector` (1-D) as at most `bins` values and its numbers."""
     values = vector.astype(np.float64)
     finite = values[np.isfinite(values)]
@@ -78,7 +78,7 @@ def summarize(vector: Array, bins: int) -> Strip:
     )  # fmt: skip
 
 
-def compare(first: Array, second: Array, bins: int) -> Difference:
+def make_difference(first: Array, second: Array, bins: int) -> Difference:
     """`second` beside `first`, of one length; a channel that is zero in both has ratio 1."""
     a, b = first.astype(np.float64), second.astype(np.float64)
     with np.errstate(all="ignore"):
@@ -88,7 +88,7 @@ def compare(first: Array, second: Array, bins: int) -> Difference:
             if np.isfinite(b - a).any()
             else math.nan
         )
-    return Difference(summarize(ratio, bins), cosine(a - 1, b - 1), apart)
+    return Difference(make_strip(ratio, bins), cosine(a - 1, b - 1), apart)
 
 
 def colours(values: Array, limit: float) -> Array:

@@ -7,11 +7,9 @@ is said of them in words; the numbers are in `vector_numbers`. `vector_html` and
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +18,7 @@ import numpy as np
 from ia3_export.adapters.channels import Counts
 from ia3_export.errors import OutputError, UsageError
 from ia3_export.fold import Array
+from ia3_export.report.files import write_whole
 from ia3_export.report.svg import tail
 from ia3_export.report.vector_numbers import (
     Difference,
@@ -27,12 +26,12 @@ from ia3_export.report.vector_numbers import (
     Strip,
     agreement,
     colour_limit,
-    compare,
     histogram_of,
     magnitudes_of,
+    make_difference,
+    make_strip,
     percent,
     shown,
-    summarize,
 )
 
 _MOST_BINS, _FEWEST_BINS, _ALL_BINS = 96, 8, 80_000
@@ -131,16 +130,7 @@ def write_plot(sites: Sequence[PlotSite], names: Sequence[str], file: Path) -> N
         from ia3_export.report.vector_png import to_png
 
         content = to_png(picture)
-    target = file.resolve()  # a link stays a link
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(target)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise OutputError(f"{file} cannot be written: {error.strerror}", hint="give another place") from None
+    write_whole(file, content)
 
 
 def make_picture(sites: Sequence[PlotSite], names: Sequence[str]) -> Picture:
@@ -183,7 +173,7 @@ def strongest(cells: Iterable[Cell], count: int) -> list[Cell]:
 
 
 def _cell(site: PlotSite, bins: int) -> Cell:
-    strips = tuple(None if vector is None else summarize(vector, bins) for vector in site.vectors)
+    strips = tuple(None if vector is None else make_strip(vector, bins) for vector in site.vectors)
     known = [vector for vector in site.vectors if vector is not None]
     difference, remark = None, ""
     if len(site.vectors) == 2:
@@ -192,7 +182,7 @@ def _cell(site: PlotSite, bins: int) -> Cell:
         elif known[0].size != known[1].size:
             remark = f"A has {known[0].size:,} channels here, B {known[1].size:,}"
         else:
-            difference = compare(known[0], known[1], bins)
+            difference = make_difference(known[0], known[1], bins)
     return Cell(tail(site.module, _LONGEST_NAME), site.direction, strips, difference, remark)
 
 

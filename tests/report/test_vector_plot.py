@@ -20,10 +20,10 @@ from ia3_export.report.vector_numbers import (
     NOT_FINITE,
     agreement,
     colours,
-    compare,
     factor_ticks,
+    make_difference,
+    make_strip,
     percent,
-    summarize,
 )
 from ia3_export.report.vector_plot import PlotSite, Stack, make_picture, write_plot
 
@@ -107,7 +107,7 @@ def test_float32_bounds_count_as_unchanged() -> None:
 def test_a_strip_keeps_the_extremes(size: int, bins: int) -> None:
     values = vector(3, size)
     values[size // 2], values[0] = -3.0, 2.5
-    strip = summarize(values, bins)
+    strip = make_strip(values, bins)
     assert len(strip.ordered) == len(strip.ranked) == min(size, bins)
     assert (strip.low, strip.high) == (values.min(), values.max())
     assert strip.ranked[0] == values.min() and strip.ranked[-1] == values.max()
@@ -118,13 +118,13 @@ def test_a_strip_keeps_the_extremes(size: int, bins: int) -> None:
 
 def test_comparing_gives_ratio_cosine_and_distance() -> None:
     a, b = np.array([1.0, 2.0, 0.0, 0.5]), np.array([2.0, -1.0, 0.0, 0.5])
-    difference = compare(a, b, 96)
+    difference = make_difference(a, b, 96)
     assert list(difference.ratio.ordered) == [2.0, -0.5, 1.0, 1.0]
     assert difference.apart == pytest.approx(np.sqrt((1 + 9) / 4))
     u, v = a - 1, b - 1
     assert difference.cosine == pytest.approx(u @ v / np.linalg.norm(u) / np.linalg.norm(v))
-    assert compare(a, np.ones(4), 96).cosine is None
-    assert compare(a, a, 96).cosine == pytest.approx(1) and compare(a, a, 96).apart == 0
+    assert make_difference(a, np.ones(4), 96).cosine is None
+    assert make_difference(a, a, 96).cosine == pytest.approx(1) and make_difference(a, a, 96).apart == 0
 
 
 def test_colours_follow_the_counting_rule() -> None:
