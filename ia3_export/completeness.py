@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ia3_export.adapters.mangled import may_be_damaged
 from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.errors import MissingVector, UnusedVector
@@ -34,7 +35,12 @@ def report_unused(
             message,
             hint="the adapter was trained on another model, or its keys have another prefix"
             + (f" (the base has {near})" if near else "")
-            + ("; --allow-unused drops them" if len(unused) < len(adapter.sites) else ""),
+            + ("; --allow-unused drops them" if len(unused) < len(adapter.sites) else "")
+            + (
+                "; if PEFT damaged them, its folder must have the adapter's name"
+                if may_be_damaged(adapter)
+                else ""
+            ),
         )
     )
 

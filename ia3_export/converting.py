@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.combine import Combine, combine_extras, combine_sites, linear_warnings
 from ia3_export.adapters.mangled import may_be_damaged
-from ia3_export.adapters.model import Adapter, Site
+from ia3_export.adapters.model import Adapter, Site, TargetRules, class_of
 from ia3_export.adapters.writing import write_peft
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.checkpoint.stage import check_target, staged
@@ -26,6 +26,7 @@ from ia3_export.quantization.detection import dense_view, find_quantization
 from ia3_export.resolve import resolve
 
 SCHEMA = "ia3-export/adapter/1"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +65,18 @@ def convert(
     """
     checkpoint = read_checkpoint(base) if base is not None else None
     read, warnings = _fit(read_adapter(adapter), checkpoint, allow_missing, allow_unused)
-    # with a base it is known to be complete, or allowed not to be; without one a reader's rule must stay as it is
-    rule = None if read.format == "peft" or base is not None else read.rules.target
+    classifier = any(name.startswith(("classifier.", "score.")) for name in read.extras)
+    if task_type in ("SEQ_CLS", "TOKEN_CLS") and not classifier:
+        raise UsageError(
+            f"--task-type {task_type}, and {read.name} brings no classifier, without which PEFT does not load such an adapter",
+            hint="leave it out; the task of the base's own head counts then",
+        )
+    # with a base it is known to be complete, or allowed not to be; without one the rules must stay what they are
+    rules = None if base is not None or read.rules.exclude is not None else read.rules
+    if rules is not None and read.format != "peft":
+        rules = TargetRules(rules.target, None)
     return _write(
-        [read], list(read.sites.values()), rule if isinstance(rule, str) else None, Path(output), warnings, "convert", {},
-        task_type, overwrite, checkpoint,
+        [read], list(read.sites.values()), rules, Path(output), warnings, "convert", {}, task_type, overwrite, checkpoint
     )  # fmt: skip
 
 
@@ -133,6 +141,8 @@ def _fit(
         keys = {(site.module, site.direction): key for key, site in found.adapter.sites.items()}
         sites = {keys[p.site.module, p.site.direction]: _shaped(p) for p in placed}
         extras = {name: found.adapter.extras[name] for name in found.extras}
+        if not extras:  # with a head, the class that has it says the paths
+            sites = {key: _as_stored(site, p) for (key, site), p in zip(sites.items(), placed, strict=True)}
         return replace(found.adapter, sites=sites, extras=extras), found.warnings
     warnings = list(adapter.warnings)
     if may_be_damaged(adapter):
@@ -152,7 +162,7 @@ def _fit(
 def _write(
     adapters: Sequence[Adapter],
     sites: Sequence[Site],
-    pattern: str | None,
+    rules: TargetRules | None,
     target: Path,
     warnings: Sequence[str],
     command: str,
@@ -161,8 +171,8 @@ def _write(
     overwrite: bool,
     base: Checkpoint | None,
 ) -> WrittenAdapter:
-    inputs = [adapter.location.path for adapter in adapters]
-    inputs += [base.location.path] if base is not None else []
+    inputs = [path for adapter in adapters for path in adapter.location.inputs]
+    inputs += base.location.inputs if base is not None else []
     check_target(target, inputs, overwrite=overwrite)
     twice = sorted(module for module, count in Counter(site.module for site in sites).items() if count > 1)
     if twice:
@@ -172,9 +182,10 @@ def _write(
         )
     with staged(target, overwrite=overwrite) as stage:
         write_peft(
-            stage, sites, combine_extras(adapters), pattern,
+            stage, sites, combine_extras(adapters), rules,
             task_type=task_type or _agreed(a.task_type for a in adapters),
             base_model=_agreed(a.config.get("base_model_name_or_path") for a in adapters),
+            class_name=_agreed(class_of(a) for a in adapters),
             to_save={name for adapter in adapters for name in adapter.rules.to_save},
         )  # fmt: skip
         content = {
@@ -190,6 +201,9 @@ def _write(
                 }
                 for a in adapters
             ],
+            "names_checked": base is not None,
+            "labels": list(_agreed(a.labels or None for a in adapters) or ()),
+            "problem_type": _agreed(a.config.get("problem_type") for a in adapters),
             "vectors": len(sites),
             "parameters": sum(len(site.vector) for site in sites),
             "warnings": list(warnings),
@@ -208,6 +222,14 @@ def _shaped(placement: Placement) -> Site:
     return replace(site, shape=(1, len(site.vector), *(1,) * (len(part.shape) - 2)))
 
 
-def _agreed(values: Iterable[str | None]) -> str | None:
-    found = set(values)
+def _as_stored(site: Site, placement: Placement) -> Site:
+    """The site under the path of the base's own class where that has another prefix than the class that was trained."""
+    part = placement.parts[0]
+    stored = part.source.removesuffix(".weight")
+    other_prefix = stored.endswith(f".{site.module}") or site.module.endswith(f".{stored}")
+    return replace(site, module=stored) if part.kind == "direct" and other_prefix else site
+
+
+def _agreed(values: Iterable[T | None]) -> T | None:
+    found = set(values) - {None}
     return found.pop() if len(found) == 1 else None

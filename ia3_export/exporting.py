@@ -142,7 +142,7 @@ def export_onnx(
         stack.enter_context(exact_matmul())
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ia3-export-")))
         given = [Path(s) for s in (model, base, *adapters) if s is not None and not isinstance(s, Adapter)]
-        given += [a.location.path for a in adapters if isinstance(a, Adapter)]
+        given += [path for a in adapters if isinstance(a, Adapter) for path in a.location.inputs]
         check_target(target, [path for path in given if path.exists()], overwrite=overwrite)
         source: str | Path = model or ""
         if base is not None:

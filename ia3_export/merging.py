@@ -179,7 +179,9 @@ def _write(
     on_progress: Callable[[Progress], None],
 ) -> list[Manifest]:
     for plan, target in jobs:
-        inputs = [plan.base.location.path, *(adapter.location.path for adapter in plan.adapters)]
+        inputs = [
+            *plan.base.location.inputs, *(path for a in plan.adapters for path in a.location.inputs)
+        ]  # fmt: skip
         check_target(target, inputs, overwrite=overwrite)
     with ExitStack() as stack:
         outputs = [

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from logging import ERROR, getLogger
 from typing import Any
 
-from ia3_export.adapters.model import Adapter
+from ia3_export.adapters.model import Adapter, class_of
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.conversions import Loading, converted_names, loading_rules, state_entry
 from ia3_export.errors import IA3ExportError, Unsupported
@@ -38,7 +38,7 @@ class RuntimeModel:
 
     `layouts` gives the kind of every module that IA3 can wrap, `shapes` every state-dict entry, `ties` maps
     a tied entry to its source, `needed` are the entries that a checkpoint must hold, `stored` maps a state-dict entry to the one stored tensor it is loaded from unchanged.
-    `config` is the configuration that fits the adapter's heads and embeddings.
+    `embeddings` are the paths of lookup tables. `config` is the configuration that fits the adapter's heads and embeddings.
     """
 
     class_name: str
@@ -51,6 +51,7 @@ class RuntimeModel:
     converted: Mapping[str, tuple[str, ...]]
     input_embedding: str | None
     output_embedding: str | None
+    embeddings: frozenset[str]
     rules: Loading
 
 
@@ -165,10 +166,7 @@ def _candidate_classes(config: Mapping[str, Any], adapter: Adapter) -> Iterator[
     import transformers
     from transformers.models.auto import modeling_auto
 
-    names: list[Any] = []
-    auto_mapping = adapter.config.get("auto_mapping")
-    if isinstance(auto_mapping, dict):
-        names.append(auto_mapping.get("base_model_class"))
+    names: list[Any] = [class_of(adapter)]
     tables = [_TASK_TABLES.get(adapter.task_type or ""), "MODEL_MAPPING_NAMES"]
     model_type = config.get("model_type")
     of_task, bare = (getattr(modeling_auto, t).get(model_type) if t else None for t in tables)
@@ -298,7 +296,8 @@ def _describe(
         name, config, layouts, _needed(model, rules.state),
         {key: tuple(value.shape) for key, value in rules.state.items()},
         dict(model.get_expanded_tied_weights_keys(all_submodels=True)), stored, converted,
-        _embedding_name(model, "input"), _embedding_name(model, "output"), rules,
+        _embedding_name(model, "input"), _embedding_name(model, "output"),
+        frozenset(path for path, module in model.named_modules() if isinstance(module, nn.Embedding)), rules,
     )  # fmt: skip
 
 

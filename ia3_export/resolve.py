@@ -128,6 +128,11 @@ def _place(site: Site, base: Checkpoint, result: Resolution, square: bool) -> Pl
     runtime, module = result.runtime, site.module
     if runtime is not None and module in runtime.layouts:
         return _place_by_class(site, base, result, runtime)
+    if runtime is not None and module in runtime.embeddings:
+        raise Refused(
+            f"module {module} is an embedding: a lookup, whose weight a vector does not fold into",
+            hint="IA3 scales Linear, Conv1D and convolutions",
+        )
     weight = base.tensors.get(f"{module}.weight")
     if weight is not None:
         _check_dtype(module, weight.dtype)
@@ -252,8 +257,12 @@ def _place_extra(name: str, base: Checkpoint, result: Resolution, *, allow_unuse
         message = (
             f"the adapter brings the tensor {name}, for which neither the base nor its class has a place"
         )
+        hint = "the adapter belongs to another model; --allow-unused drops it"
+        if name in result.adapter.unplaced:
+            message = f"{name}: {result.adapter.warnings[-1]}"
+            hint = "--allow-unused merges the vectors without the head"
         if not allow_unused:
-            raise UnusedVector(message, hint="the adapter belongs to another model; --allow-unused drops it")
+            raise UnusedVector(message, hint=hint)
         result.warnings.append(message + "; dropped")
     elif expected != tensor.shape:
         raise ShapeMismatch(

@@ -143,8 +143,8 @@ def unmerge(
         plan, changes={name: _invert(change) for name, change in plan.changes.items()}, config=None
     )
     target = Path(output)
-    inputs = [checkpoint.location.path, *(adapter.location.path for adapter in read)]
-    inputs += [original.location.path] if original is not None else []
+    inputs = [*checkpoint.location.inputs, *(path for a in read for path in a.location.inputs)]
+    inputs += original.location.inputs if original is not None else []
     check_target(target, inputs, overwrite=overwrite)
     with staged(target, overwrite=overwrite) as stage:
         files = lay_out(inverse)
@@ -156,7 +156,7 @@ def unmerge(
             for piece in file.pieces
             if piece.change is not None
         }
-        tensors = tuple(_settle(plan, inverse, original, places))
+        tensors = tuple(_settle(plan, inverse, original, places, how.dtype == "auto"))
         warnings += [*(said for adapter in plan.adapters for said in adapter.warnings)]
         warnings += _found(tensors) if how.dtype == "auto" else []
         content = {
@@ -179,7 +179,7 @@ def _compare_record(model: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[
     try:
         manifest = json.loads((model.folder / NAME).read_text(encoding="utf-8"))
         folded = [(str(row["name"]), int(row["parameters"])) for row in manifest["adapters"]]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         yield "the model has no manifest that says what was folded into it: a wrong adapter would be divided out all the same"
         return
     given = [(adapter.name, adapter.parameters) for adapter in adapters]
@@ -231,12 +231,19 @@ def _copy_side_files(model: Checkpoint, stage: Path, index: bytes | None) -> Non
 
 
 def _settle(
-    plan: Plan, inverse: Plan, original: Checkpoint | None, places: Mapping[str, tuple[Path, int]]
+    plan: Plan,
+    inverse: Plan,
+    original: Checkpoint | None,
+    places: Mapping[str, tuple[Path, int]],
+    same_dtype: bool,
 ) -> Iterator[Exactness]:
-    """Look at every quotient that was written (`places`: file and byte), and correct those whose neighbour it must be."""
-    if original is not None and not original.tensors.keys() & plan.changes.keys():
+    """Look at every quotient that was written (`places`: file and byte), and correct those whose neighbour it must be.
+
+    Nothing is certain of a merge that did not keep the `same_dtype`.
+    """
+    if original is not None and not original.tensors.keys() & plan.base.tensors.keys():
         raise ShapeMismatch(
-            f"{original.location.given} has none of the tensors that were folded, such as {min(plan.changes)}",
+            f"{original.location.given} has none of the model's tensors, such as {min(plan.changes)}",
             hint="--base is not the merge's base",
         )
     reader = Reader()
@@ -247,7 +254,7 @@ def _settle(
             path, position = places[name]
             with path.open("r+b") as file:
                 yield _settle_tensor(
-                    plan.changes[name], inverse.changes[name], before, reader, file, position
+                    plan.changes[name], inverse.changes[name], before, reader, file, position, same_dtype
                 )
 
 
@@ -258,6 +265,7 @@ def _settle_tensor(
     reader: Reader,
     file: BinaryIO,
     position: int,
+    same_dtype: bool,
 ) -> Exactness:
     tensor, dtype = forward.source, forward.dtype
     stored = storage_dtype(dtype)
@@ -280,8 +288,8 @@ def _settle_tensor(
             ]
         )
         count = folds.sum(axis=0)
-        certain += int(np.sum(count == 1))
-        ambiguous += int(np.sum(count > 1))
+        certain += int(np.sum(count == 1)) if same_dtype else 0
+        ambiguous += int(np.sum(count > (1 if same_dtype else 0)))
         unfolded += int(np.sum(count == 0))
         nearest = folds.argmax(axis=0)  # the first that folds back; where none does, the quotient
         if nearest.any():

@@ -44,7 +44,7 @@ def read_adapterhub(source: Source) -> Adapter:
     settings: Mapping[str, Any] = source.config["config"]
     _check_method(source, settings)
     factor = _factor(source, settings)
-    enabled = [part for part in "qkv" if part in (settings.get("attn_matrices") or ())]
+    enabled = _enabled(source, settings)
     head = read_head(source)
     sites: dict[str, Site] = {}
     for tensor in source.weights.tensors:
@@ -85,7 +85,7 @@ def _check_method(source: Source, settings: Mapping[str, Any]) -> None:
             f"{file} uses gating: its vectors depend on the input, so no weight can hold them",
             hint="train it with use_gating=False",
         )
-    model_type = source.config.get("model_type")
+    model_type = str(source.config.get("model_type"))
     if model_type in _OTHERS:
         raise Unsupported(
             f"{file} was trained on {model_type}: {_OTHERS[model_type]}, so no merge equals the trained forward",
@@ -103,15 +103,28 @@ def _factor(source: Source, settings: Mapping[str, Any]) -> float:
         and rank != alpha
     ):
         alpha = rank
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not np.isfinite(alpha):
+    number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if not number or not 1e-30 < abs(alpha) < 1e30:
         raise DamagedFile(
-            f"{source.config_file} has an alpha that is no number: {alpha!r}", hint="fetch the file again"
+            f"{source.config_file} has the alpha {str(alpha)[:40]!r}, by which every vector is multiplied",
+            hint="a usable alpha is a number other than zero, usually 1; fetch the file again",
         )
     return float(alpha)
 
 
+def _enabled(source: Source, settings: Mapping[str, Any]) -> list[str]:
+    """Those of q, k and v that have a vector, in this order."""
+    named = settings.get("attn_matrices") or []
+    if not isinstance(named, list) or not all(part in ("q", "k", "v") for part in named):
+        raise DamagedFile(
+            f"{source.config_file} has attn_matrices that are no list of q, k and v: {str(named)[:60]}",
+            hint="fetch the file again",
+        )
+    return [part for part in "qkv" if part in named]
+
+
 def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    return tuple(int(part) for part in re.findall(r"\d{1,6}", version)[:2])
 
 
 def _fill_up(site: Site, enabled: list[str], factor: float) -> Site:

@@ -22,7 +22,7 @@ from ia3_export.errors import NotFound
 
 _CONFIG = "head_config.json"
 _WEIGHTS = ("model_head.safetensors", "pytorch_model_head.bin")
-_LAYER = re.compile(r"heads\.[^.]+\.(?P<index>\d+)\.(?P<leaf>\w+)")
+_LAYER = re.compile(r"heads\.(?P<owner>[^.]+)\.(?P<index>\d+)\.(?P<leaf>\w+)")
 _TASKS = {
     "classification": "SEQ_CLS", "multilabel_classification": "SEQ_CLS", "tagging": "TOKEN_CLS",
     "question_answering": "QUESTION_ANS", "causal_lm": "CAUSAL_LM", "seq2seq_lm": "SEQ_2_SEQ_LM",
@@ -109,6 +109,11 @@ def read_head(source: Source) -> Head:
     if not isinstance(settings, dict):
         return _static(found, config)
     kind = str(settings.get("head_type"))
+    owners = {match["owner"] for name in tensors if (match := _LAYER.fullmatch(name))}
+    if owners - {source.config.get("name")}:
+        found = replace(
+            found, warnings=(f"the head beside the adapter is called {', '.join(sorted(owners))}",)
+        )
     found = replace(
         found, task_type=_TASKS.get(kind), labels=_labels(settings) if kind in _LABELLED else (),
         problem_type="multi_label_classification" if kind.startswith("multilabel") else None,
@@ -131,15 +136,22 @@ def _flexible(found: Head, kind: str, settings: Mapping[str, Any], model_type: s
     layers: dict[tuple[int, str], StoredTensor] = {}
     for name, tensor in found.tensors.items():
         match = _LAYER.fullmatch(name)
-        if match is not None:
+        if match is not None and tensor.shape:
             layers[int(match["index"]), match["leaf"]] = tensor
     places, class_name = _places(kind, settings, model_type, layers)
-    if places is None or len(layers) != len(found.tensors) or {i for i, _ in layers} != set(places):
+    if (
+        places is None
+        or len(layers) != len(found.tensors)
+        or any((i, "weight") not in layers for i in places)
+        or {i for i, _ in layers} != set(places)
+    ):
         warning = (
             f"its head ({kind}, {settings.get('layers')} layers, {settings.get('activation_function')}) is one that no class of "
-            "transformers computes; --allow-unused merges the vectors without it"
+            "transformers computes"
         )
-        return replace(found, unplaced=frozenset(found.tensors), labels=(), warnings=(warning,))
+        return replace(
+            found, unplaced=frozenset(found.tensors), labels=(), warnings=(*found.warnings, warning)
+        )
     tensors = {f"{places[index]}.{leaf}": tensor for (index, leaf), tensor in layers.items()}
     if kind == "seq2seq_lm" and model_type in ("bart", "mbart", "plbart"):
         tensors["final_logits_bias"] = _no_bias(tensors["lm_head.weight"])
@@ -167,9 +179,10 @@ def _places(
 
 def _labels(config: Mapping[str, Any]) -> tuple[str, ...]:
     table = config.get("label2id")
-    if not isinstance(table, dict) or sorted(table.values(), key=repr) != list(range(len(table))):
+    if not isinstance(table, dict) or not all(type(index) is int for index in table.values()):
         return ()
-    return tuple(str(name) for name, _ in sorted(table.items(), key=lambda item: int(item[1])))
+    names = {index: str(name) for name, index in table.items()}
+    return tuple(names[i] for i in range(len(table))) if sorted(names) == list(range(len(table))) else ()
 
 
 def _no_bias(weight: StoredTensor) -> StoredTensor:

@@ -12,7 +12,6 @@ from dataclasses import replace
 
 from ia3_export.adapters.model import Adapter
 from ia3_export.adapters.peft import PREFIX
-from ia3_export.checkpoint.folder import MANIFEST
 from ia3_export.errors import Refused
 
 #: What PEFT always saves of a classifier (``PeftModelForSequenceClassification``).
@@ -20,16 +19,15 @@ _CLASSIFIERS = ("classifier", "score")
 
 
 def may_be_damaged(adapter: Adapter) -> bool:
-    """Whether PEFT below 0.18 can have written the adapter: later versions record themselves, and so do we."""
-    written_by_us = (adapter.folder / MANIFEST).is_file()
-    return adapter.format == "peft" and "peft_version" not in adapter.config and not written_by_us
+    """Whether PEFT below 0.18 can have written the names: later versions record themselves, and we what was checked."""
+    return adapter.format == "peft" and not {"peft_version", "names_checked"} & adapter.config.keys()
 
 
 def restore_names(adapter: Adapter, modules: Collection[str]) -> Adapter | None:
     """`adapter` with the module paths it must have had, given the `modules` of its base; None when nothing explains them.
 
     The name that was removed is the adapter's own or, where the folder has another name now, any beginning of a path's
-    components. It must explain every vector, and every head that lost its path, each by one targeted module only, and no other
+    components (but not a whole one everywhere). It must explain every vector, and every head that lost its path, each by one targeted module only, and no other
     name may explain them differently. Raises `Refused` when the removal made two keys one.
     """
     vectors = {site.module for site in adapter.sites.values()} - set(modules)
@@ -55,9 +53,8 @@ def restore_names(adapter: Adapter, modules: Collection[str]) -> Adapter | None:
         if name == adapter.name:
             _refuse_collisions(adapter, name, modules)
             return _renamed(adapter, name, found)
-        if not all(
-            found[m].endswith(f".{m}") for m in vectors
-        ):  # else another class of the model, rather than damage
+        # a level of the path that is gone everywhere is rather another class of the model, or another model
+        if name.isdigit() or not all(f".{name}." in f"{PREFIX}{found[lost]}." for lost in vectors):
             explanations[name] = found
     if not explanations or any(found != next(iter(explanations.values())) for found in explanations.values()):
         return None

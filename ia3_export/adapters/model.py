@@ -12,7 +12,7 @@ from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.checkpoint.hub import Location
 from ia3_export.fold import Array, Direction
 
-Pattern = str | tuple[str, ...] | None
+Pattern = str | frozenset[str] | tuple[str, ...] | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,6 +109,13 @@ class Adapter:
         return sum(len(site.vector) for site in self.sites.values())
 
 
+def class_of(adapter: Adapter) -> str | None:
+    """The transformers class that it was trained as, if it says so (``auto_mapping``)."""
+    mapping = adapter.config.get("auto_mapping")
+    name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    return name if isinstance(name, str) else None
+
+
 def second_key(module: str, direction: Direction) -> str:
     """Key in ``Adapter.sites`` of the second vector of a module, on the other side than the first."""
     return f"{module} ({direction}put)"
@@ -127,7 +134,8 @@ def same_in_every_layer(modules: Iterable[str]) -> str:
 def _matches(pattern: Pattern, module: str) -> bool:
     if isinstance(pattern, str):
         return re.fullmatch(pattern, module) is not None
-    return any(module == entry or module.endswith(f".{entry}") for entry in pattern or ())
+    ends = [module, *(module[i + 1 :] for i, letter in enumerate(module) if letter == ".")]
+    return any(end in (pattern or ()) for end in ends)
 
 
 def as_pattern(value: object) -> Pattern:
@@ -137,5 +145,5 @@ def as_pattern(value: object) -> Pattern:
             re.compile(value)
         return value
     if isinstance(value, Sequence) and all(isinstance(entry, str) for entry in value):
-        return tuple(sorted(value))
+        return frozenset(value)
     raise ValueError("neither a list of names nor a regular expression")

@@ -17,8 +17,9 @@ from typing import Any
 
 from ia3_export.adapters.model import Adapter, Pattern, Site, TargetRules, as_pattern, same_in_every_layer
 from ia3_export.adapters.source import Source
+from ia3_export.checkpoint.folder import MANIFEST, read_config
 from ia3_export.checkpoint.header import Shard, StoredTensor, read_values
-from ia3_export.errors import DamagedFile, Refused, ShapeMismatch, Unsupported, UnusedVector
+from ia3_export.errors import DamagedFile, NotFound, Refused, ShapeMismatch, Unsupported, UnusedVector
 from ia3_export.fold import FLOAT_DTYPES, Direction
 
 PREFIX = "base_model.model."
@@ -57,9 +58,24 @@ def read_peft(source: Source) -> Adapter:
     vectors, extras = _sort_keys(source, warnings)
     rules = _read_rules(config_file, config, vectors, warnings)
     sites = {module: _read_site(module, tensor, rules) for module, tensor in vectors.items()}
+    labels, config = _recorded(source, config)
     return Adapter(
-        source.name, "peft", source.location, source.files, sites, extras, rules, config, warnings=tuple(warnings)
+        source.name, "peft", source.location, source.files, sites, extras, rules, config, labels, warnings=tuple(warnings)
     )  # fmt: skip
+
+
+def _recorded(source: Source, config: Mapping[str, Any]) -> tuple[tuple[str, ...], Mapping[str, Any]]:
+    """What our own ``convert`` and ``combine`` keep beside an adapter, for which PEFT's configuration has no place."""
+    try:
+        manifest = read_config(source.folder / MANIFEST)
+    except (NotFound, DamagedFile):
+        return (), config
+    labels = manifest.get("labels")
+    named = isinstance(labels, list) and all(isinstance(name, str) for name in labels)
+    kept = {key: True for key in ("names_checked",) if manifest.get(key) is True}
+    if isinstance(manifest.get("problem_type"), str):
+        kept["problem_type"] = manifest["problem_type"]
+    return tuple(labels) if named and labels else (), {**config, **kept}
 
 
 def _sort_keys(
@@ -109,10 +125,12 @@ def _sort_keys(
 
 def _vector_key(shard: Shard, adapter: str) -> re.Pattern[str]:
     """Keys of vectors; of an adapter called ``ia3``, whatever its folder is called now, PEFT below 0.18 left ``_l`` of ``.ia3_l``."""
-    suffixes = (_VECTOR, _VECTOR.replace(f".{adapter}", ""), "_l")
     keys = [tensor.name for tensor in shard.tensors]
-    suffix = next((s for s in suffixes if s and any(s in key for key in keys)), _VECTOR)
-    return re.compile(rf"(?P<module>.+){re.escape(suffix)}(?P<adapter>|\.[^.]+|[^.]+)")
+    if not any(_VECTOR in key for key in keys):
+        for suffix in (_VECTOR.replace(f".{adapter}", ""), "_l"):
+            if suffix and any(re.search(rf"{re.escape(suffix)}(\.|$)", key) for key in keys):
+                return re.compile(rf"(?P<module>.+){re.escape(suffix)}(?P<adapter>|\.[^.]+)")
+    return re.compile(rf"(?P<module>.+){re.escape(_VECTOR)}(?P<adapter>|\.[^.]+|[^.]+)")
 
 
 def _add(table: dict[str, StoredTensor], name: str, tensor: StoredTensor) -> None:

@@ -28,6 +28,8 @@ _TFEW = re.compile(r"(?P<module>.+)\.multi_lora_(?P<side>[ab])")
 _MATS = re.compile(r"(?P<module>.+)\.ia3_layer\.ia3_vector")
 _TANGO = re.compile(r"(?P<module>.+)\.ia3")
 _TANGO_FUSED = ("c_attn", "query_key_value")
+#: Buffers that older transformers saved with the weights.
+_BUFFER = re.compile(r"(.+\.)?(attn\.(masked_)?bias|inv_freq|position_ids)")
 _LOW_RANK = re.compile(r".+\.lora_[ab]")
 
 
@@ -110,5 +112,16 @@ def _behind_queries(site: Site) -> Site:
 
 
 def _adapter(source: Source, kind: str, sites: dict[str, Site], extras: dict[str, StoredTensor]) -> Adapter:
+    buffers = [name for name, t in extras.items() if _BUFFER.fullmatch(name) and _is_buffer(name, t)]
+    extras = {name: tensor for name, tensor in extras.items() if name not in buffers}
+    said = (
+        (f"buffers in it are left out, which the model computes itself: {', '.join(buffers[:3])}",)
+        if buffers
+        else ()
+    )
     rules = TargetRules(same_in_every_layer(site.module for site in sites.values()), ())
-    return Adapter(source.name, kind, source.location, source.files, sites, extras, rules, {})
+    return Adapter(source.name, kind, source.location, source.files, sites, extras, rules, {}, warnings=said)
+
+
+def _is_buffer(name: str, tensor: StoredTensor) -> bool:
+    return not name.endswith("attn.bias") or len(tensor.shape) == 4  # GPT-2's causal mask, not a bias

@@ -69,11 +69,11 @@ def open_source(given: str | Path) -> Source:
     config_file = folder / _CONFIG if (folder / _CONFIG).is_file() else None
     lone = path.is_file() and path.name != _CONFIG
     if lone:
-        weights = path
-        if path.name not in _NAMES and not _is_part_of(config_file):
+        weights = read_weights(path)
+        if path.name not in _NAMES and not _is_part_of(config_file, weights):
             config_file = None  # a checkpoint that happens to lie beside another adapter's configuration
     else:
-        weights = _weights(folder, config_file)
+        weights = read_weights(_weights(folder, config_file))
     config = read_config(config_file) if config_file is not None else {}
     if location.hub_id and folder == path:
         name = location.hub_id.rpartition("/")[2]
@@ -81,7 +81,7 @@ def open_source(given: str | Path) -> Source:
         name = folder.resolve().name if config_file is not None or not lone else path.stem
     return Source(
         Location(location.given, folder if config_file or not lone else path, location.hub_id, location.revision),
-        name, config, config_file, read_weights(weights),
+        name, config, config_file, weights,
     )  # fmt: skip
 
 
@@ -155,9 +155,11 @@ def _folder(path: Path) -> Path:
     return named[0] if named else path
 
 
-def _is_part_of(config_file: Path | None) -> bool:
-    """Whether the folder of `config_file` holds weights under none of the usual names, so that a file of another name is them."""
-    return config_file is not None and not any((config_file.parent / name).is_file() for name in _NAMES)
+def _is_part_of(config_file: Path | None, weights: Shard) -> bool:
+    """Whether `weights`, of an unusual name, are those that `config_file` is about: no usual ones are there, and the keys fit."""
+    if config_file is None or any((config_file.parent / name).is_file() for name in _NAMES):
+        return False
+    return any("ia3_l" in tensor.name or ".loras." in tensor.name for tensor in weights.tensors)
 
 
 def _weights(folder: Path, config_file: Path | None) -> Path:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ia3_export.adapters.model import Site
+from ia3_export.adapters.model import Pattern, Site, TargetRules
 from ia3_export.adapters.peft import PREFIX
 from ia3_export.checkpoint.header import StoredTensor, read_bytes, write_header
 from ia3_export.fold import from_float
@@ -22,29 +22,34 @@ def write_peft(
     folder: Path,
     sites: Iterable[Site],
     extras: Mapping[str, StoredTensor],
-    pattern: str | None = None,
+    rules: TargetRules | None = None,
     *,
     task_type: str | None,
+    class_name: str | None = None,
     base_model: str | None,
     to_save: Iterable[str],
 ) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into `folder`.
 
-    `pattern` is an expression for the target modules, instead of their list. Vectors keep their dtype and become (n, 1), (1, n) or (1, n, 1, 1[, 1]). At most one site a module. The same input gives
+    `rules` say the target modules, and unless None the feed-forward ones, instead of lists of `sites`; `class_name` is the transformers class. Vectors keep their dtype and become (n, 1), (1, n) or (1, n, 1, 1[, 1]). At most one site a module. The same input gives
     the same bytes.
     """
     ordered = sorted(sites, key=lambda site: site.module)
     config: dict[str, Any] = {
-        "auto_mapping": None,
+        "auto_mapping": {"base_model_class": class_name, "parent_library": "transformers"}
+        if class_name
+        else None,
         "base_model_name_or_path": base_model,
         "fan_in_fan_out": False,
-        "feedforward_modules": _feedforward(ordered),
+        "feedforward_modules": _feedforward(ordered)
+        if rules is None or rules.feedforward is None
+        else _plain(rules.feedforward),
         "inference_mode": True,
         "init_ia3_weights": True,
         "modules_to_save": sorted(to_save) or None,
         "peft_type": "IA3",
         "revision": None,
-        "target_modules": pattern or [site.module for site in ordered],
+        "target_modules": [site.module for site in ordered] if rules is None else _plain(rules.target),
         "task_type": task_type,
     }
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
@@ -74,6 +79,10 @@ def peft_shape(site: Site) -> tuple[int, ...]:
     if len(site.shape) > 1:
         return site.shape
     return (len(site.vector), 1) if site.direction == "out" else (1, len(site.vector))
+
+
+def _plain(pattern: Pattern) -> list[str] | str:
+    return pattern if isinstance(pattern, str) else sorted(pattern or ())
 
 
 def _feedforward(sites: Sequence[Site]) -> list[str] | str:

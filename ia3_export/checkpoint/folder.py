@@ -98,6 +98,12 @@ def read_config(path: Path) -> dict[str, Any]:
         raise DamagedFile(f"{path} is not readable JSON: {error}", hint="fetch the file again") from None
     if not isinstance(value, dict):
         raise DamagedFile(f"{path} holds no JSON object", hint="fetch the file again")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise DamagedFile(
+            f"{path} holds text that is not valid Unicode", hint="fetch the file again"
+        ) from None
     return value
 
 

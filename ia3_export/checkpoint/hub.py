@@ -23,6 +23,11 @@ class Location:
     hub_id: str | None = None
     revision: str | None = None
 
+    @property
+    def inputs(self) -> list[Path]:
+        """What must not be written into: the place that was found, and the one that was given, which may lie above."""
+        return [self.path] if self.hub_id is not None else [self.path, Path(self.given).expanduser()]
+
 
 def is_hub_id(text: str) -> bool:
     """Whether `text` has the form of a hub id (one slash, no path-like parts) and is no local path."""

@@ -24,6 +24,9 @@ _SAFETENSORS_DTYPES = {
     "uint32": "U32", "uint64": "U64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
 }  # fmt: skip
 
+#: Bytes that a tensor may have beyond those of its storage, of which it repeats elements.
+_REPEATED = 1 << 24
+
 
 def read_bin(path: Path, name: str | None = None) -> Shard:
     """Tensors of the ``torch.save`` file `path`, in its own order. Aliased tensors each get an entry.
@@ -45,12 +48,22 @@ def read_bin(path: Path, name: str | None = None) -> Shard:
     tensors = []
     real = None if records is not None else state
     for key, value in state.items():
+        _check_key(path, str(key))
         stored = _address(path, str(key), value) if records is not None else None
         if stored is None:
             real = _load(path, fake=False) if real is None else real
             stored = _in_memory(path, str(key), _state_dict(real)[key])
         tensors.append(stored)
     return Shard(name or path.name, path, b"", {"format": "pt"}, tuple(tensors))
+
+
+def _check_key(path: Path, key: str) -> None:
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        raise DamagedFile(
+            f"{path} holds a key that is not valid Unicode: {key!r}", hint="fetch the file again"
+        ) from None
 
 
 def _state_dict(value: Any) -> Any:
@@ -74,7 +87,7 @@ def _records(path: Path) -> dict[int, int] | None:
                 if entry.compress_type == zipfile.ZIP_STORED:
                     records[entry.header_offset + 30 + name_length + extra_length] = entry.file_size
             return records
-    except (zipfile.BadZipFile, struct.error, OSError, NotImplementedError, RuntimeError):
+    except (zipfile.BadZipFile, struct.error, OSError, NotImplementedError, RuntimeError, ValueError):
         return None
 
 
@@ -124,6 +137,11 @@ def _dtype_name(path: Path, key: str, value: Any) -> str:
     if value.layout != torch.strided or value.is_meta or value.is_quantized:
         raise Unsupported(
             f"tensor {key} in {path} is sparse, quantized or without data",
+            hint="save it as a plain dense tensor",
+        )
+    if value.numel() * value.element_size() > max(value.untyped_storage().nbytes(), _REPEATED):
+        raise Unsupported(
+            f"tensor {key} in {path} repeats fewer stored elements than it has",
             hint="save it as a plain dense tensor",
         )
     name = str(value.dtype).removeprefix("torch.")

@@ -33,7 +33,11 @@ _output_option = click.option(
     help="The model it belongs to: checks names and shapes, restores names that old versions of PEFT damaged.",
 )  # fmt: skip
 @click.option(
-    "--task-type", metavar="TYPE", help="PEFT's, such as SEQ_2_SEQ_LM; default what the adapter says."
+    "--task-type",
+    type=click.Choice(
+        ["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
+    ),
+    help="PEFT's, for the configuration; default what the adapter says.",
 )
 @click.option("--allow-missing", is_flag=True, help="Accept modules of the base without a vector.")
 @click.option(

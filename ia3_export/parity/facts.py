@@ -57,7 +57,7 @@ def recorded_options(base: Checkpoint, merged: Checkpoint | None) -> MergeOption
         known = made.combine in get_args(Combine) and made.cast in get_args(Cast)
         if known and made.dtype in get_args(Dtype) and made.quantized in get_args(Quantized):
             return made
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     quantized = find_quantization(base)
     if quantized.packed:

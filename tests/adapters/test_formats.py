@@ -73,7 +73,9 @@ def test_a_merge_computes_what_the_library_computed_unmerged(case: AdapterCase, 
     assert near(forward(case, tmp_path / "merged"), case.wanted())
 
 
-@pytest.mark.parametrize("case", [c for c in GOOD if c in ADAPTERHUB and c.changes], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [c for c in GOOD if c in ADAPTERHUB and c.changes], ids=lambda case: case.name
+)
 def test_where_there_are_biases_adapterhubs_own_merge_is_wrong_and_ours_is_not(
     case: AdapterCase, tmp_path: Path
 ) -> None:
@@ -92,7 +94,9 @@ BARE = [
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in GOOD if not c.two_sides and c.name not in BARE], ids=lambda case: case.name
+    "case",
+    [c for c in GOOD if not c.two_sides and c.name not in (*BARE, "bert_bare_on_prefixed_base")],
+    ids=lambda case: case.name,
 )
 def test_converted_it_has_the_same_forward_in_peft(case: AdapterCase, tmp_path: Path) -> None:
     import torch
@@ -108,6 +112,129 @@ def test_converted_it_has_the_same_forward_in_peft(case: AdapterCase, tmp_path: 
         model.resize_token_embeddings(case.options["resized_to"])
     live = PeftModel.from_pretrained(model, done.folder).eval()
     assert near(output(case, live), case.wanted())
+
+
+def test_converted_with_a_base_it_fits_the_class_of_the_base(tmp_path: Path) -> None:
+    import torch
+    import transformers
+    from peft import PeftModel
+
+    case = by_name("bert_bare_on_prefixed_base")
+    convert(case.adapter, tmp_path / "peft", base=case.base)
+    model = transformers.BertForPreTraining.from_pretrained(case.base, dtype=torch.float32)
+    live = PeftModel.from_pretrained(model, tmp_path / "peft").eval()
+    assert near(output(case, live.get_base_model().bert), case.wanted())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bert_multiple_choice",
+        "roberta_static",
+        "bert_multilabel",
+        "gpt2_classification_static",
+        "bert_tagging",
+        "t5_classification",
+    ],
+)
+def test_a_converted_head_keeps_its_class_and_labels(name: str, tmp_path: Path) -> None:
+    case = by_name(name)
+    convert(case.adapter, tmp_path / "peft")
+    merge(case.base, [tmp_path / "peft"], tmp_path / "again")
+    merge(case.base, [case.adapter], tmp_path / "direct")
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "direct" / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "name", ["0.17.1-name-k-k", "0.17.1-name-layer-layer", "0.7.1-name-classifier-bert-seq-cls-classifier"]
+)
+def test_damaged_names_converted_without_a_base_are_restored_later(name: str, tmp_path: Path) -> None:
+    case = by_name(name)
+    convert(case.adapter, tmp_path / case.adapter.name)
+    merge(case.base, [tmp_path / case.adapter.name], tmp_path / "merged")
+    assert near(forward(case, tmp_path / "merged"), case.wanted())
+
+
+def test_a_classifier_task_without_a_classifier_is_refused(tmp_path: Path) -> None:
+    ran = run(
+        "convert",
+        by_name("0.4.0-llama-default").adapter,
+        "--output",
+        tmp_path / "o",
+        "--task-type",
+        "SEQ_CLS",
+    )
+    only_complaint(ran, 2, "classifier")
+
+
+def test_more_than_ten_labels_keep_their_order(tmp_path: Path) -> None:
+    case = by_name("bert_classification")
+    shutil.copytree(case.adapter, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "head_config.json"
+    head = json.loads(file.read_text())
+    head["config"]["label2id"] = {f"name {i}": i for i in range(12)}
+    file.write_text(json.dumps(head))
+    assert read_adapter(tmp_path / "adapter").labels == tuple(f"name {i}" for i in range(12))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("alpha", 0), ("alpha", 10**400), ("alpha", "3"), ("alpha", True), ("attn_matrices", 3), ("attn_matrices", "qv"), ("attn_matrices", ["x"])],
+)  # fmt: skip
+def test_settings_that_cannot_be_meant_are_damage(field: str, value: Any, tmp_path: Path) -> None:
+    shutil.copytree(by_name("gpt2_qv").adapter, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config["config"][field] = value
+    file.write_text(json.dumps(config))
+    with pytest.raises(DamagedFile, match=field):
+        read_adapter(tmp_path / "adapter")
+
+
+def test_text_that_is_no_unicode_is_damage(tmp_path: Path) -> None:
+    shutil.copytree(by_name("gpt2_qv").adapter, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(file.read_text().replace("bases/gpt2", "\\ud800"))
+    with pytest.raises(DamagedFile, match="Unicode"):
+        read_adapter(tmp_path / "adapter")
+
+
+def test_a_small_file_that_claims_a_huge_tensor_is_refused(tmp_path: Path) -> None:
+    import torch
+
+    torch.save({"a.multi_lora_b": torch.zeros(1, 1).expand(10**9, 1)}, tmp_path / "huge.pt")
+    with pytest.raises(Unsupported, match="repeats"):
+        read_adapter(tmp_path / "huge.pt")
+
+
+def test_a_vector_on_an_embedding_is_refused(tmp_path: Path) -> None:
+    import torch
+
+    base = FIXTURES / "old_peft" / "bases" / "gpt2"
+    rows = json.loads((base / "config.json").read_text())["vocab_size"]
+    torch.save({"transformer.wte.scl": torch.full((rows,), 2.0)}, tmp_path / "vectors.pt")
+    ran = run(
+        "merge",
+        "--base",
+        base,
+        "--adapter",
+        tmp_path / "vectors.pt",
+        "--map",
+        r"(.+)\.scl=output",
+        "--output",
+        tmp_path / "o",
+    )
+    only_complaint(ran, 3, "transformer.wte is an embedding")
+
+
+def test_the_named_folder_above_an_adapter_is_not_written_into(tmp_path: Path) -> None:
+    case = by_name("0.4.0-named-tuned")
+    shutil.copytree(case.adapter.parent, tmp_path / "given")
+    ran = run(
+        "merge", "--base", case.base, "--adapter", tmp_path / "given", "--output", tmp_path / "given" / "x"
+    )
+    only_complaint(ran, 3, "lies inside the input folder")
 
 
 @pytest.mark.parametrize("case", [c for c in GOOD if not c.two_sides], ids=lambda case: case.name)
@@ -159,13 +286,29 @@ def test_a_file_that_peft_emptied_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["0.17.1-name-layer-bert-layer", "0.17.1-name-k-k", "0.17.1-name-ia3-ia3", "0.17.1-name-1-1"]
+    "name", ["0.17.1-name-layer-layer", "0.17.1-name-k-k", "0.17.1-name-ia3-ia3", "0.17.1-name-1-1"]
 )
 def test_damaged_names_are_restored_when_the_folder_has_another_name_too(name: str, tmp_path: Path) -> None:
     case = by_name(name)
     shutil.copytree(case.adapter, tmp_path / "renamed")
     merge(case.base, [tmp_path / "renamed"], tmp_path / "merged")
     assert near(forward(case, tmp_path / "merged"), case.wanted())
+
+
+def test_a_level_of_the_path_is_restored_only_by_the_folders_name(tmp_path: Path) -> None:
+    """Without it, ``encoder.0`` may as well belong to another model."""
+    case = by_name("0.17.1-name-layer-bert-layer")
+    shutil.copytree(case.adapter, tmp_path / "renamed")
+    with pytest.raises(UnusedVector) as caught:
+        merge(case.base, [tmp_path / "renamed"], tmp_path / "merged")
+    assert "its folder must have the adapter's name" in caught.value.hint
+
+
+@pytest.mark.parametrize("base", ["opt", "bert"])
+def test_an_adapter_of_another_model_is_not_explained_away(base: str, tmp_path: Path) -> None:
+    llama = by_name("0.4.0-llama-default").adapter
+    with pytest.raises(UnusedVector):
+        merge(FIXTURES / "old_peft" / "bases" / base, [llama], tmp_path / "merged")
 
 
 def test_restored_names_are_said(tmp_path: Path) -> None:
