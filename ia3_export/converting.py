@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -65,8 +65,7 @@ def convert(
     """
     checkpoint = read_checkpoint(base) if base is not None else None
     read, warnings = _fit(read_adapter(adapter), checkpoint, allow_missing, allow_unused)
-    classifier = any(name.startswith(("classifier.", "score.")) for name in read.extras)
-    if task_type in ("SEQ_CLS", "TOKEN_CLS") and not classifier:
+    if task_type is not None and not _has_head(task_type, read.extras):
         raise UsageError(
             f"--task-type {task_type}, and {read.name} brings no classifier, without which PEFT does not load such an adapter",
             hint="leave it out; the task of the base's own head counts then",
@@ -180,10 +179,11 @@ def _write(
             f"{len(twice)} modules have vectors on both sides, first {twice[0]}; PEFT's layers have one side, also for several adapters",
             hint="merge folds both into the weights; there is no PEFT adapter for it",
         )
+    extras, said = combine_extras(adapters), _agreed(a.task_type for a in adapters)
     with staged(target, overwrite=overwrite) as stage:
         write_peft(
-            stage, sites, combine_extras(adapters), rules,
-            task_type=task_type or _agreed(a.task_type for a in adapters),
+            stage, sites, extras, rules,
+            task_type=task_type or (said if _has_head(said, extras) else None),
             base_model=_agreed(a.config.get("base_model_name_or_path") for a in adapters),
             class_name=_agreed(class_of(a) for a in adapters),
             to_save={name for adapter in adapters for name in adapter.rules.to_save},
@@ -212,6 +212,12 @@ def _write(
         text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         (stage / NAME).write_text(text, encoding="utf-8")
     return WrittenAdapter(target, content, tuple(warnings))
+
+
+def _has_head(task_type: str | None, extras: Collection[str]) -> bool:
+    """Whether the adapter brings what PEFT asks of one for this task."""
+    heads = ("classifier.", "score.", "classification_head.")
+    return task_type not in ("SEQ_CLS", "TOKEN_CLS") or any(name.startswith(heads) for name in extras)
 
 
 def _shaped(placement: Placement) -> Site:
