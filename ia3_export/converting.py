@@ -180,10 +180,12 @@ def _write(
             hint="merge folds both into the weights; there is no PEFT adapter for it",
         )
     extras, said = combine_extras(adapters), _agreed(a.task_type for a in adapters)
+    # the head of another format may have been left out
+    kept = _has_head(said, extras) or all(a.format == "peft" for a in adapters)
     with staged(target, overwrite=overwrite) as stage:
         write_peft(
             stage, sites, extras, rules,
-            task_type=task_type or (said if _has_head(said, extras) else None),
+            task_type=task_type or (said if kept else None),
             base_model=_agreed(a.config.get("base_model_name_or_path") for a in adapters),
             class_name=_agreed(class_of(a) for a in adapters),
             to_save={name for adapter in adapters for name in adapter.rules.to_save},
