@@ -295,6 +295,34 @@ def test_damaged_names_are_restored_when_the_folder_has_another_name_too(name: s
     assert near(forward(case, tmp_path / "merged"), case.wanted())
 
 
+def test_buffers_in_a_whole_state_dict_are_left_out(tmp_path: Path) -> None:
+    """GPT-2's causal masks, which transformers saved with the weights until 4.31."""
+    import torch
+
+    case = by_name("tango_gpt2_whole")
+    state = torch.load(case.adapter, weights_only=True)
+    state["transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    state["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
+    torch.save(state, tmp_path / "whole.pt")
+    adapter = read_adapter(tmp_path / "whole.pt")
+    assert any("attn.bias" in warning for warning in adapter.warnings)
+    merge(case.base, [adapter], tmp_path / "merged")
+    assert near(forward(case, tmp_path / "merged"), case.wanted())
+
+
+def test_a_head_of_another_adapter_is_pointed_out(tmp_path: Path) -> None:
+    shutil.copytree(by_name("bert_classification").adapter, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    weights = load_file(tmp_path / "adapter" / "adapter.safetensors")
+    from safetensors.torch import save_file
+
+    renamed = {key.replace(".task.", ".other."): value for key, value in weights.items()}
+    save_file(renamed, tmp_path / "adapter" / "adapter.safetensors")
+    file.write_text(json.dumps(config | {"name": "other"}))
+    assert any("called task" in warning for warning in read_adapter(tmp_path / "adapter").warnings)
+
+
 def test_a_level_of_the_path_is_restored_only_by_the_folders_name(tmp_path: Path) -> None:
     """Without it, ``encoder.0`` may as well belong to another model."""
     case = by_name("0.17.1-name-layer-bert-layer")
