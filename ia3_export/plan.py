@@ -115,7 +115,7 @@ def make_plan(
     ]
     problems = [*quantization.problems, *(p for r in resolutions for p in r.problems)]
     problems += [p for adapter in adapters for p in not_finite(adapter)]
-    warnings = [*linear_warnings([r.adapter for r in resolutions], weights)] if combine == "linear" else []
+    warnings = linear_warnings([r.adapter for r in resolutions], weights) if combine == "linear" else []
     warnings += [w for a in adapters for w in base_warnings(a, base, quantization)]
     warnings += [*quantization.warnings, *(w for r in resolutions for w in r.warnings)]
     changes: dict[str, Change] = {}

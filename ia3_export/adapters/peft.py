@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from ia3_export.adapters.model import Adapter, Pattern, Site, TargetRules, as_pattern, same_in_every_layer
-from ia3_export.adapters.source import Source
+from ia3_export.adapters.source import Source, make_site
 from ia3_export.checkpoint.folder import MANIFEST, read_config
-from ia3_export.checkpoint.header import Shard, StoredTensor, read_values
+from ia3_export.checkpoint.header import Shard, StoredTensor
 from ia3_export.errors import DamagedFile, NotFound, Refused, ShapeMismatch, Unsupported, UnusedVector
-from ia3_export.fold import FLOAT_DTYPES, Direction
+from ia3_export.fold import Direction
 
 PREFIX = "base_model.model."
 _VECTOR = ".ia3_l"
@@ -212,16 +212,12 @@ def _saved(value: object) -> tuple[str, ...]:
     names = as_pattern([value] if isinstance(value, str) else value) or ()
     for name in names:
         re.compile(name)
-    return tuple(names)
+    return tuple(sorted(names))
 
 
 def _read_site(module: str, tensor: StoredTensor, rules: TargetRules) -> Site:
     shape = tensor.shape
     where = f"{tensor.file}: the vector of {module}"
-    if tensor.dtype not in FLOAT_DTYPES:
-        raise Unsupported(
-            f"{where} has dtype {tensor.dtype}", hint="IA3 vectors are float64, float32, float16 or bfloat16"
-        )
     long = [axis for axis, extent in enumerate(shape) if extent != 1]
     if len(shape) not in (2, 4, 5) or len(long) > 1 or (len(shape) > 2 and long not in ([], [1])):
         raise ShapeMismatch(
@@ -238,4 +234,4 @@ def _read_site(module: str, tensor: StoredTensor, rules: TargetRules) -> Site:
             f"feedforward_modules it would scale the {configured}put",
             hint="adapter_config.json is not the one this adapter was trained with",
         )
-    return Site(module, shaped, read_values(tensor).reshape(-1), shape, tensor.dtype)
+    return make_site(module, shaped, tensor)

@@ -9,6 +9,7 @@ import click
 
 from ia3_export.cli.options import (
     adapters_option,
+    output_option,
     output_options,
     overwrite_option,
     parse_weights,
@@ -19,14 +20,10 @@ from ia3_export.cli.output import Output
 if TYPE_CHECKING:
     from ia3_export.converting import WrittenAdapter
 
-_output_option = click.option(
-    "--output", required=True, type=click.Path(path_type=Path), help="Folder to create."
-)
-
 
 @click.command("convert")
 @click.argument("adapter")
-@_output_option
+@output_option
 @rules_option
 @click.option(
     "--base", metavar="BASE",
@@ -81,7 +78,7 @@ def convert_command(
 @click.command("combine")
 @adapters_option
 @rules_option
-@_output_option
+@output_option
 @click.option(
     "--combine",
     type=click.Choice(["product", "linear", "delta"]),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ia3_export.cli.options import output_options, overwrite_option, parse_words, rules_option
+from ia3_export.cli.options import output_option, output_options, overwrite_option, parse_words, rules_option
 from ia3_export.cli.output import Output, human_bytes
 from ia3_export.cli.report_text import show_report
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     "--adapter", "adapters", multiple=True, metavar="ADAPTER", help="IA3 adapter; repeat for several."
 )
 @rules_option
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to create.")
+@output_option
 @click.option(
     "--task",
     help="text-generation, text2text-generation, automatic-speech-recognition, feature-extraction, sentence-similarity, "

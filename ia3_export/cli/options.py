@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -27,6 +28,9 @@ rules_option = click.option(
     help="Adapter file in no known format: keys that match the expression are vectors on that side; its groups, joined by "
     "dots, are the module path. Repeat it; the first rule that matches counts.",
 )  # fmt: skip
+output_option = click.option(
+    "--output", required=True, type=click.Path(path_type=Path), help="Folder to create."
+)
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
 
 

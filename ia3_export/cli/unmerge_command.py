@@ -9,6 +9,7 @@ import click
 
 from ia3_export.cli.options import (
     adapters_option,
+    output_option,
     output_options,
     overwrite_option,
     parse_weights,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 @click.option("--model", required=True, metavar="DIR", help="Merged model: folder, file or hub id.")
 @adapters_option
 @rules_option
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to create.")
+@output_option
 @click.option("--base", metavar="BASE", help="The original, if it is at hand: compare the result with it.")
 @click.option(
     "--combine",

@@ -26,7 +26,7 @@ from ia3_export.report.vector_numbers import (
     factor_ticks,
     shown,
 )
-from ia3_export.report.vector_plot import Cell, Picture, Stack, layer_cosine, strongest
+from ia3_export.report.vector_plot import Cell, Picture, Stack, most_changed
 
 _TOP = 8
 _KINDS = 8
@@ -61,7 +61,7 @@ def to_html(picture: Picture) -> str:
         farthest=_farthest,
         legend=_legend(picture.limit),
         histogram=_histogram(picture.histogram, picture),
-        top=strongest(picture.cells, _TOP),
+        top=most_changed(picture.cells, _TOP),
         odd=[cell for cell in picture.cells if cell.remark],
         row_height=_row_height,
         every=lambda stack: thin_out(len(stack.rows), 30),
@@ -182,7 +182,7 @@ def _cosines(stack: Stack) -> Markup:
         points = [
             (50 + 50 * cosine, row + 0.5, cosine, stack.rows[row][0])
             for row, cell in stack.series(k)
-            if (cosine := layer_cosine(cell)) is not None
+            if (cosine := cell.cosine) is not None
         ]
         if points:
             parts.append(_line(points, f"k{k % _KINDS} dots"))

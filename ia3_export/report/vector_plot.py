@@ -58,6 +58,11 @@ class Cell:
     difference: Difference | None
     remark: str
 
+    @property
+    def cosine(self) -> float | None:
+        """Agreement of both adapters on this site."""
+        return self.difference.cosine if self.difference else None
+
 
 @dataclass(frozen=True, slots=True)
 class Column:
@@ -155,12 +160,7 @@ def make_picture(sites: Sequence[PlotSite], names: Sequence[str]) -> Picture:
     )  # fmt: skip
 
 
-def layer_cosine(cell: Cell) -> float | None:
-    """Agreement of both adapters on this site."""
-    return cell.difference.cosine if cell.difference else None
-
-
-def strongest(cells: Iterable[Cell], count: int) -> list[Cell]:
+def most_changed(cells: Iterable[Cell], count: int) -> list[Cell]:
     """The `count` cells that change most, or in which two adapters differ most."""
 
     def key(cell: Cell) -> float:
@@ -299,7 +299,7 @@ def _words_of_one(
 ) -> tuple[str, tuple[str, ...]]:
     heading = f"{_vectors(len(cells))}, {totals[0].channels:,} channels: {_sentence(totals[0])}"
     remarks = []
-    for cell in strongest(cells, 1):
+    for cell in most_changed(cells, 1):
         strip = cell.strips[0]
         assert strip is not None
         remarks.append(
@@ -329,7 +329,7 @@ def _words_of_two(
         else "Nothing to compare: no vector in both"
     )
     remarks = []
-    for cell in strongest(cells, 1):
+    for cell in most_changed(cells, 1):
         assert cell.difference is not None
         remarks.append(
             f"Most different: {cell.module}, whose channels are {shown(cell.difference.apart)} apart (root mean square)."

@@ -24,7 +24,7 @@ from ia3_export.report.vector_numbers import (
     factor_ticks,
     shown,
 )
-from ia3_export.report.vector_plot import Cell, Picture, Stack, layer_cosine, strongest
+from ia3_export.report.vector_plot import Cell, Picture, Stack, most_changed
 
 #: Colours of the codes -LEVELS..LEVELS, then negative and not finite: those of the HTML page in the light.
 _PALETTE = [
@@ -336,7 +336,7 @@ def _list(sheet: _Sheet, picture: Picture, x: float, y: float) -> None:
     for end, head in zip(ends, heads, strict=True):
         sheet.text(end, y + 0.3, head, size=10.5, color=_MUTED, ha="right")
     most = int((ends[0] - 0.75 - x) * 11.8)
-    for i, cell in enumerate(strongest(picture.cells, 8)):
+    for i, cell in enumerate(most_changed(picture.cells, 8)):
         line, first = y + 0.56 + 0.265 * i, cell.strips[0]
         sheet.text(x, line, tail(cell.module, most), size=10.5)
         if cell.difference:
@@ -356,7 +356,7 @@ def _strip_of(cell: Cell, view: str) -> Strip | None:
 
 def _value_of(cell: Cell, view: str) -> float | None:
     if view == "B / A":
-        return layer_cosine(cell)
+        return cell.cosine
     strip = _strip_of(cell, view)
     return strip.from_ones if strip and math.isfinite(strip.from_ones) else None
 
