@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from ia3_export import merge as fold
 from ia3_export.adapters import read_adapter, read_adapters
 from ia3_export.adapters.mapped import parse_rules
 from ia3_export.adapters.model import Adapter
+from ia3_export.checkpoint.folder import read_checkpoint
 from ia3_export.errors import DamagedFile, ShapeMismatch, Unsupported, UnusedVector, UsageError
 from tests.e2e.command import Ran, contents, merge, only_complaint, run
 from tests.support import zoo
@@ -397,3 +399,34 @@ def test_rules_go_to_the_adapters_that_need_them(llama: Llama, tmp_path: Path) -
     assert ran.code == 0, ran
     found = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert all(found[name].tobytes() == (value * value).tobytes() for name, value in llama.vectors.items())
+
+
+@pytest.mark.parametrize("case", ["bnb-nf4", "gptq-4bit-g32", "gguf-q4_k"])
+@pytest.mark.parametrize("quantized", ["dequantize", "keep-or-dense"])
+def test_a_quantized_base_takes_bare_vectors_as_it_takes_pefts(
+    case: str, quantized: Any, tmp_path: Path
+) -> None:
+    import torch
+
+    from tests.support.quantized import source_of, write_adapter
+
+    base = source_of(case)
+    config = read_checkpoint(base).config
+    assert config is not None
+    adapter = write_adapter(tmp_path / "peft", {"architectures": ["LlamaForCausalLM"], **config})
+    saved = load_file(adapter / "adapter_model.safetensors")
+    bare = {
+        key.removeprefix(PREFIX).replace(
+            ".ia3_l", ".out" if value.shape[1] == 1 else ".in"
+        ): torch.from_numpy(value.ravel())
+        for key, value in saved.items()
+    }
+    (tmp_path / "bare").mkdir()
+    torch.save(bare, tmp_path / "bare" / "vectors.pt")
+    read = read_adapter(tmp_path / "bare" / "vectors.pt", rules=[r"(.+)\.out=output", r"(.+)\.in=input"])
+    for name, source in (("one", adapter), ("other", read)):
+        fold(base, [source], tmp_path / name, quantized=quantized, reload_check=False)
+    files = [f.name for f in (tmp_path / "one").iterdir() if f.suffix in (".safetensors", ".gguf")]
+    assert files
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
