@@ -43,7 +43,7 @@ def make_card(plan: Plan) -> str:
         front["base_model_relation"] = "merge"
     front["tags"] = ["ia3", "merge"]
     location = plan.base.location
-    title = f"{location.hub_id or location.path.resolve().name} + {' + '.join(a.name for a in plan.adapters)}"
+    title = f"{location.name} + {' + '.join(a.name for a in plan.adapters)}"
     lines = [
         "---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {title}", "",
         "(IA)3 vectors folded into the weights of "

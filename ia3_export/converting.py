@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.combine import Combine, combine_extras, combine_sites, linear_warnings
 from ia3_export.adapters.mangled import may_be_damaged
-from ia3_export.adapters.model import Adapter, Site, TargetRules, class_of
+from ia3_export.adapters.model import Adapter, Site, TargetRules, second_key
 from ia3_export.adapters.writing import write_peft
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.checkpoint.stage import check_target, staged
 from ia3_export.errors import Refused, UnusedVector, UsageError
 from ia3_export.execute import hash_file
-from ia3_export.manifest import NAME, list_files
+from ia3_export.manifest import NAME, Manifest, list_files, tool
 from ia3_export.placement import Placement
 from ia3_export.plan import check_weights, not_finite
 from ia3_export.quantization.detection import dense_view, find_quantization
@@ -136,12 +134,13 @@ def _fit(
         found = resolve(adapter, dense, allow_missing=allow_missing, allow_unused=allow_unused)
         for problem in found.problems:
             raise problem
-        placed = list(found.placements.values())
-        keys = {(site.module, site.direction): key for key, site in found.adapter.sites.items()}
-        sites = {keys[p.site.module, p.site.direction]: _shaped(p) for p in placed}
         extras = {name: found.adapter.extras[name] for name in found.extras}
-        if not extras:  # with a head, the class that has it says the paths
-            sites = {key: _as_stored(site, p) for (key, site), p in zip(sites.items(), placed, strict=True)}
+        sites: dict[str, Site] = {}
+        for placement in found.placements.values():
+            site = _shaped(placement)
+            if not extras:  # with a head, the class that has it says the paths
+                site = _as_stored(site, placement)
+            sites[site.module if site.module not in sites else second_key(site.module, site.direction)] = site
         return replace(found.adapter, sites=sites, extras=extras), found.warnings
     warnings = list(adapter.warnings)
     if may_be_damaged(adapter):
@@ -187,17 +186,17 @@ def _write(
             stage, sites, extras, rules,
             task_type=task_type or (said if kept else None),
             base_model=_agreed(a.config.get("base_model_name_or_path") for a in adapters),
-            class_name=_agreed(class_of(a) for a in adapters),
+            class_name=_agreed(a.class_name for a in adapters),
             to_save={name for adapter in adapters for name in adapter.rules.to_save},
         )  # fmt: skip
         content = {
             "schema": SCHEMA,
             "command": command,
-            "tool": {"name": "ia3-export", "version": metadata.version("ia3-export")},
+            "tool": tool(),
             "options": dict(options),
             "sources": [
                 {
-                    "name": a.name, "format": a.format, "id": a.location.hub_id or a.location.path.resolve().name,
+                    "name": a.name, "format": a.format, "id": a.location.name,
                     "revision": a.location.revision, "vectors": len(a.sites), "parameters": a.parameters,
                     "files": {name: hash_file(a.folder / name) for name in a.files},
                 }
@@ -211,8 +210,7 @@ def _write(
             "warnings": list(warnings),
             "files": list_files(stage, known={}, hashed=True),
         }  # fmt: skip
-        text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        (stage / NAME).write_text(text, encoding="utf-8")
+        (stage / NAME).write_text(Manifest(target, content).to_json(), encoding="utf-8")
     return WrittenAdapter(target, content, tuple(warnings))
 
 

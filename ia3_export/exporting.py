@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -17,10 +16,10 @@ from typing import Any
 from ia3_export.adapters.model import Adapter
 from ia3_export.card import BASE_CARD
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
-from ia3_export.checkpoint.stage import check_target, set_aside, staged
+from ia3_export.checkpoint.stage import check_target, copy_file, set_aside, staged
 from ia3_export.errors import CheckFailed, UsageError
 from ia3_export.execute import hash_file
-from ia3_export.manifest import NAME, list_files
+from ia3_export.manifest import NAME, list_files, tool
 from ia3_export.merging import merge
 from ia3_export.model_class import quiet
 from ia3_export.onnx.contract import DecoderForm, plan_graphs
@@ -258,8 +257,7 @@ def _only_loses(step: Step) -> bool:
 def _copy_side_files(checkpoint: Checkpoint, stage: Path) -> None:
     for name in checkpoint.side_files:
         if name not in _NOT_COPIED:
-            (stage / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(checkpoint.folder / name, stage / name)
+            copy_file(checkpoint.folder / name, stage / name)
 
 
 def _write_manifest(
@@ -274,7 +272,7 @@ def _write_manifest(
     libraries = ("torch", "transformers", "onnx", "onnxscript")
     content = {
         "schema": SCHEMA,
-        "tool": {"name": "ia3-export", "version": metadata.version("ia3-export")},
+        "tool": tool(),
         "libraries": {name: metadata.version(name) for name in libraries},
         "task": task.name,
         "opset": opset,

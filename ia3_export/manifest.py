@@ -24,7 +24,7 @@ Digests = Literal["full", "output", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The manifest of a merge. `content` is the JSON document, `folder` where the output is."""
+    """What a command did. `content` is the JSON document, `folder` where the output is."""
 
     folder: Path
     content: Mapping[str, Any]
@@ -32,6 +32,11 @@ class Manifest:
     def to_json(self) -> str:
         """Canonical text: keys sorted, two spaces, a newline at the end."""
         return json.dumps(self.content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def tool() -> dict[str, str]:
+    """Name and version of ourselves, as every manifest has them."""
+    return {"name": "ia3-export", "version": metadata.version("ia3-export")}
 
 
 def describe_plan(plan: Plan) -> dict[str, Any]:
@@ -96,7 +101,7 @@ def make_manifest(
             row["sha256"] = result.sha256
     content |= {
         "schema": SCHEMA,
-        "tool": {"name": "ia3-export", "version": metadata.version("ia3-export")},
+        "tool": tool(),
         "python": platform.python_version(),
         "libraries": _versions(plan),
         "base": _source(plan.base.location, _base_files(plan), digests),
@@ -129,7 +134,7 @@ def _base_files(plan: Plan) -> list[str]:
 def _source(location: Location, names: Sequence[str], digests: Digests) -> dict[str, Any]:
     folder = location.path if location.path.is_dir() else location.path.parent
     source: dict[str, Any] = {
-        "id": location.hub_id or location.path.resolve().name, "revision": location.revision,
+        "id": location.name, "revision": location.revision,
     }  # fmt: skip
     if digests == "full":
         source["files"] = _table(folder, names, {}, hashed=True)

@@ -16,7 +16,7 @@ from ia3_export.card import BASE_CARD, make_card
 from ia3_export.changes import Cast, Dtype
 from ia3_export.checkpoint import ranges
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
-from ia3_export.checkpoint.stage import check_target, set_aside, staged
+from ia3_export.checkpoint.stage import check_target, copy_file, set_aside, staged
 from ia3_export.errors import CheckFailed, OutputError, UsageError
 from ia3_export.execute import Progress, write_outputs
 from ia3_export.layout import INDEX, OutputFile, lay_out, make_index
@@ -235,8 +235,7 @@ def _write_side_files(plan: Plan, stage: Path, files: Sequence[OutputFile]) -> N
         target = stage / (BASE_CARD if relative == "README.md" else relative)
         if relative in (NAME, BASE_CARD) or (plan.dequantizes and relative in SIDE_FILES):
             continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(plan.base.folder / relative, target)
+        copy_file(plan.base.folder / relative, target)
     if plan.config is not None and not plan.base.is_gguf:
         text = json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n"
         (stage / "config.json").write_text(text, encoding="utf-8")

@@ -10,13 +10,13 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import ERROR, getLogger
 from typing import Any
 
-from ia3_export.adapters.model import Adapter, class_of
+from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.conversions import Loading, converted_names, loading_rules, state_entry
 from ia3_export.errors import IA3ExportError, Unsupported
@@ -166,7 +166,7 @@ def _candidate_classes(config: Mapping[str, Any], adapter: Adapter) -> Iterator[
     import transformers
     from transformers.models.auto import modeling_auto
 
-    names: list[Any] = [class_of(adapter)]
+    names: list[Any] = [adapter.class_name]
     tables = [_TASK_TABLES.get(adapter.task_type or ""), "MODEL_MAPPING_NAMES"]
     model_type = config.get("model_type")
     of_task, bare = (getattr(modeling_auto, t).get(model_type) if t else None for t in tables)
@@ -213,11 +213,8 @@ def _fit_config(name: str, config: Mapping[str, Any], adapter: Adapter) -> tuple
         if extra in embeddings and shape[1:] == shapes[extra][1:]:
             _set_vocabulary(fitted, shapes[extra][0], shape[0])
     for labels in dict.fromkeys(shape[0] for extra, shape in misfits.items() if extra not in embeddings):
-        labelled = fitted | {
-            "id2label": {str(i): name for i, name in enumerate(_label_names(adapter, labels))},
-            "label2id": {name: i for i, name in enumerate(_label_names(adapter, labels))},
-        }
-        labelled.pop("num_labels", None)
+        own = adapter.labels if len(adapter.labels) == labels else None
+        labelled = _labelled(fitted, own or [f"LABEL_{i}" for i in range(labels)])
         trial = _build(name, labelled)
         now = trial.state_dict()
         if all(e in embeddings or tuple(now[e].shape) == shape for e, shape in misfits.items()):
@@ -225,19 +222,20 @@ def _fit_config(name: str, config: Mapping[str, Any], adapter: Adapter) -> tuple
     return fitted, _build(name, fitted)
 
 
-def _label_names(adapter: Adapter, count: int) -> list[str]:
-    return list(adapter.labels) if len(adapter.labels) == count else [f"LABEL_{i}" for i in range(count)]
+def _labelled(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The configuration with these names of labels, and as many labels."""
+    tables: dict[str, Any] = {
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+    return {key: value for key, value in config.items() if key != "num_labels"} | tables
 
 
 def _with_labels(config: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
     """The configuration with the adapter's own names of its labels, and its kind of problem, if it has them."""
     names = adapter.labels
     if names and len(names) == len(config.get("id2label") or range(config.get("num_labels", 2))):
-        config |= {
-            "id2label": {str(i): name for i, name in enumerate(names)},
-            "label2id": {name: i for i, name in enumerate(names)},
-        }
-        config.pop("num_labels", None)
+        config = _labelled(config, names)
     if "problem_type" in adapter.config:
         config["problem_type"] = adapter.config["problem_type"]
     return config

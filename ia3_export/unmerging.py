@@ -8,10 +8,8 @@ merged value, it is the weight that was there before (the quotient itself may no
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,14 +22,14 @@ from ia3_export.card import BASE_CARD
 from ia3_export.changes import Change
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.checkpoint.header import StoredTensor
-from ia3_export.checkpoint.stage import check_target, staged
+from ia3_export.checkpoint.stage import check_target, copy_file, staged
 from ia3_export.errors import Refused, ShapeMismatch, Unsupported, UsageError
 from ia3_export.execute import Progress, write_outputs
 from ia3_export.fold import Array, Scale, fold_block, storage_dtype
 from ia3_export.layout import INDEX, lay_out, make_index
-from ia3_export.manifest import NAME, list_files
+from ia3_export.manifest import NAME, Manifest, list_files, tool
 from ia3_export.parity.expected import Expected, Reader, expected_blocks
-from ia3_export.parity.facts import MergeOptions, check_recorded, describe_options, recorded_options
+from ia3_export.parity.facts import merge_options
 from ia3_export.plan import Plan, make_plan
 from ia3_export.quantization.detection import find_quantization
 
@@ -107,15 +105,9 @@ def unmerge(
     """
     checkpoint = read_checkpoint(model)
     read = [read_adapter(source) for source in adapters]
-    how = recorded_options(checkpoint, checkpoint)
     if weights and combine is None:
         raise UsageError("--weights needs --combine", hint="say how the adapters were merged")
-    warnings = []
-    if combine is not None:
-        how = replace(how, combine=combine, weights=tuple(weights))
-    elif how != MergeOptions():
-        check_recorded(how, len(read))
-        warnings.append(f"taken from the model's manifest: {describe_options(how)}")
+    how, warnings = merge_options(checkpoint, checkpoint, len(read), combine, weights, "the model's manifest")
     how = replace(how, allow_missing=how.allow_missing or allow_missing)
     if find_quantization(checkpoint).packed:
         raise Unsupported(
@@ -157,20 +149,19 @@ def unmerge(
             if piece.change is not None
         }
         tensors = tuple(_settle(plan, inverse, original, places, how.dtype == "auto"))
-        warnings += [*(said for adapter in plan.adapters for said in adapter.warnings)]
+        warnings += [said for adapter in plan.adapters for said in adapter.warnings]
         warnings += _found(tensors) if how.dtype == "auto" else []
         content = {
             "schema": SCHEMA,
-            "tool": {"name": "ia3-export", "version": metadata.version("ia3-export")},
-            "model": checkpoint.location.hub_id or checkpoint.location.path.resolve().name,
+            "tool": tool(),
+            "model": checkpoint.location.name,
             "adapters": [adapter.name for adapter in read],
             "options": {"combine": how.combine, "weights": list(how.weights), "cast": how.cast},
             "exactness": [asdict(row) for row in tensors],
             "warnings": warnings,
             "files": list_files(stage, known={}, hashed=True),
         }
-        text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        (stage / NAME).write_text(text, encoding="utf-8")
+        (stage / NAME).write_text(Manifest(target, content).to_json(), encoding="utf-8")
     return Unmerged(target, tensors, content, tuple(warnings))
 
 
@@ -221,11 +212,9 @@ def _copy_side_files(model: Checkpoint, stage: Path, index: bytes | None) -> Non
         merge_card = relative == "README.md" and NAME in model.side_files
         if relative in (NAME, BASE_CARD) or merge_card:
             continue
-        place = stage / relative
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(model.folder / relative, place)
+        copy_file(model.folder / relative, stage / relative)
     if BASE_CARD in model.side_files:
-        shutil.copyfile(model.folder / BASE_CARD, stage / "README.md")
+        copy_file(model.folder / BASE_CARD, stage / "README.md")
     if index is not None:
         (stage / INDEX).write_bytes(index)
 

@@ -12,11 +12,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from ia3_export.adapters.adapterhub_heads import Head, read_head
 from ia3_export.adapters.model import Adapter, Site, TargetRules, same_in_every_layer
-from ia3_export.adapters.source import Source, add_site, make_site, unwrapped
+from ia3_export.adapters.source import Source, add_site, make_site, over_fused, unwrapped
 from ia3_export.errors import DamagedFile, Refused, Unsupported
 
 _VECTOR = re.compile(r"(?P<module>.+)\.loras\.(?P<name>[^.]+)\.lora_B")
@@ -57,7 +55,7 @@ def read_adapterhub(source: Source) -> Adapter:
         module = match["module"] if head.keeps_wrapper else unwrapped(match["module"])
         site = make_site(module, "out", tensor, factor)
         if module.rpartition(".")[2] in _FUSED:
-            site = _fill_up(site, enabled, factor)
+            site = over_fused(site, enabled, factor)
         add_site(sites, site, tensor)
     if not sites:
         raise Refused(f"{source.weights.path} holds no vector", hint="was the adapter saved before training?")
@@ -125,20 +123,6 @@ def _enabled(source: Source, settings: Mapping[str, Any]) -> list[str]:
 
 def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d{1,6}", version)[:2])
-
-
-def _fill_up(site: Site, enabled: list[str], factor: float) -> Site:
-    """The vector over the whole fused projection: the parts without one are multiplied by `factor` all the same."""
-    if not enabled or len(site.vector) % len(enabled):
-        raise DamagedFile(
-            f"the vector of {site.module} has {len(site.vector)} elements for {len(enabled)} attn_matrices",
-            hint="adapter_config.json is not the one of these weights",
-        )
-    parts = dict(zip(enabled, np.split(site.vector, len(enabled)), strict=True))
-    length = len(site.vector) // len(enabled)
-    untouched = np.full(length, factor, site.vector.dtype)
-    vector = np.concatenate([parts.get(part, untouched) for part in "qkv"])
-    return Site(site.module, "out", vector, (len(vector), 1), site.dtype)
 
 
 def _as_config(source: Source, head: Head) -> dict[str, Any]:

@@ -31,12 +31,12 @@ class Counts:
 def count_channels(values: Array) -> Counts:
     """`values` counted by the one rule: see `UNCHANGED`."""
     finite = values[np.isfinite(values)]
-    size = np.abs(finite)
+    kinds = kinds_of(finite)
     return Counts(
         values.size,
         int(np.sum(unchanged(finite))),
-        int(np.sum(size < 1 - UNCHANGED)),
-        int(np.sum(size > 1 + UNCHANGED)),
+        int(np.sum(kinds < 0)),
+        int(np.sum(kinds > 0)),
         int(np.sum(finite < 0)),
         values.size - finite.size,
     )

@@ -1,8 +1,8 @@
 """Several adapters as one vector a module.
 
-``product`` multiplies them, which a merge does one after the other. ``linear`` is PEFT's ``IA3Model.add_weighted_adapter``: the plain sum of weight
-times vector, in which a missing vector counts as zero. ``delta`` adds the changes instead, ``1 + sum w (l - 1)``, in which a
-missing vector counts as ones.
+``product`` multiplies them, which a merge does one after the other. ``linear`` is PEFT's ``IA3Model.add_weighted_adapter``:
+the plain sum of weight times vector, in which a missing vector counts as zero. ``delta`` adds the changes instead,
+``1 + sum w (l - 1)``, in which a missing vector counts as ones.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def combine_vectors(
 ) -> Array:
     """One vector from those of several adapters for one module (None where an adapter has none).
 
-    `stored` is the dtype of the module's weight in the base, or without a base that of the vectors. ``linear`` has PEFT's bits: its new vector lives in that
-    dtype, and is rounded after every addition. ``delta`` and ``product`` are computed in float64 and rounded once, to float32
+    `stored` is the dtype of the module's weight in the base, or without a base that of the vectors. ``linear`` has PEFT's
+    bits: its new vector lives in that dtype, and is rounded after every addition. ``delta`` and ``product`` are computed in float64 and rounded once, to float32
     (float64 for float64 bases).
     """
     length = next(len(vector) for vector in vectors if vector is not None)

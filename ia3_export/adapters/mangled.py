@@ -27,18 +27,20 @@ def restore_names(adapter: Adapter, modules: Collection[str]) -> Adapter | None:
     """`adapter` with the module paths it must have had, given the `modules` of its base; None when nothing explains them.
 
     The name that was removed is the adapter's own or, where the folder has another name now, any beginning of a path's
-    components (but not a whole one everywhere). It must explain every vector, and every head that lost its path, each by one targeted module only, and no other
-    name may explain them differently. Raises `Refused` when the removal made two keys one.
+    components (but not a whole one everywhere). It must explain every vector, and every head that lost its path, each by one
+    targeted module only, and no other name may explain them differently. Raises `Refused` when the removal made two keys one.
     """
-    vectors = {site.module for site in adapter.sites.values()} - set(modules)
+    if not may_be_damaged(adapter):
+        return None
+    vectors = adapter.modules - set(modules)
     heads = {
         name.rpartition(".")[0]
         for name in adapter.extras
         if "." not in name or "modules_to_save" in name.split(".")
     }
-    if not may_be_damaged(adapter) or not (vectors or heads):
+    if not (vectors or heads):
         return None
-    whole = {site.module for site in adapter.sites.values()} - vectors
+    whole = adapter.modules - vectors
     free = set(filter(adapter.rules.targets, modules)) - whole
     heads_of = {*modules, *adapter.rules.to_save, *_CLASSIFIERS}
     explanations: dict[str, dict[str, str]] = {}

@@ -94,6 +94,13 @@ class Adapter:
         return self.config.get("task_type")
 
     @property
+    def class_name(self) -> str | None:
+        """The transformers class that it was trained as, if it says so (``auto_mapping``)."""
+        mapping = self.config.get("auto_mapping")
+        name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+        return name if isinstance(name, str) else None
+
+    @property
     def folder(self) -> Path:
         """The folder that holds `files`."""
         return self.location.path if self.location.path.is_dir() else self.location.path.parent
@@ -107,13 +114,6 @@ class Adapter:
     def parameters(self) -> int:
         """Elements of all vectors."""
         return sum(len(site.vector) for site in self.sites.values())
-
-
-def class_of(adapter: Adapter) -> str | None:
-    """The transformers class that it was trained as, if it says so (``auto_mapping``)."""
-    mapping = adapter.config.get("auto_mapping")
-    name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    return name if isinstance(name, str) else None
 
 
 def second_key(module: str, direction: Direction) -> str:

@@ -16,10 +16,8 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-import numpy as np
-
 from ia3_export.adapters.model import Adapter, Site, TargetRules, same_in_every_layer
-from ia3_export.adapters.source import Source, add_site, make_site, unwrapped
+from ia3_export.adapters.source import Source, add_site, make_site, over_fused, unwrapped
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import Unsupported
 from ia3_export.fold import Direction
@@ -85,7 +83,7 @@ def read_tango(source: Source) -> Adapter:
     """The adapter in a state dict of Tango, with or without the whole model around it. Raises as `read_mats`."""
     read = _read_outputs(source, "tango", _TANGO)
     sites = {
-        name: _behind_queries(site) if name.rpartition(".")[2] in _TANGO_FUSED else site
+        name: over_fused(site, "kv") if name.rpartition(".")[2] in _TANGO_FUSED else site
         for name, site in read.sites.items()
     }
     return replace(read, sites=sites)
@@ -102,13 +100,6 @@ def _read_outputs(source: Source, kind: str, key: re.Pattern[str]) -> Adapter:
         else:
             extras[unwrapped(tensor.name.replace(".linear_layer.", "."))] = tensor
     return _adapter(source, kind, sites, extras)
-
-
-def _behind_queries(site: Site) -> Site:
-    """The vector of keys and values over a fused projection, whose first third (the queries) Tango leaves alone."""
-    ones = np.ones(len(site.vector) // 2, site.vector.dtype)
-    vector = np.concatenate([ones, site.vector])
-    return replace(site, vector=vector, shape=(len(vector), 1))
 
 
 def _adapter(source: Source, kind: str, sites: dict[str, Site], extras: dict[str, StoredTensor]) -> Adapter:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,22 @@ def add_site(sites: dict[str, Site], site: Site, tensor: StoredTensor) -> None:
             hint="a file holds one adapter; with --map, put the part of the key that is the module path into a group",
         )
     sites[key] = site
+
+
+def over_fused(site: Site, parts: Sequence[str], factor: float = 1.0) -> Site:
+    """The vector of some `parts` (of q, k and v, in this order) over the whole projection that computes all three.
+
+    The parts without a vector are multiplied by `factor`. Raises `DamagedFile` when the vector does not divide into its parts.
+    """
+    if not parts or len(site.vector) % len(parts):
+        raise DamagedFile(
+            f"the vector of {site.module} has {len(site.vector)} elements for {len(parts)} of queries, keys and values",
+            hint="the configuration is not the one of these weights, or the file is incomplete",
+        )
+    own = dict(zip(parts, np.split(site.vector, len(parts)), strict=True))
+    untouched = np.full(len(site.vector) // len(parts), factor, site.vector.dtype)
+    vector = np.concatenate([own.get(part, untouched) for part in "qkv"])
+    return replace(site, vector=vector, shape=(len(vector), 1))
 
 
 def _folder(path: Path) -> Path:

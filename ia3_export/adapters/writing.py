@@ -31,8 +31,9 @@ def write_peft(
 ) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into `folder`.
 
-    `rules` say the target modules, and unless None the feed-forward ones, instead of lists of `sites`; `class_name` is the transformers class. Vectors keep their dtype and become (n, 1), (1, n) or (1, n, 1, 1[, 1]). At most one site a module. The same input gives
-    the same bytes.
+    `rules` say the target modules, and unless None the feed-forward ones, instead of lists of `sites`; `class_name` is the
+    transformers class. Vectors keep their dtype and become (n, 1), (1, n) or (1, n, 1, 1[, 1]). At most one site a module. The
+    same input gives the same bytes.
     """
     ordered = sorted(sites, key=lambda site: site.module)
     config: dict[str, Any] = {

@@ -24,6 +24,11 @@ class Location:
     revision: str | None = None
 
     @property
+    def name(self) -> str:
+        """The hub id, or the last part of the path: what may be written down, since it names no place of this machine."""
+        return self.hub_id or self.path.resolve().name
+
+    @property
     def inputs(self) -> list[Path]:
         """What must not be written into: the place that was found, and the one that was given, which may lie above."""
         return [self.path] if self.hub_id is not None else [self.path, Path(self.given).expanduser()]

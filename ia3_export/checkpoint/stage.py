@@ -87,6 +87,12 @@ def staged(target: Path, *, overwrite: bool = False, flush: bool = False) -> Ite
         raise
 
 
+def copy_file(source: Path, target: Path) -> None:
+    """Copy one file, making the folders above `target`."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
 def set_aside(stage: Path, target: Path) -> Path:
     """Rename a stage that failed its check to ``<target>.failed`` (``.failed-2``, ... where that exists), for a look at it."""
     places = [f"{target.name}.failed", *(f"{target.name}.failed-{i}" for i in range(2, 1000))]

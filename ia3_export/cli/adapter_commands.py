@@ -12,8 +12,8 @@ from ia3_export.cli.options import (
     output_option,
     output_options,
     overwrite_option,
-    parse_weights,
     rules_option,
+    weights_option,
 )
 from ia3_export.cli.output import Output
 
@@ -84,9 +84,7 @@ def convert_command(
     type=click.Choice(["product", "linear", "delta"]),
     help="Product of the vectors, PEFT's sum of w*l, or 1 + sum of w*(l-1). Default: linear with --weights, product without.",
 )
-@click.option(
-    "--weights", callback=parse_weights, metavar="W,W,...", help="One per adapter, for linear and delta."
-)
+@weights_option
 @click.option("--base", metavar="BASE", help="The model they belong to; as in convert.")
 @overwrite_option
 @output_options

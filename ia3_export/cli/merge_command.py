@@ -14,8 +14,8 @@ from ia3_export.cli.options import (
     output_options,
     overwrite_option,
     parse_size,
-    parse_weights,
     rules_option,
+    weights_option,
 )
 from ia3_export.cli.output import Output, human_bytes
 
@@ -41,9 +41,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Several adapters: one after the other, sum of w*l, or 1 + sum of w*(l-1).",
 )
-@click.option(
-    "--weights", callback=parse_weights, metavar="W,W,...", help="One per adapter, for linear and delta."
-)
+@weights_option
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "float16", "bfloat16"]),

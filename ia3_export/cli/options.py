@@ -51,6 +51,11 @@ def parse_weights(_: click.Context, __: click.Parameter, value: str | None) -> t
         raise click.BadParameter("give numbers separated by commas, for example 0.7,0.3") from None
 
 
+weights_option = click.option(
+    "--weights", callback=parse_weights, metavar="W,W,...", help="One per adapter, for linear and delta."
+)
+
+
 def parse_words(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
     """``fp32,int8`` as words."""
     return tuple(word.strip() for word in value.split(",") if word.strip())

@@ -12,8 +12,8 @@ from ia3_export.cli.options import (
     output_option,
     output_options,
     overwrite_option,
-    parse_weights,
     rules_option,
+    weights_option,
 )
 from ia3_export.cli.output import Output
 
@@ -32,9 +32,7 @@ if TYPE_CHECKING:
     type=click.Choice(["product", "linear", "delta"]),
     help="How several adapters were merged; default: what the model's manifest says.",
 )
-@click.option(
-    "--weights", callback=parse_weights, metavar="W,W", help="One weight an adapter, with --combine."
-)
+@weights_option
 @click.option("--allow-missing", is_flag=True, help="Accept targeted modules without a vector.")
 @overwrite_option
 @output_options

@@ -12,8 +12,8 @@ from ia3_export.cli.options import (
     base_option,
     output_options,
     parse_size,
-    parse_weights,
     rules_option,
+    weights_option,
 )
 from ia3_export.cli.output import Output
 
@@ -47,9 +47,7 @@ _FILE = click.Path(path_type=Path)
     type=click.Choice(["product", "linear", "delta"]),
     help="As in merge; default: what the manifest says.",
 )
-@click.option(
-    "--weights", callback=parse_weights, metavar="W,W", help="One weight an adapter, with --combine."
-)
+@weights_option
 @click.option(
     "--inputs",
     type=_FILE,

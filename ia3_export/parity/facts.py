@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, get_args
@@ -68,6 +68,25 @@ def recorded_options(base: Checkpoint, merged: Checkpoint | None) -> MergeOption
     return MergeOptions()
 
 
+def merge_options(
+    base: Checkpoint,
+    merged: Checkpoint | None,
+    adapters: int,
+    combine: Combine | None,
+    weights: Sequence[float],
+    source: str,
+) -> tuple[MergeOptions, list[str]]:
+    """How `merged` was made: `recorded_options`, with `combine` and `weights` in their place where the user says them; and what
+    was taken from the record (which people know as `source`), in words. Raises `Refused` as `check_recorded`."""
+    how = recorded_options(base, merged)
+    if combine is not None:
+        return replace(how, combine=combine, weights=tuple(weights)), []
+    if how == MergeOptions():
+        return how, []
+    check_recorded(how, adapters)
+    return how, [f"taken from {source}: {describe_options(how)}"]
+
+
 def check_recorded(options: MergeOptions, adapters: int) -> None:
     """Raise `Refused` for recorded options by which an artifact could excuse itself: an adapter that counts for nothing."""
     odd = options.combine != "product" and (adapters == 1 or 0.0 in options.weights)
@@ -115,13 +134,13 @@ def _summarize(adapter: str, module: str, direction: Any, values: Any) -> SiteSu
     return SiteSummary(
         adapter, module, direction, len(values), float(values.min()), float(values.max()), float(values.mean()),
         counts.amplified, counts.inhibited, counts.negative,
-tuple(rows[np.arange(len(rows)), farthest].tolist()),
+        tuple(rows[np.arange(len(rows)), farthest].tolist()),
     )  # fmt: skip
 
 
 def source_of(location: Location) -> Source:
     """The hub id, or the last part of the path."""
-    return Source(location.hub_id or location.path.resolve().name, location.revision)
+    return Source(location.name, location.revision)
 
 
 def environment() -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +18,9 @@ from ia3_export.manifest import NAME
 from ia3_export.merging import merge
 from ia3_export.parity.facts import (
     MergeOptions,
-    check_recorded,
-    describe_options,
     digests,
     environment,
-    recorded_options,
+    merge_options,
     sites_of,
     source_of,
     summarize_sites,
@@ -101,13 +98,9 @@ def verify(
     checkpoint = read_checkpoint(base)
     read = [read_adapter(source) for source in adapters]
     shipped = read_checkpoint(merged) if merged is not None else None
-    how = recorded_options(checkpoint, shipped)
-    said: list[str] = []
-    if combine is not None:
-        how = replace(how, combine=combine, weights=tuple(weights))
-    elif how != MergeOptions():
-        check_recorded(how, len(read))
-        said.append(f"taken from the manifest, or from the weights' dtype: {describe_options(how)}")
+    how, said = merge_options(
+        checkpoint, shipped, len(read), combine, weights, "the manifest, or from the weights' dtype"
+    )
     foreign = shipped is not None and not weights_only and _is_foreign(checkpoint, shipped)
     plan = None if foreign else _plan(checkpoint, read, how)
     if plan is not None:

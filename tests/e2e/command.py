@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,18 @@ def join_safetensors(file: Path, header: Mapping[str, Any] | str, data: bytes) -
     """Write a safetensors file with whatever header, right or wrong."""
     text = header if isinstance(header, str) else json.dumps(header)
     file.write_bytes(struct.pack("<Q", len(text.encode())) + text.encode() + data)
+
+
+def vary_adapter(source: Path, folder: Path, edit: Callable[[dict[str, Any]], None], **config: Any) -> Path:
+    """A copy of a PEFT adapter with other tensors (numpy arrays by key), and other values in its configuration."""
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    edit_json(folder / "adapter_config.json", **config)
+    return folder
 
 
 def edit_json(file: Path, **changes: Any) -> None:

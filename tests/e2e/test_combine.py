@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.e2e.command import Ran, contents, edit_json, merge, only_complaint, run
+from tests.e2e.command import Ran, contents, merge, only_complaint, run, vary_adapter
 from tests.e2e.conftest import Tiny
 from tests.support.tensors import read_folder, same
 
@@ -54,21 +54,11 @@ def vectors(adapter: Path) -> Mapping[str, np.ndarray]:
     }
 
 
-def vary(source: Path, folder: Path, edit: Callable[[Tensors], None], **config: Any) -> Path:
-    """A copy of an adapter with other tensors, and other values in its configuration."""
-    shutil.copytree(source, folder)
-    tensors = load_file(folder / "adapter_model.safetensors")
-    edit(tensors)
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    edit_json(folder / "adapter_config.json", **config)
-    return folder
-
-
 def with_head(source: Path, folder: Path, head: np.ndarray) -> Path:
     def edit(tensors: Tensors) -> None:
         tensors[f"{PREFIX}lm_head.weight"] = head
 
-    return vary(source, folder, edit, modules_to_save=["lm_head"])
+    return vary_adapter(source, folder, edit, modules_to_save=["lm_head"])
 
 
 def live(base: Path, *adapters: Path) -> Any:
@@ -114,7 +104,7 @@ def test_linear_of_three_adapters_adds_in_pefts_order(tiny: Tiny, tmp_path: Path
         for name in tensors:
             tensors[name] = tensors[name] * np.float32(1e-3)
 
-    third = vary(tiny.adapter, tmp_path / "third", shrink)
+    third = vary_adapter(tiny.adapter, tmp_path / "third", shrink)
     combine(tmp_path / "sum", tiny.adapter, third, tiny.other, how="linear", weights="0.3,0.3,0.4")
     model = live(tiny.single, tiny.adapter, third, tiny.other)
     model.add_weighted_adapter(["a0", "a1", "a2"], [0.3, 0.3, 0.4], "sum")
@@ -128,7 +118,7 @@ def test_linear_says_what_its_sum_does(tiny: Tiny, tmp_path: Path) -> None:
         for name in [name for name in tensors if "v_proj" in name]:
             del tensors[name]
 
-    less = vary(tiny.adapter, tmp_path / "less", drop, target_modules=["k_proj", "down_proj"])
+    less = vary_adapter(tiny.adapter, tmp_path / "less", drop, target_modules=["k_proj", "down_proj"])
     quiet = combine(tmp_path / "same", less, tiny.other, how="linear", weights="0.5,0.5")
     assert "the weights sum to" not in quiet.stdout
     assert "less has no vector for 2 modules" in quiet.stdout and "adapter has no" not in quiet.stdout
@@ -198,7 +188,10 @@ def test_narrow_vectors_become_float32_and_wide_ones_stay(tiny: Tiny, tmp_path: 
         for name in tensors:
             tensors[name] = tensors[name].astype(np.float64)
 
-    half, wide = vary(tiny.adapter, tmp_path / "half", halve), vary(tiny.other, tmp_path / "wide", widen)
+    half, wide = (
+        vary_adapter(tiny.adapter, tmp_path / "half", halve),
+        vary_adapter(tiny.other, tmp_path / "wide", widen),
+    )
     combine(tmp_path / "narrow", half, tiny.other)
     assert {value.dtype for value in vectors(tmp_path / "narrow").values()} == {np.dtype("f4")}
     combine(tmp_path / "mixed", half, wide)
@@ -295,7 +288,9 @@ def test_other_sides_of_a_module_are_refused(tiny: Tiny, tmp_path: Path) -> None
         for name in [name for name in tensors if "k_proj" in name]:
             tensors[name] = np.ones((1, 32), np.float32)
 
-    turned = vary(tiny.adapter, tmp_path / "turned", turn, feedforward_modules=["k_proj", "down_proj"])
+    turned = vary_adapter(
+        tiny.adapter, tmp_path / "turned", turn, feedforward_modules=["k_proj", "down_proj"]
+    )
     refused(tmp_path / "out", tiny.other, turned, mentions="self_attn.k_proj")
 
 
@@ -304,7 +299,7 @@ def test_other_lengths_are_refused(tiny: Tiny, tmp_path: Path) -> None:
         for name in [name for name in tensors if "down_proj" in name]:
             tensors[name] = np.ascontiguousarray(tensors[name][:, :40])
 
-    short = vary(tiny.adapter, tmp_path / "short", cut)
+    short = vary_adapter(tiny.adapter, tmp_path / "short", cut)
     refused(tmp_path / "out", short, tiny.other, mentions="40 and 48 elements")
 
 
@@ -313,7 +308,12 @@ def test_a_vector_that_is_not_finite_is_refused(tiny: Tiny, tmp_path: Path, bad:
     def spoil(tensors: Tensors) -> None:
         next(iter(tensors.values())).reshape(-1)[3] = bad
 
-    refused(tmp_path / "out", tiny.adapter, vary(tiny.other, tmp_path / "bad", spoil), mentions="element 3")
+    refused(
+        tmp_path / "out",
+        tiny.adapter,
+        vary_adapter(tiny.other, tmp_path / "bad", spoil),
+        mentions="element 3",
+    )
 
 
 def test_different_heads_are_refused_and_equal_ones_kept(tiny: Tiny, tmp_path: Path) -> None:
@@ -375,7 +375,10 @@ def test_an_overflowing_product_is_not_written(tiny: Tiny, tmp_path: Path) -> No
     def enlarge(tensors: Tensors) -> None:
         next(iter(tensors.values())).reshape(-1)[0] = 1e30
 
-    one, other = vary(tiny.adapter, tmp_path / "one", enlarge), vary(tiny.adapter, tmp_path / "two", enlarge)
+    one, other = (
+        vary_adapter(tiny.adapter, tmp_path / "one", enlarge),
+        vary_adapter(tiny.adapter, tmp_path / "two", enlarge),
+    )
     refused(tmp_path / "out", one, other)
 
 

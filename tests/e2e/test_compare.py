@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.e2e.command import contents, edit_json, only_complaint, run
+from tests.e2e.command import contents, only_complaint, run, vary_adapter
 from tests.e2e.conftest import Tiny
 
 PREFIX = "base_model.model."
@@ -39,15 +38,6 @@ def vectors(adapter: Path) -> dict[str, np.ndarray]:
         for name, value in stored.items()
         if name.endswith(".ia3_l")
     }
-
-
-def vary(source: Path, folder: Path, edit: Callable[[dict[str, Any]], None], **config: Any) -> Path:
-    shutil.copytree(source, folder)
-    tensors = load_file(folder / "adapter_model.safetensors")
-    edit(tensors)
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    edit_json(folder / "adapter_config.json", **config)
-    return folder
 
 
 def write_adapter(folder: Path, found: dict[str, Any], feedforward: tuple[str, ...] = ()) -> Path:
@@ -117,7 +107,7 @@ def test_an_adapter_is_like_itself_and_turned_over_its_opposite(tiny: Tiny, tmp_
         for name in tensors:
             tensors[name] = 2 - tensors[name]
 
-    turned = compare(tiny.adapter, vary(tiny.adapter, tmp_path / "turned", turn))
+    turned = compare(tiny.adapter, vary_adapter(tiny.adapter, tmp_path / "turned", turn))
     assert turned["cosine"] == pytest.approx(-1, abs=1e-6)
 
 
@@ -185,10 +175,12 @@ def test_other_tensors_are_equal_or_different(tiny: Tiny, tmp_path: Path) -> Non
         return lambda found: found.update({f"{PREFIX}{name}": value for name, value in tensors})
 
     saved = {"modules_to_save": ["head", "norm", "embed"]}
-    one = vary(
+    one = vary_adapter(
         tiny.adapter, tmp_path / "a", brings(("head.weight", head), ("norm.weight", head[0]), ("embed.weight", head)), **saved
     )  # fmt: skip
-    other = vary(tiny.other, tmp_path / "b", brings(("head.weight", head), ("norm.weight", head[1])), **saved)
+    other = vary_adapter(
+        tiny.other, tmp_path / "b", brings(("head.weight", head), ("norm.weight", head[1])), **saved
+    )
     document = compare(one, other)
     assert document["extra_tensors"] == {
         "equal": ["head.weight"],
@@ -319,4 +311,4 @@ def test_vectors_that_are_not_finite_give_json_all_the_same(tiny: Tiny, tmp_path
     def spoil(tensors: dict[str, Any]) -> None:
         next(iter(tensors.values())).reshape(-1)[3] = bad
 
-    compare(tiny.adapter, vary(tiny.adapter, tmp_path / "bad", spoil))
+    compare(tiny.adapter, vary_adapter(tiny.adapter, tmp_path / "bad", spoil))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.e2e.command import contents, edit_json, merge, only_complaint, run
+from tests.e2e.command import contents, edit_json, merge, only_complaint, run, vary_adapter
 from tests.e2e.conftest import CARD, Tiny
 from tests.support import zoo
 from tests.support.tensors import read_folder, same
@@ -60,14 +60,6 @@ def torch_dtype(name: str) -> Any:
     return getattr(torch, {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[name])
 
 
-def vary(source: Path, folder: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
-    shutil.copytree(source, folder)
-    tensors = load_file(folder / "adapter_model.safetensors")
-    edit(tensors)
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    return folder
-
-
 def positive(source: Path, folder: Path, low: float = 0.6) -> Path:
     """The adapter with all factors from `low` upwards."""
 
@@ -75,7 +67,7 @@ def positive(source: Path, folder: Path, low: float = 0.6) -> Path:
         for name in tensors:
             tensors[name] = np.maximum(np.abs(tensors[name]), np.float32(low))
 
-    return vary(source, folder, edit)
+    return vary_adapter(source, folder, edit)
 
 
 @pytest.fixture(scope="module", params=["bfloat16", "float16", "float32"])
@@ -193,7 +185,7 @@ def test_powers_of_two_divide_out_without_a_trace(tiny: Tiny, tmp_path: Path, st
         for name, value in tensors.items():
             tensors[name] = generator.choice(np.array([-4, -0.5, 0.25, 1, 2], "f4"), value.shape)
 
-    adapter = vary(tiny.adapter, tmp_path / "adapter", edit)
+    adapter = vary_adapter(tiny.adapter, tmp_path / "adapter", edit)
     merge(base, adapter, tmp_path / "merged")
     document = unmerge(tmp_path / "merged", [adapter], tmp_path / "out", "--base", base)
     for row in document["exactness"]:
@@ -229,7 +221,7 @@ def test_what_is_certain_after_two_adapters_is_the_base(tiny: Tiny, tmp_path: Pa
         def edit(values: dict[str, Any], factor: float = factor) -> None:
             values[f"{PREFIX}{module}.ia3_l"][:] = factor
 
-        adapters.append(vary(source, tmp_path / source.name, edit))
+        adapters.append(vary_adapter(source, tmp_path / source.name, edit))
     merge(tmp_path / "base", adapters[0], tmp_path / "merged", "--adapter", adapters[1])
     document = unmerge(tmp_path / "merged", adapters, tmp_path / "out", "--base", tmp_path / "base")
     row = rows(document)[f"{module}.weight"]
@@ -253,7 +245,7 @@ def test_the_largest_weights_come_back(tmp_path: Path, tiny: Tiny) -> None:
     def edit(values: dict[str, Any]) -> None:
         values[f"{PREFIX}{name}.ia3_l"][:] = np.linspace(0.011, 0.9, 16, dtype=np.float32)[:, None]
 
-    adapter = vary(tiny.adapter, tmp_path / "adapter", edit)
+    adapter = vary_adapter(tiny.adapter, tmp_path / "adapter", edit)
     merge(tmp_path / "base", adapter, tmp_path / "merged")
     assert run(*words(tmp_path / "merged", [adapter], tmp_path / "out")).code == 0
 
@@ -288,7 +280,7 @@ def test_what_was_flushed_to_zero_is_ambiguous_not_certain(
         vector[:] = 1
         vector[::2] = 1e-6
 
-    adapter = vary(tiny.adapter, tmp_path / "adapter", edit)
+    adapter = vary_adapter(tiny.adapter, tmp_path / "adapter", edit)
     merge(tmp_path / "base", adapter, tmp_path / "merged")
     document = unmerge(tmp_path / "merged", [adapter], tmp_path / "out", "--base", tmp_path / "base")
     check_figures(document, tmp_path / "base", tmp_path / "out")
@@ -366,7 +358,7 @@ def test_a_zero_is_refused_by_module_and_element(tiny: Tiny, tmp_path: Path, zer
     def edit(tensors: dict[str, Any]) -> None:
         tensors[f"{PREFIX}model.layers.1.mlp.down_proj.ia3_l"].reshape(-1)[[7, 11]] = zero
 
-    adapter = vary(tiny.adapter, tmp_path / "adapter", edit)
+    adapter = vary_adapter(tiny.adapter, tmp_path / "adapter", edit)
     merge(tiny.base, adapter, tmp_path / "merged")
     before = contents(tmp_path)
     ran = run(*words(tmp_path / "merged", [adapter], tmp_path / "out"))
