@@ -463,6 +463,14 @@ def test_old_names_are_restored_before_adapters_are_combined(tmp_path: Path) -> 
     assert set(read_adapter(tmp_path / "b").sites) == set(read_adapter(whole.adapter).sites)
 
 
+def test_paths_of_two_classes_are_one_module_when_a_base_is_given(tmp_path: Path) -> None:
+    """One adapter was trained on the bare model, the other on a class whose paths begin with "bert."."""
+    bare, prefixed = by_name("bert_bare_on_prefixed_base"), by_name("bert_without_head")
+    assert bare.base == prefixed.base
+    combine([bare.adapter, prefixed.adapter], tmp_path / "both", base=bare.base)
+    assert set(read_adapter(tmp_path / "both").sites) == set(read_adapter(prefixed.adapter).sites)
+
+
 def test_what_convert_wrote_is_above_suspicion(tmp_path: Path) -> None:
     case = by_name("0.17.1-name-k-k")
     convert(case.adapter, tmp_path / "one", base=case.base)
