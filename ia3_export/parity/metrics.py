@@ -45,7 +45,7 @@ def compare(outputs: Outputs, reference: Outputs, dtype: str) -> Distance:
             places.append(error[relevant] / last_place(b[relevant], dtype))
     all_relative, all_places = np.concatenate(relative), np.concatenate(places)
     with np.errstate(invalid="ignore"):
-        cosine = dot / (norm_a * norm_b) ** 0.5 if norm_a and norm_b else float(norm_a == norm_b)
+        cosine = dot / (norm_a**0.5 * norm_b**0.5) if norm_a and norm_b else float(norm_a == norm_b)
     logits = [
         (np.asarray(got["logits"], "<f8"), np.asarray(must["logits"], "<f8"))
         for got, must in zip(outputs, reference, strict=True)

@@ -133,3 +133,9 @@ def test_a_quantized_artifact_without_the_adapter_fails(precision: str) -> None:
     ]  # fmt: skip
     near = compare([{"logits": 3 * np.eye(4, 3)}], [{"logits": 3 * np.eye(4, 3)}], "float32")
     assert all(gate.passed for gate in quantized_gates(precision, near, 1.0))
+
+
+def test_the_cosine_of_tiny_numbers_does_not_divide_by_zero() -> None:
+    """The product of the squared lengths underflows where neither of them does."""
+    tiny = np.full((3, 7), 8.18969557e-137)
+    assert compare([{"logits": tiny}], [{"logits": tiny}], "float32").cosine == pytest.approx(1.0)
