@@ -163,7 +163,8 @@ def _of_logits(
         return None, None, None, None
     kl = np.concatenate(divergences)
     return (
-        float(kl.mean()), float(kl.max()), float(np.concatenate(first).mean()),
+        float(min(kl.mean(), kl.max())),  # the mean of equal numbers can be rounded above them
+        float(kl.max()), float(np.concatenate(first).mean()),
         float(np.concatenate(five).mean()) if five else None,
     )  # fmt: skip
 

@@ -139,3 +139,9 @@ def test_the_cosine_of_tiny_numbers_does_not_divide_by_zero() -> None:
     """The product of the squared lengths underflows where neither of them does."""
     tiny = np.full((3, 7), 8.18969557e-137)
     assert compare([{"logits": tiny}], [{"logits": tiny}], "float32").cosine == pytest.approx(1.0)
+
+
+def test_a_mean_is_not_rounded_above_the_largest() -> None:
+    a = np.array([[0.0] + [1.625] * 6] * 3)
+    distance = compare([{"logits": a}], [{"logits": np.zeros_like(a)}], "float32")
+    assert distance.kl == distance.max_kl
