@@ -93,19 +93,19 @@ def _read(file: Path, kind: type) -> Any:
 
 
 def _pool(mode: str, hidden: Any, mask: Any) -> Any:
-    """As ``sentence_transformers.models.Pooling`` computes it, on either side of the padding."""
+    """As sentence-transformers' ``Pooling`` computes it (6.2: weights of ``weightedmean`` begin at the first token that is no padding)."""
     import torch
 
     places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    # the first attended token has the largest place counted from the end, the last one counted from the start
+    first, last = (mask * places.flip(0)).argmax(dim=1), (mask * places).argmax(dim=1)
     if mode in ("cls", "lasttoken"):
-        # the first attended token has the largest place counted from the end, the last one counted from the start
-        order = places if mode == "lasttoken" else places.flip(0)
-        at = (mask * order).argmax(dim=1)
+        at = last if mode == "lasttoken" else first
         return hidden.gather(1, at[:, None, None].expand(-1, 1, hidden.shape[2])).squeeze(1)
     weights = mask.unsqueeze(-1).to(hidden.dtype)
     if mode == "max":
         return hidden.masked_fill(weights == 0, torch.finfo(hidden.dtype).min).max(dim=1).values
     if mode == "weightedmean":
-        weights = weights * places.to(hidden.dtype)[None, :, None]
+        weights = weights * (places - first[:, None]).to(hidden.dtype)[..., None]
     total, count = (hidden * weights).sum(dim=1), weights.sum(dim=1).clamp(min=1e-9)
     return total / (count.sqrt() if mode == "mean_sqrt_len_tokens" else count)

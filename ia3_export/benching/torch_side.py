@@ -8,6 +8,7 @@ from typing import Any
 from ia3_export.adapters import read_adapter
 from ia3_export.benching.jobs import Job, Runnable, Sources, Variant
 from ia3_export.checkpoint.folder import read_checkpoint
+from ia3_export.libraries import cache_argument, returned_cache
 from ia3_export.model_class import load_runtime_model
 from ia3_export.onnx.contract import plan_graphs
 from ia3_export.onnx.tasks import Task
@@ -64,11 +65,13 @@ def _generator(model: Any, inputs: dict[str, Any], first: dict[str, Any], ids_na
     """Prefill of all `inputs` (an encoder-decoder: the encoder and its decoder's first step), then a token a step."""
     import torch
 
+    argument = str(cache_argument(model))
+
     def forward() -> Any:
         out = model(**inputs, **first, use_cache=True)
         states = getattr(out, "encoder_last_hidden_state", None)
         mask = inputs.get("attention_mask")
-        return out.logits, out.past_key_values, states, mask
+        return out.logits, returned_cache(out), states, mask
 
     def step(state: Any) -> Any:
         logits, cache, states, mask = state
@@ -80,7 +83,7 @@ def _generator(model: Any, inputs: dict[str, Any], first: dict[str, Any], ids_na
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
         if mask is not None:
             more["attention_mask"] = mask
-        out = model(**{ids_name: ids}, **more, past_key_values=cache, use_cache=True)
-        return out.logits, out.past_key_values, states, mask
+        out = model(**{ids_name: ids}, **more, **{argument: cache}, use_cache=True)
+        return out.logits, returned_cache(out), states, mask
 
     return Runnable(forward, step)

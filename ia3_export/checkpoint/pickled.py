@@ -17,6 +17,7 @@ from typing import Any
 
 from ia3_export.checkpoint.header import Shard, StoredTensor, tensor_bytes
 from ia3_export.errors import DamagedFile, NotFound, Unsupported
+from ia3_export.libraries import private
 
 _SAFETENSORS_DTYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
@@ -104,13 +105,14 @@ def _where_torch_thinks(path: Path, state: dict[Any, Any], records: dict[int, in
 
 def _load(path: Path, *, fake: bool) -> Any:
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    fake_mode = private("torch._subclasses.fake_tensor:FakeTensorMode")
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if fake:
-                with FakeTensorMode():
+                with fake_mode():
                     return torch.load(path, map_location="cpu", weights_only=True)
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:

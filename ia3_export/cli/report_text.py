@@ -22,7 +22,7 @@ def show_report(out: Output, report: Report) -> None:
 def _show_proof(out: Output, proof: WeightsProof) -> None:
     made = f", {proof.computed:,} made by the exporter" if proof.computed else ""
     out.text(
-        f"weights of {proof.name}: {'proven' if proof.passed else 'WRONG'}. {proof.changed:,} folded and "
+        f"weights of {proof.name}: {proof.verdict if proof.passed else 'WRONG'}. {proof.changed:,} folded and "
         f"{proof.unchanged:,} untouched tensors equal bit for bit{made} ({human_bytes(proof.nbytes)})"
     )
     shown = proof.findings if out.verbose else proof.findings[:_FINDINGS]

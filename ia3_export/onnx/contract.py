@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ia3_export.errors import Unsupported
+from ia3_export.libraries import cache_argument, returned_cache
 from ia3_export.onnx.tasks import Task
 from ia3_export.sentence import SentenceHead
 
@@ -158,9 +159,7 @@ def _measure_cache(model: Any, sample: Mapping[str, Any]) -> tuple[list[_Layer],
     import torch
 
     with torch.no_grad():
-        cache = getattr(
-            model(**{k: v[:1] for k, v in sample.items()}, use_cache=True), "past_key_values", None
-        )
+        cache = returned_cache(model(**{k: v[:1] for k, v in sample.items()}, use_cache=True))
     parts = [getattr(cache, "self_attention_cache", cache), getattr(cache, "cross_attention_cache", None)]
     try:
         measured = [
@@ -177,11 +176,15 @@ def _measure_cache(model: Any, sample: Mapping[str, Any]) -> tuple[list[_Layer],
     except (AttributeError, IndexError):
         measured = [[], []]
     if not measured[0]:
-        raise Unsupported(
-            f"{type(model).__name__} keeps no cache of keys and values (recurrent and hybrid models do not)",
-            hint="--task feature-extraction exports its hidden states, without generation",
-        )
+        raise _no_cache(model)
     return measured[0], measured[1]
+
+
+def _no_cache(model: Any) -> Unsupported:
+    return Unsupported(
+        f"{type(model).__name__} keeps no cache of keys and values (recurrent and hybrid models do not)",
+        hint="--task feature-extraction exports its hidden states, without generation",
+    )
 
 
 def _cache_ports(kind: str, layers: Sequence[_Layer], inner: str, length: str) -> list[Port]:
@@ -205,11 +208,9 @@ def _decoder(model: Any, sample: Mapping[str, Any]) -> GraphSpec:
     from transformers import DynamicCache
 
     accepted = inspect.signature(model.forward).parameters
-    if "past_key_values" not in accepted:
-        raise Unsupported(
-            f"{type(model).__name__} takes no past_key_values",
-            hint="--task feature-extraction exports its hidden states",
-        )
+    argument = cache_argument(model)
+    if argument is None:
+        raise _no_cache(model)
     text = {name: sample[name] for name in ("input_ids", "attention_mask") if name in accepted}
     layers, _ = _measure_cache(model, text)
     batch = sample["input_ids"].shape[0]
@@ -229,8 +230,8 @@ def _decoder(model: Any, sample: Mapping[str, Any]) -> GraphSpec:
         cache = DynamicCache()
         for i in range(len(layers)):
             cache.update(named.pop(f"past_key_values.{i}.key"), named.pop(f"past_key_values.{i}.value"), i)
-        out = traced(**named, past_key_values=cache, use_cache=True)
-        return (out.logits, *_tensors(out.past_key_values))
+        out = traced(**named, **{argument: cache}, use_cache=True)
+        return (out.logits, *_tensors(returned_cache(out)))
 
     present = _cache_ports("present", layers, "", _TOTAL)
     vocabulary = Port("logits", ("batch_size", "sequence_length", _vocabulary(model)))
@@ -278,6 +279,9 @@ def _cross_decoder(
     from transformers import DynamicCache, EncoderDecoderCache
 
     own, cross = cache
+    argument = cache_argument(model)
+    if argument is None:
+        raise _no_cache(model)
     ids = sample["decoder_input_ids"]
     batch = ids.shape[0]
     with torch.no_grad():
@@ -321,13 +325,14 @@ def _cross_decoder(
         mask = named.get("encoder_attention_mask")
         extra = {} if mask is None else {"attention_mask": _additive(mask)}
         out = traced(
-            encoder_outputs=(states,), decoder_input_ids=named["input_ids"], past_key_values=kept, use_cache=True,
-            **extra,
+            encoder_outputs=(states,), decoder_input_ids=named["input_ids"], use_cache=True,
+            **{argument: kept}, **extra,
         )  # fmt: skip
-        own_tensors = _tensors(out.past_key_values.self_attention_cache)
+        filled = returned_cache(out)
+        own_tensors = _tensors(filled.self_attention_cache)
         if step == "cached":
             return (out.logits, *own_tensors)
-        crossed = _tensors(out.past_key_values.cross_attention_cache)
+        crossed = _tensors(filled.cross_attention_cache)
         pairs = range(0, len(own_tensors), 2)
         return (out.logits, *(t for i in pairs for t in (*own_tensors[i : i + 2], *crossed[i : i + 2])))
 

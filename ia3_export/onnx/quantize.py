@@ -26,7 +26,7 @@ _CONTRIB = "com.microsoft"
 _FLOAT = 1  # onnx.TensorProto.FLOAT
 _ZERO = 128
 #: What may lie between a weight, or the ids of tokens, and their reader.
-_SHAPING = ("Cast", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
+SHAPING = ("Cast", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
 
 
 def quantize(model: Any, precision: Literal["int8", "int4"]) -> None:
@@ -97,7 +97,7 @@ def constant(value: Any) -> Array | None:
         array = value.const_value.numpy()
         return array
     node = value.producer()
-    if node is None or node.op_type not in _SHAPING:
+    if node is None or node.op_type not in SHAPING:
         return None
     given = {v.name: constant(v) for v in node.inputs if v is not None}
     if any(known is None for known in given.values()):
@@ -233,7 +233,7 @@ _READERS = {"MatMul": _matmul, "Gemm": _matmul, "Gather": _embedding, "Conv": _c
 
 def _are_tokens(ids: Any) -> bool:
     """Whether `ids` are the graph's input_ids, perhaps in another shape."""
-    while ids.producer() is not None and ids.producer().op_type in _SHAPING:
+    while ids.producer() is not None and ids.producer().op_type in SHAPING:
         ids = ids.producer().inputs[0]
     return bool(ids.is_graph_input() and ids.name == "input_ids")
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ia3_export.errors import Unsupported
+from ia3_export.libraries import private
 from ia3_export.onnx.contract import GraphSpec
 
 #: torch translates to 18 and converts upwards; 24 is beyond some runtimes.
@@ -27,10 +28,12 @@ def trace(model: Any, spec: GraphSpec, opset: int) -> Any:
     `model` is expected in float32 and eval mode. Raises `Unsupported` when torch cannot trace it.
     """
     import torch
-    from transformers.exporters.exporter_dynamo import reset_model_state
-    from transformers.exporters.exporter_onnx import _ONNX_TRANSLATION_TABLE, apply_onnx_ir_fixes
-    from transformers.exporters.utils import apply_fx_node_fixes, apply_patches
 
+    apply_patches = private("transformers.exporters.utils:apply_patches")
+    apply_fx_node_fixes = private("transformers.exporters.utils:apply_fx_node_fixes")
+    apply_onnx_ir_fixes = private("transformers.exporters.exporter_onnx:apply_onnx_ir_fixes")
+    translations = private("transformers.exporters.exporter_onnx:_ONNX_TRANSLATION_TABLE")
+    reset_model_state = private("transformers.exporters.exporter_dynamo:reset_model_state")
     dynamic = tuple(
         {i: torch.export.Dim.DYNAMIC for i, axis in enumerate(port.shape) if isinstance(axis, str)}
         for port in spec.inputs
@@ -51,7 +54,7 @@ def trace(model: Any, spec: GraphSpec, opset: int) -> Any:
             exported = torch.onnx.export(
                 program, args=(), dynamo=True, opset_version=opset, verbose=False, optimize=False,
                 input_names=[port.name for port in spec.inputs], output_names=[port.name for port in spec.outputs],
-                custom_translation_table=_ONNX_TRANSLATION_TABLE,
+                custom_translation_table=translations,
             )  # fmt: skip
             apply_onnx_ir_fixes(exported)
     except Exception as error:  # torch.export and torch.onnx fail in many ways, without a common base
@@ -72,6 +75,7 @@ def clean(model: Any, spec: GraphSpec) -> Any:
     _name_parameters(model)
     _transpose_weights(model)
     optimizer.optimize(model)
+    _state_sizes(model)
     onnx_ir.passes.Sequential(
         passes.RemoveUnusedNodesPass(), passes.RemoveUnusedFunctionsPass(), passes.RemoveUnusedOpsetsPass(),
         passes.ClearMetadataAndDocStringPass(),
@@ -181,3 +185,41 @@ def _transpose_weights(model: Any) -> None:
         for node in turned:
             onnx_ir.convenience.replace_all_uses_with(node.outputs[0], value)
             node.graph.remove(node, safe=True)
+
+
+def _state_sizes(model: Any) -> None:
+    """Write the size that the trace knows where the shape of a ``Reshape`` says -1: with an empty cache another axis has length 0,
+    and ONNX Runtime before 1.30 refuses to infer a size beside it."""
+    import onnx_ir
+
+    sizes: dict[int, Any] = {}
+    for node in [node for node in model.graph.all_nodes() if node.op_type == "Concat"]:
+        readers = [reader for reader, _ in node.outputs[0].uses()]
+        shapes = [reader.outputs[0].shape for reader in readers if reader.op_type == "Reshape"]
+        if (
+            not readers
+            or len(shapes) < len(readers)
+            or any(s is None or len(s) != len(node.inputs) for s in shapes)
+        ):
+            continue
+        for i, part in enumerate(node.inputs):
+            constant = onnx_ir.convenience.get_const_tensor(part)
+            known = {shape[i] for shape in shapes}
+            size = min(known, key=str)
+            if (
+                constant is None
+                or constant.numpy().tolist() != [-1]
+                or len(known) > 1
+                or not isinstance(size, int)
+            ):
+                continue
+            if size not in sizes:
+                tensor = onnx_ir.tensor([size], onnx_ir.DataType.INT64, name=f"size_{size}")
+                sizes[size] = onnx_ir.Value(
+                    name=tensor.name,
+                    const_value=tensor,
+                    shape=tensor.shape,
+                    type=onnx_ir.TensorType(tensor.dtype),
+                )
+                model.graph.register_initializer(sizes[size])
+            node.replace_input_with(i, sizes[size])

@@ -6,7 +6,10 @@ ONNX Runtime's quantizers name what they write: ``X_quantized`` with ``X_scale``
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,35 +19,73 @@ from ia3_export.parity.expected import Expected, Reader, expected_blocks
 
 #: Rounding moves a value by half a step; a zero point that is rounded too moves the ends of a block by up to another half.
 _STEPS = 1.01
+#: Element types that hold codes.
+CODES = ("INT8", "UINT8", "INT4", "UINT4")
+#: What belongs to codes and is of the same types.
+_PARAMETER = re.compile(r"zero_points?_*$|_zp$|_zero$")
+_ENDING = re.compile(r"_(quantized|Q4)_*$")
+#: Elements of the first row by which a tensor is looked up before all of it is compared.
+_START = 64
 
 
-def code_errors(
-    rows: Mapping[str, Expected], initializers: Mapping[str, Any]
-) -> Iterator[tuple[str, str, float]]:
-    """For every quantized initializer that has a stored tensor's name: its name, the tensor's, and the largest distance in steps.
+@dataclass(frozen=True, slots=True)
+class CodeCheck:
+    """An initializer of codes, and how many steps (at most) they are from what they stand for: `of` is a stored tensor, or the weight
+    of that name in the float32 graph beside. None, with an infinite error, where nothing was found to compare them with."""
 
-    `rows` are the tensors of the merged model, by name.
+    name: str
+    of: str | None
+    error: float
+
+    @property
+    def within_a_step(self) -> bool:
+        """Whether rounding to codes explains the distance."""
+        return self.error <= _STEPS
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decoded:
+    """What codes stand for, and the length of a step of each; up to `padding` of the last columns belong to no weight."""
+
+    values: Array
+    steps: Array
+    padding: int = 0
+
+
+def check_codes(
+    rows: Mapping[str, Expected],
+    initializers: Mapping[str, Any],
+    origins: Mapping[str, str],
+    float_weight: Callable[[str], Array | None],
+) -> Iterator[CodeCheck]:
+    """Every initializer of codes beside the weight that it stands for.
+
+    That is the row of `rows` (the tensors of the merged model) of its name, or which `origins` gives for it; the `float_weight` of its name
+    in the float32 graph that it was made of; else any row whose values fit.
     """
     for name, tensor in initializers.items():
-        for ending, read in (("_quantized", _eight_bits), ("_Q4", _four_bits)):
-            if not name.endswith(ending):
-                continue
-            own = name.removesuffix(ending)
-            row = next(
-                (rows[n] for n in rows if n == own or n.endswith(f".{own}") or own.endswith(f".{n}")), None
-            )
-            pairs = [] if row is None else read(own, tensor, initializers)
-            if row is None or not pairs:
-                continue
-            weight = _whole(row)
-            distances = [d for values, steps in pairs if (d := _distance(weight, values, steps)) is not None]
-            if distances:
-                yield name, row.name, min(distances)
+        if tensor.dtype.name not in CODES or _PARAMETER.search(name) or tensor.size <= 1:
+            continue
+        own = _ENDING.sub("", name)
+        ending = _ENDING.search(name)
+        decoded = _READERS[ending[1]](own, tensor, initializers) if ending else []
+        row, of, distance = _named(rows, own, origins), None, math.inf
+        if decoded and row is not None:
+            of, distance = row.name, _nearest(_whole(row), decoded)
+        elif decoded and (weight := float_weight(own)) is not None:
+            of, distance = own, _nearest(weight.astype("<f8"), decoded)
+        elif decoded:
+            for row in rows.values():
+                if _may_be(row, decoded) and (near := _nearest(_whole(row), decoded)) <= _STEPS:
+                    of, distance = row.name, near
+                    break
+        yield CodeCheck(name, of, distance)
 
 
-def within_a_step(error: float) -> bool:
-    """Whether rounding to codes explains a distance of so many steps."""
-    return error <= _STEPS
+def _named(rows: Mapping[str, Expected], own: str, origins: Mapping[str, str]) -> Expected | None:
+    if origins.get(own) in rows:
+        return rows[origins[own]]
+    return next((rows[n] for n in rows if n == own or n.endswith(f".{own}") or own.endswith(f".{n}")), None)
 
 
 def _whole(row: Expected) -> Array:
@@ -53,20 +94,37 @@ def _whole(row: Expected) -> Array:
     return np.concatenate([part.reshape(-1) for part in parts]).astype("<f8").reshape(row.source.shape)
 
 
-def _distance(weight: Array, values: Array, steps: Array) -> float | None:
-    """Of `values`, as they are or transposed, from `weight`; None if the shapes do not fit."""
-    width = weight.shape[-1] if weight.ndim == 2 else 0
-    ways = [(values, steps), (values.T, steps.T)]
-    if weight.ndim == 2:  # the last block of a row may be padded
-        ways += [(v[:, :width], s[:, :width]) for v, s in ways[:1]]
-        ways += [(values[:, : len(weight)].T, steps[:, : len(weight)].T)]
-    fitting = [(v, np.where(s == 0, 1.0, s)) for v, s in ways if v.shape == weight.shape]
-    distances = [float((np.abs(weight - v) / s).max(initial=0.0)) for v, s in fitting]
-    return min(distances, default=None)
+def _may_be(row: Expected, decoded: Sequence[Decoded]) -> bool:
+    """Whether the first elements of `row` are within a step: a look at all of it takes long."""
+    ways = [way for one in decoded for way in _ways(row.source.shape, one)]
+    if not ways:
+        return False
+    count = min(_START, row.source.shape[-1])
+    with (reader := Reader()).stack:
+        start = to_float(next(expected_blocks(row, reader, 0, count))[0].copy(), row.dtype).astype("<f8")
+    first = (0,) * (len(row.source.shape) - 1)
+    return any((np.abs(start - v[first][:count]) <= _STEPS * s[first][:count]).all() for v, s in ways)
 
 
-def _eight_bits(name: str, tensor: Any, initializers: Mapping[str, Any]) -> list[tuple[Array, Array]]:
-    """Values and steps; one pair for each axis along which the scales may lie (a square matrix does not tell)."""
+def _nearest(weight: Array, decoded: Sequence[Decoded]) -> float:
+    """The distance of the nearest of `decoded` from `weight`, in steps; infinite if no shape fits."""
+    ways = [way for one in decoded for way in _ways(weight.shape, one)]
+    return min((float((np.abs(weight - v) / s).max(initial=0.0)) for v, s in ways), default=math.inf)
+
+
+def _ways(shape: tuple[int, ...], decoded: Decoded) -> Iterator[tuple[Array, Array]]:
+    """Values and steps in `shape`: as they are or transposed, without the padding of a row's last block."""
+    values, steps = decoded.values, np.where(decoded.steps == 0, 1.0, decoded.steps)
+    for turned in (False, True):
+        wanted = shape[::-1] if turned else shape
+        cut = values.shape[-1] - wanted[-1] if len(wanted) == values.ndim else -1
+        if 0 <= cut <= decoded.padding and values.shape[:-1] == wanted[:-1]:
+            v, s = values[..., : wanted[-1]], steps[..., : wanted[-1]]
+            yield (v.T, s.T) if turned else (v, s)
+
+
+def _eight_bits(name: str, tensor: Any, initializers: Mapping[str, Any]) -> list[Decoded]:
+    """One for each axis along which the scales may lie (a square matrix does not tell)."""
     scale = initializers.get(f"{name}_scale")
     if scale is None:
         return []
@@ -74,17 +132,20 @@ def _eight_bits(name: str, tensor: Any, initializers: Mapping[str, Any]) -> list
     zero = initializers.get(f"{name}_zero_point")
     middle = 128.0 if tensor.dtype.name == "UINT8" else 0.0
     offset = np.array([middle]) if zero is None else zero.numpy().astype("<f8").reshape(-1)
-    pairs = []
+    found = []
+    if scale.numpy().ndim == codes.ndim > 2:  # a matrix for each expert
+        steps = np.broadcast_to(scale.numpy().astype("<f8"), codes.shape)
+        return [Decoded((codes - offset.reshape(-1)[:1]) * steps, steps)] if offset.size == 1 else []
     for axis in {0, codes.ndim - 1}:
         if step.size not in (1, codes.shape[axis]) or offset.size not in (1, codes.shape[axis]):
             continue
         along = [-1 if i == axis else 1 for i in range(codes.ndim)]
         steps = np.broadcast_to(step.reshape(along), codes.shape)
-        pairs.append(((codes - offset.reshape(along)) * steps, steps))
-    return pairs
+        found.append(Decoded((codes - offset.reshape(along)) * steps, steps))
+    return found
 
 
-def _four_bits(name: str, tensor: Any, initializers: Mapping[str, Any]) -> list[tuple[Array, Array]]:
+def _four_bits(name: str, tensor: Any, initializers: Mapping[str, Any]) -> list[Decoded]:
     scales = initializers.get(f"{name}_scales")
     packed = tensor.numpy()
     if scales is None or packed.ndim != 3:
@@ -98,9 +159,15 @@ def _four_bits(name: str, tensor: Any, initializers: Mapping[str, Any]) -> list[
         offset = _nibbles(zero.numpy().reshape(rows, -1)).reshape(rows, -1)[:, :blocks, None].astype("<f8")
     values = ((codes - offset) * step).reshape(rows, -1)
     steps = np.broadcast_to(np.abs(step), codes.shape).reshape(rows, -1)
-    return [(values, steps)]
+    return [Decoded(values, steps, codes.shape[-1] - 1)]
 
 
 def _nibbles(packed: Array) -> Array:
     unpacked: Array = np.stack((packed & 0x0F, packed >> 4), axis=-1)
     return unpacked
+
+
+_READERS: Mapping[str, Callable[[str, Any, Mapping[str, Any]], list[Decoded]]] = {
+    "quantized": _eight_bits,
+    "Q4": _four_bits,
+}

@@ -9,23 +9,27 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ia3_export.errors import DamagedFile, Refused
+from ia3_export.checkpoint.folder import MANIFEST, read_config
+from ia3_export.errors import DamagedFile, NotFound, Refused
 from ia3_export.fold import FLOAT_DTYPES, Array, from_float, to_float
-from ia3_export.parity.codes import code_errors, within_a_step
+from ia3_export.onnx.quantize import SHAPING, constant
+from ia3_export.parity.codes import check_codes
 from ia3_export.parity.diagnosis import left_out
 from ia3_export.parity.expected import Expected, Reader, expected_blocks, expected_tensors
+from ia3_export.parity.onnx_runs import plain_stem
 from ia3_export.plan import Plan
 from ia3_export.report.model import TensorFinding, WeightsProof
 
 _FLOATS = {"FLOAT": "F32", "FLOAT16": "F16", "DOUBLE": "F64", "BFLOAT16": "BF16"}
-_CODES = ("INT8", "UINT8", "INT4", "UINT4")
+#: Scales of codes.
+_SCALE = re.compile(r"_scales?_*$")
 _REPARAMETRIZED = re.compile(r"\.parametrizations\.|weight_(g|v|orig)$")
 _ADAPTER_WORDS = ("ia3_l", "lora_", "base_layer", ".adapter_", "modules_to_save")
 #: Elements of the first row by which an initializer is looked up before all of it is compared.
@@ -36,7 +40,8 @@ _START = 4
 class Graph:
     """The ONNX files of one model: initializers by name (lazy), operators by count, names of all nodes and values, and of the
     outputs beside the cache. `precision` is float64, float32, float16, bfloat16, int8 or int4: what the weights that reach the
-    outputs are held in."""
+    outputs are held in. `origins` maps initializers to the stored tensors that they were made of, where the folder's manifest says so;
+    `shaped` are the values (of onnx_ir) that may be weights on their way to a reader: cut, turned or reshaped."""
 
     paths: tuple[Path, ...]
     initializers: Mapping[str, Any]
@@ -44,6 +49,8 @@ class Graph:
     names: tuple[str, ...]
     outputs: tuple[str, ...]
     precision: str
+    origins: Mapping[str, str]
+    shaped: Mapping[str, Any]
 
     @property
     def file(self) -> str:
@@ -59,14 +66,27 @@ def read_graphs(paths: Sequence[Path]) -> Graph:
     parts = [_read_graph(path) for path in paths]
     if len(parts) == 1:
         return parts[0]
+    stems = [plain_stem(path) or path.stem for path in paths]
     initializers = {
-        f"{part.paths[0].stem}.{name}": tensor for part in parts for name, tensor in part.initializers.items()
+        f"{stem}.{name}": tensor
+        for stem, part in zip(stems, parts, strict=True)
+        for name, tensor in part.initializers.items()
+    }
+    origins = {
+        f"{stem}.{name}": tensor
+        for stem, part in zip(stems, parts, strict=True)
+        for name, tensor in part.origins.items()
+    }
+    shaped = {
+        f"{stem}.{name}": value
+        for stem, part in zip(stems, parts, strict=True)
+        for name, value in part.shaped.items()
     }
     operators: Counter[str] = sum((part.operators for part in parts), Counter())
     names = tuple(name for part in parts for name in part.names)
     quantized = [part.precision for part in parts if part.precision in ("int4", "int8")]
     precision = min(quantized, default=parts[-1].precision)
-    return Graph(tuple(paths), initializers, operators, names, parts[-1].outputs, precision)
+    return Graph(tuple(paths), initializers, operators, names, parts[-1].outputs, precision, origins, shaped)
 
 
 def _read_graph(path: Path) -> Graph:
@@ -92,12 +112,49 @@ def _read_graph(path: Path) -> Graph:
     for node in nodes:  # some tools keep weights in constants
         if node.op_type == "Constant" and "value" in node.attributes:
             initializers[node.outputs[0].name or ""] = node.attributes["value"].as_tensor()
+    shaped = {out.name or "": out for node in nodes if node.op_type in SHAPING for out in node.outputs}
     names = [*initializers, *(node.name or "" for node in nodes)]
     names += [output.name or "" for node in nodes for output in node.outputs]
     outputs = tuple(o.name or "" for o in model.graph.outputs if not (o.name or "").startswith("present."))
     operators = Counter(node.op_type for node in nodes)
     precision = _precision(model, initializers)
-    return Graph((path,), initializers, operators, tuple(names), outputs, precision)
+    return Graph((path,), initializers, operators, tuple(names), outputs, precision, _origins(path), shaped)
+
+
+def _origins(path: Path) -> dict[str, str]:
+    """What the manifest of an exported folder says of the initializers of a graph in it; it says it of the float32 names."""
+    stem = plain_stem(path) or path.stem
+    for folder in (path.parent.parent, path.parent):
+        try:
+            rows = read_config(folder / MANIFEST).get("provenance", {}).get(stem, {})
+            return {name: row["tensor"] for name, row in rows.items() if isinstance(row["tensor"], str)}
+        except (NotFound, DamagedFile, AttributeError, KeyError, TypeError):
+            continue
+    return {}
+
+
+def _made_of(graph: Graph, float_graph: Graph | None) -> Callable[[str], Array | None]:
+    """The weights of `float_graph` by name, if `graph` was made of it: what both hold in float32 under one name is the same."""
+    if float_graph is None:
+        return lambda _: None
+    theirs = float_graph.initializers
+    kept = [
+        (tensor, theirs.get(name))
+        for name, tensor in graph.initializers.items()
+        if tensor.dtype.name == "FLOAT" and tensor.size > 1 and not _SCALE.search(name)
+    ]
+    same = all(other is not None and np.array_equal(tensor.numpy(), other.numpy()) for tensor, other in kept)
+    shaped = float_graph.shaped
+
+    def weight(name: str) -> Array | None:
+        if not same:
+            return None
+        if name in theirs:
+            values: Array = theirs[name].numpy()
+            return values
+        return constant(shaped[name]) if name in shaped else None
+
+    return weight
 
 
 def _check_external(tensor: Any, path: Path) -> None:
@@ -117,12 +174,18 @@ def _check_external(tensor: Any, path: Path) -> None:
 
 
 def prove_graph(
-    plan: Plan, graph: Graph, name: str, base_graph: Graph | None = None, *, alone: bool = False
+    plan: Plan,
+    graph: Graph,
+    name: str,
+    base_graph: Graph | None = None,
+    *,
+    float_graph: Graph | None = None,
+    alone: bool = False,
 ) -> WeightsProof:
     """Compare the initializers of `graph` with what `plan` makes of base and adapters.
 
-    `base_graph` is the base's own export, whose operators must then be the same. Quantized initializers cannot be
-    compared bit for bit and are counted as computed. `alone`: no forward will judge what the bits leave open, so a changed
+    `base_graph` is the base's own export, whose operators must then be the same. Codes cannot be compared bit for bit: they must be
+    within a step of their tensor, or of the weight of their name in `float_graph`, if that is the float32 graph of the same export. `alone`: no forward will judge what the bits leave open, so a changed
     tensor that is nowhere in the graph, and codes, are findings.
     """
     rows = {
@@ -147,19 +210,33 @@ def prove_graph(
         if row.changed and n not in found and not (headless and row.how in ("replace", "add"))
     )
     notes = []
+    unproven: list[str] = []
     if quantized:
-        errors = list(code_errors(rows, graph.initializers))
+        checks = list(check_codes(rows, graph.initializers, graph.origins, _made_of(graph, float_graph)))
+        compared = [check for check in checks if check.of is not None]
         findings += [
             TensorFinding(
-                name, "differs", f"its codes are up to {error:.3g} steps from {tensor}, rounding explains one"
+                c.name,
+                "differs",
+                f"its codes are up to {c.error:.3g} steps from {c.of}, rounding explains one",
             )
-            for name, tensor, error in errors
-            if not within_a_step(error)
+            for c in compared
+            if not c.within_a_step
         ]
+        unproven = [check.name for check in checks if check.of is None]
         notes.append(
-            f"quantized: {_count(graph, *_CODES)} initializers hold codes, which bits cannot prove; {len(errors)} of them were "
-            "compared, within one step of their tensor"
+            f"quantized: {len(checks)} initializers hold codes, which bits cannot prove; {len(compared)} of them were compared, "
+            "within one step of their tensor"
         )
+        if unproven and alone:
+            findings += [
+                TensorFinding(n, "not compared", "no tensor was found that its codes stand for")
+                for n in unproven
+            ]
+        elif unproven:
+            notes.append(
+                f"compared with nothing: {', '.join(unproven[:6])}{' ...' if len(unproven) > 6 else ''}; the forwards judge"
+            )
     if absent and alone:
         findings += [
             TensorFinding(
@@ -187,7 +264,7 @@ def prove_graph(
     return WeightsProof(
         name, "onnx", graph.file, not findings, sum(row.changed for row in matches.values()),
         sum(not row.changed for row in matches.values()), len(computed),
-        sum(tensor.nbytes for tensor in graph.initializers.values()), tuple(findings), tuple(notes),
+        sum(tensor.nbytes for tensor in graph.initializers.values()), tuple(findings), tuple(notes), len(unproven),
     )  # fmt: skip
 
 

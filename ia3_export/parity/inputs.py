@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ia3_export.errors import Unsupported
+from ia3_export.libraries import cache_argument
 
 _POSITIONS = ("n_positions", "max_seq_len", "n_ctx")
 #: Length of the long text: beyond the windows and position buckets that short ones never leave.
@@ -76,7 +77,7 @@ def _text_cases(model: Any, generator: Any) -> Iterator[Case]:
             continue  # decoders with a classification head need a padding token to find the last one
         yield _text_case(model, batch, max(2, min(length, longest - 4)), side, generator)
     cached = decoder or (model.config.is_encoder_decoder and model.can_generate())
-    if cached and "past_key_values" in inspect.signature(model.forward).parameters:
+    if cached and cache_argument(model) is not None:
         length = max(4, min(16, longest - 4))
         case = _text_case(model, 1, length, "", generator)
         if "pixel_values" not in case.tensors:

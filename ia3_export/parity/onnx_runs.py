@@ -48,6 +48,11 @@ class OnnxModel:
         return str(self.decoder.get_providers()[0])
 
 
+def plain_stem(path: Path) -> str | None:
+    """``decoder_model_merged`` of ``decoder_model_merged_int8.onnx``: what a file of an exported folder is; None for other names."""
+    return next((s for s in _STEMS if path.stem == s or path.stem.startswith(f"{s}_")), None)
+
+
 def find_onnx(location: str | Path) -> list[tuple[Path, ...]]:
     """The models in an exported folder, the plain one first, then its other precisions; each is one ``.onnx`` file, or encoder and
     decoder(s). A single file is itself, with the other half of an encoder-decoder beside it.
@@ -70,7 +75,7 @@ def find_onnx(location: str | Path) -> list[tuple[Path, ...]]:
 def _groups(files: Iterable[Path]) -> list[tuple[Path, ...]]:
     by_suffix: dict[str, dict[str, Path]] = {}
     for file in files:
-        stem = next((s for s in _STEMS if file.stem == s or file.stem.startswith(f"{s}_")), None)
+        stem = plain_stem(file)
         if stem is not None and file.is_file():
             by_suffix.setdefault(file.stem.removeprefix(stem), {})[stem] = file
     groups: list[tuple[Path, ...]] = []
@@ -92,8 +97,7 @@ def open_model(paths: Sequence[Path], device: str = "cpu") -> OnnxModel:
     """Open the files of one model (`find_onnx`). Raises `Unsupported` without ONNX Runtime, `DamagedFile` for a file it cannot load."""
     if len(paths) == 1 and not paths[0].stem.startswith("encoder_model"):
         return OnnxModel({"model": _open(paths[0], device)})
-    stems = {next(s for s in _STEMS if p.stem == s or p.stem.startswith(f"{s}_")): p for p in paths}
-    return OnnxModel({stem: _open(path, device) for stem, path in stems.items()})
+    return OnnxModel({plain_stem(path) or path.stem: _open(path, device) for path in paths})
 
 
 def _open(path: Path, device: str) -> Any:

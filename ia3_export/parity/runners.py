@@ -11,6 +11,7 @@ import numpy as np
 
 from ia3_export.errors import Unsupported
 from ia3_export.fold import Array
+from ia3_export.libraries import cache_argument, returned_cache
 from ia3_export.parity.inputs import Case
 from ia3_export.sentence import SentenceHead
 
@@ -106,16 +107,19 @@ def _forward(model: Any, case: Case) -> Any:
 
 def _with_past(model: Any, inputs: Mapping[str, Any], past: int) -> Any:
     """The forward of what follows the first `past` tokens of the decoder, with their cache."""
+    argument = cache_argument(unwrap(model))
+    if argument is None:
+        raise ValueError(f"{type(unwrap(model)).__name__} takes no cache of keys and values")
     if "decoder_input_ids" in inputs:
         ids, rest = inputs["decoder_input_ids"], {n: v for n, v in inputs.items() if n != "decoder_input_ids"}
         first = model(**rest, decoder_input_ids=ids[:, :past], use_cache=True)
         return model(
             encoder_outputs=(first.encoder_last_hidden_state,), attention_mask=rest.get("attention_mask"),
-            decoder_input_ids=ids[:, past:], past_key_values=first.past_key_values,
+            decoder_input_ids=ids[:, past:], **{argument: returned_cache(first)},
         )  # fmt: skip
     before = {name: value[:, :past] for name, value in inputs.items()}
     after = {n: v if n == "attention_mask" else v[:, past:] for n, v in inputs.items()}
-    return model(**after, past_key_values=model(**before, use_cache=True).past_key_values)
+    return model(**after, **{argument: returned_cache(model(**before, use_cache=True))})
 
 
 @contextmanager

@@ -111,7 +111,8 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="ia3-export-") as scratch:
         subject = shipped
         if shipped is None and not weights_only and (not graphs or _widened(checkpoint, graphs)):
-            subject = _merge(base, read, how, Path(scratch) / "merged")
+            # without an adapter there is nothing to merge: the checkpoint itself is what the graphs must compute
+            subject = _merge(base, read, how, Path(scratch) / "merged") if read else checkpoint
         judged = shipped is not None or not graphs  # a merge made for an ONNX file's sake is no artifact
         proofs: list[WeightsProof] = []
         warnings = said
@@ -123,8 +124,10 @@ def verify(
             warnings += plan.warnings
             if subject is not None and judged:
                 proofs.append(prove_folder(plan, subject, on_progress=on_progress))
+            plain = next((graph for _, graph in graphs if graph.precision == "float32"), None)
             proofs += [
-                prove_graph(plan, graph, name, base_graph, alone=weights_only) for name, graph in graphs
+                prove_graph(plan, graph, name, base_graph, float_graph=plain, alone=weights_only)
+                for name, graph in graphs
             ]
         reference: Reference | None = None
         steps: tuple[Step, ...] = ()

@@ -53,7 +53,7 @@ def to_junit(report: Report) -> str:
 
 def _weights_case(proof: WeightsProof) -> _Case:
     counts = f"{proof.changed} changed, {proof.unchanged} unchanged, {proof.computed} computed, {proof.nbytes} bytes"
-    note = "\n".join([counts, *proof.notes])
+    note = "\n".join([f"{proof.verdict}: {counts}" if proof.unproven else counts, *proof.notes])
     if proof.passed:
         return _Case("weights", None, note)
     lines = [f"{finding.tensor}: {finding.what}: {finding.detail}" for finding in proof.findings]

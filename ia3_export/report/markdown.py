@@ -142,7 +142,7 @@ def _weights(proofs: Sequence[WeightsProof]) -> str:
     rows = [
         (
             _code(proof.name), _code(proof.file), f"{proof.changed:,}", f"{proof.unchanged:,}", f"{proof.computed:,}",
-            f"{proof.nbytes:,}", f"{len(proof.findings):,}", _mark(proof.passed),
+            f"{proof.nbytes:,}", f"{len(proof.findings):,}", proof.verdict if proof.unproven else _mark(proof.passed),
         )
         for proof in proofs
     ]  # fmt: skip

@@ -134,7 +134,8 @@ class WeightsProof:
 
     `changed` tensors equal the fold of base and adapter bit for bit, `unchanged` ones the base's bytes; `findings` say
     which do not. For ONNX, `changed` and `unchanged` count initializers found equal to such tensors (transposed or
-    not, widened or rounded to the graph's dtype), `computed` those that the exporter made itself.
+    not, widened or rounded to the graph's dtype), `computed` those that the exporter made itself, and `unproven` initializers of
+    codes for which nothing was found to compare them with: only forwards judge them.
     """
 
     name: str
@@ -147,6 +148,14 @@ class WeightsProof:
     nbytes: int
     findings: tuple[TensorFinding, ...]
     notes: tuple[str, ...]
+    unproven: int = 0
+
+    @property
+    def verdict(self) -> str:
+        """``proven``, ``NOT proven``, or proven but for so many initializers of codes."""
+        if not self.passed:
+            return "NOT proven"
+        return f"proven but for {self.unproven:,} initializers of codes" if self.unproven else "proven"
 
 
 @dataclass(frozen=True, slots=True)

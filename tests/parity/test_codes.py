@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
+from ia3_export.adapters import read_adapter
 from ia3_export.checkpoint.folder import read_checkpoint
-from ia3_export.parity.codes import code_errors, within_a_step
+from ia3_export.parity.codes import CODES, CodeCheck, check_codes
 from ia3_export.parity.expected import Expected
-from ia3_export.parity.graph import read_graphs
+from ia3_export.parity.graph import prove_graph, read_graphs
+from ia3_export.parity.onnx_runs import find_onnx
+from ia3_export.plan import make_plan
+from tests.e2e.command import run
+from tests.support.exported import Exports
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -52,8 +60,8 @@ def _quantize(folder: Path, how: str) -> Path:
     return target
 
 
-def _errors(rows: dict[str, Expected], path: Path) -> list[tuple[str, str, float]]:
-    return list(code_errors(rows, read_graphs([path]).initializers))
+def _checks(rows: dict[str, Expected], path: Path) -> list[CodeCheck]:
+    return list(check_codes(rows, read_graphs([path]).initializers, {}, lambda _: None))
 
 
 @pytest.mark.parametrize("shape", [(48, 64), (64, 64), (32, 80)], ids=str)
@@ -63,21 +71,22 @@ def test_onnx_runtimes_codes_are_within_a_step_and_a_wrong_one_is_not(
 ) -> None:
     rows = _write(tmp_path, shape)
     path = _quantize(tmp_path, how)
-    ((name, tensor, error),) = _errors(rows, path)
-    assert tensor == "layer.weight"
-    assert within_a_step(error), error
+    (check,) = _checks(rows, path)
+    assert check.of == "layer.weight"
+    assert check.within_a_step, check
     model = onnx.load(path)
-    codes: Any = next(t for t in model.graph.initializer if t.name == name)
+    codes: Any = next(t for t in model.graph.initializer if t.name == check.name)
     values = numpy_helper.to_array(codes).copy()
     flat = values.reshape(-1)
     # two steps towards the middle; in int4 of the low nibble
     low = flat[5] & 0x0F if how.startswith("int4") else flat[5]
     middle = 8 if how.startswith("int4") else 128 if flat.dtype == np.uint8 else 0
     flat[5] = flat[5] - 2 if low > middle else flat[5] + 2
-    codes.CopyFrom(numpy_helper.from_array(values, name))
+    codes.CopyFrom(numpy_helper.from_array(values, check.name))
     onnx.save(model, path)
-    ((_, _, error),) = _errors(rows, path)
-    assert not within_a_step(error), error
+    (check,) = _checks(rows, path)
+    assert check.of == "layer.weight"
+    assert not check.within_a_step, check
 
 
 def test_codes_of_other_weights_are_far_away(tmp_path: Path) -> None:
@@ -85,4 +94,72 @@ def test_codes_of_other_weights_are_far_away(tmp_path: Path) -> None:
     path = _quantize(tmp_path, "int8 channel")
     other = np.random.default_rng(1).normal(size=(48, 64)).astype("<f4")
     save_file({"layer.weight": other}, tmp_path / "model.safetensors")
-    assert not within_a_step(_errors(rows, path)[0][2])
+    assert not _checks(rows, path)[0].within_a_step
+
+
+@pytest.mark.parametrize("how", ["int8", "int4"])
+def test_codes_under_another_name_are_found_by_their_values_and_wrong_ones_by_none(
+    tmp_path: Path, how: str
+) -> None:
+    rows = _write(tmp_path, (48, 64))
+    path = _quantize(tmp_path, how)
+    (check,) = _checks({"other.weight": replace(rows["layer.weight"], name="other.weight")}, path)
+    assert (check.of, check.within_a_step) == ("other.weight", True)
+    _write(tmp_path, (48, 64))
+    save_file({"layer.weight": np.ones((48, 64), "<f4")}, tmp_path / "model.safetensors")
+    stored = read_checkpoint(tmp_path / "model.safetensors").tensors["layer.weight"]
+    ones = Expected("other.weight", "F32", stored, (), None, stored)
+    (check,) = _checks({"other.weight": ones}, path)
+    assert (check.of, check.within_a_step) == (None, False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["vit", "olmoe", "bert-masked-lm", "t5"])
+def test_every_code_of_an_exported_folder_is_compared_whatever_transformers_renames(
+    exports: Exports, kind: str
+) -> None:
+    exported = exports(kind, "--precision", "fp32,int8,int4")
+    plan = make_plan(read_checkpoint(exported.base), [read_adapter(exported.adapter)])
+    graphs = [read_graphs(paths) for paths in find_onnx(exported.folder)]
+    plain = next(graph for graph in graphs if graph.precision == "float32")
+    for graph in (g for g in graphs if g is not plain):
+        proof = prove_graph(plan, graph, "onnx", float_graph=plain)
+        assert (proof.findings, proof.unproven) == ((), 0)
+        codes = [n for n, t in graph.initializers.items() if t.dtype.name in CODES and "zero_point" not in n]
+        assert len(codes) > 5
+        for name in codes:
+            tensor = graph.initializers[name]
+            values = tensor.numpy().copy()
+            flat = values.reshape(-1)
+            at = len(flat) // 2  # the first row may be zeros, of a padding token
+            flat[at] = flat[at] ^ (0x44 if name.endswith("_Q4") else 0x08)  # four steps, eight steps
+            changed = {**graph.initializers, name: onnx_ir.tensor(values, dtype=tensor.dtype, name=name)}
+            findings = prove_graph(
+                plan, replace(graph, initializers=changed), "onnx", float_graph=plain
+            ).findings
+            assert [finding.tensor for finding in findings] == [name]
+
+
+@pytest.mark.slow
+def test_verify_fails_on_a_changed_code_of_a_renamed_tensor_and_says_what_was_not_compared(
+    exports: Exports, tmp_path: Path
+) -> None:
+    exported = exports("vit", "--precision", "fp32,int8,int4")
+    shutil.copytree(exported.folder, tmp_path / "exported")
+    (tmp_path / "exported/onnx/model.onnx").unlink()
+    for suffix in ("_q4", "_quantized"):
+        (tmp_path / f"exported/onnx/model{suffix}.onnx").unlink()
+    path = tmp_path / "exported/onnx/model_int8.onnx"
+    what = ("verify", "--base", exported.base, "--adapter", exported.adapter, "--onnx", tmp_path / "exported")
+    ran = run(*what)
+    assert ran.code == 0, ran.stdout + ran.stderr
+    assert "initializers hold codes, which bits cannot prove; 13 of them were compared" in ran.stdout
+    model = onnx.load(path)
+    codes = next(t for t in model.graph.initializer if t.name.endswith("q_proj.weight_quantized"))
+    values = numpy_helper.to_array(codes).copy()
+    values.reshape(-1)[3] ^= 0x08
+    codes.CopyFrom(numpy_helper.from_array(values, codes.name))
+    onnx.save(model, path)
+    ran = run(*what)
+    assert ran.code == 1
+    assert f"{codes.name}: differs" in ran.stdout

@@ -1,0 +1,69 @@
+"""What we use of other libraries beyond their documented interface: all of it here, each with what is lost when it is gone.
+
+Everything public is imported where it is used. What is listed in `PRIVATE` may be renamed in any release, so it is looked up by
+name; a test (``tests/test_libraries.py``) looks for every entry, and CI runs it with the newest and the oldest releases that
+``pyproject.toml`` admits. The names of forward arguments that transformers has changed are looked up here as well.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from importlib import import_module, metadata
+from typing import Any
+
+from ia3_export.errors import Unsupported
+
+#: ``module:attribute`` → what cannot be done when a release no longer has it.
+PRIVATE: Mapping[str, str] = {
+    "transformers.conversion_mapping:get_model_conversion_mapping": "names that transformers changes while loading",
+    "transformers.core_model_loading:WeightRenaming": "names that transformers changes while loading",
+    "transformers.core_model_loading:WeightConverter": "weights that transformers fuses or splits while loading",
+    "transformers.core_model_loading:rename_source_key": "names that transformers changes while loading",
+    "transformers.core_model_loading:dot_natural_key": "the order in which transformers fuses weights",
+    "transformers.models.auto.modeling_auto:MODEL_MAPPING_NAMES": "the class of a base that names none",
+    "transformers:PreTrainedModel.get_expanded_tied_weights_keys": "tied weights",
+    "transformers:PreTrainedModel._keys_to_ignore_on_load_missing": "what a checkpoint must hold",
+    "transformers.exporters.exporter_dynamo:reset_model_state": "the export to ONNX",
+    "transformers.exporters.exporter_onnx:_ONNX_TRANSLATION_TABLE": "the export to ONNX",
+    "transformers.exporters.exporter_onnx:apply_onnx_ir_fixes": "the export to ONNX",
+    "transformers.exporters.utils:apply_fx_node_fixes": "the export to ONNX",
+    "transformers.exporters.utils:apply_patches": "the export to ONNX",
+    "torch._subclasses.fake_tensor:FakeTensorMode": "the shapes in .bin and .pt files without their values",
+}
+
+#: What a forward calls its cache of keys and values, newest first: ``cache`` since transformers 5.24.
+_CACHE = ("cache", "past_key_values")
+
+
+def private(name: str) -> Any:
+    """The entry `name` of `PRIVATE`. Raises `Unsupported` when the installed release has it no longer."""
+    lost = PRIVATE[name]
+    module, _, path = name.partition(":")
+    try:
+        found: Any = import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        library = module.partition(".")[0]
+        raise Unsupported(
+            f"{library} {metadata.version(library)} has no {module}.{path}, which {lost} needs",
+            hint=f"this version of ia3-export does not know that release; install an older {library}",
+        ) from error
+    return found
+
+
+def cache_argument(model: Any) -> str | None:
+    """The argument by which the forward of `model` takes the keys and values of past tokens, None where it takes none.
+
+    transformers gives the states of Mamba and its like the same name, so a model without attention heads has none.
+    """
+    if not hasattr(model.config.get_text_config(), "num_attention_heads"):
+        return None
+    accepted = inspect.signature(model.forward).parameters
+    return next((name for name in _CACHE if name in accepted), None)
+
+
+def returned_cache(output: Any) -> Any:
+    """The cache in what a forward with ``use_cache=True`` returned."""
+    return next((output[name] for name in _CACHE if name in output), None)

@@ -1,0 +1,73 @@
+"""What we use of other libraries beyond their documented interface is there, and is said by name when it is not."""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from ia3_export import libraries
+from ia3_export.errors import Unsupported
+from tests.support import zoo
+
+pytestmark = [pytest.mark.versions, pytest.mark.filterwarnings("ignore")]
+
+_PACKAGE = Path(libraries.__file__).parent
+
+
+def _release(name: str) -> str:
+    library = name.partition(":")[0].partition(".")[0]
+    return f"{library} {metadata.version(library)}: {name.partition(':')[2]}"
+
+
+@pytest.mark.parametrize("name", libraries.PRIVATE, ids=_release)
+def test_the_installed_release_has_it(name: str) -> None:
+    libraries.private(name)
+
+
+def test_what_a_release_has_no_longer_is_said_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        libraries, "PRIVATE", {"torch.gone_away:Thing": "the export", "torch:gone": "the merge"}
+    )
+    for name, use in (("torch.gone_away:Thing", "the export"), ("torch:gone", "the merge")):
+        with pytest.raises(Unsupported) as caught:
+            libraries.private(name)
+        assert f"torch {metadata.version('torch')} has no {name.replace(':', '.')}" in str(caught.value)
+        assert use in str(caught.value)
+        assert "older torch" in caught.value.hint
+
+
+def test_every_listed_part_is_used_and_nothing_private_is_imported_around_the_list() -> None:
+    sources = {path: path.read_text(encoding="utf-8") for path in _PACKAGE.rglob("*.py")}
+    used = set(re.findall(r'private\(\s*f?"([\w.]+:[\w.]+)"', "\n".join(sources.values())))
+    assert used == set(libraries.PRIVATE)
+    around = re.compile(
+        r"^\s*(?:from|import) (?:torch|transformers|peft|optimum|onnxscript|onnx_ir|accelerate)(?:\.\w+)*\._\w|"
+        r"^\s*from (?:torch|transformers|peft|optimum)[\w.]* import (?:.*, )?_\w|"
+        r"^\s*from transformers\.(?:core_model_loading|conversion_mapping|exporters|integrations)\b",
+        re.MULTILINE,
+    )
+    found = {str(path): match.group() for path, text in sources.items() if (match := around.search(text))}
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "takes"),
+    [("llama", True), ("gpt2", True), ("t5", True), ("whisper", True), ("mamba", False), ("vit", False)],
+)
+def test_the_cache_is_found_by_the_name_that_the_release_gives_it(kind: str, takes: bool) -> None:
+    import torch
+
+    model = zoo.build(zoo.by_name(kind)).eval()
+    name = libraries.cache_argument(model)
+    assert (name is not None) == takes
+    if name is None or kind == "whisper":
+        return
+    ids = {"input_ids": torch.full((1, 3), 7)}
+    first = ids | ({"decoder_input_ids": ids["input_ids"]} if model.config.is_encoder_decoder else {})
+    cache = libraries.returned_cache(model(**first, use_cache=True))
+    assert cache.get_seq_length() == 3
+    model(**first, **{name: cache}, use_cache=True)
+    assert cache.get_seq_length() == 6
