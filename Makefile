@@ -10,7 +10,10 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 RUNTIMES := tests/runtimes/javascript/node_modules/.installed .venv-optimum/.installed
 
-.PHONY: demo test lint types imports unit runtimes clean
+# what is run with other releases than those of constraints.txt: the tests marked so in these files
+RELEASES := -m versions tests/test_libraries.py tests/e2e/test_releases.py tests/e2e/test_quantized.py tests/runtimes
+
+.PHONY: demo test lint types imports unit runtimes newest lowest clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python samples/minilm_intent/run.py
@@ -29,6 +32,22 @@ imports: $(VENV)/.installed
 
 unit: $(VENV)/.installed runtimes
 	$(BIN)/python -m pytest -q -n $(WORKERS)
+
+# users install without our constraints: the newest releases that the dependencies admit ...
+newest: runtimes
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager torch==2.13.0 -e '.[cpu,genai,releases]'
+	.venv-newest/bin/python -m pytest -q -n $(WORKERS) $(RELEASES)
+
+# ... and the oldest, as uv resolves them; torch, whose older builds for Linux come with CUDA alone, stays the same
+lowest: $(VENV)/.installed runtimes
+	$(PYTHON) -m venv .venv-lowest
+	$(BIN)/uv pip compile --quiet --resolution lowest-direct --extra cpu --extra bitsandbytes --no-emit-package torch \
+		--no-header --no-annotate --output-file .venv-lowest/constraints.txt pyproject.toml >/dev/null
+	.venv-lowest/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-lowest/bin/pip install --quiet --disable-pip-version-check -c .venv-lowest/constraints.txt -e '.[cpu,releases]'
+	.venv-lowest/bin/python -m pytest -q -n $(WORKERS) $(RELEASES)
 
 # other people's runtimes, in which the tests run what was exported; tests of one that is missing skip with the reason
 runtimes: $(RUNTIMES)
@@ -55,4 +74,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-optimum tests/runtimes/javascript/node_modules samples/browser/node_modules samples/minilm_intent/run
+	rm -rf $(VENV) .venv-optimum .venv-newest .venv-lowest tests/runtimes/javascript/node_modules samples/browser/node_modules samples/minilm_intent/run

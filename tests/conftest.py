@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+
 import pytest
 
 from tests.support.exported import Exports
+
+_LIBRARIES = (
+    "torch", "transformers", "peft", "safetensors", "huggingface_hub", "onnx", "onnx-ir", "onnxscript", "onnxruntime",
+    "onnxruntime-genai", "optimum", "bitsandbytes", "compressed-tensors", "gguf", "numpy", "click", "rich",
+)  # fmt: skip
+
+
+def pytest_report_header() -> str:
+    """The releases that the tests run with."""
+    found = {
+        distribution.name.lower().replace("_", "-"): distribution.version
+        for distribution in metadata.distributions()
+    }
+    return "releases: " + ", ".join(
+        f"{name} {found.get(name.replace('_', '-'), 'absent')}" for name in _LIBRARIES
+    )
 
 
 @pytest.fixture(scope="session")

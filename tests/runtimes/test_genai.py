@@ -53,7 +53,7 @@ def copied(tmp_path: Path, exported: Callable[[str], Exported]) -> Callable[[str
     return get
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.versions), "gpt2"])
 def test_text_in_gives_the_tokens_of_the_live_adapter(
     copied: Callable[[str], tuple[Exported, Path]], name: str
 ) -> None:

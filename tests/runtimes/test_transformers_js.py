@@ -84,9 +84,8 @@ def _once(file: Path, ask: Callable[[], Answers]) -> Answers:
     return answers
 
 
-def _run(node: str, script: str, given: Answers) -> Answers:
-    """What `script` says to all jobs, by the model's name and the precision."""
-    jobs = _jobs()
+def _run(node: str, script: str, given: Answers, jobs: list[dict[str, Any]]) -> Answers:
+    """What `script` says to `jobs`, by the model's name and the precision."""
     done = subprocess.run(
         [node, JAVASCRIPT / script],
         input=json.dumps({**given, "jobs": jobs}), capture_output=True, text=True, timeout=600, check=False,
@@ -117,7 +116,7 @@ def in_node(exported: Get, runtimes_folder: Path) -> Answers:
     def ask() -> Answers:
         for name in RECIPES:
             exported(name)
-        return _run(node, "node.mjs", {"models": f"{runtimes_folder}/"})
+        return _run(node, "node.mjs", {"models": f"{runtimes_folder}/"}, _jobs())
 
     return _once(runtimes_folder / "node.json", ask)
 
@@ -132,7 +131,7 @@ def in_browser(exported: Get, runtimes_folder: Path) -> Answers:
         folders = [exported(name).folder.relative_to(runtimes_folder) for name in reversed(RECIPES)]
         with _serve(*folders, cwd=runtimes_folder) as origin:
             given = {"executable": chromium, "origin": origin, "scenes": list(_scenes().values())}
-            said = _run(node, "browser.mjs", given)
+            said = _run(node, "browser.mjs", given, _jobs())
         acted = dict(zip(_scenes(), said["acted"], strict=True))
         return {**said, "acted": acted, "origin": origin}
 
@@ -160,6 +159,20 @@ def test_float32_gives_the_answers_of_the_unmerged_pytorch_model(
             np.testing.assert_allclose(given["output"], expected, rtol=0, atol=3e-5 * np.abs(expected).max())
     if model.input_ids:
         assert [tuple(given["ids"]) for given in answers] == list(model.input_ids)
+
+
+@pytest.mark.versions
+def test_files_of_these_releases_answer_in_node(exported: Get, runtimes_folder: Path) -> None:
+    """The same for two models alone: quick enough to be run with other releases of the libraries that export."""
+    names = ("llama", "bert")
+    jobs = [job for job in _jobs() if job["model"].split("/")[0] in names and job["dtype"] in ("fp32", "q8")]
+    models = {name: exported(name) for name in names}
+    results = _run(_node(), "node.mjs", {"models": f"{runtimes_folder}/"}, jobs)["results"]
+    assert [given["tokens"] for given in results["llama fp32"]["answers"]] == list(models["llama"].expected)
+    answers = [given["output"] for given in results["bert fp32"]["answers"]]
+    np.testing.assert_allclose(answers, models["bert"].expected, rtol=0, atol=1e-4)
+    for name in names:
+        assert "error" not in results[f"{name} q8"], results[f"{name} q8"]
 
 
 @pytest.mark.parametrize("name", ["bert", "vit"])
