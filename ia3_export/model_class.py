@@ -86,7 +86,11 @@ def _best_class(
         runtime = _describe(name, fitted, model, tensors)
         left_over = sum(module not in runtime.layouts for module in adapter.modules)
         left_over += sum(extra not in runtime.shapes for extra in adapter.extras)
-        absent = sum(entry not in adapter.extras for entry in absent_entries(runtime))
+        # a head that the adapter trained and lost is no sign of the wrong class
+        absent = sum(
+            entry not in adapter.extras and adapter.copy_of(entry.rpartition(".")[0]) is None
+            for entry in absent_entries(runtime)
+        )
         if best is None or (left_over, absent) < best[0]:
             best = (left_over, absent), runtime
         if left_over == absent == 0:
