@@ -6,6 +6,7 @@ which costs an import of transformers.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ia3_export.adapters.mangled import restore_names
@@ -77,6 +78,12 @@ def resolve(
         except Refused as error:
             result.problems.append(error)
     report_unused(adapter, base, unused, result, allow_unused=allow_unused)
+    if allow_unused:
+        result.adapter = replace(
+            adapter,
+            sites={key: site for key, site in adapter.sites.items() if site.module not in unused},
+            extras={name: tensor for name, tensor in adapter.extras.items() if name in result.extras},
+        )
     report_missing(adapter, base, result, allow_missing=allow_missing)
     report_lost(adapter, base, result, allow_missing=allow_missing)
     report_random(result)
