@@ -10,10 +10,10 @@ import numpy as np
 
 from ia3_export.adapters.combine import Combine, combine_vectors
 from ia3_export.checkpoint.folder import Checkpoint
-from ia3_export.checkpoint.header import StoredTensor, count_elements, same_bytes, tensor_bytes
+from ia3_export.checkpoint.header import StoredTensor, count_elements, read_bytes, same_bytes, tensor_bytes
 from ia3_export.config_edits import can_untie
 from ia3_export.errors import Refused, Unsupported, UsageError
-from ia3_export.fold import FLOAT_DTYPES, Array, Scale, make_scale, round_vector
+from ia3_export.fold import FLOAT_DTYPES, Array, Scale, make_scale, round_vector, storage_dtype
 from ia3_export.placement import Placement, Resolution
 from ia3_export.quantization.detection import Quantization
 
@@ -82,22 +82,50 @@ def replace_tensors(
             changes[target] = Change(
                 target, how, written_dtype(kept, dtype), tensor, (), (f"{result.adapter.name}: {name}",)
             )
-        for name, tensor in _stored_twice(result):
-            note = f"{result.adapter.name}: shared with what the adapter brings"
+        for name, tensor, note in (*_stored_twice(result), *_resized(result, base)):
+            kept = written_dtype(base.tensors[name].kept, dtype)
             changes.setdefault(
-                name,
-                Change(name, "replace", written_dtype(base.tensors[name].kept, dtype), tensor, (), (note,)),
+                name, Change(name, "replace", kept, tensor, (), (f"{result.adapter.name}: {note}",))
             )
 
 
-def _stored_twice(result: Resolution) -> Iterator[tuple[str, StoredTensor]]:
+def _stored_twice(result: Resolution) -> Iterator[tuple[str, StoredTensor, str]]:
     """Further stored names of tied entries to which the adapter brings one tensor for all."""
     runtime = result.runtime
     if runtime is not None:
         for source, tensor in result.shared.items():
             for entry in (source, *(entry for entry, shared in runtime.ties.items() if shared == source)):
                 if entry in runtime.stored and entry not in result.adapter.extras:
-                    yield runtime.stored[entry], tensor
+                    yield runtime.stored[entry], tensor, "shared with what the adapter brings"
+
+
+def _resized(result: Resolution, base: Checkpoint) -> Iterator[tuple[str, StoredTensor, str]]:
+    """Biases of the vocabulary that grow or shrink with it and that PEFT does not save: one that left its tie to what the adapter
+    brings and is used no more, and constant ones (BART's ``final_logits_bias``), where transformers appends zeros."""
+    runtime = result.runtime
+    if runtime is None:
+        return
+    trained = {name for name, _ in runtime.rules.model.named_parameters(remove_duplicate=False)}
+    for entry, name in runtime.stored.items():
+        tensor, shape = base.tensors[name], runtime.shapes[entry]
+        if (
+            tensor.shape == shape
+            or entry in result.adapter.extras
+            or max(shape, default=0) != count_elements(shape)
+        ):
+            continue
+        partners = [target for target, source in runtime.ties.items() if source == entry]
+        brought = [result.adapter.extras[partner] for partner in partners if partner in result.adapter.extras]
+        if brought:
+            yield name, brought[0], "resized with the vocabulary"
+        elif entry not in trained and tensor.shape[:-1] == shape[:-1]:
+            values = np.zeros(count_elements(shape), storage_dtype(tensor.dtype))
+            kept = min(values.size, tensor.size)
+            values[:kept] = np.frombuffer(read_bytes(tensor), values.dtype)[:kept]
+            data = values.view("u1")
+            yield (
+                name, StoredTensor(name, tensor.dtype, shape, tensor.file, 0, data.nbytes, data), "resized with the vocabulary",
+            )  # fmt: skip
 
 
 def fold_vectors(
@@ -265,7 +293,7 @@ def write_ties(
             continue
         runtime = result.runtime
         apart = can_untie(result, base)
-        warnings.append(f"untied: {', '.join(result.untied)} no longer shares its tensor")
+        warnings.append(f"untied: {', '.join(dict.fromkeys(result.untied))} no longer shares its tensor")
         for target, source in runtime.ties.items():
             name = runtime.stored.get(target, target)
             stored = runtime.stored.get(source)

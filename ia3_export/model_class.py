@@ -216,6 +216,10 @@ def _fit_config(name: str, config: Mapping[str, Any], adapter: Adapter) -> tuple
     for extra, shape in misfits.items():
         if extra in embeddings and shape[1:] == shapes[extra][1:]:
             _set_vocabulary(fitted, shapes[extra][0], shape[0])
+    model = _build(name, fitted)
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    if all(shapes[extra] == shape for extra, shape in misfits.items()):  # all of them followed the vocabulary
+        return _with_labels(fitted, adapter), model
     for labels in dict.fromkeys(shape[0] for extra, shape in misfits.items() if extra not in embeddings):
         own = adapter.labels if len(adapter.labels) == labels else None
         labelled = _labelled(fitted, own or [f"LABEL_{i}" for i in range(labels)])
@@ -223,7 +227,7 @@ def _fit_config(name: str, config: Mapping[str, Any], adapter: Adapter) -> tuple
         now = trial.state_dict()
         if all(e in embeddings or tuple(now[e].shape) == shape for e, shape in misfits.items()):
             return _with_labels(labelled, adapter), _build(name, labelled)
-    return fitted, _build(name, fitted)
+    return fitted, model
 
 
 def _labelled(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

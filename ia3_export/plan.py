@@ -149,7 +149,8 @@ def make_plan(
     config, edits = edit_config(resolutions, base, written, adjusted, warnings)
     shapes = {name: tensor.shape for name, tensor in dense.tensors.items()}
     shapes |= {name: change.shape for name, change in changes.items()}
-    problems += check_vocabulary(resolutions, shapes, config)
+    if not problems:
+        problems += check_vocabulary(resolutions, shapes, dense.config if config is not None else None)
     classes = [r.runtime.class_name for r in resolutions if r.runtime is not None]
     return Plan(
         base, dense, quantization, quantized, tuple(r.adapter for r in resolutions), combine, tuple(weights), cast, dtype, allow_missing,

@@ -175,8 +175,16 @@ def _bring(
     brought: Mapping[str, StoredTensor],
     base: Checkpoint,
 ) -> None:
-    """Fill the entry `name`, which the base has in another size, with what the adapter brings."""
-    tensor = brought.get(name)
+    """Fill the entry `name`, which the base has in another size, with what the adapter brings. Constants of the vocabulary's size
+    (BART's ``final_logits_bias``) are nobody's to bring: transformers appends zeros."""
+    import torch
+
+    tensor, kept = brought.get(name), base.tensors.get(name)
+    if name not in dict(model.named_parameters()) and kept is not None and stored[:-1] == wanted[:-1]:
+        width = min(stored[-1], wanted[-1])
+        constant = model.state_dict()[name].zero_()
+        constant[..., :width] = torch.from_numpy(read_values(kept)[..., :width])
+        return
     if tensor is None or tensor.shape != wanted:
         raise Unsupported(
             f"{base.location.given} holds {name} as {list(stored)}, {type(model).__name__} needs {list(wanted)} for the adapter's "
