@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ia3_export.adapters.mangled import may_be_damaged
-from ia3_export.adapters.model import Adapter, TargetRules, same_in_every_layer
+from ia3_export.adapters.model import Adapter, same_in_every_layer
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.errors import MissingVector, UnusedVector
 from ia3_export.fold import FLOAT_DTYPES
@@ -58,7 +58,7 @@ def report_missing(adapter: Adapter, base: Checkpoint, result: Resolution, *, al
     modules = {*stored_modules(base.tensors), *(runtime.layouts if runtime is not None else ())}
     if not any(map(rules.targets, modules)) or (runtime is None and rules.is_all_linear):
         # the configuration cannot say what is missing, the other layers can
-        adapter = replace(adapter, rules=TargetRules(same_in_every_layer(adapter.modules), rules.feedforward))
+        adapter = replace(adapter, rules=replace(rules, target=same_in_every_layer(adapter.modules)))
     if runtime is None:
         missing = missing_by_name(adapter, base)
     else:

@@ -1,0 +1,170 @@
+"""Modules that an adapter trained whole (``modules_to_save``) and whose tensors its file lacks: refused like missing vectors.
+
+What counts is what the class has: PEFT names ``classifier`` and ``score`` for every classifier, and only one exists.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.command import edit_json, only_complaint, run, run_process
+from tests.support.heads import BERT, ENCODER, LLAMA, TIED, Trained, drop
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+_BERT = Trained("bert", "BertForSequenceClassification", BERT, ["key", "value"], task_type="SEQ_CLS")
+_LLAMA = Trained(
+    "llama",
+    "LlamaForSequenceClassification",
+    LLAMA,
+    ["k_proj"],
+    task_type="SEQ_CLS",
+    base_class="LlamaForCausalLM",
+)
+_DISTIL = {
+    "vocab_size": 64,
+    "dim": 32,
+    "hidden_dim": 48,
+    "n_layers": 2,
+    "n_heads": 4,
+    "max_position_embeddings": 64,
+}
+#: The adapter, what its file loses, and the tensor that the refusal names.
+LOST = [
+    (_BERT, ["classifier"], "classifier.bias"),
+    (_BERT, ["classifier.bias"], "classifier.bias"),
+    (Trained("tokens", "BertForTokenClassification", BERT, ["key"], task_type="TOKEN_CLS"), ["classifier"], "classifier.bias"),
+    (Trained("answers", "BertForQuestionAnswering", BERT, ["key"], task_type="QUESTION_ANS"), ["qa_outputs"], "qa_outputs.bias"),
+    (_LLAMA, ["score"], "score.weight"),
+    (
+        Trained("distilbert", "DistilBertForSequenceClassification", _DISTIL, ["k_lin"], task_type="SEQ_CLS"),
+        ["pre_classifier"], "pre_classifier.bias",
+    ),
+    (Trained("embedding", "LlamaForCausalLM", LLAMA, ["k_proj"], ["lm_head", "embed_tokens"]), ["embed_tokens"], "model.embed_tokens.weight"),
+    (Trained("tied", "LlamaForCausalLM", TIED, ["k_proj"], ["lm_head", "embed_tokens"]), ["lm_head"], "lm_head.weight"),
+    (Trained("nested", "RobertaForMaskedLM", ENCODER, ["key"], ["lm_head.dense"]), ["dense"], "lm_head.dense.bias"),
+    (Trained("masked", "RobertaForMaskedLM", ENCODER, ["key"], ["lm_head"]), ["decoder.weight"], "lm_head.decoder.weight"),
+    (Trained("norms", "LlamaForCausalLM", LLAMA, ["k_proj"], ["input_layernorm"]), ["layers.1.input"], "model.layers.1.input_layernorm.weight"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("case", "lost", "named"), LOST, ids=[f"{case.name}-{lost[0]}" for case, lost, _ in LOST]
+)
+def test_a_module_trained_whole_must_be_in_the_file(
+    tmp_path: Path, case: Trained, lost: list[str], named: str
+) -> None:
+    folder = case.write(tmp_path)
+    words = ("--base", folder / "base", "--adapter", folder / "adapter")
+    assert run("merge", *words, "--output", folder / "merged", "-q").code == 0, "complete, it merges"
+    assert case.error(folder) < 1e-5
+    drop(folder, *lost)
+    only_complaint(run("merge", *words, "--output", folder / "no"), 3, named, str(folder / "adapter"))
+    assert not (folder / "no").exists()
+    only_complaint(run("verify", *words, "--merged", folder / "merged"), 3, named)
+
+
+def test_allow_missing_leaves_the_head_of_the_base_and_says_so(tmp_path: Path) -> None:
+    folder = drop(_BERT.write(tmp_path), "classifier")
+    words = ("--base", folder / "base", "--adapter", folder / "adapter")
+    ran = run("merge", *words, "--output", folder / "merged", "--allow-missing")
+    assert ran.code == 0 and "classifier.bias; left as they are" in ran.stdout, ran
+    verified = run("verify", *words, "--merged", folder / "merged")
+    assert verified.code == 0 and "hooks" in verified.stdout and "PEFT cannot load" in verified.stdout, (
+        verified
+    )
+
+
+def test_inspect_lists_the_lost_head(tmp_path: Path) -> None:
+    folder = drop(_BERT.write(tmp_path), "classifier")
+    ran = run("inspect", folder / "adapter", "--base", folder / "base")
+    assert ran.code == 0 and "refused: adapter was trained with a classifier" in ran.stdout, ran
+
+
+def test_the_task_alone_declares_its_head_as_old_peft_saved_it(tmp_path: Path) -> None:
+    """PEFT 0.4 to 0.7 saved ``modules_to_save: null`` with the head in the file; today's asks for it all the same."""
+    folder = _BERT.write(tmp_path)
+    edit_json(folder / "adapter" / "adapter_config.json", modules_to_save=None)
+    words = (
+        "merge",
+        "--base",
+        folder / "base",
+        "--adapter",
+        folder / "adapter",
+        "--output",
+        folder / "merged",
+        "-q",
+    )
+    assert run(*words).code == 0
+    shutil.rmtree(folder / "merged")
+    drop(folder, "classifier")
+    only_complaint(run(*words), 3, "classifier.bias")
+
+
+@pytest.mark.parametrize("missing", ["config.json", "class"])
+def test_without_a_class_the_stored_names_decide(tmp_path: Path, missing: str) -> None:
+    folder = _BERT.write(tmp_path)
+    if missing == "class":
+        edit_json(folder / "base" / "config.json", model_type="of-nobody", architectures=None)
+    else:
+        (folder / "base" / missing).unlink()
+    words = (
+        "merge",
+        "--base",
+        folder / "base",
+        "--adapter",
+        folder / "adapter",
+        "--output",
+        folder / "merged",
+        "-q",
+    )
+    assert run(*words).code == 0
+    drop(folder, "classifier.bias")
+    only_complaint(run(*words, "--overwrite"), 3, "classifier.bias")
+
+
+def test_what_no_class_has_is_not_asked_for(tmp_path: Path) -> None:
+    folder = Trained("bert", "BertForMaskedLM", BERT, ["key"], ["score", "nothing", "dropout"]).write(
+        tmp_path
+    )
+    words = ("--base", folder / "base", "--adapter", folder / "adapter", "--output", folder / "merged")
+    assert run("merge", *words, "-q").code == 0
+
+
+def test_a_tensor_that_is_in_the_file_under_its_tied_name_is_there(tmp_path: Path) -> None:
+    """Inside one copied head the two biases are one parameter."""
+    case = Trained("masked", "RobertaForMaskedLM", ENCODER, ["key"], ["lm_head"])
+    folder = drop(case.write(tmp_path), "lm_head.decoder.bias")
+    words = ("--base", folder / "base", "--adapter", folder / "adapter")
+    assert run("merge", *words, "--output", folder / "merged", "-q").code == 0
+    assert case.error(folder) < 1e-5
+    assert run("verify", *words, "--merged", folder / "merged").code == 0
+
+
+def test_a_plain_merge_asks_no_class(tmp_path: Path) -> None:
+    case = Trained(
+        "plain",
+        "LlamaForCausalLM",
+        {**LLAMA, "tie_word_embeddings": False},
+        ["k_proj"],
+        ["lm_head"],
+        "CAUSAL_LM",
+    )
+    folder = case.write(tmp_path)
+    words = (
+        "merge",
+        "--base",
+        folder / "base",
+        "--adapter",
+        folder / "adapter",
+        "--output",
+        folder / "merged",
+        "--no-reload-check",
+    )
+    ran = run_process(*words, env={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert ran.code == 0 and "ia3_export.plan" in ran.stderr and "transformers" not in ran.stderr, ran.stderr[
+        -500:
+    ]
