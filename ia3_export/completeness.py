@@ -119,10 +119,9 @@ def report_lost(adapter: Adapter, base: Checkpoint, result: Resolution, *, allow
         there = {entry for entry in parts if entry in adapter.extras or stored.get(entry) in landed}
         shared = {ties.get(entry, entry) for entry in there}
         lost = [entry for entry in parts if entry not in there and ties.get(entry, entry) not in shared]
-        if (
-            adapter.format != "peft"
-        ):  # other libraries write a tied tensor under the body's name, or not at all
-            lost = [entry for entry in lost if entry not in ties]
+        if runtime is not None and adapter.format != "peft":
+            # AdapterHub's heads share the embedding of the body, which is not trained
+            lost = [e for e in lost if ties.get(e, "").rpartition(".")[0] not in runtime.embeddings]
         if lost:
             _report_lost(module, lost, len(parts), result, allow_missing=allow_missing)
 
@@ -131,8 +130,9 @@ def _report_lost(
     module: str, lost: list[str], count: int, result: Resolution, *, allow_missing: bool
 ) -> None:
     adapter = result.adapter
+    declared = f"{module} (modules_to_save)" if adapter.format == "peft" else module
     message = (
-        f"{adapter.name} was trained with a {module} of its own (modules_to_save), but of its {count} tensors {len(lost)} are "
+        f"{adapter.name} was trained with {declared} of its own, but of its {count} tensors {len(lost)} are "
         f"not in {adapter.location.given}, first: {lost[0]}"
     )
     if allow_missing:
@@ -167,10 +167,12 @@ def _ends(path: str) -> list[int]:
 def _trained_whole(adapter: Adapter, entry: str) -> str | None:
     """The module that PEFT's adapter holds a copy of, or whose tensors another library's head consists of."""
     module = entry.rpartition(".")[0]
-    if adapter.format == "adapterhub":
-        heads = {name.rpartition(".")[0] for name in adapter.extras.keys() - adapter.unplaced}
-        return module if module in heads else None
-    return adapter.copy_of(module)
+    if adapter.format != "adapterhub":
+        return adapter.copy_of(module)
+    brought = {name.rpartition(".")[0] for name in adapter.extras.keys() - adapter.unplaced}
+    body = {name.split(".")[0] for name in adapter.modules}
+    head, heads = module.split(".")[0], {name.split(".")[0] for name in brought} - body
+    return head if head in heads else module if module in brought else None
 
 
 def _left_out_of_all_linear(adapter: Adapter, runtime: RuntimeModel) -> str | None:

@@ -65,6 +65,18 @@ def edit_config(
     return (config if edits else None), edits
 
 
+def output_class(resolutions: Sequence[Resolution]) -> str | None:
+    """The class that the output is for, if a class was asked: that of the last adapter with a head that the base has not."""
+    asked = [(result, result.runtime) for result in resolutions if result.runtime is not None]
+    heads = [
+        runtime
+        for result, runtime in asked
+        if any(runtime.stored.get(name) is None for name in result.extras)
+    ]
+    runtimes = heads[-1:] or [runtime for _, runtime in asked]
+    return runtimes[0].class_name if runtimes else None
+
+
 def _shown(value: Any) -> str:
     return f"{{{len(value)} entries}}" if isinstance(value, dict) else repr(value)
 

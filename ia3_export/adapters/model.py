@@ -84,7 +84,8 @@ class Adapter:
     Module paths and the names of `extras` are those of the model that was trained, without PEFT's prefix. PEFT has one
     vector a module; where a format has two, `sites` holds the second under `second_key`. `files` lie in
     `folder`. `labels` are the names of a classification head's labels, where the format keeps them, `unplaced` names
-    extras that no class of transformers has, and `warnings` is what its reader noticed.
+    extras that no class of transformers has, and `warnings` is what its reader noticed. With `vectors_only` its extras were left
+    out on purpose.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Adapter:
     labels: tuple[str, ...] = ()
     unplaced: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
+    vectors_only: bool = False
 
     @property
     def task_type(self) -> str | None:
@@ -114,6 +116,8 @@ class Adapter:
     @property
     def copied(self) -> tuple[str, ...]:
         """Ends of the paths of modules that PEFT trains a copy of: ``modules_to_save``, and the heads of the task."""
+        if self.vectors_only:
+            return ()
         heads = _TASK_HEADS.get(self.task_type or "", ()) if self.format == "peft" else ()
         return tuple(name for name in dict.fromkeys((*self.rules.to_save, *heads)) if name)
 

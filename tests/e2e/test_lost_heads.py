@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.command import edit_json, only_complaint, run, run_process
+from tests.support.adapter_cases import adapterhub
 from tests.support.heads import BERT, ENCODER, LLAMA, TIED, Trained, drop
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -81,7 +82,7 @@ def test_allow_missing_leaves_the_head_of_the_base_and_says_so(tmp_path: Path) -
 def test_inspect_lists_the_lost_head(tmp_path: Path) -> None:
     folder = drop(_BERT.write(tmp_path), "classifier")
     ran = run("inspect", folder / "adapter", "--base", folder / "base")
-    assert ran.code == 0 and "refused: adapter was trained with a classifier" in ran.stdout, ran
+    assert ran.code == 0 and "refused: adapter was trained with classifier" in ran.stdout, ran
 
 
 def test_the_task_alone_declares_its_head_as_old_peft_saved_it(tmp_path: Path) -> None:
@@ -168,3 +169,62 @@ def test_a_plain_merge_asks_no_class(tmp_path: Path) -> None:
     assert ran.code == 0 and "ia3_export.plan" in ran.stderr and "transformers" not in ran.stderr, ran.stderr[
         -500:
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "lost", "named"),
+    [
+        ("roberta_static", "classifier.dense.bias", "classifier.dense.bias"),
+        ("bert_classification", "heads.task.4.bias", "classifier.bias"),
+        ("bert_masked_lm", "heads.task.3.bias", "cls.predictions.bias"),
+        ("gpt2_classification_static", "score.weight", "model_head"),
+    ],
+)
+def test_a_head_of_adapterhub_must_be_whole(tmp_path: Path, name: str, lost: str, named: str) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    case = next(case for case in adapterhub() if case.name == name)
+    shutil.copytree(case.adapter, tmp_path / "adapter")
+    words = (
+        "merge",
+        "--base",
+        case.base,
+        "--adapter",
+        tmp_path / "adapter",
+        "--output",
+        tmp_path / "merged",
+        "-q",
+    )
+    assert run(*words).code == 0
+    shutil.rmtree(tmp_path / "merged")
+    file = tmp_path / "adapter" / "model_head.safetensors"
+    tensors = load_file(file)
+    del tensors[lost]
+    save_file(tensors, file)
+    only_complaint(run(*words), 3, named)
+
+
+def test_a_head_of_adapterhub_shares_the_embedding_of_the_base(tmp_path: Path) -> None:
+    """Which its library does not train: without the tied weight nothing is lost."""
+    import torch
+
+    case = next(case for case in adapterhub() if case.name == "bert_masked_lm_static")
+    shutil.copytree(case.adapter, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "pytorch_model_head.bin"
+    tensors = torch.load(file, weights_only=True)
+    del tensors["cls.predictions.decoder.weight"], tensors["cls.predictions.decoder.bias"]
+    torch.save(tensors, file)
+    words = (
+        "merge",
+        "--base",
+        case.base,
+        "--adapter",
+        tmp_path / "adapter",
+        "--output",
+        tmp_path / "merged",
+        "-q",
+    )
+    assert run(*words).code == 0
+    del tensors["cls.predictions.bias"]
+    torch.save(tensors, file)
+    only_complaint(run(*words, "--overwrite"), 3, "cls.predictions.bias")
