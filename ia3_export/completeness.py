@@ -152,12 +152,7 @@ def heads_in_question(adapter: Adapter, base: Checkpoint) -> bool:
     if not adapter.copied:
         return False
     modules = {name.rpartition(".")[0] for name in (*base.tensors, *adapter.extras)}
-    paths = {module[:end] for module in modules for end in _ends(module)}
-    found = {name for name in adapter.copied if any(path.endswith(name) for path in paths)}
-    # PEFT names the heads of all classes of a task; a class has one of them
-    of_task = set(adapter.copied) - set(adapter.rules.to_save) | {"classifier", "score"}
-    unknown = set(adapter.copied) - found
-    return bool(unknown - of_task) or (bool(unknown) and not found & of_task)
+    return bool(adapter.without_module({module[:end] for module in modules for end in _ends(module)}))
 
 
 def _ends(path: str) -> list[int]:

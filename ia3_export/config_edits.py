@@ -96,7 +96,7 @@ def check_vocabulary(
         embeddings = (runtime.input_embedding, runtime.output_embedding)
         resized = {key for key, value in runtime.config.items() if base_config.get(key) != value}
         for entry in runtime.shapes if resized else ():
-            shape = shapes.get(runtime.stored.get(entry, entry))
+            shape = shapes.get(runtime.stored.get(entry, entry)) if entry not in runtime.converted else None
             if shape is not None and shape != runtime.shapes[entry]:
                 found.append(
                     Refused(

@@ -62,7 +62,7 @@ def load_runtime_model(
     (``auto_mapping``), its task type, the base's ``architectures``, the bare model.
 
     When no class has all of them the one with the most is returned; the caller names what is left over. Among classes
-    that have them all, the one that the checkpoint fills best.
+    that have them all, the one with the heads that were trained, then the one that the checkpoint fills best.
     Raises `Unsupported` when transformers has no class for the configuration.
     """
     with quiet():
@@ -80,7 +80,7 @@ def load_runtime_model(
 def _best_class(
     config: Mapping[str, Any], adapter: Adapter, tensors: Mapping[str, StoredTensor]
 ) -> RuntimeModel:
-    best: tuple[tuple[int, int], RuntimeModel] | None = None
+    best: tuple[tuple[int, int, int], RuntimeModel] | None = None
     for name in _candidate_classes(config, adapter):
         fitted, model = _fit_config(name, config, adapter)
         runtime = _describe(name, fitted, model, tensors)
@@ -91,9 +91,10 @@ def _best_class(
             entry not in adapter.extras and adapter.copy_of(entry.rpartition(".")[0]) is None
             for entry in absent_entries(runtime)
         )
-        if best is None or (left_over, absent) < best[0]:
-            best = (left_over, absent), runtime
-        if left_over == absent == 0:
+        headless = len(adapter.without_module(path for path, _ in model.named_modules()))
+        if best is None or (left_over, headless, absent) < best[0]:
+            best = (left_over, headless, absent), runtime
+        if left_over == headless == absent == 0:
             break
     if best is None:
         raise Unsupported(

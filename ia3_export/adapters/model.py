@@ -127,6 +127,14 @@ class Adapter:
         ends = [*(i for i, letter in enumerate(path) if letter == "."), len(path)]
         return next((path[:end] for end in ends if path[:end].endswith(self.copied)), None)
 
+    def without_module(self, paths: Iterable[str]) -> set[str]:
+        """Those of `copied` that are the end of none of `paths`. Of the heads of a task, which PEFT names for every class, one
+        is enough."""
+        known = list(paths) if self.copied else []
+        missing = {name for name in self.copied if not any(path.endswith(name) for path in known)}
+        heads = set(_TASK_HEADS.get(self.task_type or "", ()))
+        return missing if heads <= missing else missing - heads
+
     @property
     def folder(self) -> Path:
         """The folder that holds `files`."""

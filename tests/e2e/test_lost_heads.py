@@ -12,7 +12,7 @@ import pytest
 
 from tests.e2e.command import edit_json, only_complaint, run, run_process
 from tests.support.adapter_cases import adapterhub
-from tests.support.heads import BERT, ENCODER, LLAMA, TIED, Trained, drop
+from tests.support.heads import BERT, ENCODER, LLAMA, TIED, Trained, drop, vary
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -24,6 +24,14 @@ _LLAMA = Trained(
     ["k_proj"],
     task_type="SEQ_CLS",
     base_class="LlamaForCausalLM",
+)
+_ON_MASKED = Trained(
+    "on-masked",
+    "BertForSequenceClassification",
+    BERT,
+    ["key"],
+    task_type="SEQ_CLS",
+    base_class="BertForMaskedLM",
 )
 _DISTIL = {
     "vocab_size": 64,
@@ -40,6 +48,8 @@ LOST = [
     (Trained("tokens", "BertForTokenClassification", BERT, ["key"], task_type="TOKEN_CLS"), ["classifier"], "classifier.bias"),
     (Trained("answers", "BertForQuestionAnswering", BERT, ["key"], task_type="QUESTION_ANS"), ["qa_outputs"], "qa_outputs.bias"),
     (_LLAMA, ["score"], "score.weight"),
+    (vary(_LLAMA, name="no-task", save=["score"], task_type=None), ["score"], "score.weight"),
+    (vary(_BERT, name="bare", base_class="BertModel"), ["classifier.weight"], "classifier.weight"),
     (
         Trained("distilbert", "DistilBertForSequenceClassification", _DISTIL, ["k_lin"], task_type="SEQ_CLS"),
         ["pre_classifier"], "pre_classifier.bias",
@@ -228,3 +238,26 @@ def test_a_head_of_adapterhub_shares_the_embedding_of_the_base(tmp_path: Path) -
     del tensors["cls.predictions.bias"]
     torch.save(tensors, file)
     only_complaint(run(*words, "--overwrite"), 3, "cls.predictions.bias")
+
+
+@pytest.mark.parametrize(
+    ("task", "save"), [("SEQ_CLS", None), ("SEQ_CLS", ["word_embeddings"]), (None, ["classifier"])]
+)
+def test_the_class_is_the_one_with_the_trained_head(
+    tmp_path: Path, task: str | None, save: list[str] | None
+) -> None:
+    """A classifier on a masked-language base that has no pooler: by what is absent, the base's own class would fit better."""
+    folder = vary(_ON_MASKED, task_type=task, save=save).write(tmp_path)
+    words = (
+        "merge",
+        "--base",
+        folder / "base",
+        "--adapter",
+        folder / "adapter",
+        "--output",
+        folder / "merged",
+    )
+    ran = run(*words)
+    assert ran.code == 0 and "BertForSequenceClassification needs bert.pooler" in ran.stdout, ran
+    drop(folder, "classifier")
+    only_complaint(run(*words, "--overwrite"), 3, "classifier.bias")
