@@ -13,6 +13,7 @@ import pytest
 from tests.e2e.command import edit_json, only_complaint, run, run_process
 from tests.support.adapter_cases import adapterhub
 from tests.support.heads import BERT, ENCODER, LLAMA, TIED, Trained, drop, vary
+from tests.support.quantized import FIXTURES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -261,3 +262,41 @@ def test_the_class_is_the_one_with_the_trained_head(
     assert ran.code == 0 and "BertForSequenceClassification needs bert.pooler" in ran.stdout, ran
     drop(folder, "classifier")
     only_complaint(run(*words, "--overwrite"), 3, "classifier.bias")
+
+
+def test_verify_refuses_another_tools_merge_of_a_lost_head(tmp_path: Path) -> None:
+    """Into a quantized base only forwards are compared: hooks with the base's head would agree with a merge that has it too."""
+    import transformers
+    from peft import IA3Config, get_peft_model
+
+    base = FIXTURES / "bnb-nf4"
+    config = transformers.AutoConfig.from_pretrained(base)
+    del config.quantization_config
+    live = get_peft_model(
+        transformers.AutoModelForCausalLM.from_config(config),
+        IA3Config(target_modules=["k_proj"], feedforward_modules=[], modules_to_save=["lm_head"]),
+    )
+    live.save_pretrained(tmp_path / "adapter")
+    words = ("--base", base, "--adapter", tmp_path / "adapter")
+    assert run("merge", *words, "--output", tmp_path / "merged", "-q").code == 0
+    (tmp_path / "merged" / "ia3_export.json").unlink()
+    assert run("verify", *words, "--merged", tmp_path / "merged").code == 0
+    drop(tmp_path, "lm_head")
+    only_complaint(run("verify", *words, "--merged", tmp_path / "merged"), 3, "lm_head.weight")
+
+
+def test_verify_knows_what_allow_unused_dropped(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    folder = _BERT.write(tmp_path)
+    file = folder / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    vector = next(key for key in tensors if key.endswith("layer.0.attention.self.key.ia3_l"))
+    tensors[vector.replace("layer.0", "layer.7")] = tensors[vector].copy()
+    tensors["base_model.model.elsewhere.weight"] = tensors[vector].copy()
+    save_file(tensors, file, {"format": "pt"})
+    words = ("--base", folder / "base", "--adapter", folder / "adapter")
+    only_complaint(run("merge", *words, "--output", folder / "merged"), 3)
+    assert run("merge", *words, "--output", folder / "merged", "--allow-unused", "-q").code == 0
+    ran = run("verify", *words, "--merged", folder / "merged")
+    assert ran.code == 0 and "layer.7" in ran.stdout and "elsewhere.weight" in ran.stdout, ran
