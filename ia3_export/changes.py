@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -10,10 +10,10 @@ import numpy as np
 
 from ia3_export.adapters.combine import Combine, combine_vectors
 from ia3_export.checkpoint.folder import Checkpoint
-from ia3_export.checkpoint.header import StoredTensor, count_elements, same_bytes, tensor_bytes
+from ia3_export.checkpoint.header import StoredTensor, count_elements, read_bytes, same_bytes, tensor_bytes
 from ia3_export.config_edits import can_untie
 from ia3_export.errors import Refused, Unsupported, UsageError
-from ia3_export.fold import FLOAT_DTYPES, Array, Scale, make_scale, round_vector
+from ia3_export.fold import FLOAT_DTYPES, Array, Scale, make_scale, round_vector, storage_dtype
 from ia3_export.placement import Placement, Resolution
 from ia3_export.quantization.detection import Quantization
 
@@ -82,6 +82,50 @@ def replace_tensors(
             changes[target] = Change(
                 target, how, written_dtype(kept, dtype), tensor, (), (f"{result.adapter.name}: {name}",)
             )
+        for name, tensor, note in (*_stored_twice(result), *_resized(result, base)):
+            kept = written_dtype(base.tensors[name].kept, dtype)
+            changes.setdefault(
+                name, Change(name, "replace", kept, tensor, (), (f"{result.adapter.name}: {note}",))
+            )
+
+
+def _stored_twice(result: Resolution) -> Iterator[tuple[str, StoredTensor, str]]:
+    """Further stored names of tied entries to which the adapter brings one tensor for all."""
+    runtime = result.runtime
+    if runtime is not None:
+        for source, tensor in result.shared.items():
+            for entry in (source, *(entry for entry, shared in runtime.ties.items() if shared == source)):
+                if entry in runtime.stored and entry not in result.adapter.extras:
+                    yield runtime.stored[entry], tensor, "shared with what the adapter brings"
+
+
+def _resized(result: Resolution, base: Checkpoint) -> Iterator[tuple[str, StoredTensor, str]]:
+    """Biases of the vocabulary that grow or shrink with it and that PEFT does not save: one that left its tie to what the adapter
+    brings and is used no more, and constant ones (BART's ``final_logits_bias``), where transformers appends zeros."""
+    runtime = result.runtime
+    if runtime is None:
+        return
+    trained = {name for name, _ in runtime.rules.model.named_parameters(remove_duplicate=False)}
+    for entry, name in runtime.stored.items():
+        tensor, shape = base.tensors[name], runtime.shapes[entry]
+        if (
+            tensor.shape == shape
+            or entry in result.adapter.extras
+            or max(shape, default=0) != count_elements(shape)
+        ):
+            continue
+        partners = [target for target, source in runtime.ties.items() if source == entry]
+        brought = [result.adapter.extras[partner] for partner in partners if partner in result.adapter.extras]
+        if brought:
+            yield name, brought[0], "resized with the vocabulary"
+        elif entry not in trained and tensor.shape[:-1] == shape[:-1]:
+            values = np.zeros(count_elements(shape), storage_dtype(tensor.dtype))
+            kept = min(values.size, tensor.size)
+            values[:kept] = np.frombuffer(read_bytes(tensor), values.dtype)[:kept]
+            data = values.view("u1")
+            yield (
+                name, StoredTensor(name, tensor.dtype, shape, tensor.file, 0, data.nbytes, data), "resized with the vocabulary",
+            )  # fmt: skip
 
 
 def fold_vectors(
@@ -94,10 +138,11 @@ def fold_vectors(
     dtype: Dtype,
 ) -> None:
     """The vectors of every adapter, one after the other (``product``) or combined, over the tensors they multiply."""
+    shared = _shared(resolutions)
     if combine == "product":
         for result in resolutions:
             vectors = {key: p.site.vector for key, p in result.placements.items()}
-            _lay(result, vectors, result.placements, base, changes, cast, dtype, result.adapter.name)
+            _lay(result, vectors, result.placements, base, changes, shared, cast, dtype, result.adapter.name)
         return
     union: dict[str, Placement] = {}
     for result in resolutions:
@@ -117,7 +162,12 @@ def fold_vectors(
         parts = [r.placements[key].site.vector if key in r.placements else None for r in resolutions]
         vectors[key] = combine_vectors(parts, weights, combine, stored)
     label = " + ".join(f"{w:g} {r.adapter.name}" for w, r in zip(weights, resolutions, strict=True))
-    _lay(resolutions[0], vectors, union, base, changes, cast, dtype, label)
+    _lay(resolutions[0], vectors, union, base, changes, shared, cast, dtype, label)
+
+
+def _shared(resolutions: Sequence[Resolution]) -> dict[str, StoredTensor]:
+    """What the adapters bring for all entries of a tie, by its source."""
+    return {source: tensor for result in resolutions for source, tensor in result.shared.items()}
 
 
 def _lay(
@@ -126,6 +176,7 @@ def _lay(
     placements: Mapping[str, Placement],
     base: Checkpoint,
     changes: dict[str, Change],
+    shared: Mapping[str, StoredTensor],
     cast: Cast,
     dtype: Dtype,
     label: str,
@@ -144,7 +195,11 @@ def _lay(
                 laid = make_scale(factors, part.shape, site.direction, part.layout)
                 _spread(result, part.tensor, _expand(laid, part.shape), base, changes, dtype, note)
             else:
-                source = changes[part.tensor].source if part.tensor in changes else base.tensors[part.source]
+                source = base.tensors[part.source]
+                if part.tensor in changes:
+                    source = changes[part.tensor].source
+                elif result.runtime is not None:  # a name that leaves its tie has none of its own yet
+                    source = shared.get(result.runtime.ties.get(part.tensor, part.tensor), source)
                 factors = _factors(vector, base.tensors[part.source].kept, cast)
                 scale = make_scale(factors, part.shape, site.direction, part.layout)
                 how: How = "fold" if part.tensor in base.tensors else "untie"
@@ -229,21 +284,31 @@ def write_ties(
     dtype: Dtype,
     warnings: list[str],
 ) -> None:
-    """Where a tensor leaves a tie, every other name of the tie that the file lacks is written with the base's
-    own bytes, since without the tie transformers would look for it."""
+    """Where a tensor leaves a tie, every other name of the tie that the file lacks is written, since without the tie
+    transformers would look for it: with what the adapters bring for it, or what its tied partner becomes, else the base's
+    own bytes."""
+    shared = _shared(resolutions)
     for result in resolutions:
         if not result.untied or result.runtime is None:
             continue
         runtime = result.runtime
-        warnings.append(f"untied: {', '.join(result.untied)} no longer shares its tensor")
+        apart = can_untie(result, base)
+        warnings.append(f"untied: {', '.join(dict.fromkeys(result.untied))} no longer shares its tensor")
         for target, source in runtime.ties.items():
             name = runtime.stored.get(target, target)
             stored = runtime.stored.get(source)
-            if target in runtime.stored or name in changes or stored is None or not can_untie(result, base):
+            if target in runtime.stored or name in changes or stored is None:
                 continue
-            tensor = base.tensors[stored]
+            if not apart and source not in result.untied:
+                continue  # it stays tied to what its partner becomes
+            tensor = shared.get(source, base.tensors[stored])
             changes[name] = Change(
-                name, "untie", written_dtype(tensor.kept, dtype), tensor, (), (f"copy of {stored}",)
+                name,
+                "untie",
+                written_dtype(base.tensors[stored].kept, dtype),
+                tensor,
+                (),
+                (f"copy of {stored}",),
             )
 
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ia3_export.adapters.mangled import may_be_damaged
-from ia3_export.adapters.model import Adapter
+from ia3_export.adapters.model import Adapter, same_in_every_layer
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.errors import MissingVector, UnusedVector
+from ia3_export.fold import FLOAT_DTYPES
 from ia3_export.modules import stored_modules
 from ia3_export.placement import Resolution
 
 if TYPE_CHECKING:
     from ia3_export.model_class import RuntimeModel
+
+
+#: Stored modules that are never meant by ``all-linear``: the embedding and the output layer, by their usual names.
+_NOT_LINEAR = ("embed_tokens", "lm_head")
 
 
 def report_unused(
@@ -48,14 +54,21 @@ def report_unused(
 def report_missing(adapter: Adapter, base: Checkpoint, result: Resolution, *, allow_missing: bool) -> None:
     """Targeted modules without a vector: a problem, or with `allow_missing` a warning."""
     runtime = result.runtime
+    rules = adapter.rules
+    modules = {*stored_modules(base.tensors), *(runtime.layouts if runtime is not None else ())}
+    if not any(map(rules.targets, modules)) or (runtime is None and rules.is_all_linear):
+        # the configuration cannot say what is missing, the other layers can
+        adapter = replace(adapter, rules=replace(rules, target=same_in_every_layer(adapter.modules)))
     if runtime is None:
         missing = missing_by_name(adapter, base)
     else:
+        output = _left_out_of_all_linear(adapter, runtime) if rules.is_all_linear else None
         missing = sorted(
             module
-            for module in runtime.layouts
+            for module, layout in runtime.layouts.items()
             if module not in adapter.sites
             and adapter.rules.targets(module)
+            and (not rules.is_all_linear or (layout != "conv" and module != output))
             # a module that the class has and the checkpoint has not (a head made anew) cannot be folded either
             and _is_stored(f"{module}.weight", runtime)
         )
@@ -85,6 +98,86 @@ def report_missing(adapter: Adapter, base: Checkpoint, result: Resolution, *, al
         )
 
 
+def report_lost(adapter: Adapter, base: Checkpoint, result: Resolution, *, allow_missing: bool) -> None:
+    """Modules that were trained whole (heads) and of which the file lacks a tensor: a problem, or with `allow_missing` a
+    warning. What neither class nor base has does not count."""
+    if not adapter.copied and adapter.format != "adapterhub":
+        return
+    runtime, stored, ties = result.runtime, {name: name for name in base.tensors}, dict[str, str]()
+    if runtime is None:
+        entries = {name for name, tensor in base.tensors.items() if tensor.dtype in FLOAT_DTYPES}
+    else:
+        stored, ties = dict(runtime.stored), dict(runtime.ties)
+        entries = {name for name, _ in runtime.rules.model.named_parameters(remove_duplicate=False)}
+    whole: dict[str, list[str]] = {}
+    for entry in sorted(entries):
+        module = _trained_whole(adapter, entry)
+        if module is not None:
+            whole.setdefault(module, []).append(entry)
+    landed = set(result.extras.values())
+    for module, parts in whole.items():
+        there = {entry for entry in parts if entry in adapter.extras or stored.get(entry) in landed}
+        shared = {ties.get(entry, entry) for entry in there}
+        lost = [entry for entry in parts if entry not in there and ties.get(entry, entry) not in shared]
+        if runtime is not None and adapter.format != "peft":
+            # AdapterHub's heads share the embedding of the body, which is not trained
+            lost = [e for e in lost if ties.get(e, "").rpartition(".")[0] not in runtime.embeddings]
+        if lost:
+            _report_lost(module, lost, len(parts), result, allow_missing=allow_missing)
+
+
+def _report_lost(
+    module: str, lost: list[str], count: int, result: Resolution, *, allow_missing: bool
+) -> None:
+    adapter = result.adapter
+    declared = f"{module} (modules_to_save)" if adapter.format == "peft" else module
+    message = (
+        f"{adapter.name} was trained with {declared} of its own, but of its {count} tensors {len(lost)} are "
+        f"not in {adapter.location.given}, first: {lost[0]}"
+    )
+    if allow_missing:
+        result.warnings.append(message + "; left as they are")
+    else:
+        result.problems.append(
+            MissingVector(
+                message,
+                hint="the adapter file is incomplete: save it again from the training run; --allow-missing leaves the base's "
+                "tensors",
+            )
+        )
+
+
+def heads_in_question(adapter: Adapter, base: Checkpoint) -> bool:
+    """Whether only the class knows of a module that was trained whole: neither base nor adapter holds one of that name."""
+    if not adapter.copied:
+        return False
+    modules = {name.rpartition(".")[0] for name in (*base.tensors, *adapter.extras)}
+    return bool(adapter.without_module({module[:end] for module in modules for end in _ends(module)}))
+
+
+def _ends(path: str) -> list[int]:
+    return [*(i for i, letter in enumerate(path) if letter == "."), len(path)]
+
+
+def _trained_whole(adapter: Adapter, entry: str) -> str | None:
+    """The module that PEFT's adapter holds a copy of, or whose tensors another library's head consists of."""
+    module = entry.rpartition(".")[0]
+    if adapter.format != "adapterhub":
+        return adapter.copy_of(module)
+    brought = {name.rpartition(".")[0] for name in adapter.extras.keys() - adapter.unplaced}
+    body = {name.split(".")[0] for name in adapter.modules}
+    head, heads = module.split(".")[0], {name.split(".")[0] for name in brought} - body
+    return head if head in heads else module if module in brought else None
+
+
+def _left_out_of_all_linear(adapter: Adapter, runtime: RuntimeModel) -> str | None:
+    """The output layer, which PEFT's ``all-linear`` spares: the output embedding, or the head of a classifier."""
+    if runtime.output_embedding is not None:
+        return runtime.output_embedding.rpartition(".")[0]
+    heads = ("score", "classifier") if adapter.task_type == "SEQ_CLS" else ()
+    return next((name for name in heads if hasattr(runtime.rules.model, name)), None)
+
+
 def report_random(result: Resolution) -> None:
     """Point out what the model needs and neither base nor adapter has: transformers fills it at random."""
     if result.runtime is None:
@@ -101,10 +194,13 @@ def report_random(result: Resolution) -> None:
 
 def missing_by_name(adapter: Adapter, base: Checkpoint) -> list[str]:
     """Stored modules that the adapter's rules target and that have no vector, by their stored names."""
+    spared = _NOT_LINEAR if adapter.rules.is_all_linear else ()
     return sorted(
         module
         for module in stored_modules(base.tensors)
-        if module not in adapter.sites and adapter.rules.targets(module)
+        if module not in adapter.sites
+        and adapter.rules.targets(module)
+        and module.rpartition(".")[2] not in spared
     )
 
 

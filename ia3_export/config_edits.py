@@ -65,6 +65,18 @@ def edit_config(
     return (config if edits else None), edits
 
 
+def output_class(resolutions: Sequence[Resolution]) -> str | None:
+    """The class that the output is for, if a class was asked: that of the last adapter with a head that the base has not."""
+    asked = [(result, result.runtime) for result in resolutions if result.runtime is not None]
+    heads = [
+        runtime
+        for result, runtime in asked
+        if any(runtime.stored.get(name) is None for name in result.extras)
+    ]
+    runtimes = heads[-1:] or [runtime for _, runtime in asked]
+    return runtimes[0].class_name if runtimes else None
+
+
 def _shown(value: Any) -> str:
     return f"{{{len(value)} entries}}" if isinstance(value, dict) else repr(value)
 
@@ -72,25 +84,27 @@ def _shown(value: Any) -> str:
 def check_vocabulary(
     resolutions: Sequence[Resolution],
     shapes: Mapping[str, tuple[int, ...]],
-    config: Mapping[str, Any] | None,
+    base_config: Mapping[str, Any] | None,
 ) -> list[IA3ExportError]:
-    """With a resized vocabulary, every embedding of the output (its `shapes` by stored name) must have the new size."""
+    """With a resized vocabulary or other labels, every tensor of the output (its `shapes` by stored name) must have the size
+    that the class then gives it."""
     found: list[IA3ExportError] = []
     for result in resolutions:
         runtime = result.runtime
-        if runtime is None or config is None:
+        if runtime is None or base_config is None:
             continue
-        for entry in (runtime.input_embedding, runtime.output_embedding):
-            stored = runtime.stored.get(entry or "")
-            if entry is None or stored is None:
-                continue
-            shape = shapes[stored]
-            if shape != runtime.shapes[entry]:
+        embeddings = (runtime.input_embedding, runtime.output_embedding)
+        resized = {key for key, value in runtime.config.items() if base_config.get(key) != value}
+        for entry in runtime.shapes if resized else ():
+            shape = shapes.get(runtime.stored.get(entry, entry)) if entry not in runtime.converted else None
+            if shape is not None and shape != runtime.shapes[entry]:
                 found.append(
                     Refused(
-                        f"the adapter's vocabulary makes {entry} {list(runtime.shapes[entry])}, but the base's "
+                        f"the adapter's vocabulary or labels make {entry} {list(runtime.shapes[entry])}, but the base's "
                         f"{list(shape)} is not replaced",
-                        hint="save the adapter with save_embedding_layers=True",
+                        hint="save the adapter with save_embedding_layers=True"
+                        if entry in embeddings
+                        else "the adapter file is incomplete: save it again from the training run",
                     )
                 )
     return found

@@ -62,7 +62,7 @@ def load_runtime_model(
     (``auto_mapping``), its task type, the base's ``architectures``, the bare model.
 
     When no class has all of them the one with the most is returned; the caller names what is left over. Among classes
-    that have them all, the one that the checkpoint fills best.
+    that have them all, the one with the heads that were trained, then the one that the checkpoint fills best.
     Raises `Unsupported` when transformers has no class for the configuration.
     """
     with quiet():
@@ -80,16 +80,21 @@ def load_runtime_model(
 def _best_class(
     config: Mapping[str, Any], adapter: Adapter, tensors: Mapping[str, StoredTensor]
 ) -> RuntimeModel:
-    best: tuple[tuple[int, int], RuntimeModel] | None = None
+    best: tuple[tuple[int, int, int], RuntimeModel] | None = None
     for name in _candidate_classes(config, adapter):
         fitted, model = _fit_config(name, config, adapter)
         runtime = _describe(name, fitted, model, tensors)
         left_over = sum(module not in runtime.layouts for module in adapter.modules)
         left_over += sum(extra not in runtime.shapes for extra in adapter.extras)
-        absent = sum(entry not in adapter.extras for entry in absent_entries(runtime))
-        if best is None or (left_over, absent) < best[0]:
-            best = (left_over, absent), runtime
-        if left_over == absent == 0:
+        # a head that the adapter trained and lost is no sign of the wrong class
+        absent = sum(
+            entry not in adapter.extras and adapter.copy_of(entry.rpartition(".")[0]) is None
+            for entry in absent_entries(runtime)
+        )
+        headless = len(adapter.without_module(path for path, _ in model.named_modules()))
+        if best is None or (left_over, headless, absent) < best[0]:
+            best = (left_over, headless, absent), runtime
+        if left_over == headless == absent == 0:
             break
     if best is None:
         raise Unsupported(
@@ -212,6 +217,10 @@ def _fit_config(name: str, config: Mapping[str, Any], adapter: Adapter) -> tuple
     for extra, shape in misfits.items():
         if extra in embeddings and shape[1:] == shapes[extra][1:]:
             _set_vocabulary(fitted, shapes[extra][0], shape[0])
+    model = _build(name, fitted)
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    if all(shapes[extra] == shape for extra, shape in misfits.items()):  # all of them followed the vocabulary
+        return _with_labels(fitted, adapter), model
     for labels in dict.fromkeys(shape[0] for extra, shape in misfits.items() if extra not in embeddings):
         own = adapter.labels if len(adapter.labels) == labels else None
         labelled = _labelled(fitted, own or [f"LABEL_{i}" for i in range(labels)])
@@ -219,7 +228,7 @@ def _fit_config(name: str, config: Mapping[str, Any], adapter: Adapter) -> tuple
         now = trial.state_dict()
         if all(e in embeddings or tuple(now[e].shape) == shape for e, shape in misfits.items()):
             return _with_labels(labelled, adapter), _build(name, labelled)
-    return fitted, _build(name, fitted)
+    return fitted, model
 
 
 def _labelled(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

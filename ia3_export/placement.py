@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from ia3_export.adapters.model import Adapter, Site
+from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import IA3ExportError
 from ia3_export.fold import Layout
 
@@ -42,13 +43,15 @@ class Resolution:
     """One adapter laid over one checkpoint.
 
     `placements` is keyed by the tensor that holds the weight (so that two adapters can be compared), `extras`
-    maps names of the adapter's further tensors to stored names. `untied` are the output names that leave a tie.
+    maps names of the adapter's further tensors to stored names. `untied` are the entries that leave a tie, `shared` is what the
+    adapter brings for all others of a tie, by its source.
     """
 
     adapter: Adapter
     placements: dict[str, Placement] = field(default_factory=dict)
     extras: dict[str, str] = field(default_factory=dict)
     untied: list[str] = field(default_factory=list)
+    shared: dict[str, StoredTensor] = field(default_factory=dict)
     runtime: RuntimeModel | None = None
     problems: list[IA3ExportError] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)

@@ -23,7 +23,7 @@ from ia3_export.changes import (
     write_ties,
 )
 from ia3_export.checkpoint.folder import Checkpoint
-from ia3_export.config_edits import check_vocabulary, edit_config
+from ia3_export.config_edits import check_vocabulary, edit_config, output_class
 from ia3_export.errors import IA3ExportError, NotFinite, Refused, UsageError
 from ia3_export.keeping import Folds, Kept, KeptSite, keep_codes
 from ia3_export.quantization.detection import Quantization, dense_view, find_quantization
@@ -149,11 +149,11 @@ def make_plan(
     config, edits = edit_config(resolutions, base, written, adjusted, warnings)
     shapes = {name: tensor.shape for name, tensor in dense.tensors.items()}
     shapes |= {name: change.shape for name, change in changes.items()}
-    problems += check_vocabulary(resolutions, shapes, config)
-    classes = [r.runtime.class_name for r in resolutions if r.runtime is not None]
+    if not problems:
+        problems += check_vocabulary(resolutions, shapes, dense.config if config is not None else None)
     return Plan(
         base, dense, quantization, quantized, tuple(r.adapter for r in resolutions), combine, tuple(weights), cast, dtype, allow_missing,
-        allow_unused, changes, dropped, config, tuple(edits), tuple(kept.sites) if kept else (), classes[0] if classes else None, tuple(dict.fromkeys(warnings)), tuple(problems),
+        allow_unused, changes, dropped, config, tuple(edits), tuple(kept.sites) if kept else (), output_class(resolutions), tuple(dict.fromkeys(warnings)), tuple(problems),
     )  # fmt: skip
 
 

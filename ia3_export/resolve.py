@@ -6,6 +6,7 @@ which costs an import of transformers.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ia3_export.adapters.mangled import restore_names
@@ -13,8 +14,10 @@ from ia3_export.adapters.model import Adapter, Site, second_key
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.header import same_bytes
 from ia3_export.completeness import (
+    heads_in_question,
     is_fused_expert,
     missing_by_name,
+    report_lost,
     report_missing,
     report_random,
     report_unused,
@@ -75,7 +78,14 @@ def resolve(
         except Refused as error:
             result.problems.append(error)
     report_unused(adapter, base, unused, result, allow_unused=allow_unused)
+    if allow_unused:
+        result.adapter = replace(
+            adapter,
+            sites={key: site for key, site in adapter.sites.items() if site.module not in unused},
+            extras={name: tensor for name, tensor in adapter.extras.items() if name in result.extras},
+        )
     report_missing(adapter, base, result, allow_missing=allow_missing)
+    report_lost(adapter, base, result, allow_missing=allow_missing)
     report_random(result)
     return result
 
@@ -102,7 +112,7 @@ def _open_questions(adapter: Adapter, base: Checkpoint) -> bool:
         stored = base.tensors.get(name)
         if stored is None or stored.shape != tensor.shape or (may_be_tied and not in_layer_stack(name)):
             return True
-    return bool(missing_by_name(adapter, base))
+    return bool(missing_by_name(adapter, base)) or heads_in_question(adapter, base)
 
 
 def _has_square_sites(adapter: Adapter, base: Checkpoint) -> bool:
@@ -276,8 +286,9 @@ def _place_extra(name: str, base: Checkpoint, result: Resolution, *, allow_unuse
 def _place_in_tie(name: str, target: str, result: Resolution, runtime: RuntimeModel) -> str:
     """Where a tensor that is tied to others in the class goes.
 
-    A member of ``modules_to_save`` is a copy of its own in PEFT, so it leaves the tie; any other tensor is loaded
-    into the shared parameter and stays tied (``PeftModel.load_adapter``). Two equal tensors stay tied as well.
+    A member of ``modules_to_save`` is a copy of its own in PEFT, so it leaves the tie, unless the copy holds the whole tie; any
+    other tensor is loaded into the shared parameter and stays tied (``PeftModel.load_adapter``). Two equal tensors stay tied as
+    well.
     """
     source = runtime.ties.get(name, name)
     members = [source, *(entry for entry, shared in runtime.ties.items() if shared == source)]
@@ -287,8 +298,10 @@ def _place_in_tie(name: str, target: str, result: Resolution, runtime: RuntimeMo
     if len(brought) > 1:
         stays_tied = all(same_bytes(brought[0], other) for other in brought[1:])
     else:
-        stays_tied = not result.adapter.rules.saves(name.rpartition(".")[0])
+        copies = {result.adapter.copy_of(entry.rpartition(".")[0]) for entry in members}
+        stays_tied = len(copies) == 1 or result.adapter.copy_of(name.rpartition(".")[0]) is None
     if stays_tied:
+        result.shared[source] = result.adapter.extras[name]
         return _stored_or_tied(name, runtime)
     result.untied.append(name)
     return target

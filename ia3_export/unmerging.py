@@ -122,7 +122,7 @@ def unmerge(
         if adapter.extras
     ]
     plan = make_plan(
-        checkpoint, [replace(adapter, extras={}) for adapter in read], combine=how.combine, weights=how.weights,
+        checkpoint, [replace(a, extras={}, vectors_only=True) for a in read], combine=how.combine, weights=how.weights,
         cast=how.cast, allow_missing=how.allow_missing, allow_unused=how.allow_unused,
     )  # fmt: skip
     plan.raise_problems()

@@ -18,7 +18,7 @@ import numpy as np
 from ia3_export.adapters.source import Source, read_weights, unwrapped
 from ia3_export.checkpoint.folder import read_config
 from ia3_export.checkpoint.header import StoredTensor
-from ia3_export.errors import NotFound
+from ia3_export.errors import DamagedFile, NotFound
 
 _CONFIG = "head_config.json"
 _WEIGHTS = ("model_head.safetensors", "pytorch_model_head.bin")
@@ -104,6 +104,10 @@ def read_head(source: Source) -> Head:
             f"{folder} has a {_CONFIG}, but neither {' nor '.join(_WEIGHTS)}", hint="save the adapter again"
         )
     tensors = {tensor.name: tensor for tensor in read_weights(file).tensors}
+    if not tensors:
+        raise DamagedFile(
+            f"{file} holds no tensor, and {_CONFIG} beside it describes a head", hint="save the adapter again"
+        )
     found = Head((_CONFIG, file.name), tensors)
     settings = config.get("config")
     if not isinstance(settings, dict):

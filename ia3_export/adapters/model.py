@@ -14,6 +14,12 @@ from ia3_export.fold import Array, Direction
 
 Pattern = str | frozenset[str] | tuple[str, ...] | None
 
+#: What PEFT trains a copy of for a task, whether ``modules_to_save`` names it or not (``PeftModelForSequenceClassification``
+#: and its like).
+_TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",),
+}  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Site:
@@ -49,11 +55,16 @@ class TargetRules:
     exclude: Pattern = None
     to_save: tuple[str, ...] = ()
 
+    @property
+    def is_all_linear(self) -> bool:
+        """Whether the target is PEFT's keyword for every Linear and Conv1D but the output layer."""
+        return isinstance(self.target, str) and self.target.lower() == "all-linear"
+
     def targets(self, module: str) -> bool:
         """Whether PEFT would wrap `module`, if it is of a kind that can be wrapped."""
         if _matches(self.exclude, module) or self.saves(module):
             return False
-        return _matches(self.target, module)
+        return self.is_all_linear or _matches(self.target, module)
 
     def saves(self, module: str) -> bool:
         """Whether `module` is, or lies in, one of ``modules_to_save``."""
@@ -73,7 +84,8 @@ class Adapter:
     Module paths and the names of `extras` are those of the model that was trained, without PEFT's prefix. PEFT has one
     vector a module; where a format has two, `sites` holds the second under `second_key`. `files` lie in
     `folder`. `labels` are the names of a classification head's labels, where the format keeps them, `unplaced` names
-    extras that no class of transformers has, and `warnings` is what its reader noticed.
+    extras that no class of transformers has, and `warnings` is what its reader noticed. With `vectors_only` its extras were left
+    out on purpose.
     """
 
     name: str
@@ -87,6 +99,7 @@ class Adapter:
     labels: tuple[str, ...] = ()
     unplaced: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
+    vectors_only: bool = False
 
     @property
     def task_type(self) -> str | None:
@@ -99,6 +112,28 @@ class Adapter:
         mapping = self.config.get("auto_mapping")
         name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
         return name if isinstance(name, str) else None
+
+    @property
+    def copied(self) -> tuple[str, ...]:
+        """Ends of the paths of modules that PEFT trains a copy of: ``modules_to_save``, and the heads of the task."""
+        if self.vectors_only:
+            return ()
+        heads = _TASK_HEADS.get(self.task_type or "", ()) if self.format == "peft" else ()
+        return tuple(name for name in dict.fromkeys((*self.rules.to_save, *heads)) if name)
+
+    def copy_of(self, path: str) -> str | None:
+        """The outermost module on the way to `path` that PEFT trains a copy of; unlike targets, it need not end in a whole
+        component (``_set_trainable``)."""
+        ends = [*(i for i, letter in enumerate(path) if letter == "."), len(path)]
+        return next((path[:end] for end in ends if path[:end].endswith(self.copied)), None)
+
+    def without_module(self, paths: Iterable[str]) -> set[str]:
+        """Those of `copied` that are the end of none of `paths`. Of the heads of a task, which PEFT names for every class, one
+        is enough."""
+        known = list(paths) if self.copied else []
+        missing = {name for name in self.copied if not any(path.endswith(name) for path in known)}
+        heads = set(_TASK_HEADS.get(self.task_type or "", ()))
+        return missing if heads <= missing else missing - heads
 
     @property
     def folder(self) -> Path:

@@ -18,7 +18,7 @@ from typing import Any
 from ia3_export.adapters.model import Adapter, Pattern, Site, TargetRules, as_pattern, same_in_every_layer
 from ia3_export.adapters.source import Source, make_site
 from ia3_export.checkpoint.folder import MANIFEST, read_config
-from ia3_export.checkpoint.header import Shard, StoredTensor
+from ia3_export.checkpoint.header import Shard, StoredTensor, same_bytes
 from ia3_export.errors import DamagedFile, NotFound, Refused, ShapeMismatch, Unsupported, UnusedVector
 from ia3_export.fold import Direction
 
@@ -88,6 +88,7 @@ def _sort_keys(
     by_adapter: dict[str, dict[str, StoredTensor]] = {}
     odd = []
     vector_key = _vector_key(shard, own)
+    whole = None if "peft_version" in source.config else {t.name.removeprefix(PREFIX) for t in shard.tensors}
     for tensor in shard.tensors:
         if _OTHER_METHODS.search(tensor.name):
             raise Unsupported(
@@ -102,7 +103,7 @@ def _sort_keys(
         if "original_module" in name.split("."):
             continue  # the base's own head, as PEFT keeps it beside the trained one
         if match is None:
-            _add(extras, name.replace(".modules_to_save.default.", ".").replace(".base_layer.", "."), tensor)
+            _add_extra(extras, _unwrapped(name, own, whole).replace(".base_layer.", "."), tensor)
             continue
         suffix = match["adapter"]
         # saving "en" also removed its name from the keys of "en2"
@@ -131,6 +132,22 @@ def _vector_key(shard: Shard, adapter: str) -> re.Pattern[str]:
             if suffix and any(re.search(rf"{re.escape(suffix)}(\.|$)", key) for key in keys):
                 return re.compile(rf"(?P<module>.+){re.escape(suffix)}(?P<adapter>|\.[^.]+)")
     return re.compile(rf"(?P<module>.+){re.escape(_VECTOR)}(?P<adapter>|\.[^.]+|[^.]+)")
+
+
+def _unwrapped(name: str, adapter: str, whole: set[str] | None) -> str:
+    """The name in the model of a tensor that PEFT wrote under its wrapper's name, as it does for resized embeddings.
+
+    PEFT below 0.18 may have removed more than that from names; there the rest must be one of the `whole` names of the file.
+    """
+    name = re.sub(rf"\.modules_to_save\.(?:default|{re.escape(adapter)})\.", ".", name)
+    plain = name.replace(".modules_to_save.", ".")
+    return plain if whole is None or plain in whole else name
+
+
+def _add_extra(extras: dict[str, StoredTensor], name: str, tensor: StoredTensor) -> None:
+    """Add a tensor of ``modules_to_save``; of a resized embedding PEFT writes the same twice, once under its wrapper's name."""
+    if name not in extras or not same_bytes(extras[name], tensor):
+        _add(extras, name, tensor)
 
 
 def _add(table: dict[str, StoredTensor], name: str, tensor: StoredTensor) -> None:

@@ -9,11 +9,10 @@ from ia3_export.adapters import read_adapter
 from ia3_export.benching.jobs import Job, Runnable, Sources, Variant
 from ia3_export.checkpoint.folder import read_checkpoint
 from ia3_export.libraries import cache_argument, returned_cache
-from ia3_export.model_class import load_runtime_model
 from ia3_export.onnx.contract import plan_graphs
 from ia3_export.onnx.tasks import Task
 from ia3_export.parity.inputs import make_cases
-from ia3_export.parity.reference import Placement, load_live, load_plain
+from ia3_export.parity.reference import Placement, fit_class, load_live, load_plain
 from ia3_export.sentence import read_sentence_head
 
 
@@ -31,8 +30,8 @@ def load_variant(variant: Variant, sources: Sources, task: Task) -> Any:
         if variant == "unmerged":
             model = load_live(base, adapters, "product", (), "float32", cpu).inner
         else:
-            runtime = load_runtime_model(base.config or {}, adapters[0], base.tensors)
-            model = load_plain(base, runtime.class_name, runtime.config, "float32", cpu)
+            class_name, config, brought = fit_class(base, adapters)
+            model = load_plain(base, class_name, config, "float32", cpu, brought=brought)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation(None)  # the default: the references of parity run experts one by one
     return model if any(name.endswith("logits") for name in task.outputs) else model.base_model

@@ -72,7 +72,11 @@ if TYPE_CHECKING:
 @click.option("--link", is_flag=True, help="Hard-link shards that no vector touches.")
 @click.option("--dry-run", is_flag=True, help="Show the plan, write nothing.")
 @overwrite_option
-@click.option("--allow-missing", is_flag=True, help="Leave targeted modules without a vector as they are.")
+@click.option(
+    "--allow-missing",
+    is_flag=True,
+    help="Leave targeted modules without a vector, and lost heads, as they are.",
+)
 @click.option("--allow-unused", is_flag=True, help="Drop vectors and tensors that have no place in the base.")
 @click.option(
     "--digests",

@@ -119,6 +119,8 @@ def run_chain(
             steps.append(step(artifact, before, runs, decoded))
             before = _after(before, artifact)
         reference = _reference(unmerged, working, place)
+        if unmerged.refused:
+            warnings.append(f"PEFT cannot load the adapters, so hooks applied them: {unmerged.refused}")
     weak = _weak(reference, steps) if adapters else []
     return reference, tuple(steps), [*warnings, *weak]
 

@@ -28,7 +28,8 @@ TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "b
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Unmerged:
-    """Base + live adapters: the `reference` in `precision`, the runs in coarser dtypes, and the base alone (`plain`).
+    """Base + live adapters: the `reference` in `precision`, the runs in coarser dtypes, and the base alone (`plain`). `refused`
+    is what PEFT said where hooks applied the adapters instead.
 
     `decoded` is the reference's greedy decoding, None where the model cannot generate; `library` a quantized base with live
     adapters as its own library runs it. `hidden` is as in `run_torch`.
@@ -36,6 +37,7 @@ class Unmerged:
 
     class_name: str
     applied_by: Literal["peft", "hooks", "none"]
+    refused: str
     cases: Sequence[Case]
     precision: str
     reference: Run
@@ -107,7 +109,7 @@ def run_unmerged(
             runs[precision] = run_torch(live.model, cases, hidden=hidden, sentence=sentence, trace=True)
     with live.without_adapter():
         plain = run_torch(live.model, cases, hidden=hidden, sentence=sentence)
-    class_name, by, special = live.class_name, live.by, special_tokens(live.model)
+    class_name, by, refused, special = live.class_name, live.by, live.refused, special_tokens(live.model)
     del live
     _free(base)
     library = None
@@ -117,6 +119,7 @@ def run_unmerged(
     return Unmerged(
         class_name,
         by,
+        refused,
         cases,
         precision,
         reference,

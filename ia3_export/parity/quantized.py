@@ -40,8 +40,11 @@ def dense_state(dense: Checkpoint) -> dict[str, Any]:
     return {name: torch.from_numpy(read_values(tensor)) for name, tensor in floats.items()}
 
 
-def load_dense(dense: Checkpoint, class_name: str, config: Any, dtype: Any) -> Any:
-    """The dense view as a transformers model of `class_name`, through ``from_pretrained``'s own renames and fusions."""
+def load_dense(
+    dense: Checkpoint, class_name: str, config: Any, dtype: Any, *, other_sizes: bool = False
+) -> tuple[Any, dict[str, Any]]:
+    """The dense view as a transformers model of `class_name`, through ``from_pretrained``'s own renames and fusions, and its
+    report; with `other_sizes` tensors of another size than the class's are left out and reported."""
     import transformers
 
     if dense.config is None:
@@ -49,9 +52,11 @@ def load_dense(dense: Checkpoint, class_name: str, config: Any, dtype: Any) -> A
             f"{dense.location.given} has no config.json, so no model can be built from it",
             hint="give the model folder that save_pretrained() wrote",
         )
-    return getattr(transformers, class_name).from_pretrained(
-        None, config=config, state_dict=dense_state(dense), dtype=dtype
-    )
+    model, report = getattr(transformers, class_name).from_pretrained(
+        None, config=config, state_dict=dense_state(dense), dtype=dtype, ignore_mismatched_sizes=other_sizes,
+        output_loading_info=True,
+    )  # fmt: skip
+    return model, report
 
 
 def widen(model: Any) -> None:

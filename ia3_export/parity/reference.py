@@ -6,6 +6,7 @@ where the combination is one that PEFT does not know (``delta``).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy as np
 from ia3_export.adapters.combine import Combine, combine_vectors
 from ia3_export.adapters.model import Adapter, Site
 from ia3_export.checkpoint.folder import Checkpoint
-from ia3_export.checkpoint.header import read_values
+from ia3_export.checkpoint.header import StoredTensor, read_values
 from ia3_export.errors import Unsupported
 from ia3_export.model_class import load_runtime_model, make_config
 from ia3_export.parity.quantized import as_dense, load_dense, widen
@@ -36,12 +37,14 @@ class Placement:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LiveModel:
-    """A model with its adapters live. `by` is ``peft`` or ``hooks`` (whose handles `hooks` are), or ``none`` without adapters."""
+    """A model with its adapters live. `by` is ``peft`` or ``hooks`` (whose handles `hooks` are), or ``none`` without adapters;
+    `refused` is what PEFT said where it could not load them."""
 
     model: Any
     class_name: str
     by: Literal["peft", "hooks", "none"]
     hooks: tuple[Any, ...]
+    refused: str = ""
 
     @property
     def inner(self) -> Any:
@@ -74,14 +77,39 @@ def load_live(
     if not adapters:
         name = str((base.config.get("architectures") or ["AutoModel"])[0])
         return LiveModel(load_plain(base, name, None, dtype, where), name, "none", ())
-    runtime = load_runtime_model(base.config, adapters[0], base.tensors)
+    class_name, config, brought = fit_class(base, adapters)
+    refused = ""
     if combine == "product" and where.offload is None:
-        live = _with_peft(load_plain(base, runtime.class_name, runtime.config, dtype, where), adapters)
-        if live is not None:
-            return LiveModel(live.eval(), runtime.class_name, "peft", ())
-    model = load_plain(base, runtime.class_name, runtime.config, dtype, where)
+        live = _with_peft(load_plain(base, class_name, config, dtype, where, brought=brought), adapters)
+        if not isinstance(live, str):
+            return LiveModel(live.eval(), class_name, "peft", ())
+        refused = live
+    model = load_plain(base, class_name, config, dtype, where, brought=brought)
     handles = tuple(_with_hooks(model, adapters, combine, weights))
-    return LiveModel(model, runtime.class_name, "hooks", handles)
+    return LiveModel(model, class_name, "hooks", handles, refused)
+
+
+def fit_class(
+    base: Checkpoint, adapters: Sequence[Adapter]
+) -> tuple[str, dict[str, Any], dict[str, StoredTensor]]:
+    """The class in which all `adapters` live, the base's configuration with their labels and vocabulary, and the tensors that
+    they bring by the class's names. A head decides on the class."""
+    assert base.config is not None
+    class_name, config, brought = "", dict(base.config), dict[str, StoredTensor]()
+    for adapter in adapters:
+        runtime = load_runtime_model(base.config, adapter, base.tensors)
+        fitted = {key: value for key, value in runtime.config.items() if base.config.get(key) != value}
+        config |= fitted
+        if "id2label" in fitted:
+            config.pop("num_labels", None)
+        if not class_name or any(name not in runtime.stored for name in adapter.extras):
+            class_name = runtime.class_name
+        for entry, shared in runtime.ties.items():
+            for name, partner in ((entry, shared), (shared, entry)):
+                if partner in adapter.extras:
+                    brought.setdefault(name, adapter.extras[partner])
+        brought |= adapter.extras
+    return class_name, config, brought
 
 
 def load_plain(
@@ -92,10 +120,12 @@ def load_plain(
     where: Placement,
     *,
     quantized: bool = False,
+    brought: Mapping[str, StoredTensor] | None = None,
 ) -> Any:
     """The checkpoint as a transformers model of `class_name`, in eval mode; seeded where a head is made anew.
 
-    `config` replaces the checkpoint's own configuration. A quantized checkpoint is dequantized (exactly in float32 and wider), or,
+    `config` replaces the checkpoint's own configuration; where it makes a tensor another size (more labels, a resized
+    vocabulary), that tensor must be one of `brought`, and is it. A quantized checkpoint is dequantized (exactly in float32 and wider), or,
     of bitsandbytes and with `quantized`, stays as that library runs it, with products in float32. Experts run one after the other, in plain matrix products:
     the grouped kernel knows no float64.
     """
@@ -115,17 +145,20 @@ def load_plain(
         offload = {"device_map": "auto", "max_memory": limits, "offload_folder": str(where.offload)}
     try:
         if dense is not base:
-            model = load_dense(dense, class_name, made or make_config(base.config or {}), kind)
+            made = made or make_config(base.config or {})
+            model, report = load_dense(dense, class_name, made, kind, other_sizes=bool(brought))
         else:
-            model = getattr(transformers, class_name).from_pretrained(
-                base.folder, config=made, dtype=kind, **offload
-            )
+            model, report = getattr(transformers, class_name).from_pretrained(
+                base.folder, config=made, dtype=kind, ignore_mismatched_sizes=bool(brought), output_loading_info=True, **offload
+            )  # fmt: skip
     except Exception as error:  # whatever a damaged or half-known checkpoint makes transformers raise
         raise Unsupported(
             f"transformers cannot load {base.location.given} as {class_name}: {type(error).__name__}: "
             f"{(str(error).strip().splitlines() or [''])[0]}",
             hint="load it with from_pretrained() yourself to see the whole message",
         ) from error
+    for name, stored, wanted in report["mismatched_keys"]:
+        _bring(model, name, tuple(stored), tuple(wanted), brought or {}, base)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     if quantized:
@@ -134,22 +167,66 @@ def load_plain(
     return model.eval() if offload and dense is base else model.eval().to(where.device)
 
 
+def _bring(
+    model: Any,
+    name: str,
+    stored: tuple[int, ...],
+    wanted: tuple[int, ...],
+    brought: Mapping[str, StoredTensor],
+    base: Checkpoint,
+) -> None:
+    """Fill the entry `name`, which the base has in another size, with what the adapter brings. Constants of the vocabulary's size
+    (BART's ``final_logits_bias``) are nobody's to bring: transformers appends zeros."""
+    import torch
+
+    tensor, kept = brought.get(name), base.tensors.get(name)
+    if name not in dict(model.named_parameters()) and kept is not None and stored[:-1] == wanted[:-1]:
+        width = min(stored[-1], wanted[-1])
+        constant = model.state_dict()[name].zero_()
+        constant[..., :width] = torch.from_numpy(read_values(kept)[..., :width])
+        return
+    if tensor is None or tensor.shape != wanted:
+        raise Unsupported(
+            f"{base.location.given} holds {name} as {list(stored)}, {type(model).__name__} needs {list(wanted)} for the adapter's "
+            "labels or vocabulary, and the adapter does not bring it",
+            hint="train the adapter on this base, or save it with save_embedding_layers=True",
+        )
+    _fill(model.state_dict(), name, tensor)
+
+
+def _fill(state: Mapping[str, Any], name: str, tensor: StoredTensor) -> None:
+    import torch
+
+    if state[name].device.type == "meta":
+        raise Unsupported(
+            f"{name} comes from the adapter, and the model is too large for memory",
+            hint="use --weights-only, a larger --max-memory, or a machine with more memory",
+        )
+    with torch.no_grad():
+        state[name].copy_(torch.from_numpy(read_values(tensor)))
+
+
 def load_as_library_runs_it(
     base: Checkpoint, adapters: Sequence[Adapter], class_name: str, where: Placement
 ) -> Any | None:
-    """A quantized base with PEFT's live adapters on its own library's layers; None where PEFT leaves out a vector."""
+    """A quantized base with PEFT's live adapters on its own library's layers; None where PEFT leaves out a vector or the head has
+    another size."""
     live = _with_peft(load_plain(base, class_name, None, "float32", where, quantized=True), adapters)
-    return None if live is None else live.eval()
+    return None if isinstance(live, str) else live.eval()
 
 
-def _with_peft(model: Any, adapters: Sequence[Adapter]) -> Any | None:
-    """The PEFT model, or None when PEFT leaves out a vector or a tensor of an adapter."""
+def _with_peft(model: Any, adapters: Sequence[Adapter]) -> Any | str:
+    """The PEFT model, or why not: what PEFT says, or "" where it leaves out a vector of an adapter or knows not its format.
+
+    What a file lacks was refused before, in the plan; PEFT may still not find what is there under other names (of damaged
+    keys, of experts that are fused now), and hooks then apply all that the adapter holds.
+    """
     import warnings
 
     from peft import PeftModel
 
     if any(adapter.format != "peft" for adapter in adapters):
-        return None
+        return ""
     names = [f"adapter_{i}" for i in range(len(adapters))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -158,37 +235,34 @@ def _with_peft(model: Any, adapters: Sequence[Adapter]) -> Any | None:
             for name, adapter in zip(names[1:], adapters[1:], strict=True):
                 live.load_adapter(adapter.location.path, adapter_name=name)
             live.base_model.set_adapter(names)
-        except (ValueError, RuntimeError, KeyError, AttributeError, TypeError):
-            return None
+        except (ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
+            return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
     loaded = dict(live.named_parameters())
     for name, adapter in zip(names, adapters, strict=True):
         for site in adapter.sites.values():
             vector = loaded.get(f"base_model.model.{site.module}.ia3_l.{name}")
             if vector is None:
-                return None
+                return ""
             held = vector.detach().double().cpu().numpy().reshape(-1)
             if not np.array_equal(held, site.vector):
-                return None
+                return ""
     return live
 
 
 def _with_hooks(
     model: Any, adapters: Sequence[Adapter], combine: Combine, weights: Sequence[float]
 ) -> list[Any]:
-    import torch
-
-    modules = dict(model.named_modules())
-    state = model.state_dict()
     for adapter in adapters:
+        _copy_modules(model, adapter)
+        state = model.state_dict()
         for name, tensor in adapter.extras.items():
-            if name in state:
-                if state[name].device.type == "meta":
-                    raise Unsupported(
-                        f"{name} comes from the adapter, and the model is too large for memory",
-                        hint="use --weights-only, a larger --max-memory, or a machine with more memory",
-                    )
-                with torch.no_grad():
-                    state[name].copy_(torch.from_numpy(read_values(tensor)))
+            if name not in state:
+                raise Unsupported(
+                    f"{adapter.name} brings {name}, which does not exist in {type(model).__name__}",
+                    hint="its weight is fused at run time (experts of a mixture); --weights-only proves such a merge",
+                )
+            _fill(state, name, tensor)
+    modules = dict(model.named_modules())
     handles = []
     for module, site, vector in _combined(adapters, combine, weights):
         target = modules.get(module)
@@ -199,6 +273,15 @@ def _with_hooks(
             )
         handles.append(_hook(target, site, vector))
     return handles
+
+
+def _copy_modules(model: Any, adapter: Adapter) -> None:
+    """Give the modules that PEFT trains a copy of tensors of their own: they leave the ties to the rest of the model."""
+    copies = {adapter.copy_of(name.rpartition(".")[0]) or "" for name in adapter.extras}
+    for path in sorted(copies - {""}):
+        parent, _, leaf = path.rpartition(".")
+        holder = model.get_submodule(parent)
+        setattr(holder, leaf, copy.deepcopy(getattr(holder, leaf)))
 
 
 def _combined(

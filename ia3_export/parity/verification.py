@@ -102,9 +102,9 @@ def verify(
         checkpoint, shipped, len(read), combine, weights, "the manifest, or from the weights' dtype"
     )
     foreign = shipped is not None and not weights_only and _is_foreign(checkpoint, shipped)
-    plan = None if foreign else _plan(checkpoint, read, how)
-    if plan is not None:
-        read = list(plan.adapters)
+    planned = _plan(checkpoint, read, how)  # what is refused has no unmerged forward either
+    plan = None if foreign else planned
+    read = list(planned.adapters)
     graphs = _name_graphs([read_graphs(paths) for location in onnx for paths in find_onnx(location)])
     base_graph = read_graphs(find_onnx(base_onnx)[0]) if base_onnx is not None else None
     overridden = atol is not None or rtol is not None
