@@ -33,6 +33,17 @@ class IA3ExportError(Exception):
         self.hint = hint
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's exception says, in one line; its class where it says nothing."""
+    return next((line for line in map(str.strip, str(error).splitlines()) if line), type(error).__name__)
+
+
+def kind_and_line(error: BaseException) -> str:
+    """``KeyError: 'weight'``; the class alone where the exception says nothing."""
+    kind, line = type(error).__name__, first_line(error)
+    return kind if line == kind else f"{kind}: {line}"
+
+
 class CheckFailed(IA3ExportError):
     """An artifact is not in parity, or is incomplete."""
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from ia3_export.adapters.model import Adapter
 from ia3_export.card import BASE_CARD
-from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
+from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint, read_checkpoint
 from ia3_export.checkpoint.stage import check_target, copy_file, set_aside, staged
-from ia3_export.errors import CheckFailed, UsageError
+from ia3_export.errors import CheckFailed, Refused, UsageError
 from ia3_export.execute import hash_file
 from ia3_export.manifest import NAME, list_files, tool
 from ia3_export.merging import merge
@@ -149,6 +149,11 @@ def export_onnx(
             merge(base, adapters, scratch / "merged", digests="none", reload_check=False)
             source = scratch / "merged"
         checkpoint = read_checkpoint(source)
+        if checkpoint.holds_adapter:
+            raise Refused(
+                f"{source} holds a model and an adapter ({ADAPTER_CONFIG}): transformers would apply it to these weights",
+                hint=f"to fold it, --base {source} --adapter {source}; for the model alone, move {ADAPTER_CONFIG} away",
+            )
         if checkpoint.config is None:
             raise UsageError("the model has no config.json", hint="give the folder that merge wrote")
         sentence_model = (checkpoint.folder / "modules.json").is_file()

@@ -19,7 +19,7 @@ from typing import Any
 from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.conversions import Loading, converted_names, loading_rules, state_entry
-from ia3_export.errors import IA3ExportError, Unsupported
+from ia3_export.errors import IA3ExportError, Unsupported, kind_and_line
 from ia3_export.fold import Layout
 
 _TASK_TABLES = {
@@ -72,7 +72,7 @@ def load_runtime_model(
             raise
         except Exception as error:  # a damaged config.json makes transformers fail in any way there is
             raise Unsupported(
-                f"transformers cannot build a model from config.json: {type(error).__name__}: {_first_line(error)}",
+                f"transformers cannot build a model from config.json: {kind_and_line(error)}",
                 hint="check config.json; without a model class the adapter's names must be the stored names",
             ) from error
 
@@ -103,10 +103,6 @@ def absent_entries(runtime: RuntimeModel) -> list[str]:
     """What the model needs and the checkpoint has not, by name."""
     present = runtime.stored.keys() | runtime.converted.keys() | runtime.ties.keys()
     return sorted(runtime.needed - present)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
 
 
 def same_but_untied(config: Mapping[str, Any], edited: Mapping[str, Any]) -> bool:

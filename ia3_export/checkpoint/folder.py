@@ -12,6 +12,7 @@ from typing import Any
 
 from ia3_export.checkpoint.header import Shard, StoredTensor, read_header
 from ia3_export.checkpoint.hub import Location, locate
+from ia3_export.checkpoint.ranges import link_or_copy
 from ia3_export.errors import DamagedFile, NotFound, Refused, Unsupported
 from ia3_export.fold import FLOAT_DTYPES
 
@@ -19,8 +20,27 @@ from ia3_export.fold import FLOAT_DTYPES
 _OTHER_WEIGHTS = (
     "model*.safetensors", "consolidated*", "pytorch_model*.bin", "tf_model*.h5", "flax_model*.msgpack",
     "rust_model.ot", "*.gguf", "*.onnx", "*.onnx_data*", "*.tflite", "*.pth", "model*.safetensors.index.json",
-    "pytorch_model*.bin.index.json", "tf_model*.h5.index.json", "flax_model*.msgpack.index.json",
+    "pytorch_model*.bin.index.json", "tf_model*.h5.index.json", "flax_model*.msgpack.index.json", "*.ckpt", "*.ckpt.*",
+    "model.pt", "pytorch_model*.pt",
 )  # fmt: skip
+#: PEFT's, AdapterHub's and LLaVA's files of a fine-tune: transformers would apply them to the merged weights once more.
+_ADAPTER_FILES = (
+    "adapter_config.json", "adapter_model*", "adapter.safetensors", "pytorch_adapter.bin", "head_config.json",
+    "adapter_fusion_config.json", "non_lora_trainables.bin",
+)  # fmt: skip
+#: What trainers (transformers, accelerate, DeepSpeed, FSDP) leave to go on from; most of it pickled, none of it loaded with a model.
+_TRAINING_STATE = (
+    "training_args.bin", "trainer_state.json", "optimizer*.pt", "optimizer*.bin", "scheduler*.pt", "scheduler*.bin",
+    "scaler*.pt", "scaler*.bin", "sampler*.bin", "dl_state_dict*.bin", "custom_checkpoint_*", "*.pkl", "*.pickle",
+    "zero_to_fp32.py",
+)  # fmt: skip
+_TRAINING_FOLDERS = (
+    "checkpoint-[0-9]*",
+    "global_step[0-9]*",
+    "pytorch_model_fsdp_[0-9]*",
+    "optimizer_[0-9]*",
+)
+ADAPTER_CONFIG = "adapter_config.json"
 _OTHER_WEIGHT_FOLDERS = ("onnx", "openvino", "coreml", "original", "gguf")
 #: What every command of ours leaves in the folder that it wrote.
 MANIFEST = "ia3_export.json"
@@ -57,6 +77,11 @@ class Checkpoint:
     def is_gguf(self) -> bool:
         """Whether it is a GGUF file: `config` then is what its metadata says, and no file of its own."""
         return any(shard.path.suffix == ".gguf" for shard in self.shards)
+
+    @property
+    def holds_adapter(self) -> bool:
+        """Whether an adapter lies beside the weights, which transformers would apply to whatever it loads from there."""
+        return ADAPTER_CONFIG in self.left_out
 
     @property
     def nbytes(self) -> int:
@@ -137,7 +162,7 @@ def _read_gguf(
 
 
 def _no_weights(folder: Path) -> NotFound | Unsupported:
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         return Unsupported(
             f"{folder} is an adapter, not a base model",
             hint="--base takes the model that the adapter was trained on, --adapter takes this folder",
@@ -220,9 +245,12 @@ def _check_index(index_file: Path, index: Mapping[str, Any], shards: tuple[Shard
 
 
 def _side_files(folder: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Every other file of the folder, as (to copy, left out because it holds unmerged weights)."""
+    """Every other file of the folder, as (to copy, left out: unmerged weights, adapters and states of trainings)."""
     root = folder.resolve()
     blobs = root.parent.parent / "blobs"  # a hub cache snapshot links into this
+    adapters = {
+        path.parent.relative_to(folder) for path in folder.glob(f"*/{ADAPTER_CONFIG}") if _is_ia3(path)
+    }
     copied, left_out = [], []
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
@@ -234,10 +262,48 @@ def _side_files(folder: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple
                 f"{path} is a link to {target}, outside the base folder",
                 hint="replace the link by the file itself",
             )
-        at_root = len(relative.parts) == 1
-        other_weights = at_root and any(fnmatch(relative.name, pattern) for pattern in _OTHER_WEIGHTS)
-        if other_weights or relative.parts[0] in _OTHER_WEIGHT_FOLDERS:
+        if _is_left_out(relative) or not adapters.isdisjoint(relative.parents):
             left_out.append(relative.as_posix())
         else:
             copied.append(relative.as_posix())
     return tuple(copied), tuple(left_out)
+
+
+def _is_left_out(relative: Path) -> bool:
+    if len(relative.parts) == 1:
+        patterns = (*_OTHER_WEIGHTS, *_ADAPTER_FILES, *_TRAINING_STATE)
+        return any(fnmatch(relative.name, pattern) for pattern in patterns)
+    above = relative.parts[0]
+    return above in _OTHER_WEIGHT_FOLDERS or any(fnmatch(above, pattern) for pattern in _TRAINING_FOLDERS)
+
+
+def _is_ia3(config_file: Path) -> bool:
+    """Whether an adapter in a folder of its own was trained like ours; a LoRA there belongs to the model (Phi-4-multimodal)."""
+    try:
+        value = json.loads(config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and value.get("peft_type", "IA3") == "IA3"
+
+
+def adapterless(checkpoint: Checkpoint, place: Path) -> Path:
+    """The folder of `checkpoint` as transformers must see it: itself, or, where an adapter lies in it, links to the rest in `place`.
+
+    transformers looks for ``adapter_config.json`` in every folder that it loads, and has no argument against it.
+    """
+    if not checkpoint.holds_adapter:
+        return checkpoint.folder
+    links = place / "base"
+    links.mkdir(parents=True, exist_ok=True)
+    for path in checkpoint.folder.iterdir():
+        if path.name != ADAPTER_CONFIG and not (links / path.name).exists():
+            _link(path.resolve(), links / path.name)
+    return links
+
+
+def _link(path: Path, link: Path) -> None:
+    try:
+        link.symlink_to(path, target_is_directory=path.is_dir())
+    except OSError:  # Windows lets not everyone make symbolic links
+        if path.is_file():
+            link_or_copy(path, link)

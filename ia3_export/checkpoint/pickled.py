@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ia3_export.checkpoint.header import Shard, StoredTensor, tensor_bytes
-from ia3_export.errors import DamagedFile, NotFound, Unsupported
+from ia3_export.errors import DamagedFile, NotFound, Unsupported, kind_and_line
 
 _SAFETENSORS_DTYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
@@ -119,9 +119,8 @@ def _load(path: Path, *, fake: bool) -> Any:
             hint="load it where you trust it and save it again with save_pretrained(), as safetensors",
         ) from None
     except Exception as error:  # a damaged file makes torch raise nearly anything
-        first_line = (str(error).strip().splitlines() or [""])[0]
         raise DamagedFile(
-            f"{path} cannot be read as a torch file: {type(error).__name__}: {first_line}",
+            f"{path} cannot be read as a torch file: {kind_and_line(error)}",
             hint="fetch the file again",
         ) from None
 

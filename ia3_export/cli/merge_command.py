@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from ia3_export.cli.inspect_command import show_plan, show_quantization
+from ia3_export.cli.inspect_command import show_left_out, show_plan, show_quantization
 from ia3_export.cli.options import (
     adapters_option,
     base_option,
@@ -172,8 +172,7 @@ def _show(out: Output, manifest: Manifest) -> None:
     for warning in content["warnings"]:
         out.text(f"warning: {warning}")
     show_quantization(out, content["quantization"])
-    if content["left_out"]:
-        out.text(f"left out, the base's weights in other formats: {', '.join(content['left_out'])}")
+    show_left_out(out, content["left_out"])
     if out.verbose:
         for row in changed:
             out.text(

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ia3_export.errors import DamagedFile, Refused
+from ia3_export.errors import DamagedFile, Refused, first_line
 from ia3_export.fold import FLOAT_DTYPES, Array, from_float, to_float
 from ia3_export.parity.codes import code_errors, within_a_step
 from ia3_export.parity.diagnosis import left_out
@@ -76,7 +76,7 @@ def _read_graph(path: Path) -> Graph:
         model = onnx_ir.load(path)
     except Exception as error:  # protobuf's and onnx_ir's errors share no base class
         raise DamagedFile(
-            f"{path} is not readable ONNX: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            f"{path} is not readable ONNX: {first_line(error)}",
             hint="export the model again",
         ) from None
     initializers: dict[str, Any] = {}

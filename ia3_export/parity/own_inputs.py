@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ia3_export.errors import DamagedFile, NotFound, Unsupported, UsageError
+from ia3_export.errors import DamagedFile, NotFound, Unsupported, UsageError, first_line
 from ia3_export.parity.inputs import Case
 
 _ROWS = 8
@@ -62,10 +62,10 @@ def read_texts(path: str | Path, base: Path) -> list[Case]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except Exception as error:  # tokenizers fail in many ways
         raise Unsupported(
-            f"{base} has no tokenizer that transformers can load: {str(error).splitlines()[0]}",
+            f"{base} has no tokenizer that transformers can load: {first_line(error)}",
             hint=_NO_TOKENIZER,
         ) from None
     longest = min(tokenizer.model_max_length, 512)

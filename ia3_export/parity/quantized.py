@@ -50,7 +50,7 @@ def load_dense(dense: Checkpoint, class_name: str, config: Any, dtype: Any) -> A
             hint="give the model folder that save_pretrained() wrote",
         )
     return getattr(transformers, class_name).from_pretrained(
-        None, config=config, state_dict=dense_state(dense), dtype=dtype
+        None, config=config, state_dict=dense_state(dense), dtype=dtype, trust_remote_code=False
     )
 
 

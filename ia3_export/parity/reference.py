@@ -10,15 +10,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
 
 from ia3_export.adapters.combine import Combine, combine_vectors
 from ia3_export.adapters.model import Adapter, Site
-from ia3_export.checkpoint.folder import Checkpoint
+from ia3_export.checkpoint.folder import Checkpoint, adapterless
 from ia3_export.checkpoint.header import read_values
-from ia3_export.errors import Unsupported
+from ia3_export.errors import Unsupported, kind_and_line
 from ia3_export.model_class import load_runtime_model, make_config
 from ia3_export.parity.quantized import as_dense, load_dense, widen
 
@@ -117,13 +118,17 @@ def load_plain(
         if dense is not base:
             model = load_dense(dense, class_name, made or make_config(base.config or {}), kind)
         else:
-            model = getattr(transformers, class_name).from_pretrained(
-                base.folder, config=made, dtype=kind, **offload
-            )
+            with TemporaryDirectory(prefix="ia3-export-") as scratch:  # what is offloaded is read again later
+                model = getattr(transformers, class_name).from_pretrained(
+                    adapterless(base, where.offload or Path(scratch)),
+                    config=made,
+                    dtype=kind,
+                    trust_remote_code=False,
+                    **offload,
+                )
     except Exception as error:  # whatever a damaged or half-known checkpoint makes transformers raise
         raise Unsupported(
-            f"transformers cannot load {base.location.given} as {class_name}: {type(error).__name__}: "
-            f"{(str(error).strip().splitlines() or [''])[0]}",
+            f"transformers cannot load {base.location.given} as {class_name}: {kind_and_line(error)}",
             hint="load it with from_pretrained() yourself to see the whole message",
         ) from error
     if hasattr(model, "set_experts_implementation"):

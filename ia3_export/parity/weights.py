@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from ia3_export.checkpoint.folder import Checkpoint
+from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.execute import Progress
 from ia3_export.parity.diagnosis import diagnose
@@ -41,9 +41,9 @@ def prove_folder(
     ]
     if plan.base.config is not None and merged.config is None and merged.location.path.is_dir():
         findings.append(TensorFinding("config.json", "missing", "without it no library loads the folder"))
-    if "adapter_config.json" in merged.side_files and "adapter_config.json" not in plan.base.side_files:
+    if merged.holds_adapter:
         detail = "transformers applies an adapter that lies in a model's folder: it would act twice"
-        findings.append(TensorFinding("adapter_config.json", "extra", detail))
+        findings.append(TensorFinding(ADAPTER_CONFIG, "extra", detail))
     findings += _settings(plan, merged)
     pairs = []
     for name, row in rows.items():
