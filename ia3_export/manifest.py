@@ -12,8 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from ia3_export.checkpoint.folder import MANIFEST
+from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.hub import Location
+from ia3_export.checkpoint.record import MANIFEST, Folded
 from ia3_export.execute import TensorResult, Written, hash_file
 from ia3_export.plan import Plan
 
@@ -113,10 +114,16 @@ def make_manifest(
             }
             for adapter in plan.adapters
         ],
+        "folded": [folded.to_json() for folded in (*plan.base.folded, *map(as_folded, plan.adapters))],
         "linked": list(written.linked),
         "files": list_files(stage, known=written.sha256, hashed=digests != "none"),
     }  # fmt: skip
     return Manifest(target, content)
+
+
+def as_folded(adapter: Adapter) -> Folded:
+    """What is recorded of an adapter whose vectors are in the weights."""
+    return Folded(adapter.name, adapter.parameters, adapter.digest)
 
 
 def _versions(plan: Plan) -> dict[str, str]:

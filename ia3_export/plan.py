@@ -10,7 +10,7 @@ import numpy as np
 
 from ia3_export.adapters.combine import Combine, linear_warnings
 from ia3_export.adapters.model import Adapter
-from ia3_export.base_match import base_warnings
+from ia3_export.base_match import base_warnings, folded_before, merge_warnings
 from ia3_export.changes import (
     DTYPES,
     Cast,
@@ -22,7 +22,7 @@ from ia3_export.changes import (
     replace_tensors,
     write_ties,
 )
-from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint
+from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.config_edits import check_vocabulary, edit_config
 from ia3_export.errors import IA3ExportError, NotFinite, Refused, UsageError
 from ia3_export.keeping import Folds, Kept, KeptSite, keep_codes
@@ -115,13 +115,9 @@ def make_plan(
     ]
     problems = [*quantization.problems, *(p for r in resolutions for p in r.problems)]
     problems += [p for adapter in adapters for p in not_finite(adapter)]
+    problems += [p for adapter in adapters if (p := folded_before(adapter, base)) is not None]
     warnings = linear_warnings([r.adapter for r in resolutions], weights) if combine == "linear" else []
-    warnings += [w for a in adapters for w in base_warnings(a, base, quantization)]
-    if base.holds_adapter:
-        warnings.append(
-            f"{base.location.given} also holds an adapter ({ADAPTER_CONFIG}): it is left out, since transformers would apply it to the "
-            "merged model; what was trained by loading that folder was trained on top of it"
-        )
+    warnings += [*merge_warnings(base), *(w for a in adapters for w in base_warnings(a, base, quantization))]
     warnings += [*quantization.warnings, *(w for r in resolutions for w in r.warnings)]
     changes: dict[str, Change] = {}
     dropped: frozenset[str] = frozenset()

@@ -18,6 +18,7 @@ import numpy as np
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.combine import Combine
 from ia3_export.adapters.model import Adapter
+from ia3_export.base_match import is_of
 from ia3_export.card import BASE_CARD
 from ia3_export.changes import Change
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
@@ -121,8 +122,9 @@ def unmerge(
         for adapter in read
         if adapter.extras
     ]
+    left = [folded for folded in checkpoint.folded if not any(is_of(folded, adapter) for adapter in read)]
     plan = make_plan(
-        checkpoint, [replace(adapter, extras={}) for adapter in read], combine=how.combine, weights=how.weights,
+        replace(checkpoint, folded=()), [replace(adapter, extras={}) for adapter in read], combine=how.combine, weights=how.weights,
         cast=how.cast, allow_missing=how.allow_missing, allow_unused=how.allow_unused,
     )  # fmt: skip
     plan.raise_problems()
@@ -156,6 +158,7 @@ def unmerge(
             "tool": tool(),
             "model": checkpoint.location.name,
             "adapters": [adapter.name for adapter in read],
+            "folded": [folded.to_json() for folded in left],
             "options": {"combine": how.combine, "weights": list(how.weights), "cast": how.cast},
             "exactness": [asdict(row) for row in tensors],
             "warnings": warnings,

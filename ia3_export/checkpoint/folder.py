@@ -13,6 +13,7 @@ from typing import Any
 from ia3_export.checkpoint.header import Shard, StoredTensor, read_header
 from ia3_export.checkpoint.hub import Location, locate
 from ia3_export.checkpoint.ranges import link_or_copy
+from ia3_export.checkpoint.record import Folded, read_folded
 from ia3_export.errors import DamagedFile, NotFound, Refused, Unsupported
 from ia3_export.fold import FLOAT_DTYPES
 
@@ -42,8 +43,6 @@ _TRAINING_FOLDERS = (
 )
 ADAPTER_CONFIG = "adapter_config.json"
 _OTHER_WEIGHT_FOLDERS = ("onnx", "openvino", "coreml", "original", "gguf")
-#: What every command of ours leaves in the folder that it wrote.
-MANIFEST = "ia3_export.json"
 _SKIPPED_FOLDERS = (".git", ".cache", "__pycache__")
 _DOWNLOAD_IGNORE = ("*.gguf", "*.onnx*", "*.h5", "*.msgpack", "*.ot", "*.tflite", "*.pth", "original/*")
 
@@ -57,7 +56,7 @@ _LAYOUTS = (  # the order in which transformers looks for weights
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A base model's files. `tensors` maps stored names to where their bytes lie."""
+    """A base model's files. `tensors` maps stored names to where their bytes lie, `folded` is what its manifest says they hold."""
 
     location: Location
     shards: tuple[Shard, ...]
@@ -67,6 +66,7 @@ class Checkpoint:
     config: Mapping[str, Any] | None
     side_files: tuple[str, ...]
     left_out: tuple[str, ...]
+    folded: tuple[Folded, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -110,7 +110,8 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
     if location.path.suffix == ".gguf":
         return _read_gguf(location, location.path, (), ())
     shard = _read_shard(location.path, location.path.name)
-    return Checkpoint(location, (shard,), _by_name((shard,)), None, None, None, (), ())
+    folded = read_folded(location.path.parent, shard.name)
+    return Checkpoint(location, (shard,), _by_name((shard,)), None, None, None, (), (), folded)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -149,7 +150,8 @@ def _read_folder(location: Location) -> Checkpoint:
     config = read_config(folder / "config.json") if (folder / "config.json").exists() else None
     side_files, left_out = _side_files(folder, {layout, *names})
     index_name = layout if index is not None else None
-    return Checkpoint(location, shards, tensors, index_name, index, config, side_files, left_out)
+    folded = read_folded(folder)
+    return Checkpoint(location, shards, tensors, index_name, index, config, side_files, left_out, folded)
 
 
 def _read_gguf(
@@ -158,7 +160,10 @@ def _read_gguf(
     from ia3_export.checkpoint.gguf import read_gguf
 
     shard, config = read_gguf(path)
-    return Checkpoint(location, (shard,), _by_name((shard,)), None, None, config, side_files, left_out)
+    folded = read_folded(path.parent, path.name)
+    return Checkpoint(
+        location, (shard,), _by_name((shard,)), None, None, config, side_files, left_out, folded
+    )
 
 
 def _no_weights(folder: Path) -> NotFound | Unsupported:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.combine import Combine
 from ia3_export.adapters.model import Adapter
+from ia3_export.base_match import folded_before
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.errors import UsageError
 from ia3_export.execute import Progress
@@ -105,6 +106,9 @@ def verify(
     plan = None if foreign else _plan(checkpoint, read, how)
     if plan is not None:
         read = list(plan.adapters)
+    for problem in (folded_before(adapter, checkpoint) for adapter in read):
+        if problem is not None:
+            raise problem
     graphs = _name_graphs([read_graphs(paths) for location in onnx for paths in find_onnx(location)])
     base_graph = read_graphs(find_onnx(base_onnx)[0]) if base_onnx is not None else None
     overridden = atol is not None or rtol is not None
