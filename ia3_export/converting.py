@@ -56,7 +56,7 @@ def convert(
         task_type: PEFT's, such as ``SEQ_2_SEQ_LM``, for the configuration; default what the adapter says, if anything.
         allow_missing: accept targeted modules of the base without a vector.
         allow_unused: leave out what has no place in the base, or in any class of transformers.
-        overwrite: replace an existing output folder.
+        overwrite: replace an output folder that a command of ours wrote, and in which nothing else lies.
 
     Raises `Refused` where a module has vectors on both sides: PEFT's layer takes its side for all its adapters, so not even
     two adapters can hold them (`merge` folds both). Other `IA3ExportError`; nothing is left behind then.
@@ -96,7 +96,7 @@ def combine(
             ``delta`` is ``1 + sum w (l - 1)``. By default ``linear`` with `weights`, ``product`` without.
         weights: one number an adapter, for ``linear`` and ``delta``.
         base: as in `convert`.
-        overwrite: replace an existing output folder.
+        overwrite: replace an output folder that a command of ours wrote, and in which nothing else lies.
 
     Heads and other tensors besides the vectors are kept where at most one adapter brings them, or all bring the same.
 

@@ -110,7 +110,7 @@ def export_onnx(
             decoder and decoder with past) or ``if`` (those two as branches of one ``If``, as optimum merges them).
         opset: ONNX operator set.
         check: `verify` every graph through ONNX Runtime before the folder is put in place.
-        overwrite: replace an existing output folder.
+        overwrite: replace an output folder that a command of ours wrote, and in which nothing else lies.
         on_step: told what is being done.
 
     Weights are traced in float32 (those of 16-bit checkpoints are widened exactly).

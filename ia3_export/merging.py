@@ -96,7 +96,7 @@ def merge(
             leaves every code alone, or refuses; ``keep-or-dense`` writes the weights dense for which that is impossible.
         shard_size: largest shard in bytes; None keeps the base's shards and names.
         link: hard-link shards that no vector touches instead of copying them.
-        overwrite: replace an existing output folder.
+        overwrite: replace an output folder that a command of ours wrote, and in which nothing else lies.
         allow_missing: leave targeted modules without a vector as they are.
         allow_unused: drop vectors and tensors that have no place in the base.
         digests: SHA-256 of all input and output files (``full``), of outputs (``output``), or ``none``.

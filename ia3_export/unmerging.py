@@ -95,7 +95,7 @@ def unmerge(
         base: the original, if it is at hand: the result is then compared with it.
         combine, weights: how several adapters were merged; by default what the model's manifest says.
         allow_missing: accept targeted modules without a vector.
-        overwrite: replace an existing output folder.
+        overwrite: replace an output folder that a command of ours wrote, and in which nothing else lies.
         on_progress: called with bytes done and in total.
 
     Tensors that the adapters brought (heads, embeddings) stay, as does ``config.json``: what was there before is not in the

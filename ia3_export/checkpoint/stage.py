@@ -13,11 +13,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ia3_export.checkpoint.record import MANIFEST, read_record
 from ia3_export.errors import OutputError, Refused
+
+#: What file managers leave in every folder.
+_LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
+#: What huggingface_hub remembers of an upload.
+_UPLOAD = ".cache/huggingface/"
 
 
 def check_target(target: Path, inputs: list[Path], *, overwrite: bool) -> None:
-    """Refuse a target that lies in an input, holds one, or exists (unless `overwrite` or empty).
+    """Refuse a target that lies in an input, holds one, or exists (unless empty, or `overwrite` and written by us).
 
     Raises `Refused` (exit 3) for the first two and `OutputError` (exit 4) for the last.
     """
@@ -44,6 +50,7 @@ def check_target(target: Path, inputs: list[Path], *, overwrite: bool) -> None:
                 f"{target} holds the working or home directory and is not replaced",
                 hint="give another --output",
             )
+        _check_ours(target)
 
 
 @contextmanager
@@ -99,6 +106,26 @@ def set_aside(stage: Path, target: Path) -> Path:
     place = next(p for p in (target.absolute().with_name(name) for name in places) if not p.exists())
     stage.rename(place)
     return place
+
+
+def _check_ours(target: Path) -> None:
+    """Refuse to replace what no command of ours wrote: a folder without our manifest, or a file that the manifest does not list."""
+    record = read_record(target)
+    if record is None:
+        raise OutputError(
+            f"{target} is no folder that ia3-export wrote (it holds no {MANIFEST}), and is not replaced",
+            hint="give another --output, or empty that folder yourself",
+        )
+    files = record.get("files")
+    listed = {MANIFEST, *(files if isinstance(files, dict) else ())}
+    for path in sorted(target.rglob("*")):
+        name = path.relative_to(target).as_posix()
+        is_folder = path.is_dir() and not path.is_symlink()
+        if not is_folder and name not in listed and path.name not in _LITTER and not name.startswith(_UPLOAD):
+            raise OutputError(
+                f"{target} also holds {name}, which ia3-export did not write, and is not replaced",
+                hint="move that file elsewhere, or give another --output",
+            )
 
 
 def _remove_empty(folders: list[Path]) -> None:

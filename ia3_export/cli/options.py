@@ -31,7 +31,9 @@ rules_option = click.option(
 output_option = click.option(
     "--output", required=True, type=click.Path(path_type=Path), help="Folder to create."
 )
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
+overwrite_option = click.option(
+    "--overwrite", is_flag=True, help="Replace an output folder that ia3-export wrote."
+)
 
 
 def output_options(function: F) -> F:
