@@ -46,7 +46,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "options": {
             "combine": plan.combine, "weights": list(plan.weights), "cast": plan.cast, "dtype": plan.dtype,
             "quantized": plan.quantized,
-            "allow_missing": plan.allow_missing, "allow_unused": plan.allow_unused,
+            "allow_missing": plan.allow_missing, "allow_unused": plan.allow_unused, "tokenizer": plan.tokenizer,
         },
         "adapters": [a.name for a in plan.adapters],
         "model_class": plan.model_class,
@@ -60,6 +60,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "quantization": describe_quantization(plan),
         "config_edits": list(plan.config_edits),
         "left_out": list(plan.base.left_out),
+        "taken_from_adapters": dict(sorted(plan.companions.taken.items())),
         "warnings": list(plan.warnings),
         "refusals": [{"error": str(p), "hint": p.hint} for p in plan.problems],
     }  # fmt: skip

@@ -17,6 +17,7 @@ from ia3_export.changes import Cast, Dtype
 from ia3_export.checkpoint import ranges
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.checkpoint.stage import check_target, copy_file, set_aside, staged
+from ia3_export.companions import TokenizerChoice
 from ia3_export.errors import CheckFailed, OutputError, UsageError
 from ia3_export.execute import Progress, write_outputs
 from ia3_export.layout import INDEX, OutputFile, lay_out, make_index
@@ -40,6 +41,7 @@ def plan_merge(
     quantized: Quantized = "dequantize",
     allow_missing: bool = False,
     allow_unused: bool = False,
+    tokenizer: TokenizerChoice = "auto",
 ) -> Plan:
     """What `merge` with the same arguments would do (``--dry-run``). Refusals are in ``Plan.problems``.
 
@@ -50,7 +52,7 @@ def plan_merge(
     read = [read_adapter(source) for source in adapters]
     return make_plan(
         read_checkpoint(base), read, combine=combine, weights=weights, cast=cast, dtype=dtype, quantized=quantized,
-        allow_missing=allow_missing, allow_unused=allow_unused,
+        allow_missing=allow_missing, allow_unused=allow_unused, tokenizer=tokenizer,
     )  # fmt: skip
 
 
@@ -69,6 +71,7 @@ def merge(
     overwrite: bool = False,
     allow_missing: bool = False,
     allow_unused: bool = False,
+    tokenizer: TokenizerChoice = "auto",
     digests: Digests = "output",
     flush: bool = False,
     reload_check: bool = True,
@@ -99,6 +102,8 @@ def merge(
         overwrite: replace an output folder that a command of ours wrote, and in which nothing else lies.
         allow_missing: leave targeted modules without a vector as they are.
         allow_unused: drop vectors and tensors that have no place in the base.
+        tokenizer: whose tokenizer, chat template, generation and processor settings the output gets: ``auto`` an adapter's where
+            they differ from the base's and their ids fit the vocabulary, ``base``, or ``adapter``.
         digests: SHA-256 of all input and output files (``full``), of outputs (``output``), or ``none``.
         flush: sync everything to disk before the final rename.
         reload_check: of a quantized base, open the output through transformers (bitsandbytes, compressed-tensors) or gguf
@@ -113,7 +118,7 @@ def merge(
     target = Path(output)
     plan = plan_merge(
         base, adapters, combine=combine, weights=weights, cast=cast, dtype=dtype, quantized=quantized,
-        allow_missing=allow_missing, allow_unused=allow_unused,
+        allow_missing=allow_missing, allow_unused=allow_unused, tokenizer=tokenizer,
     )  # fmt: skip
     plan.raise_problems()
     return _write([(plan, target)], shard_size, link, overwrite, digests, flush, reload_check, on_progress)[0]
@@ -132,6 +137,7 @@ def merge_each(
     overwrite: bool = False,
     allow_missing: bool = False,
     allow_unused: bool = False,
+    tokenizer: TokenizerChoice = "auto",
     digests: Digests = "output",
     flush: bool = False,
     reload_check: bool = True,
@@ -162,6 +168,7 @@ def merge_each(
             quantized=quantized,
             allow_missing=allow_missing,
             allow_unused=allow_unused,
+            tokenizer=tokenizer,
         )
         plan.raise_problems()
         jobs.append((plan, Path(directory) / adapter.name))
@@ -231,11 +238,11 @@ def _check_space(outputs: Sequence[tuple[Path, Sequence[OutputFile]]], base: Che
 
 
 def _write_side_files(plan: Plan, stage: Path, files: Sequence[OutputFile]) -> None:
-    for relative in plan.base.side_files:
+    for relative, source in plan.companions.files.items():
         target = stage / (BASE_CARD if relative == "README.md" else relative)
         if relative in (NAME, BASE_CARD) or (plan.dequantizes and relative in SIDE_FILES):
             continue
-        copy_file(plan.base.folder / relative, target)
+        copy_file(source, target)
     if plan.config is not None and not plan.base.is_gguf:
         text = json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n"
         (stage / "config.json").write_text(text, encoding="utf-8")

@@ -23,6 +23,7 @@ from ia3_export.changes import (
     write_ties,
 )
 from ia3_export.checkpoint.folder import Checkpoint
+from ia3_export.companions import Companions, TokenizerChoice, choose_companions
 from ia3_export.config_edits import check_vocabulary, edit_config
 from ia3_export.errors import IA3ExportError, NotFinite, Refused, UsageError
 from ia3_export.keeping import Folds, Kept, KeptSite, keep_codes
@@ -40,7 +41,7 @@ _NAMES = {stored: name for name, stored in DTYPES.items()}
 class Plan:
     """All that a merge will do, as plain data. `config` is the output's ``config.json`` if it must differ.
 
-    `base` is what is stored. Of a quantized base `dense` is what it stands for, and the output has no `dropped` tensors.
+    `companions` are the files beside the weights. `base` is what is stored. Of a quantized base `dense` is what it stands for, and the output has no `dropped` tensors.
     """
 
     base: Checkpoint
@@ -54,6 +55,8 @@ class Plan:
     dtype: Dtype
     allow_missing: bool
     allow_unused: bool
+    tokenizer: TokenizerChoice
+    companions: Companions
     changes: Mapping[str, Change]
     dropped: frozenset[str]
     config: Mapping[str, Any] | None
@@ -95,6 +98,7 @@ def make_plan(
     quantized: Quantized = "dequantize",
     allow_missing: bool = False,
     allow_unused: bool = False,
+    tokenizer: TokenizerChoice = "auto",
 ) -> Plan:
     """Decide what a merge of `adapters` (in order) into `base` changes.
 
@@ -151,10 +155,13 @@ def make_plan(
     shapes = {name: tensor.shape for name, tensor in dense.tensors.items()}
     shapes |= {name: change.shape for name, change in changes.items()}
     problems += check_vocabulary(resolutions, shapes, config)
+    companions = choose_companions(base, [r.adapter for r in resolutions], tokenizer, config or base.config)
+    warnings += companions.warnings
+    problems += companions.problems
     classes = [r.runtime.class_name for r in resolutions if r.runtime is not None]
     return Plan(
         base, dense, quantization, quantized, tuple(r.adapter for r in resolutions), combine, tuple(weights), cast, dtype, allow_missing,
-        allow_unused, changes, dropped, config, tuple(edits), tuple(kept.sites) if kept else (), classes[0] if classes else None, tuple(dict.fromkeys(warnings)), tuple(problems),
+        allow_unused, tokenizer, companions, changes, dropped, config, tuple(edits), tuple(kept.sites) if kept else (), classes[0] if classes else None, tuple(dict.fromkeys(warnings)), tuple(problems),
     )  # fmt: skip
 
 

@@ -125,7 +125,7 @@ def unmerge(
     left = [folded for folded in checkpoint.folded if not any(is_of(folded, adapter) for adapter in read)]
     plan = make_plan(
         replace(checkpoint, folded=()), [replace(adapter, extras={}) for adapter in read], combine=how.combine, weights=how.weights,
-        cast=how.cast, allow_missing=how.allow_missing, allow_unused=how.allow_unused,
+        cast=how.cast, allow_missing=how.allow_missing, allow_unused=how.allow_unused, tokenizer="base",
     )  # fmt: skip
     plan.raise_problems()
     original = read_checkpoint(base) if base is not None else None
@@ -176,6 +176,9 @@ def _compare_record(model: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         yield "the model has no manifest that says what was folded into it: a wrong adapter would be divided out all the same"
         return
+    taken = manifest.get("taken_from_adapters")
+    if taken:
+        yield f"{', '.join(sorted(taken))} came from the adapters, and stay"
     given = [(adapter.name, adapter.parameters) for adapter in adapters]
     if folded != given:
         yield (

@@ -251,8 +251,6 @@ def _check_index(index_file: Path, index: Mapping[str, Any], shards: tuple[Shard
 
 def _side_files(folder: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Every other file of the folder, as (to copy, left out: unmerged weights, adapters and states of trainings)."""
-    root = folder.resolve()
-    blobs = root.parent.parent / "blobs"  # a hub cache snapshot links into this
     adapters = {
         path.parent.relative_to(folder) for path in folder.glob(f"*/{ADAPTER_CONFIG}") if _is_ia3(path)
     }
@@ -261,17 +259,22 @@ def _side_files(folder: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple
         relative = path.relative_to(folder)
         if relative.parts[0] in _SKIPPED_FOLDERS or not path.is_file() or relative.as_posix() in weights:
             continue
-        target = path.resolve()
-        if not target.is_relative_to(root) and not target.is_relative_to(blobs):
-            raise Refused(
-                f"{path} is a link to {target}, outside the base folder",
-                hint="replace the link by the file itself",
-            )
+        check_contained(path, folder)
         if _is_left_out(relative) or not adapters.isdisjoint(relative.parents):
             left_out.append(relative.as_posix())
         else:
             copied.append(relative.as_posix())
     return tuple(copied), tuple(left_out)
+
+
+def check_contained(path: Path, folder: Path) -> None:
+    """Raise `Refused` for a link that leads out of `folder`."""
+    root, target = folder.resolve(), path.resolve()
+    blobs = root.parent.parent / "blobs"  # a hub cache snapshot links into this
+    if not target.is_relative_to(root) and not target.is_relative_to(blobs):
+        raise Refused(
+            f"{path} is a link to {target}, outside its folder", hint="replace the link by the file itself"
+        )
 
 
 def _is_left_out(relative: Path) -> bool:

@@ -23,7 +23,7 @@ class Folded:
 
     def to_json(self) -> dict[str, Any]:
         """As the manifest has it."""
-        return {"name": self.name, "parameters": self.parameters, "vectors_sha256": self.vectors}
+        return {"name": self.name, "parameters": self.parameters, "digest": self.vectors}
 
 
 def read_record(folder: Path) -> Mapping[str, Any] | None:
@@ -52,7 +52,7 @@ def read_folded(folder: Path, name: str | None = None) -> tuple[Folded, ...]:
         Folded(row["name"], row["parameters"], digest if isinstance(digest, str) else None)
         for row in found
         if isinstance(row.get("name"), str) and isinstance(row.get("parameters"), int)
-        for digest in [row.get("vectors_sha256")]
+        for digest in [row.get("digest")]
     )
 
 

@@ -75,6 +75,14 @@ if TYPE_CHECKING:
 @click.option("--allow-missing", is_flag=True, help="Leave targeted modules without a vector as they are.")
 @click.option("--allow-unused", is_flag=True, help="Drop vectors and tensors that have no place in the base.")
 @click.option(
+    "--tokenizer",
+    type=click.Choice(["auto", "base", "adapter"]),
+    default="auto",
+    show_default=True,
+    help="Tokenizer, chat template, generation and processor settings: the adapter's where they differ and fit, the base's, "
+    "the adapter's.",
+)
+@click.option(
     "--digests",
     type=click.Choice(["full", "output", "none"]),
     default="output",
@@ -108,6 +116,7 @@ def merge_command(
     overwrite: bool,
     allow_missing: bool,
     allow_unused: bool,
+    tokenizer: Literal["auto", "base", "adapter"],
     digests: Literal["full", "output", "none"],
     flush: bool,
     reload_check: bool,
@@ -138,7 +147,7 @@ def merge_command(
 
         plan = plan_merge(
             base, read, combine=combine, weights=weights, cast=cast, dtype=dtype, quantized=quantized,
-            allow_missing=allow_missing, allow_unused=allow_unused,
+            allow_missing=allow_missing, allow_unused=allow_unused, tokenizer=tokenizer,
         )  # fmt: skip
         show_plan(out, plan)
         plan.raise_problems()
@@ -148,7 +157,7 @@ def merge_command(
         if output_per_adapter is not None:
             manifests = merge_each(
                 base, read, output_per_adapter, cast=cast, dtype=dtype, quantized=quantized,
-                shard_size=shard_size, link=link, overwrite=overwrite, allow_missing=allow_missing, allow_unused=allow_unused, digests=digests,
+                shard_size=shard_size, link=link, overwrite=overwrite, allow_missing=allow_missing, allow_unused=allow_unused, tokenizer=tokenizer, digests=digests,
                 flush=flush, reload_check=reload_check, on_progress=report,
             )  # fmt: skip
             out.document({"manifests": [manifest.content for manifest in manifests]})
@@ -158,7 +167,7 @@ def merge_command(
                 merge(
                     base, read, output, combine=combine, weights=weights, cast=cast, dtype=dtype,
                     quantized=quantized, shard_size=shard_size, link=link, overwrite=overwrite, allow_missing=allow_missing,
-                    allow_unused=allow_unused, digests=digests, flush=flush, reload_check=reload_check, on_progress=report,
+                    allow_unused=allow_unused, tokenizer=tokenizer, digests=digests, flush=flush, reload_check=reload_check, on_progress=report,
                 )
             ]  # fmt: skip
             out.document(manifests[0].content)

@@ -76,7 +76,7 @@ def verify(
         weights_only: no forward: streaming, in little memory, without torch unless a head or renamed tensors need it.
         combine, weights: how several adapters act together; by default what the manifest of `merged` says.
         inputs: ``.jsonl``, ``.npz`` or ``.safetensors`` file of forward arguments (`read_inputs`) instead of made-up ones.
-        text: text file, a text a line, for the base's tokenizer.
+        text: text file, a text a line, for the tokenizer of the artifact (of the base, where that has none).
         device: ``cpu``, ``cuda[:N]``, or ``auto``: cuda if there is one.
         dtype: in which PyTorch runs the live and the merged model; ``auto``: as stored.
         tf32: let CUDA use TF32 in float32 products.
@@ -174,7 +174,7 @@ def _rounded(plan: Plan | None) -> str | None:
 def _plan(base: Checkpoint, adapters: Sequence[Adapter], how: MergeOptions) -> Plan:
     plan = make_plan(
         base, adapters, combine=how.combine, weights=how.weights, cast=how.cast, dtype=how.dtype, quantized=how.quantized,
-        allow_missing=how.allow_missing, allow_unused=how.allow_unused,
+        allow_missing=how.allow_missing, allow_unused=how.allow_unused, tokenizer=how.tokenizer,
     )  # fmt: skip
     plan.raise_problems()
     return plan
@@ -190,6 +190,7 @@ def _merge(base: str | Path, adapters: Sequence[Adapter], how: MergeOptions, tar
         cast=how.cast,
         dtype=how.dtype,
         quantized=how.quantized,
+        tokenizer=how.tokenizer,
         digests="none",
         reload_check=False,
     )
@@ -216,7 +217,7 @@ def _shown_options(
     options: dict[str, Any] = {
         "combine": how.combine, "weights": ",".join(map(str, how.weights)), "cast": how.cast, "dtype": how.dtype,
         "quantized": "" if how.quantized == "dequantize" else how.quantized,
-        "allow_missing": how.allow_missing or "", "allow_unused": how.allow_unused or "", "seed": seed,
+        "allow_missing": how.allow_missing or "", "allow_unused": how.allow_unused or "", "tokenizer": "" if how.tokenizer == "auto" else how.tokenizer, "seed": seed,
         "atol": "" if atol is None else atol, "rtol": "" if rtol is None else rtol, "tf32": "on" if tf32 else "",
     }  # fmt: skip
     return {name: str(value) for name, value in options.items() if value != ""}

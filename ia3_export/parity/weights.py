@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint
 from ia3_export.checkpoint.header import StoredTensor
+from ia3_export.companions import other_companions
 from ia3_export.execute import Progress
 from ia3_export.parity.diagnosis import diagnose
 from ia3_export.parity.expected import BLOCK, Expected, Reader, blocks, equal, expected_tensors, same_block
@@ -91,6 +92,9 @@ def _notes(plan: Plan, merged: Checkpoint, findings: Sequence[TensorFinding]) ->
         yield "every tensor is the base's: the adapter is not in it"
     if len(findings) > _FINDINGS:
         yield f"{len(findings)} findings, of which {_FINDINGS} are listed"
+    if merged.location.path.is_dir() and not plan.base.is_gguf:
+        for what in other_companions(plan.companions, merged.folder):
+            yield f"the {what} differ{'s' if what == 'tokenizer' else ''} from what a merge writes"
     wanted = plan.config if plan.config is not None else plan.base.config
     if merged.config is not None and wanted is not None:
         ignored = ("transformers_version", "_name_or_path")
