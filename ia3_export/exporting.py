@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ia3_export.adapters.model import Adapter
+from ia3_export.arguments import check_arguments
 from ia3_export.card import BASE_CARD
 from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint, read_checkpoint
 from ia3_export.checkpoint.stage import check_target, copy_file, set_aside, staged
@@ -121,6 +122,7 @@ def export_onnx(
     Raises `UsageError`, `InputError` and its kinds, `OutputError`, and `CheckFailed` when a graph is not in parity; the folder is
     then kept aside as ``<output>.failed``.
     """
+    check_arguments(export_onnx, locals())
     if (model is None) == (base is None) or (base is not None and not adapters):
         raise UsageError(
             "give either --model, or --base with --adapter", hint="--model takes the folder that merge wrote"

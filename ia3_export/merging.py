@@ -12,6 +12,7 @@ from typing import Any
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.combine import Combine
 from ia3_export.adapters.model import Adapter
+from ia3_export.arguments import check_arguments
 from ia3_export.card import BASE_CARD, make_card
 from ia3_export.changes import Cast, Dtype
 from ia3_export.checkpoint import ranges
@@ -47,6 +48,7 @@ def plan_merge(
 
     Raises `IA3ExportError` for inputs that cannot be read.
     """
+    check_arguments(plan_merge, locals())
     if not adapters:
         raise UsageError("no adapter given", hint="give at least one --adapter")
     read = [read_adapter(source) for source in adapters]
@@ -115,6 +117,7 @@ def merge(
     Raises `IA3ExportError`: `NotFound`, `DamagedFile`, `Unsupported`, `Refused` and its kinds for inputs,
     `UsageError` for options, `OutputError` for the output, `CheckFailed` when the reload check fails. Nothing is left behind in any of these cases.
     """
+    check_arguments(merge, locals())
     target = Path(output)
     plan = plan_merge(
         base, adapters, combine=combine, weights=weights, cast=cast, dtype=dtype, quantized=quantized,
@@ -147,6 +150,7 @@ def merge_each(
 
     Arguments and errors as in `merge`; adapters of the same name are a `UsageError`.
     """
+    check_arguments(merge_each, locals())
     if not adapters:
         raise UsageError("no adapter given", hint="give at least one --adapter")
     read = [read_adapter(source) for source in adapters]
@@ -185,6 +189,10 @@ def _write(
     reload_check: bool,
     on_progress: Callable[[Progress], None],
 ) -> list[Manifest]:
+    if shard_size is not None and shard_size <= 0:
+        raise UsageError(
+            f"a shard of {shard_size} bytes holds nothing", hint="for example shard_size=5_000_000_000"
+        )
     for plan, target in jobs:
         inputs = [
             *plan.base.location.inputs, *(path for a in plan.adapters for path in a.location.inputs)

@@ -18,6 +18,7 @@ import numpy as np
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.combine import Combine
 from ia3_export.adapters.model import Adapter
+from ia3_export.arguments import check_arguments
 from ia3_export.base_match import is_of
 from ia3_export.card import BASE_CARD
 from ia3_export.changes import Change
@@ -104,6 +105,7 @@ def unmerge(
     Raises `Refused` for a zero in a vector (what it multiplied is lost), `Unsupported` for a quantized model, and what `merge`
     raises.
     """
+    check_arguments(unmerge, locals())
     checkpoint = read_checkpoint(model)
     read = [read_adapter(source) for source in adapters]
     if weights and combine is None:

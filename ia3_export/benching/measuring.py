@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from ia3_export.arguments import check_arguments
 from ia3_export.benching.jobs import Job
 from ia3_export.benching.processes import start_worker
 from ia3_export.benching.results import Benchmark, Row, Timing, time_rounds
@@ -60,6 +61,7 @@ def bench(
 
     Raises `UsageError`, `InputError` and its kinds; what a worker fails with is raised here, too.
     """
+    check_arguments(bench, locals())
     if not adapters:
         raise UsageError("no adapter given", hint="give at least one --adapter")
     used = threads if threads is not None else free_cores()

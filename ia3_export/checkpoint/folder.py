@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ia3_export.arguments import check_arguments
 from ia3_export.checkpoint.header import Shard, StoredTensor, read_header
 from ia3_export.checkpoint.hub import Location, locate
 from ia3_export.checkpoint.ranges import link_or_copy
@@ -104,6 +105,7 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
     A lone file stands for itself: no configuration or tokenizer is looked for beside it (a GGUF file holds both).
     Raises `NotFound`, `DamagedFile`, `Unsupported`, `Refused`.
     """
+    check_arguments(read_checkpoint, locals())
     location = locate(source, ignore=_DOWNLOAD_IGNORE)
     if location.path.is_dir():
         return _read_folder(location)
