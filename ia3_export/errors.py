@@ -17,10 +17,14 @@
     └── OutputError        exit 4   the output could not be written
 
 Each carries ``hint``: what to do next. The command line prints ``error:`` and ``hint:`` and exits
-with ``exit_code``; a traceback is for our own mistakes only.
+with ``exit_code``. Any other exception is a mistake of ours: exit 70 (``EX_SOFTWARE``), one line to
+report, and the traceback with ``--verbose``.
 """
 
 from __future__ import annotations
+
+#: The exit code of a crash of ours, which must not be taken for a verdict.
+CRASHED = 70
 
 
 class IA3ExportError(Exception):

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ia3_export.checkpoint.folder import Checkpoint, adapterless, read_checkpoint
+from ia3_export.checkpoint.folder import Checkpoint, adapterless, architectures, read_checkpoint
 from ia3_export.checkpoint.header import read_values
 from ia3_export.errors import CheckFailed, kind_and_line
 from ia3_export.fold import FLOAT_DTYPES, Array
@@ -115,8 +115,8 @@ def _impossible(dense: Checkpoint, quantization: Quantization) -> str:
     if dense.is_gguf:
         return ""
     config = dense.config or {}
-    named = config.get("architectures")
-    if not isinstance(named, list) or not named:
+    named = architectures(config)
+    if not named:
         return "config.json names no architecture"
     methods = {packed.method for packed in quantization.packed.values()}
     for method in methods:
@@ -132,7 +132,7 @@ def _impossible(dense: Checkpoint, quantization: Quantization) -> str:
 
     if config.get("model_type") not in transformers.CONFIG_MAPPING:
         return f"transformers does not know model_type {config.get('model_type')!r}"
-    if not hasattr(transformers, str(named[0])):
+    if not hasattr(transformers, named[0]):
         return f"transformers has no class {named[0]}"
     return ""
 
@@ -155,7 +155,7 @@ def _load(dense: Checkpoint, quantization: Quantization) -> Iterator[tuple[str, 
     import transformers
 
     assert dense.config is not None
-    name = dense.config["architectures"][0]
+    name = architectures(dense.config)[0]
     with quiet(), redirect_stderr(io.StringIO()):  # compressed-tensors draws bars of its own
         try:
             with TemporaryDirectory(prefix="ia3-export-") as scratch:

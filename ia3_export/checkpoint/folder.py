@@ -116,6 +116,14 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
     return Checkpoint(location, (shard,), _by_name((shard,)), None, None, None, (), (), folded)
 
 
+def architectures(config: Mapping[str, Any]) -> list[str]:
+    """Names of model classes that a configuration states; those that are no texts do not count."""
+    named = config.get("architectures")
+    return [
+        name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str) and name
+    ]
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises `NotFound` and `DamagedFile`."""
     try:

@@ -8,10 +8,13 @@ safetensors one. Files of the format before torch 1.6, and strided tensors, are 
 
 from __future__ import annotations
 
+import logging
 import pickle
 import struct
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +110,7 @@ def _load(path: Path, *, fake: bool) -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _silenced("torch._subclasses.fake_tensor"):
             warnings.simplefilter("ignore")
             if fake:
                 with FakeTensorMode():
@@ -125,6 +128,17 @@ def _load(path: Path, *, fake: bool) -> Any:
         ) from None
 
 
+@contextmanager
+def _silenced(name: str) -> Iterator[None]:
+    """Without what a logger says: torch writes tracebacks of its own for tensors that it cannot fake."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 def _dtype_name(path: Path, key: str, value: Any) -> str:
     import torch
 
@@ -133,9 +147,9 @@ def _dtype_name(path: Path, key: str, value: Any) -> str:
             f"{path} holds {key}, a {type(value).__name__}, beside its tensors",
             hint="save model.state_dict() alone, better with save_pretrained()",
         )
-    if value.layout != torch.strided or value.is_meta or value.is_quantized:
+    if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_nested:
         raise Unsupported(
-            f"tensor {key} in {path} is sparse, quantized or without data",
+            f"tensor {key} in {path} is sparse, nested, quantized or without data",
             hint="save it as a plain dense tensor",
         )
     if value.numel() * value.element_size() > max(value.untyped_storage().nbytes(), _REPEATED):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ia3_export.checkpoint.folder import architectures
 from ia3_export.errors import Unsupported, UsageError, first_line
 
 Form = Literal["encoder", "decoder", "encoder-decoder"]
@@ -57,7 +58,7 @@ def choose_task(config: Mapping[str, Any], *, asked: str | None, sentence: bool)
     """
     if asked is not None:
         return _canonical(asked, config)
-    name = str((config.get("architectures") or ["?"])[0])
+    name = next(iter(architectures(config)), "?")
     found = _task_of(name, config)
     if found is None:
         raise Unsupported(
@@ -162,7 +163,7 @@ def _model_class(task: Task, config: Mapping[str, Any]) -> Any:
     import transformers
     from optimum.exporters.tasks import TasksManager
 
-    name = str((config.get("architectures") or [""])[0])
+    name = next(iter(architectures(config)), "")
     wanted = "feature-extraction" if task.name == "sentence-similarity" else task.name
     if _task_of(name, config) == wanted:
         return getattr(transformers, name)

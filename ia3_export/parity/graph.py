@@ -85,19 +85,31 @@ def _read_graph(path: Path) -> Graph:
             tensor = value.const_value
             if tensor is None:
                 continue
-            if isinstance(tensor, onnx_ir.ExternalTensor):
-                _check_external(tensor, path)
             initializers[name] = tensor
     nodes = list(model.graph.all_nodes())
     for node in nodes:  # some tools keep weights in constants
         if node.op_type == "Constant" and "value" in node.attributes:
             initializers[node.outputs[0].name or ""] = node.attributes["value"].as_tensor()
+    for tensor in _tensors(initializers, nodes):
+        if isinstance(tensor, onnx_ir.ExternalTensor):
+            _check_external(tensor, path)
     names = [*initializers, *(node.name or "" for node in nodes)]
     names += [output.name or "" for node in nodes for output in node.outputs]
     outputs = tuple(o.name or "" for o in model.graph.outputs if not (o.name or "").startswith("present."))
     operators = Counter(node.op_type for node in nodes)
     precision = _precision(model, initializers)
     return Graph((path,), initializers, operators, tuple(names), outputs, precision)
+
+
+def _tensors(initializers: Mapping[str, Any], nodes: Sequence[Any]) -> Iterator[Any]:
+    """Every tensor of a graph: initializers, and those in attributes of nodes."""
+    yield from initializers.values()
+    for node in nodes:
+        for attribute in node.attributes.values():
+            if not attribute.is_ref() and attribute.type.name == "TENSOR":
+                yield attribute.as_tensor()
+            elif not attribute.is_ref() and attribute.type.name == "TENSORS":
+                yield from attribute.as_tensors()
 
 
 def _check_external(tensor: Any, path: Path) -> None:

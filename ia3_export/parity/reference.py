@@ -17,7 +17,7 @@ import numpy as np
 
 from ia3_export.adapters.combine import Combine, combine_vectors
 from ia3_export.adapters.model import Adapter, Site
-from ia3_export.checkpoint.folder import Checkpoint, adapterless
+from ia3_export.checkpoint.folder import Checkpoint, adapterless, architectures
 from ia3_export.checkpoint.header import read_values
 from ia3_export.errors import Unsupported, kind_and_line
 from ia3_export.model_class import load_runtime_model, make_config
@@ -73,7 +73,7 @@ def load_live(
             hint="give the model folder that save_pretrained() wrote",
         )
     if not adapters:
-        name = str((base.config.get("architectures") or ["AutoModel"])[0])
+        name = next(iter(architectures(base.config)), "AutoModel")
         return LiveModel(load_plain(base, name, None, dtype, where), name, "none", ())
     runtime = load_runtime_model(base.config, adapters[0], base.tensors)
     if combine == "product" and where.offload is None:
