@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from ia3_export.adapters.model import Adapter
 from ia3_export.arguments import check_arguments
 from ia3_export.card import BASE_CARD
 from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint, read_checkpoint
-from ia3_export.checkpoint.stage import check_target, copy_file, set_aside, staged
+from ia3_export.checkpoint.stage import check_target, copy_file, scratch_folder, set_aside, staged
 from ia3_export.errors import CheckFailed, Refused, UsageError
 from ia3_export.execute import hash_file
 from ia3_export.manifest import NAME, list_files, tool
@@ -141,7 +140,7 @@ def export_onnx(
     with ExitStack() as stack:
         stack.enter_context(quiet())
         stack.enter_context(exact_matmul())
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ia3-export-")))
+        scratch = stack.enter_context(scratch_folder())
         given = [Path(s) for s in (model, base, *adapters) if s is not None and not isinstance(s, Adapter)]
         given += [path for a in adapters if isinstance(a, Adapter) for path in a.location.inputs]
         check_target(target, [path for path in given if path.exists()], overwrite=overwrite)

@@ -17,7 +17,7 @@ from ia3_export.card import BASE_CARD, make_card
 from ia3_export.changes import Cast, Dtype
 from ia3_export.checkpoint import ranges
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
-from ia3_export.checkpoint.stage import check_target, copy_file, set_aside, staged
+from ia3_export.checkpoint.stage import check_target, copy_file, set_aside, space_hint, staged
 from ia3_export.companions import TokenizerChoice
 from ia3_export.errors import CheckFailed, OutputError, UsageError
 from ia3_export.execute import Progress, write_outputs
@@ -241,7 +241,7 @@ def _check_space(outputs: Sequence[tuple[Path, Sequence[OutputFile]]], base: Che
     if not cloned:
         raise OutputError(
             f"the output needs {needed:,} bytes, {stage.parent} has {free:,} free",
-            hint="free some space, give an --output on another disk, or use --link",
+            hint=space_hint(stage) + (", or use --link" if not link else ""),
         )
 
 

@@ -19,7 +19,7 @@ from ia3_export.cli.onnx_command import onnx_command
 from ia3_export.cli.output import Output
 from ia3_export.cli.unmerge_command import unmerge_command
 from ia3_export.cli.verify_command import verify_command
-from ia3_export.errors import CRASHED, IA3ExportError, InputError, UsageError, kind_and_line
+from ia3_export.errors import CRASHED, IA3ExportError, InputError, OutputError, UsageError, kind_and_line
 
 INTERRUPTED = 130
 
@@ -42,25 +42,38 @@ class _Commands(click.Group):
             ctx.exit(INTERRUPTED)
         except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
             raise  # click's own business
-        except MemoryError as error:
-            said = InputError(
-                f"there is not enough memory ({kind_and_line(error)})",
-                hint="close other programs, or use a machine with more; verify has --weights-only and --max-memory",
-            )
-            _show_error(said, as_json=bool(ctx.meta.get("ia3_export.json")))
-            ctx.exit(said.exit_code)
-        except Exception as error:  # a mistake of ours, whatever it is
+        except Exception as error:
             if ctx.meta.get("ia3_export.verbose"):
                 for line in "".join(traceback.format_exception(error)).splitlines():
                     Output(as_json=False, quiet=False, verbose=True).note(line)
-            _show_error(_crash(error), as_json=bool(ctx.meta.get("ia3_export.json")))
-            ctx.exit(CRASHED)
+            said = _of_machine(error) or _crash(error)
+            _show_error(said, as_json=bool(ctx.meta.get("ia3_export.json")))
+            ctx.exit(said.exit_code)
 
 
 class _Crash(IA3ExportError):
     """An exception that nobody foresaw."""
 
     exit_code = CRASHED
+
+
+def _of_machine(error: Exception) -> IA3ExportError | None:
+    """The error for what the system refused: memory, space, a file; None where it is a mistake of ours."""
+    from ia3_export.checkpoint.stage import is_full, unreadable
+
+    if isinstance(error, MemoryError):
+        return InputError(
+            f"there is not enough memory ({kind_and_line(error)})",
+            hint="close other programs, or use a machine with more; verify has --weights-only and --max-memory",
+        )
+    if not isinstance(error, OSError):
+        return None
+    if is_full(error):
+        return OutputError(
+            f"cannot write: {kind_and_line(error)}", hint="free some space, on the disk of TMPDIR as well"
+        )
+    said = error.strerror or str(error)
+    return unreadable(Path(error.filename), said) if isinstance(error.filename, str) else None
 
 
 def _crash(error: Exception) -> _Crash:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from ia3_export.adapters.model import Adapter
 from ia3_export.arguments import check_arguments
 from ia3_export.base_match import folded_before
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
+from ia3_export.checkpoint.stage import scratch_folder
 from ia3_export.errors import UsageError
 from ia3_export.execute import Progress
 from ia3_export.manifest import NAME
@@ -118,10 +118,10 @@ def verify(
     graphs = _name_graphs([read_graphs(paths) for location in onnx for paths in find_onnx(location)])
     base_graph = read_graphs(find_onnx(base_onnx)[0]) if base_onnx is not None else None
     overridden = atol is not None or rtol is not None
-    with tempfile.TemporaryDirectory(prefix="ia3-export-") as scratch:
+    with scratch_folder() as scratch:
         subject = shipped
         if shipped is None and not weights_only and (not graphs or _widened(checkpoint, graphs)):
-            subject = _merge(base, read, how, Path(scratch) / "merged")
+            subject = _merge(base, read, how, scratch / "merged")
         judged = shipped is not None or not graphs  # a merge made for an ONNX file's sake is no artifact
         proofs: list[WeightsProof] = []
         warnings = said
@@ -142,7 +142,7 @@ def verify(
             from ia3_export.parity.chain import run_chain
 
             reference, steps, more = run_chain(
-                checkpoint, read, how, subject, _rounded(plan), judged, graphs, proofs, sites_of(plan, read), scratch=Path(scratch),
+                checkpoint, read, how, subject, _rounded(plan), judged, graphs, proofs, sites_of(plan, read), scratch=scratch,
                 inputs=inputs, text=text, device=device, dtype=dtype, tf32=tf32,
                 tolerance=(atol or 0.0, rtol or 0.0) if overridden else None, max_memory=max_memory, seed=seed,
             )  # fmt: skip
