@@ -115,8 +115,8 @@ def _impossible(dense: Checkpoint, quantization: Quantization) -> str:
     if dense.is_gguf:
         return ""
     config = dense.config or {}
-    named = architectures(config)
-    if not named:
+    named = config.get("architectures")
+    if not isinstance(named, list) or not named or not isinstance(named[0], str):
         return "config.json names no architecture"
     methods = {packed.method for packed in quantization.packed.values()}
     for method in methods:

@@ -117,11 +117,14 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
 
 
 def architectures(config: Mapping[str, Any]) -> list[str]:
-    """Names of model classes that a configuration states; those that are no texts do not count."""
-    named = config.get("architectures")
-    return [
-        name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str) and name
-    ]
+    """Names of model classes that a configuration states. Raises `DamagedFile` for anything but a list of names."""
+    named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise DamagedFile(
+            f"config.json has architectures that are no list of class names: {str(named)[:60]}",
+            hint="fetch the file again; it is a list of one name, such as LlamaForCausalLM",
+        )
+    return named
 
 
 def read_config(path: Path) -> dict[str, Any]:

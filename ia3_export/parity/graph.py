@@ -82,15 +82,15 @@ def _read_graph(path: Path) -> Graph:
     initializers: dict[str, Any] = {}
     for graph in (model.graph, *model.graph.subgraphs()):
         for name, value in graph.initializers.items():
-            tensor = value.const_value
-            if tensor is None:
-                continue
-            initializers[name] = tensor
-    nodes = list(model.graph.all_nodes())
+            if value.const_value is not None:
+                initializers[name] = value.const_value
+    nodes, held = list(model.graph.all_nodes()), []
     for node in nodes:  # some tools keep weights in constants
-        if node.op_type == "Constant" and "value" in node.attributes:
-            initializers[node.outputs[0].name or ""] = node.attributes["value"].as_tensor()
-    for tensor in _tensors(initializers, nodes):
+        tensors = [a for a in node.attributes.values() if a.type.name == "TENSOR" and not a.is_ref()]
+        held += [attribute.as_tensor() for attribute in tensors]
+        if node.op_type == "Constant" and tensors and node.outputs:
+            initializers[node.outputs[0].name or ""] = tensors[0].as_tensor()
+    for tensor in (*initializers.values(), *held):
         if isinstance(tensor, onnx_ir.ExternalTensor):
             _check_external(tensor, path)
     names = [*initializers, *(node.name or "" for node in nodes)]
@@ -99,17 +99,6 @@ def _read_graph(path: Path) -> Graph:
     operators = Counter(node.op_type for node in nodes)
     precision = _precision(model, initializers)
     return Graph((path,), initializers, operators, tuple(names), outputs, precision)
-
-
-def _tensors(initializers: Mapping[str, Any], nodes: Sequence[Any]) -> Iterator[Any]:
-    """Every tensor of a graph: initializers, and those in attributes of nodes."""
-    yield from initializers.values()
-    for node in nodes:
-        for attribute in node.attributes.values():
-            if not attribute.is_ref() and attribute.type.name == "TENSOR":
-                yield attribute.as_tensor()
-            elif not attribute.is_ref() and attribute.type.name == "TENSORS":
-                yield from attribute.as_tensors()
 
 
 def _check_external(tensor: Any, path: Path) -> None:
