@@ -1,4 +1,4 @@
-"""Whether an adapter meets the base that it was trained on: the name that it states, and its quantization."""
+"""Whether an adapter meets the base that it was trained on: the name that it states, its quantization, and what it holds already."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ia3_export.adapters.model import Adapter
-from ia3_export.checkpoint.folder import Checkpoint
+from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint
+from ia3_export.checkpoint.record import MANIFEST, Folded
+from ia3_export.errors import Refused
 from ia3_export.quantization.detection import Quantization
 
 #: What names of repositories say of a quantization.
@@ -45,6 +47,38 @@ def base_warnings(adapter: Adapter, base: Checkpoint, quantization: Quantization
         yield (
             f"{adapter.name} was trained on unquantized weights ({named}), this base is quantized by {', '.join(methods)}: "
             "the merge is exact, the quantization error of the base comes on top"
+        )
+
+
+def folded_before(adapter: Adapter, base: Checkpoint) -> Refused | None:
+    """The refusal of an adapter that `base` already holds, by its manifest: it would act twice."""
+    found = next((folded for folded in base.folded if is_of(folded, adapter)), None)
+    if found is None:
+        return None
+    same = "" if found.vectors is not None else ", of the same name and size,"
+    return Refused(
+        f"{base.location.given} already holds the vectors of {adapter.name}: its {MANIFEST} says that {found.name}{same} was "
+        "folded into it",
+        hint=f"give the base without it (unmerge takes it out); to fold it twice on purpose, move {MANIFEST} away",
+    )
+
+
+def is_of(folded: Folded, adapter: Adapter) -> bool:
+    """Whether a record is of the vectors of `adapter`; by name and size where it has no digest."""
+    if folded.vectors is not None:
+        return folded.vectors == adapter.digest
+    return (folded.name, folded.parameters) == (adapter.name, adapter.parameters)
+
+
+def merge_warnings(base: Checkpoint) -> Iterator[str]:
+    """What should be known of a base that is itself the output of a merge."""
+    if base.folded:
+        names = " and ".join(dict.fromkeys(folded.name for folded in base.folded))
+        yield f"{base.location.given} already holds {names}: what is folded now acts on top of it"
+    if base.holds_adapter:
+        yield (
+            f"{base.location.given} also holds an adapter ({ADAPTER_CONFIG}): it is left out, since transformers would apply it to "
+            "the merged model; what was trained by loading that folder was trained on top of it"
         )
 
 

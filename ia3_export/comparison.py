@@ -12,6 +12,7 @@ import numpy as np
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.channels import cosine, kinds_of
 from ia3_export.adapters.model import Adapter, Site
+from ia3_export.arguments import check_arguments
 from ia3_export.checkpoint.header import same_bytes
 from ia3_export.inspection import SiteStatistics, describe_vector
 
@@ -67,6 +68,7 @@ def compare(a: str | Path | Adapter, b: str | Path | Adapter) -> Comparison:
 
     Adapters of any format; modules are compared by their paths. Raises `IA3ExportError` for what cannot be read.
     """
+    check_arguments(compare, locals())
     one, other = read_adapter(a), read_adapter(b)
     keys = dict.fromkeys([*one.sites, *other.sites])
     sites = [_compare(one.sites.get(key), other.sites.get(key)) for key in keys]

@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.combine import Combine, combine_extras, combine_sites, linear_warnings
 from ia3_export.adapters.mangled import may_be_damaged
 from ia3_export.adapters.model import Adapter, Site, TargetRules, second_key
 from ia3_export.adapters.writing import write_peft
+from ia3_export.arguments import check_arguments
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.checkpoint.stage import check_target, staged
 from ia3_export.errors import Refused, UnusedVector, UsageError
@@ -24,6 +25,8 @@ from ia3_export.quantization.detection import dense_view, find_quantization
 from ia3_export.resolve import resolve
 
 SCHEMA = "ia3-export/adapter/1"
+#: PEFT's tasks.
+TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 T = TypeVar("T")
 
 
@@ -41,7 +44,7 @@ def convert(
     output: str | Path,
     *,
     base: str | Path | None = None,
-    task_type: str | None = None,
+    task_type: TaskType | None = None,
     allow_missing: bool = False,
     allow_unused: bool = False,
     overwrite: bool = False,
@@ -56,11 +59,12 @@ def convert(
         task_type: PEFT's, such as ``SEQ_2_SEQ_LM``, for the configuration; default what the adapter says, if anything.
         allow_missing: accept targeted modules of the base without a vector.
         allow_unused: leave out what has no place in the base, or in any class of transformers.
-        overwrite: replace an existing output folder.
+        overwrite: replace an output folder that a command of ours wrote, and in which nothing else lies.
 
     Raises `Refused` where a module has vectors on both sides: PEFT's layer takes its side for all its adapters, so not even
     two adapters can hold them (`merge` folds both). Other `IA3ExportError`; nothing is left behind then.
     """
+    check_arguments(convert, locals())
     checkpoint = read_checkpoint(base) if base is not None else None
     read, warnings = _fit(read_adapter(adapter), checkpoint, allow_missing, allow_unused)
     if task_type is not None and not _has_head(task_type, read.extras):
@@ -96,13 +100,14 @@ def combine(
             ``delta`` is ``1 + sum w (l - 1)``. By default ``linear`` with `weights`, ``product`` without.
         weights: one number an adapter, for ``linear`` and ``delta``.
         base: as in `convert`.
-        overwrite: replace an existing output folder.
+        overwrite: replace an output folder that a command of ours wrote, and in which nothing else lies.
 
     Heads and other tensors besides the vectors are kept where at most one adapter brings them, or all bring the same.
 
     Raises `UsageError`, `Refused` (different sides of a module, different heads), `ShapeMismatch`, `NotFinite` and what reading
     raises.
     """
+    check_arguments(globals()["combine"], locals())  # its own name is also an option
     read = [read_adapter(source) for source in adapters]
     if len(read) < 2:
         raise UsageError(

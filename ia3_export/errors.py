@@ -17,10 +17,14 @@
     └── OutputError        exit 4   the output could not be written
 
 Each carries ``hint``: what to do next. The command line prints ``error:`` and ``hint:`` and exits
-with ``exit_code``; a traceback is for our own mistakes only.
+with ``exit_code``. Any other exception is a mistake of ours: exit 70 (``EX_SOFTWARE``), one line to
+report, and the traceback with ``--verbose``.
 """
 
 from __future__ import annotations
+
+#: The exit code of a crash of ours, which must not be taken for a verdict.
+CRASHED = 70
 
 
 class IA3ExportError(Exception):
@@ -31,6 +35,17 @@ class IA3ExportError(Exception):
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's exception says, in one line; its class where it says nothing."""
+    return next((line for line in map(str.strip, str(error).splitlines()) if line), type(error).__name__)
+
+
+def kind_and_line(error: BaseException) -> str:
+    """``KeyError: 'weight'``; the class alone where the exception says nothing."""
+    kind, line = type(error).__name__, first_line(error)
+    return kind if line == kind else f"{kind}: {line}"
 
 
 class CheckFailed(IA3ExportError):

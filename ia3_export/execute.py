@@ -189,6 +189,11 @@ def _work(
                         f"{item.tensor.file} became shorter while it was read, at tensor {item.tensor.name}",
                         hint="something else writes to the inputs; run again when it is done",
                     ) from None
+                except ranges.ReadError as error:
+                    raise DamagedFile(
+                        f"{item.tensor.file} cannot be read at tensor {item.tensor.name}: {error}",
+                        hint="check the disk that the input is on, or fetch the file again",
+                    ) from error
 
 
 def _copy(item: Item, source: int, targets: Sequence[int], meter: _Meter, work: Workspace) -> None:
@@ -229,7 +234,10 @@ def _read_block(
 ) -> Any:
     """Elements ``first:first+length`` as stored, or as they are computed."""
     if tensor.computed is not None:
-        return tensor.computed.read(first, length)
+        try:
+            return tensor.computed.read(first, length)
+        except OSError as error:
+            raise ranges.ReadError(error.strerror or str(error)) from error
     start, nbytes = first * stored.itemsize, length * stored.itemsize
     if tensor.data is not None:
         return tensor.data[start : start + nbytes].view(stored)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -14,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ia3_export.adapters.model import Adapter
+from ia3_export.arguments import check_arguments
 from ia3_export.card import BASE_CARD
-from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
-from ia3_export.checkpoint.stage import check_target, copy_file, set_aside, staged
-from ia3_export.errors import CheckFailed, UsageError
+from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint, read_checkpoint
+from ia3_export.checkpoint.stage import check_target, copy_file, scratch_folder, set_aside, staged
+from ia3_export.errors import CheckFailed, Refused, UsageError
 from ia3_export.execute import hash_file
 from ia3_export.manifest import NAME, list_files, tool
 from ia3_export.merging import merge
@@ -110,7 +110,7 @@ def export_onnx(
             decoder and decoder with past) or ``if`` (those two as branches of one ``If``, as optimum merges them).
         opset: ONNX operator set.
         check: `verify` every graph through ONNX Runtime before the folder is put in place.
-        overwrite: replace an existing output folder.
+        overwrite: replace an output folder that a command of ours wrote, and in which nothing else lies.
         on_step: told what is being done.
 
     Weights are traced in float32 (those of 16-bit checkpoints are widened exactly).
@@ -121,6 +121,7 @@ def export_onnx(
     Raises `UsageError`, `InputError` and its kinds, `OutputError`, and `CheckFailed` when a graph is not in parity; the folder is
     then kept aside as ``<output>.failed``.
     """
+    check_arguments(export_onnx, locals())
     if (model is None) == (base is None) or (base is not None and not adapters):
         raise UsageError(
             "give either --model, or --base with --adapter", hint="--model takes the folder that merge wrote"
@@ -139,7 +140,7 @@ def export_onnx(
     with ExitStack() as stack:
         stack.enter_context(quiet())
         stack.enter_context(exact_matmul())
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ia3-export-")))
+        scratch = stack.enter_context(scratch_folder())
         given = [Path(s) for s in (model, base, *adapters) if s is not None and not isinstance(s, Adapter)]
         given += [path for a in adapters if isinstance(a, Adapter) for path in a.location.inputs]
         check_target(target, [path for path in given if path.exists()], overwrite=overwrite)
@@ -149,6 +150,11 @@ def export_onnx(
             merge(base, adapters, scratch / "merged", digests="none", reload_check=False)
             source = scratch / "merged"
         checkpoint = read_checkpoint(source)
+        if checkpoint.holds_adapter:
+            raise Refused(
+                f"{source} holds a model and an adapter ({ADAPTER_CONFIG}): transformers would apply it to these weights",
+                hint=f"to fold it, --base {source} --adapter {source}; for the model alone, move {ADAPTER_CONFIG} away",
+            )
         if checkpoint.config is None:
             raise UsageError("the model has no config.json", hint="give the folder that merge wrote")
         sentence_model = (checkpoint.folder / "modules.json").is_file()

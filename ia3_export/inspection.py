@@ -11,6 +11,7 @@ import numpy as np
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.channels import count_channels, strongest_channels
 from ia3_export.adapters.model import Adapter, Site
+from ia3_export.arguments import check_arguments
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.fold import FLOAT_DTYPES
 from ia3_export.manifest import describe_plan
@@ -80,6 +81,7 @@ def inspect(
     Neither torch nor transformers is imported while names and shapes settle everything (``.bin`` files need torch).
     Refusals of the plan are part of the result. Raises `IA3ExportError` for inputs that cannot be read.
     """
+    check_arguments(inspect, locals())
     read = read_adapter(adapter)
     plan = make_plan(read_checkpoint(base), [read], quantized=quantized) if base is not None else None
     return Inspection(read, tuple(describe_vector(site) for site in read.sites.values()), plan)

@@ -12,8 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from ia3_export.checkpoint.folder import MANIFEST
+from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.hub import Location
+from ia3_export.checkpoint.record import MANIFEST, Folded
 from ia3_export.execute import TensorResult, Written, hash_file
 from ia3_export.plan import Plan
 
@@ -45,7 +46,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "options": {
             "combine": plan.combine, "weights": list(plan.weights), "cast": plan.cast, "dtype": plan.dtype,
             "quantized": plan.quantized,
-            "allow_missing": plan.allow_missing, "allow_unused": plan.allow_unused,
+            "allow_missing": plan.allow_missing, "allow_unused": plan.allow_unused, "tokenizer": plan.tokenizer,
         },
         "adapters": [a.name for a in plan.adapters],
         "model_class": plan.model_class,
@@ -59,6 +60,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "quantization": describe_quantization(plan),
         "config_edits": list(plan.config_edits),
         "left_out": list(plan.base.left_out),
+        "taken_from_adapters": dict(sorted(plan.companions.taken.items())),
         "warnings": list(plan.warnings),
         "refusals": [{"error": str(p), "hint": p.hint} for p in plan.problems],
     }  # fmt: skip
@@ -113,10 +115,16 @@ def make_manifest(
             }
             for adapter in plan.adapters
         ],
+        "folded": [folded.to_json() for folded in (*plan.base.folded, *map(as_folded, plan.adapters))],
         "linked": list(written.linked),
         "files": list_files(stage, known=written.sha256, hashed=digests != "none"),
     }  # fmt: skip
     return Manifest(target, content)
+
+
+def as_folded(adapter: Adapter) -> Folded:
+    """What is recorded of an adapter whose vectors are in the weights."""
+    return Folded(adapter.name, adapter.parameters, adapter.digest)
 
 
 def _versions(plan: Plan) -> dict[str, str]:

@@ -12,11 +12,13 @@ from typing import Any
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.combine import Combine
 from ia3_export.adapters.model import Adapter
+from ia3_export.arguments import check_arguments
 from ia3_export.card import BASE_CARD, make_card
 from ia3_export.changes import Cast, Dtype
 from ia3_export.checkpoint import ranges
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
-from ia3_export.checkpoint.stage import check_target, copy_file, set_aside, staged
+from ia3_export.checkpoint.stage import check_target, copy_file, set_aside, space_hint, staged
+from ia3_export.companions import TokenizerChoice
 from ia3_export.errors import CheckFailed, OutputError, UsageError
 from ia3_export.execute import Progress, write_outputs
 from ia3_export.layout import INDEX, OutputFile, lay_out, make_index
@@ -40,17 +42,19 @@ def plan_merge(
     quantized: Quantized = "dequantize",
     allow_missing: bool = False,
     allow_unused: bool = False,
+    tokenizer: TokenizerChoice = "auto",
 ) -> Plan:
     """What `merge` with the same arguments would do (``--dry-run``). Refusals are in ``Plan.problems``.
 
     Raises `IA3ExportError` for inputs that cannot be read.
     """
+    check_arguments(plan_merge, locals())
     if not adapters:
         raise UsageError("no adapter given", hint="give at least one --adapter")
     read = [read_adapter(source) for source in adapters]
     return make_plan(
         read_checkpoint(base), read, combine=combine, weights=weights, cast=cast, dtype=dtype, quantized=quantized,
-        allow_missing=allow_missing, allow_unused=allow_unused,
+        allow_missing=allow_missing, allow_unused=allow_unused, tokenizer=tokenizer,
     )  # fmt: skip
 
 
@@ -69,6 +73,7 @@ def merge(
     overwrite: bool = False,
     allow_missing: bool = False,
     allow_unused: bool = False,
+    tokenizer: TokenizerChoice = "auto",
     digests: Digests = "output",
     flush: bool = False,
     reload_check: bool = True,
@@ -96,9 +101,11 @@ def merge(
             leaves every code alone, or refuses; ``keep-or-dense`` writes the weights dense for which that is impossible.
         shard_size: largest shard in bytes; None keeps the base's shards and names.
         link: hard-link shards that no vector touches instead of copying them.
-        overwrite: replace an existing output folder.
+        overwrite: replace an output folder that a command of ours wrote, and in which nothing else lies.
         allow_missing: leave targeted modules without a vector as they are.
         allow_unused: drop vectors and tensors that have no place in the base.
+        tokenizer: whose tokenizer, chat template, generation and processor settings the output gets: ``auto`` an adapter's where
+            they differ from the base's and their ids fit the vocabulary, ``base``, or ``adapter``.
         digests: SHA-256 of all input and output files (``full``), of outputs (``output``), or ``none``.
         flush: sync everything to disk before the final rename.
         reload_check: of a quantized base, open the output through transformers (bitsandbytes, compressed-tensors) or gguf
@@ -110,10 +117,11 @@ def merge(
     Raises `IA3ExportError`: `NotFound`, `DamagedFile`, `Unsupported`, `Refused` and its kinds for inputs,
     `UsageError` for options, `OutputError` for the output, `CheckFailed` when the reload check fails. Nothing is left behind in any of these cases.
     """
+    check_arguments(merge, locals())
     target = Path(output)
     plan = plan_merge(
         base, adapters, combine=combine, weights=weights, cast=cast, dtype=dtype, quantized=quantized,
-        allow_missing=allow_missing, allow_unused=allow_unused,
+        allow_missing=allow_missing, allow_unused=allow_unused, tokenizer=tokenizer,
     )  # fmt: skip
     plan.raise_problems()
     return _write([(plan, target)], shard_size, link, overwrite, digests, flush, reload_check, on_progress)[0]
@@ -132,6 +140,7 @@ def merge_each(
     overwrite: bool = False,
     allow_missing: bool = False,
     allow_unused: bool = False,
+    tokenizer: TokenizerChoice = "auto",
     digests: Digests = "output",
     flush: bool = False,
     reload_check: bool = True,
@@ -141,6 +150,7 @@ def merge_each(
 
     Arguments and errors as in `merge`; adapters of the same name are a `UsageError`.
     """
+    check_arguments(merge_each, locals())
     if not adapters:
         raise UsageError("no adapter given", hint="give at least one --adapter")
     read = [read_adapter(source) for source in adapters]
@@ -162,6 +172,7 @@ def merge_each(
             quantized=quantized,
             allow_missing=allow_missing,
             allow_unused=allow_unused,
+            tokenizer=tokenizer,
         )
         plan.raise_problems()
         jobs.append((plan, Path(directory) / adapter.name))
@@ -178,6 +189,10 @@ def _write(
     reload_check: bool,
     on_progress: Callable[[Progress], None],
 ) -> list[Manifest]:
+    if shard_size is not None and shard_size <= 0:
+        raise UsageError(
+            f"a shard of {shard_size} bytes holds nothing", hint="for example shard_size=5_000_000_000"
+        )
     for plan, target in jobs:
         inputs = [
             *plan.base.location.inputs, *(path for a in plan.adapters for path in a.location.inputs)
@@ -226,16 +241,16 @@ def _check_space(outputs: Sequence[tuple[Path, Sequence[OutputFile]]], base: Che
     if not cloned:
         raise OutputError(
             f"the output needs {needed:,} bytes, {stage.parent} has {free:,} free",
-            hint="free some space, give an --output on another disk, or use --link",
+            hint=space_hint(stage) + (", or use --link" if not link else ""),
         )
 
 
 def _write_side_files(plan: Plan, stage: Path, files: Sequence[OutputFile]) -> None:
-    for relative in plan.base.side_files:
+    for relative, source in plan.companions.files.items():
         target = stage / (BASE_CARD if relative == "README.md" else relative)
         if relative in (NAME, BASE_CARD) or (plan.dequantizes and relative in SIDE_FILES):
             continue
-        copy_file(plan.base.folder / relative, target)
+        copy_file(source, target)
     if plan.config is not None and not plan.base.is_gguf:
         text = json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n"
         (stage / "config.json").write_text(text, encoding="utf-8")

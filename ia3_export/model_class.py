@@ -17,9 +17,10 @@ from logging import ERROR, getLogger
 from typing import Any
 
 from ia3_export.adapters.model import Adapter
+from ia3_export.checkpoint.folder import architectures
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.conversions import Loading, converted_names, loading_rules, state_entry
-from ia3_export.errors import IA3ExportError, Unsupported
+from ia3_export.errors import IA3ExportError, Unsupported, kind_and_line
 from ia3_export.fold import Layout
 
 _TASK_TABLES = {
@@ -72,7 +73,7 @@ def load_runtime_model(
             raise
         except Exception as error:  # a damaged config.json makes transformers fail in any way there is
             raise Unsupported(
-                f"transformers cannot build a model from config.json: {type(error).__name__}: {_first_line(error)}",
+                f"transformers cannot build a model from config.json: {kind_and_line(error)}",
                 hint="check config.json; without a model class the adapter's names must be the stored names",
             ) from error
 
@@ -108,10 +109,6 @@ def absent_entries(runtime: RuntimeModel) -> list[str]:
     """What the model needs and the checkpoint has not, by name."""
     present = runtime.stored.keys() | runtime.converted.keys() | runtime.ties.keys()
     return sorted(runtime.needed - present)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
 
 
 def same_but_untied(config: Mapping[str, Any], edited: Mapping[str, Any]) -> bool:
@@ -175,7 +172,7 @@ def _candidate_classes(config: Mapping[str, Any], adapter: Adapter) -> Iterator[
     tables = [_TASK_TABLES.get(adapter.task_type or ""), "MODEL_MAPPING_NAMES"]
     model_type = config.get("model_type")
     of_task, bare = (getattr(modeling_auto, t).get(model_type) if t else None for t in tables)
-    names += [of_task, *(config.get("architectures") or ()), bare]
+    names += [of_task, *architectures(config), bare]
     for name in dict.fromkeys(n[0] if isinstance(n, tuple | list) else n for n in names):
         found = getattr(transformers, name, None) if isinstance(name, str) else None
         if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
@@ -321,7 +318,7 @@ def parameter_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     import transformers
 
     with quiet():
-        for name in config.get("architectures") or ():
+        for name in architectures(config):
             if isinstance(getattr(transformers, str(name), None), type):
                 model = _build(name, config)
                 return {key: tuple(value.shape) for key, value in model.state_dict().items()}

@@ -10,7 +10,7 @@ import numpy as np
 
 from ia3_export.adapters.combine import Combine, linear_warnings
 from ia3_export.adapters.model import Adapter
-from ia3_export.base_match import base_warnings
+from ia3_export.base_match import base_warnings, folded_before, merge_warnings
 from ia3_export.changes import (
     DTYPES,
     Cast,
@@ -23,6 +23,7 @@ from ia3_export.changes import (
     write_ties,
 )
 from ia3_export.checkpoint.folder import Checkpoint
+from ia3_export.companions import Companions, TokenizerChoice, choose_companions
 from ia3_export.config_edits import check_vocabulary, edit_config, output_class
 from ia3_export.errors import IA3ExportError, NotFinite, Refused, UsageError
 from ia3_export.keeping import Folds, Kept, KeptSite, keep_codes
@@ -40,7 +41,7 @@ _NAMES = {stored: name for name, stored in DTYPES.items()}
 class Plan:
     """All that a merge will do, as plain data. `config` is the output's ``config.json`` if it must differ.
 
-    `base` is what is stored. Of a quantized base `dense` is what it stands for, and the output has no `dropped` tensors.
+    `companions` are the files beside the weights. `base` is what is stored. Of a quantized base `dense` is what it stands for, and the output has no `dropped` tensors.
     """
 
     base: Checkpoint
@@ -54,6 +55,8 @@ class Plan:
     dtype: Dtype
     allow_missing: bool
     allow_unused: bool
+    tokenizer: TokenizerChoice
+    companions: Companions
     changes: Mapping[str, Change]
     dropped: frozenset[str]
     config: Mapping[str, Any] | None
@@ -95,6 +98,7 @@ def make_plan(
     quantized: Quantized = "dequantize",
     allow_missing: bool = False,
     allow_unused: bool = False,
+    tokenizer: TokenizerChoice = "auto",
 ) -> Plan:
     """Decide what a merge of `adapters` (in order) into `base` changes.
 
@@ -115,8 +119,9 @@ def make_plan(
     ]
     problems = [*quantization.problems, *(p for r in resolutions for p in r.problems)]
     problems += [p for adapter in adapters for p in not_finite(adapter)]
+    problems += [p for adapter in adapters if (p := folded_before(adapter, base)) is not None]
     warnings = linear_warnings([r.adapter for r in resolutions], weights) if combine == "linear" else []
-    warnings += [w for a in adapters for w in base_warnings(a, base, quantization)]
+    warnings += [*merge_warnings(base), *(w for a in adapters for w in base_warnings(a, base, quantization))]
     warnings += [*quantization.warnings, *(w for r in resolutions for w in r.warnings)]
     changes: dict[str, Change] = {}
     dropped: frozenset[str] = frozenset()
@@ -151,9 +156,12 @@ def make_plan(
     shapes |= {name: change.shape for name, change in changes.items()}
     if not problems:
         problems += check_vocabulary(resolutions, shapes, dense.config if config is not None else None)
+    companions = choose_companions(base, [r.adapter for r in resolutions], tokenizer, config or base.config)
+    warnings += companions.warnings
+    problems += companions.problems
     return Plan(
         base, dense, quantization, quantized, tuple(r.adapter for r in resolutions), combine, tuple(weights), cast, dtype, allow_missing,
-        allow_unused, changes, dropped, config, tuple(edits), tuple(kept.sites) if kept else (), output_class(resolutions), tuple(dict.fromkeys(warnings)), tuple(problems),
+        allow_unused, tokenizer, companions, changes, dropped, config, tuple(edits), tuple(kept.sites) if kept else (), output_class(resolutions), tuple(dict.fromkeys(warnings)), tuple(problems),
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.model import Adapter
+from ia3_export.arguments import check_arguments
 from ia3_export.errors import UsageError
 from ia3_export.report.vector_plot import PlotSite, write_plot
 
@@ -17,6 +18,7 @@ def plot_vectors(adapters: Sequence[str | Path | Adapter], file: str | Path) -> 
     Raises `UsageError` for another suffix or number of adapters, `Unsupported` without matplotlib, `OutputError`, and what
     reading adapters raises.
     """
+    check_arguments(plot_vectors, locals())
     if len(adapters) not in (1, 2):
         raise UsageError(f"{len(adapters)} adapters cannot be drawn", hint="give one, or two to compare")
     read = [read_adapter(source) for source in adapters]

@@ -13,13 +13,14 @@ from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
+from ia3_export.checkpoint.folder import Checkpoint, adapterless, architectures, read_checkpoint
 from ia3_export.checkpoint.header import read_values
-from ia3_export.errors import CheckFailed
+from ia3_export.errors import CheckFailed, kind_and_line
 from ia3_export.fold import FLOAT_DTYPES, Array
 from ia3_export.model_class import quiet
 from ia3_export.quantization.detection import Quantization, dense_view, find_quantization
@@ -66,7 +67,7 @@ def check_reload(folder: Path) -> Reload:
         return Reload("", 0, 0.0, reason)
     library, compared, worst = _library(quantization), 0, 0.0
     expected = {n: t for n, t in dense.tensors.items() if t.dtype in FLOAT_DTYPES}
-    for name, found in _load(folder, dense, quantization):
+    for name, found in _load(dense, quantization):
         if name not in expected:
             continue
         wanted = read_values(expected[name])
@@ -115,7 +116,7 @@ def _impossible(dense: Checkpoint, quantization: Quantization) -> str:
         return ""
     config = dense.config or {}
     named = config.get("architectures")
-    if not isinstance(named, list) or not named:
+    if not isinstance(named, list) or not named or not isinstance(named[0], str):
         return "config.json names no architecture"
     methods = {packed.method for packed in quantization.packed.values()}
     for method in methods:
@@ -131,7 +132,7 @@ def _impossible(dense: Checkpoint, quantization: Quantization) -> str:
 
     if config.get("model_type") not in transformers.CONFIG_MAPPING:
         return f"transformers does not know model_type {config.get('model_type')!r}"
-    if not hasattr(transformers, str(named[0])):
+    if not hasattr(transformers, named[0]):
         return f"transformers has no class {named[0]}"
     return ""
 
@@ -145,7 +146,7 @@ def _library(quantization: Quantization) -> str:
     return ", ".join(f"{name} {metadata.version(name)}" for name in names)
 
 
-def _load(folder: Path, dense: Checkpoint, quantization: Quantization) -> Iterator[tuple[str, Array]]:
+def _load(dense: Checkpoint, quantization: Quantization) -> Iterator[tuple[str, Array]]:
     """The weights by name as the library reads them, dequantized. Raises `CheckFailed` when it cannot."""
     if dense.is_gguf:
         yield from reload_weights(dense.shards[0].path, quantization.settings)
@@ -154,19 +155,22 @@ def _load(folder: Path, dense: Checkpoint, quantization: Quantization) -> Iterat
     import transformers
 
     assert dense.config is not None
-    name = dense.config["architectures"][0]
+    name = architectures(dense.config)[0]
     with quiet(), redirect_stderr(io.StringIO()):  # compressed-tensors draws bars of its own
         try:
-            model, info = getattr(transformers, name).from_pretrained(
-                folder, dtype="auto", output_loading_info=True
-            )
+            with TemporaryDirectory(prefix="ia3-export-") as scratch:
+                model, info = getattr(transformers, name).from_pretrained(
+                    adapterless(dense, Path(scratch)),
+                    dtype="auto",
+                    output_loading_info=True,
+                    trust_remote_code=False,
+                )
             compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
             if compressor is not None and hasattr(compressor, "decompress_model"):
                 compressor.decompress_model(model=model)
         except Exception as error:  # whatever a library raises is the finding
-            lines = str(error).strip().splitlines() or [""]
             raise CheckFailed(
-                f"transformers cannot load the output as {name}: {type(error).__name__}: {lines[0]}",
+                f"transformers cannot load the output as {name}: {kind_and_line(error)}",
                 hint=_REPORT,
             ) from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -18,6 +18,8 @@ import numpy as np
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.combine import Combine
 from ia3_export.adapters.model import Adapter
+from ia3_export.arguments import check_arguments
+from ia3_export.base_match import is_of
 from ia3_export.card import BASE_CARD
 from ia3_export.changes import Change
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
@@ -94,7 +96,7 @@ def unmerge(
         base: the original, if it is at hand: the result is then compared with it.
         combine, weights: how several adapters were merged; by default what the model's manifest says.
         allow_missing: accept targeted modules without a vector.
-        overwrite: replace an existing output folder.
+        overwrite: replace an output folder that a command of ours wrote, and in which nothing else lies.
         on_progress: called with bytes done and in total.
 
     Tensors that the adapters brought (heads, embeddings) stay, as does ``config.json``: what was there before is not in the
@@ -103,6 +105,7 @@ def unmerge(
     Raises `Refused` for a zero in a vector (what it multiplied is lost), `Unsupported` for a quantized model, and what `merge`
     raises.
     """
+    check_arguments(unmerge, locals())
     checkpoint = read_checkpoint(model)
     read = [read_adapter(source) for source in adapters]
     if weights and combine is None:
@@ -121,9 +124,10 @@ def unmerge(
         for adapter in read
         if adapter.extras
     ]
+    left = [folded for folded in checkpoint.folded if not any(is_of(folded, adapter) for adapter in read)]
     plan = make_plan(
-        checkpoint, [replace(a, extras={}, vectors_only=True) for a in read], combine=how.combine, weights=how.weights,
-        cast=how.cast, allow_missing=how.allow_missing, allow_unused=how.allow_unused,
+        replace(checkpoint, folded=()), [replace(a, extras={}, vectors_only=True) for a in read], combine=how.combine,
+        weights=how.weights, cast=how.cast, allow_missing=how.allow_missing, allow_unused=how.allow_unused, tokenizer="base",
     )  # fmt: skip
     plan.raise_problems()
     original = read_checkpoint(base) if base is not None else None
@@ -156,6 +160,7 @@ def unmerge(
             "tool": tool(),
             "model": checkpoint.location.name,
             "adapters": [adapter.name for adapter in read],
+            "folded": [folded.to_json() for folded in left],
             "options": {"combine": how.combine, "weights": list(how.weights), "cast": how.cast},
             "exactness": [asdict(row) for row in tensors],
             "warnings": warnings,
@@ -173,6 +178,9 @@ def _compare_record(model: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         yield "the model has no manifest that says what was folded into it: a wrong adapter would be divided out all the same"
         return
+    taken = manifest.get("taken_from_adapters")
+    if taken:
+        yield f"{', '.join(sorted(taken))} came from the adapters, and stay"
     given = [(adapter.name, adapter.parameters) for adapter in adapters]
     if folded != given:
         yield (

@@ -12,6 +12,7 @@ from ia3_export.adapters.model import Adapter
 from ia3_export.adapters.peft import is_peft, read_peft
 from ia3_export.adapters.research import is_mats, is_tango, is_tfew, read_mats, read_tango, read_tfew
 from ia3_export.adapters.source import Source, open_source
+from ia3_export.arguments import check_arguments
 from ia3_export.errors import Unsupported, UsageError
 
 
@@ -51,6 +52,7 @@ def read_adapter(source: str | Path | Adapter, *, rules: Sequence[str] = ()) -> 
     `rules` (``REGEX=output`` or ``REGEX=input``, see `read_mapped`) say what the vectors are in a file without a configuration
     that names its format. An `Adapter` that was read before is returned as it is. Raises `IA3ExportError`.
     """
+    check_arguments(read_adapter, locals())
     if isinstance(source, Adapter):
         return source
     files = open_source(source)

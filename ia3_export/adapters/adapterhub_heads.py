@@ -114,7 +114,7 @@ def read_head(source: Source) -> Head:
         return _static(found, config)
     kind = str(settings.get("head_type"))
     owners = {match["owner"] for name in tensors if (match := _LAYER.fullmatch(name))}
-    if owners - {source.config.get("name")}:
+    if owners - {str(source.config.get("name"))}:
         found = replace(
             found, warnings=(f"the head beside the adapter is called {', '.join(sorted(owners))}",)
         )

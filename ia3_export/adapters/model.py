@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,14 @@ class Adapter:
     def parameters(self) -> int:
         """Elements of all vectors."""
         return sum(len(site.vector) for site in self.sites.values())
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the vectors' values and sides, whatever the file, its format, dtype and prefixes of names are."""
+        vectors = (
+            site.direction.encode() + site.vector.astype("<f8").tobytes() for site in self.sites.values()
+        )
+        return sha256(b"".join(sorted(sha256(vector).digest() for vector in vectors))).hexdigest()
 
 
 def second_key(module: str, direction: Direction) -> str:

@@ -17,8 +17,9 @@ from typing import Any
 
 from ia3_export.adapters.model import Adapter, Pattern, Site, TargetRules, as_pattern, same_in_every_layer
 from ia3_export.adapters.source import Source, make_site
-from ia3_export.checkpoint.folder import MANIFEST, read_config
+from ia3_export.checkpoint.folder import read_config
 from ia3_export.checkpoint.header import Shard, StoredTensor, same_bytes
+from ia3_export.checkpoint.record import MANIFEST
 from ia3_export.errors import DamagedFile, NotFound, Refused, ShapeMismatch, Unsupported, UnusedVector
 from ia3_export.fold import Direction
 

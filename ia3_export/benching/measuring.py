@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -13,10 +12,12 @@ from typing import Any
 
 import psutil
 
+from ia3_export.arguments import check_arguments
 from ia3_export.benching.jobs import Job
 from ia3_export.benching.processes import start_worker
 from ia3_export.benching.results import Benchmark, Row, Timing, time_rounds
 from ia3_export.benching.variants import Prepared, prepare
+from ia3_export.checkpoint.stage import scratch_folder
 from ia3_export.errors import UsageError
 from ia3_export.model_class import quiet
 from ia3_export.parity.facts import environment, source_of
@@ -60,6 +61,7 @@ def bench(
 
     Raises `UsageError`, `InputError` and its kinds; what a worker fails with is raised here, too.
     """
+    check_arguments(bench, locals())
     if not adapters:
         raise UsageError("no adapter given", hint="give at least one --adapter")
     used = threads if threads is not None else free_cores()
@@ -69,8 +71,7 @@ def bench(
             hint="the spread of fewer rounds says nothing",
         )
     say = on_step or (lambda _: None)
-    with tempfile.TemporaryDirectory(prefix="ia3-export-") as folder:
-        scratch = Path(folder)
+    with scratch_folder() as scratch:
         with quiet():
             setup = prepare(
                 base, adapters, scratch, task=task, precisions=precisions, threads=used, length=length, tokens=tokens,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ia3_export.benching.jobs import Job, Runnable
-from ia3_export.errors import DamagedFile
+from ia3_export.errors import DamagedFile, first_line
 
 _PAST, _PRESENT = "past_key_values.", "present."
 
@@ -39,7 +39,7 @@ def _open(graph: Path, threads: int) -> Any:
         return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base class of their own
         raise DamagedFile(
-            f"ONNX Runtime cannot load {graph.name}: {str(error).splitlines()[0]}",
+            f"ONNX Runtime cannot load {graph.name}: {first_line(error)}",
             hint="leave out this --precision, and please report the architecture",
         ) from error
 

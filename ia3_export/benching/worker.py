@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ia3_export.benching.jobs import Job, Runnable, Sources
-from ia3_export.errors import IA3ExportError
+from ia3_export.errors import IA3ExportError, kind_and_line
 from ia3_export.onnx.tasks import Task
 
 #: A round repeats short forwards: about this many seconds, at most so often.
@@ -39,8 +39,7 @@ def _serve(commands: Iterator[str]) -> Iterator[dict[str, Any]]:
     except IA3ExportError as error:
         yield {"error": {"kind": type(error).__name__, "message": str(error), "hint": error.hint}}
     except Exception as error:  # of torch, transformers or onnxruntime, without a common base
-        first = (str(error).strip().splitlines() or [""])[0]
-        yield {"error": {"kind": "Unsupported", "message": f"{type(error).__name__}: {first}", "hint": ""}}
+        yield {"error": {"kind": "Unsupported", "message": kind_and_line(error), "hint": ""}}
 
 
 def _work(commands: Iterator[str]) -> Iterator[dict[str, Any]]:

@@ -10,8 +10,11 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ia3_export.arguments import check_arguments
 from ia3_export.checkpoint.header import Shard, StoredTensor, read_header
 from ia3_export.checkpoint.hub import Location, locate
+from ia3_export.checkpoint.ranges import link_or_copy
+from ia3_export.checkpoint.record import Folded, read_folded
 from ia3_export.errors import DamagedFile, NotFound, Refused, Unsupported
 from ia3_export.fold import FLOAT_DTYPES
 
@@ -19,11 +22,28 @@ from ia3_export.fold import FLOAT_DTYPES
 _OTHER_WEIGHTS = (
     "model*.safetensors", "consolidated*", "pytorch_model*.bin", "tf_model*.h5", "flax_model*.msgpack",
     "rust_model.ot", "*.gguf", "*.onnx", "*.onnx_data*", "*.tflite", "*.pth", "model*.safetensors.index.json",
-    "pytorch_model*.bin.index.json", "tf_model*.h5.index.json", "flax_model*.msgpack.index.json",
+    "pytorch_model*.bin.index.json", "tf_model*.h5.index.json", "flax_model*.msgpack.index.json", "*.ckpt", "*.ckpt.*",
+    "model.pt", "pytorch_model*.pt",
 )  # fmt: skip
+#: PEFT's, AdapterHub's and LLaVA's files of a fine-tune: transformers would apply them to the merged weights once more.
+_ADAPTER_FILES = (
+    "adapter_config.json", "adapter_model*", "adapter.safetensors", "pytorch_adapter.bin", "head_config.json",
+    "adapter_fusion_config.json", "non_lora_trainables.bin",
+)  # fmt: skip
+#: What trainers (transformers, accelerate, DeepSpeed, FSDP) leave to go on from; most of it pickled, none of it loaded with a model.
+_TRAINING_STATE = (
+    "training_args.bin", "trainer_state.json", "optimizer*.pt", "optimizer*.bin", "scheduler*.pt", "scheduler*.bin",
+    "scaler*.pt", "scaler*.bin", "sampler*.bin", "dl_state_dict*.bin", "custom_checkpoint_*", "*.pkl", "*.pickle",
+    "zero_to_fp32.py",
+)  # fmt: skip
+_TRAINING_FOLDERS = (
+    "checkpoint-[0-9]*",
+    "global_step[0-9]*",
+    "pytorch_model_fsdp_[0-9]*",
+    "optimizer_[0-9]*",
+)
+ADAPTER_CONFIG = "adapter_config.json"
 _OTHER_WEIGHT_FOLDERS = ("onnx", "openvino", "coreml", "original", "gguf")
-#: What every command of ours leaves in the folder that it wrote.
-MANIFEST = "ia3_export.json"
 _SKIPPED_FOLDERS = (".git", ".cache", "__pycache__")
 _DOWNLOAD_IGNORE = ("*.gguf", "*.onnx*", "*.h5", "*.msgpack", "*.ot", "*.tflite", "*.pth", "original/*")
 
@@ -37,7 +57,7 @@ _LAYOUTS = (  # the order in which transformers looks for weights
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A base model's files. `tensors` maps stored names to where their bytes lie."""
+    """A base model's files. `tensors` maps stored names to where their bytes lie, `folded` is what its manifest says they hold."""
 
     location: Location
     shards: tuple[Shard, ...]
@@ -47,6 +67,7 @@ class Checkpoint:
     config: Mapping[str, Any] | None
     side_files: tuple[str, ...]
     left_out: tuple[str, ...]
+    folded: tuple[Folded, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -57,6 +78,11 @@ class Checkpoint:
     def is_gguf(self) -> bool:
         """Whether it is a GGUF file: `config` then is what its metadata says, and no file of its own."""
         return any(shard.path.suffix == ".gguf" for shard in self.shards)
+
+    @property
+    def holds_adapter(self) -> bool:
+        """Whether an adapter lies beside the weights, which transformers would apply to whatever it loads from there."""
+        return ADAPTER_CONFIG in self.left_out
 
     @property
     def nbytes(self) -> int:
@@ -79,13 +105,26 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
     A lone file stands for itself: no configuration or tokenizer is looked for beside it (a GGUF file holds both).
     Raises `NotFound`, `DamagedFile`, `Unsupported`, `Refused`.
     """
+    check_arguments(read_checkpoint, locals())
     location = locate(source, ignore=_DOWNLOAD_IGNORE)
     if location.path.is_dir():
         return _read_folder(location)
     if location.path.suffix == ".gguf":
         return _read_gguf(location, location.path, (), ())
     shard = _read_shard(location.path, location.path.name)
-    return Checkpoint(location, (shard,), _by_name((shard,)), None, None, None, (), ())
+    folded = read_folded(location.path.parent, shard.name)
+    return Checkpoint(location, (shard,), _by_name((shard,)), None, None, None, (), (), folded)
+
+
+def architectures(config: Mapping[str, Any]) -> list[str]:
+    """Names of model classes that a configuration states. Raises `DamagedFile` for anything but a list of names."""
+    named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise DamagedFile(
+            f"config.json has architectures that are no list of class names: {str(named)[:60]}",
+            hint="fetch the file again; it is a list of one name, such as LlamaForCausalLM",
+        )
+    return named
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -124,7 +163,8 @@ def _read_folder(location: Location) -> Checkpoint:
     config = read_config(folder / "config.json") if (folder / "config.json").exists() else None
     side_files, left_out = _side_files(folder, {layout, *names})
     index_name = layout if index is not None else None
-    return Checkpoint(location, shards, tensors, index_name, index, config, side_files, left_out)
+    folded = read_folded(folder)
+    return Checkpoint(location, shards, tensors, index_name, index, config, side_files, left_out, folded)
 
 
 def _read_gguf(
@@ -133,11 +173,14 @@ def _read_gguf(
     from ia3_export.checkpoint.gguf import read_gguf
 
     shard, config = read_gguf(path)
-    return Checkpoint(location, (shard,), _by_name((shard,)), None, None, config, side_files, left_out)
+    folded = read_folded(path.parent, path.name)
+    return Checkpoint(
+        location, (shard,), _by_name((shard,)), None, None, config, side_files, left_out, folded
+    )
 
 
 def _no_weights(folder: Path) -> NotFound | Unsupported:
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         return Unsupported(
             f"{folder} is an adapter, not a base model",
             hint="--base takes the model that the adapter was trained on, --adapter takes this folder",
@@ -220,24 +263,68 @@ def _check_index(index_file: Path, index: Mapping[str, Any], shards: tuple[Shard
 
 
 def _side_files(folder: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Every other file of the folder, as (to copy, left out because it holds unmerged weights)."""
-    root = folder.resolve()
-    blobs = root.parent.parent / "blobs"  # a hub cache snapshot links into this
+    """Every other file of the folder, as (to copy, left out: unmerged weights, adapters and states of trainings)."""
+    adapters = {
+        path.parent.relative_to(folder) for path in folder.glob(f"*/{ADAPTER_CONFIG}") if _is_ia3(path)
+    }
     copied, left_out = [], []
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         if relative.parts[0] in _SKIPPED_FOLDERS or not path.is_file() or relative.as_posix() in weights:
             continue
-        target = path.resolve()
-        if not target.is_relative_to(root) and not target.is_relative_to(blobs):
-            raise Refused(
-                f"{path} is a link to {target}, outside the base folder",
-                hint="replace the link by the file itself",
-            )
-        at_root = len(relative.parts) == 1
-        other_weights = at_root and any(fnmatch(relative.name, pattern) for pattern in _OTHER_WEIGHTS)
-        if other_weights or relative.parts[0] in _OTHER_WEIGHT_FOLDERS:
+        check_contained(path, folder)
+        if _is_left_out(relative) or not adapters.isdisjoint(relative.parents):
             left_out.append(relative.as_posix())
         else:
             copied.append(relative.as_posix())
     return tuple(copied), tuple(left_out)
+
+
+def check_contained(path: Path, folder: Path) -> None:
+    """Raise `Refused` for a link that leads out of `folder`."""
+    root, target = folder.resolve(), path.resolve()
+    blobs = root.parent.parent / "blobs"  # a hub cache snapshot links into this
+    if not target.is_relative_to(root) and not target.is_relative_to(blobs):
+        raise Refused(
+            f"{path} is a link to {target}, outside its folder", hint="replace the link by the file itself"
+        )
+
+
+def _is_left_out(relative: Path) -> bool:
+    if len(relative.parts) == 1:
+        patterns = (*_OTHER_WEIGHTS, *_ADAPTER_FILES, *_TRAINING_STATE)
+        return any(fnmatch(relative.name, pattern) for pattern in patterns)
+    above = relative.parts[0]
+    return above in _OTHER_WEIGHT_FOLDERS or any(fnmatch(above, pattern) for pattern in _TRAINING_FOLDERS)
+
+
+def _is_ia3(config_file: Path) -> bool:
+    """Whether an adapter in a folder of its own was trained like ours; a LoRA there belongs to the model (Phi-4-multimodal)."""
+    try:
+        value = json.loads(config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and value.get("peft_type", "IA3") == "IA3"
+
+
+def adapterless(checkpoint: Checkpoint, place: Path) -> Path:
+    """The folder of `checkpoint` as transformers must see it: itself, or, where an adapter lies in it, links to the rest in `place`.
+
+    transformers looks for ``adapter_config.json`` in every folder that it loads, and has no argument against it.
+    """
+    if not checkpoint.holds_adapter:
+        return checkpoint.folder
+    links = place / "base"
+    links.mkdir(parents=True, exist_ok=True)
+    for path in checkpoint.folder.iterdir():
+        if path.name != ADAPTER_CONFIG and not (links / path.name).exists():
+            _link(path.resolve(), links / path.name)
+    return links
+
+
+def _link(path: Path, link: Path) -> None:
+    try:
+        link.symlink_to(path, target_is_directory=path.is_dir())
+    except OSError:  # Windows lets not everyone make symbolic links
+        if path.is_file():
+            link_or_copy(path, link)

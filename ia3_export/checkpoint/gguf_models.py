@@ -65,7 +65,8 @@ def find_architecture(path: Path, values: Mapping[str, Any]) -> Architecture:
             f"{path} is a GGUF {values['general.type']}, no model",
             hint="--base takes the model that was trained on",
         )
-    if int(values.get("split.count") or 0) > 1:
+    parts = values.get("split.count")
+    if isinstance(parts, int) and parts > 1:
         raise Unsupported(
             f"{path} is one of {values['split.count']} parts of a model",
             hint="join them first: llama-gguf-split --merge FIRST_PART OUTPUT.gguf",

@@ -8,15 +8,18 @@ safetensors one. Files of the format before torch 1.6, and strided tensors, are 
 
 from __future__ import annotations
 
+import logging
 import pickle
 import struct
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ia3_export.checkpoint.header import Shard, StoredTensor, tensor_bytes
-from ia3_export.errors import DamagedFile, NotFound, Unsupported
+from ia3_export.errors import DamagedFile, NotFound, Unsupported, kind_and_line
 from ia3_export.libraries import private
 
 _SAFETENSORS_DTYPES = {
@@ -109,7 +112,7 @@ def _load(path: Path, *, fake: bool) -> Any:
     fake_mode = private("torch._subclasses.fake_tensor:FakeTensorMode")
 
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _silenced("torch._subclasses.fake_tensor"):
             warnings.simplefilter("ignore")
             if fake:
                 with fake_mode():
@@ -121,11 +124,21 @@ def _load(path: Path, *, fake: bool) -> Any:
             hint="load it where you trust it and save it again with save_pretrained(), as safetensors",
         ) from None
     except Exception as error:  # a damaged file makes torch raise nearly anything
-        first_line = (str(error).strip().splitlines() or [""])[0]
         raise DamagedFile(
-            f"{path} cannot be read as a torch file: {type(error).__name__}: {first_line}",
+            f"{path} cannot be read as a torch file: {kind_and_line(error)}",
             hint="fetch the file again",
         ) from None
+
+
+@contextmanager
+def _silenced(name: str) -> Iterator[None]:
+    """Without what a logger says: torch writes tracebacks of its own for tensors that it cannot fake."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _dtype_name(path: Path, key: str, value: Any) -> str:
@@ -136,9 +149,9 @@ def _dtype_name(path: Path, key: str, value: Any) -> str:
             f"{path} holds {key}, a {type(value).__name__}, beside its tensors",
             hint="save model.state_dict() alone, better with save_pretrained()",
         )
-    if value.layout != torch.strided or value.is_meta or value.is_quantized:
+    if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_nested:
         raise Unsupported(
-            f"tensor {key} in {path} is sparse, quantized or without data",
+            f"tensor {key} in {path} is sparse, nested, quantized or without data",
             hint="save it as a plain dense tensor",
         )
     if value.numel() * value.element_size() > max(value.untyped_storage().nbytes(), _REPEATED):

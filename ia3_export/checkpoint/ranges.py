@@ -6,7 +6,6 @@ with ``IA3_EXPORT_PLAIN_IO=1``, plain reads and writes do the same work.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -16,7 +15,10 @@ from pathlib import Path
 STEP = 16 << 20
 PAGE = 4096
 _FICLONE = 0x40049409
-_NO_FAST_PATH = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY)
+
+
+class ReadError(Exception):
+    """The system cannot read an input; an `OSError` here would not say that it was no output."""
 
 
 def fast_paths() -> bool:
@@ -70,10 +72,13 @@ def copy_range(
 
 
 def read_into(source: int, buffer: memoryview, offset: int) -> int:
-    """Fill `buffer` from `offset`; returns its length. Raises `EOFError` when the file ends before."""
+    """Fill `buffer` from `offset`; returns its length. Raises `EOFError` when the file ends before, and `ReadError`."""
     done = 0
     while done < len(buffer):
-        got = _preadv(source, [buffer[done:]], offset + done)
+        try:
+            got = _preadv(source, [buffer[done:]], offset + done)
+        except OSError as error:
+            raise ReadError(error.strerror or str(error)) from error
         if got == 0:
             raise EOFError(f"file ends at byte {offset + done}")
         done += got
@@ -103,10 +108,8 @@ def link_or_copy(source: Path, target: Path) -> bool:
 def _kernel_copy(source: int, offset: int, target: int, position: int, count: int) -> int:
     try:
         return os.copy_file_range(source, target, count, offset, position)
-    except OSError as error:
-        if error.errno in _NO_FAST_PATH:
-            return 0
-        raise
+    except OSError:  # plain reading and writing then says whether it cannot, and which of the two
+        return 0
 
 
 def _seek_and_read(fd: int, buffers: list[memoryview], offset: int, /) -> int:

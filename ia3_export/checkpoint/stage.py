@@ -10,14 +10,26 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
 
-from ia3_export.errors import OutputError, Refused
+from ia3_export.checkpoint.record import MANIFEST, read_record
+from ia3_export.errors import IA3ExportError, InputError, OutputError, Refused
+
+_SCRATCH = "ia3-export-"
+_NEXT_TO_NOTHING = 16 << 20
+_TMPDIR = (
+    "free some space there, or set TMPDIR to a folder on another disk: models are merged into it for a while"
+)
+#: What file managers leave in every folder.
+_LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
+#: What huggingface_hub remembers of an upload.
+_UPLOAD = ".cache/huggingface/"
 
 
 def check_target(target: Path, inputs: list[Path], *, overwrite: bool) -> None:
-    """Refuse a target that lies in an input, holds one, or exists (unless `overwrite` or empty).
+    """Refuse a target that lies in an input, holds one, or exists (unless empty, or `overwrite` and written by us).
 
     Raises `Refused` (exit 3) for the first two and `OutputError` (exit 4) for the last.
     """
@@ -44,6 +56,7 @@ def check_target(target: Path, inputs: list[Path], *, overwrite: bool) -> None:
                 f"{target} holds the working or home directory and is not replaced",
                 hint="give another --output",
             )
+        _check_ours(target)
 
 
 @contextmanager
@@ -51,7 +64,7 @@ def staged(target: Path, *, overwrite: bool = False, flush: bool = False) -> Ite
     """A new empty folder beside `target` that takes its place when the block ends without an error.
 
     `flush` syncs every file to disk before the rename, so that the result also survives a power cut.
-    Folders above it that had to be made disappear again after an error. Raises `OutputError`; disk-full and permission errors of the block are turned into it as well.
+    Folders above it that had to be made disappear again after an error. Raises `OutputError`; disk-full and permission errors of the block are turned into it as well, and `InputError` those of other files.
     """
     target = target.absolute()
     stage = target.with_name(f".{target.name}.ia3-export-stage")
@@ -71,20 +84,89 @@ def staged(target: Path, *, overwrite: bool = False, flush: bool = False) -> Ite
                 _swap(stage, target, old)
                 if flush:
                     _sync_file(target.parent)
+            except OSError as error:  # before the stage goes: then no disk is full any more
+                raise _blamed(error, target, stage) from error
             finally:
                 shutil.rmtree(stage, ignore_errors=True)
     except OSError as error:
         _remove_empty(made)
-        full = error.errno == errno.ENOSPC
         raise OutputError(
             f"cannot write {error.filename or target}: {error.strerror or error}",
-            hint="free some space, or give an --output on another disk"
-            if full
+            hint=space_hint(target)
+            if is_full(error)
             else "check that the folder can be made there and written to",
         ) from error
     except BaseException:
         _remove_empty(made)
         raise
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder. Raises `OutputError` where none can be made, or when it runs full."""
+    with ExitStack() as stack:
+        try:
+            folder = Path(
+                stack.enter_context(TemporaryDirectory(prefix=_SCRATCH, ignore_cleanup_errors=True))
+            )
+        except OSError as error:
+            raise OutputError(
+                f"cannot make a temporary folder: {error.strerror or error}", hint=_TMPDIR
+            ) from error
+        try:
+            yield folder
+        except OSError as error:
+            if not is_full(error):
+                raise
+            raise OutputError(
+                f"cannot write to the temporary folder {folder}: {error.strerror}", hint=_TMPDIR
+            ) from error
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a disk, a quota or a limit of file sizes leaves no more space."""
+    return error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+
+
+def space_hint(target: Path) -> str:
+    """What helps where there is no space for `target`, which may be a temporary folder of ours."""
+    if any(folder.name.startswith(_SCRATCH) for folder in target.parents):
+        return _TMPDIR
+    return "free some space, or give an --output on another disk"
+
+
+def _blamed(error: OSError, target: Path, stage: Path) -> IA3ExportError:
+    """The error for what failed while `stage` was filled: an input that cannot be read, a temporary folder, or the output."""
+    file = Path(error.filename).absolute() if isinstance(error.filename, str) else None
+    said = error.strerror or str(error)
+    if is_full(error):
+        temporary = Path(gettempdir())
+        if free_space(temporary) < min(_NEXT_TO_NOTHING, free_space(stage)):
+            return OutputError(f"cannot write to the temporary folder {temporary}: {said}", hint=_TMPDIR)
+        return OutputError(f"cannot write {target}: {said}", hint=space_hint(target))
+    beside = f".{target.name}.ia3-export"
+    written = file is not None and (
+        file.is_relative_to(stage) or target.is_relative_to(file) or file.name.startswith(beside)
+    )
+    if file is None or written or any(folder.name.startswith(_SCRATCH) for folder in file.parents):
+        return OutputError(
+            f"cannot write {file or target}: {said}",
+            hint="check that the folder can be made there and written to",
+        )
+    return unreadable(file, said)
+
+
+def unreadable(file: Path, said: str) -> InputError:
+    """The error for an input that the system does not let us read."""
+    return InputError(
+        f"cannot read {file}: {said}",
+        hint="check that the file is there, that it may be read, and the disk that it is on",
+    )
+
+
+def free_space(folder: Path) -> int:
+    """Free bytes where `folder` is."""
+    return shutil.disk_usage(folder).free
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -99,6 +181,26 @@ def set_aside(stage: Path, target: Path) -> Path:
     place = next(p for p in (target.absolute().with_name(name) for name in places) if not p.exists())
     stage.rename(place)
     return place
+
+
+def _check_ours(target: Path) -> None:
+    """Refuse to replace what no command of ours wrote: a folder without our manifest, or a file that the manifest does not list."""
+    record = read_record(target)
+    if record is None:
+        raise OutputError(
+            f"{target} is no folder that ia3-export wrote (it holds no {MANIFEST}), and is not replaced",
+            hint="give another --output, or empty that folder yourself",
+        )
+    files = record.get("files")
+    listed = {MANIFEST, *(files if isinstance(files, dict) else ())}
+    for path in sorted(target.rglob("*")):
+        name = path.relative_to(target).as_posix()
+        is_folder = path.is_dir() and not path.is_symlink()
+        if not is_folder and name not in listed and path.name not in _LITTER and not name.startswith(_UPLOAD):
+            raise OutputError(
+                f"{target} also holds {name}, which ia3-export did not write, and is not replaced",
+                hint="move that file elsewhere, or give another --output",
+            )
 
 
 def _remove_empty(folders: list[Path]) -> None:

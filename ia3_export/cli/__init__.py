@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
+import traceback
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,9 +16,10 @@ from ia3_export.cli.bench_command import bench_command
 from ia3_export.cli.inspect_command import inspect_command
 from ia3_export.cli.merge_command import merge_command
 from ia3_export.cli.onnx_command import onnx_command
+from ia3_export.cli.output import Output
 from ia3_export.cli.unmerge_command import unmerge_command
 from ia3_export.cli.verify_command import verify_command
-from ia3_export.errors import IA3ExportError, UsageError
+from ia3_export.errors import CRASHED, IA3ExportError, InputError, OutputError, UsageError, kind_and_line
 
 INTERRUPTED = 130
 
@@ -37,15 +40,62 @@ class _Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted; nothing was left behind", err=True)
             ctx.exit(INTERRUPTED)
+        except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
+            raise  # click's own business
+        except Exception as error:
+            if ctx.meta.get("ia3_export.verbose"):
+                for line in "".join(traceback.format_exception(error)).splitlines():
+                    Output(as_json=False, quiet=False, verbose=True).note(line)
+            said = _of_machine(error) or _crash(error)
+            _show_error(said, as_json=bool(ctx.meta.get("ia3_export.json")))
+            ctx.exit(said.exit_code)
+
+
+class _Crash(IA3ExportError):
+    """An exception that nobody foresaw."""
+
+    exit_code = CRASHED
+
+
+def _of_machine(error: Exception) -> IA3ExportError | None:
+    """The error for what the system refused: memory, space, a file; None where it is a mistake of ours."""
+    from ia3_export.checkpoint.stage import is_full, unreadable
+
+    if isinstance(error, MemoryError):
+        return InputError(
+            f"there is not enough memory ({kind_and_line(error)})",
+            hint="close other programs, or use a machine with more; verify has --weights-only and --max-memory",
+        )
+    if not isinstance(error, OSError):
+        return None
+    if is_full(error):
+        return OutputError(
+            f"cannot write: {kind_and_line(error)}", hint="free some space, on the disk of TMPDIR as well"
+        )
+    said = error.strerror or str(error)
+    return unreadable(Path(error.filename), said) if isinstance(error.filename, str) else None
+
+
+def _crash(error: Exception) -> _Crash:
+    """The line to report: what it was, and the last place of our own that it passed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "ia3_export" in Path(frame.filename).parts]
+    where = f" in {Path(ours[-1].filename).name}, line {ours[-1].lineno}" if ours else ""
+    version = metadata.version("ia3-export")
+    return _Crash(
+        f"ia3-export {version} crashed{where}: {kind_and_line(error)}",
+        hint="this is a mistake in ia3-export and no verdict on your files: please report this line and the command; --verbose "
+        "shows the traceback",
+    )
 
 
 def _show_error(error: IA3ExportError, *, as_json: bool) -> None:
-    click.echo(f"error: {error}", err=True)
+    out = Output(as_json, quiet=False, verbose=False)
+    out.note(f"error: {error}")
     if error.hint:
-        click.echo(f"hint: {error.hint}", err=True)
+        out.note(f"hint: {error.hint}")
     if as_json:
-        document = {"error": str(error), "hint": error.hint, "exit_code": error.exit_code}
-        click.echo(json.dumps(document, indent=2))
+        out.document({"error": str(error), "hint": error.hint, "exit_code": error.exit_code})
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -66,7 +116,7 @@ def cli() -> None:
     BASE and ADAPTER are a folder, a file, or a hub id org/name[@revision].
 
     Exit codes: 0 done and in parity, 1 a check failed, 2 wrong usage, 3 an input is not readable or refused,
-    4 the output could not be written, 130 interrupted.
+    4 the output could not be written, 70 a crash of ia3-export itself, 130 interrupted.
     """
 
 

@@ -18,7 +18,7 @@ from ia3_export.cli.options import (
 from ia3_export.cli.output import Output
 
 if TYPE_CHECKING:
-    from ia3_export.converting import WrittenAdapter
+    from ia3_export.converting import TaskType, WrittenAdapter
 
 
 @click.command("convert")
@@ -47,7 +47,7 @@ def convert_command(
     output: Path,
     rules: tuple[str, ...],
     base: str | None,
-    task_type: str | None,
+    task_type: TaskType | None,
     allow_missing: bool,
     allow_unused: bool,
     overwrite: bool,

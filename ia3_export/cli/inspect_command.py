@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,9 +182,14 @@ def show_plan(out: Output, plan: Plan) -> None:
         out.text(f"... and {len(rows) - len(shown)} more tensors (--verbose shows all)")
     for edit in plan.config_edits:
         out.text(f"config.json: {edit}")
-    if plan.base.left_out:
-        out.text(f"left out, the base's weights in other formats: {', '.join(plan.base.left_out)}")
+    show_left_out(out, plan.base.left_out)
     for warning in plan.warnings:
         out.text(f"warning: {warning}")
     for problem in plan.problems:
         out.text(f"refused: {problem}" + (f" ({problem.hint})" if problem.hint else ""))
+
+
+def show_left_out(out: Output, names: Sequence[str]) -> None:
+    """The base's files that are not in the output."""
+    if names:
+        out.text(f"left out, weights in other formats, adapters and states of trainings: {', '.join(names)}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from ia3_export.cli.inspect_command import show_plan, show_quantization
+from ia3_export.cli.inspect_command import show_left_out, show_plan, show_quantization
 from ia3_export.cli.options import (
     adapters_option,
     base_option,
@@ -79,6 +79,14 @@ if TYPE_CHECKING:
 )
 @click.option("--allow-unused", is_flag=True, help="Drop vectors and tensors that have no place in the base.")
 @click.option(
+    "--tokenizer",
+    type=click.Choice(["auto", "base", "adapter"]),
+    default="auto",
+    show_default=True,
+    help="Tokenizer, chat template, generation and processor settings: the adapter's where they differ and fit, the base's, "
+    "the adapter's.",
+)
+@click.option(
     "--digests",
     type=click.Choice(["full", "output", "none"]),
     default="output",
@@ -112,6 +120,7 @@ def merge_command(
     overwrite: bool,
     allow_missing: bool,
     allow_unused: bool,
+    tokenizer: Literal["auto", "base", "adapter"],
     digests: Literal["full", "output", "none"],
     flush: bool,
     reload_check: bool,
@@ -142,7 +151,7 @@ def merge_command(
 
         plan = plan_merge(
             base, read, combine=combine, weights=weights, cast=cast, dtype=dtype, quantized=quantized,
-            allow_missing=allow_missing, allow_unused=allow_unused,
+            allow_missing=allow_missing, allow_unused=allow_unused, tokenizer=tokenizer,
         )  # fmt: skip
         show_plan(out, plan)
         plan.raise_problems()
@@ -152,7 +161,7 @@ def merge_command(
         if output_per_adapter is not None:
             manifests = merge_each(
                 base, read, output_per_adapter, cast=cast, dtype=dtype, quantized=quantized,
-                shard_size=shard_size, link=link, overwrite=overwrite, allow_missing=allow_missing, allow_unused=allow_unused, digests=digests,
+                shard_size=shard_size, link=link, overwrite=overwrite, allow_missing=allow_missing, allow_unused=allow_unused, tokenizer=tokenizer, digests=digests,
                 flush=flush, reload_check=reload_check, on_progress=report,
             )  # fmt: skip
             out.document({"manifests": [manifest.content for manifest in manifests]})
@@ -162,7 +171,7 @@ def merge_command(
                 merge(
                     base, read, output, combine=combine, weights=weights, cast=cast, dtype=dtype,
                     quantized=quantized, shard_size=shard_size, link=link, overwrite=overwrite, allow_missing=allow_missing,
-                    allow_unused=allow_unused, digests=digests, flush=flush, reload_check=reload_check, on_progress=report,
+                    allow_unused=allow_unused, tokenizer=tokenizer, digests=digests, flush=flush, reload_check=reload_check, on_progress=report,
                 )
             ]  # fmt: skip
             out.document(manifests[0].content)
@@ -176,8 +185,7 @@ def _show(out: Output, manifest: Manifest) -> None:
     for warning in content["warnings"]:
         out.text(f"warning: {warning}")
     show_quantization(out, content["quantization"])
-    if content["left_out"]:
-        out.text(f"left out, the base's weights in other formats: {', '.join(content['left_out'])}")
+    show_left_out(out, content["left_out"])
     if out.verbose:
         for row in changed:
             out.text(

@@ -16,6 +16,11 @@ def _remember_json(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
     return value
 
 
+def _remember_verbose(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
+    ctx.find_root().meta["ia3_export.verbose"] = value
+    return value
+
+
 base_option = click.option(
     "--base", required=True, metavar="BASE", help="Base model: folder, file or hub id."
 )
@@ -31,7 +36,9 @@ rules_option = click.option(
 output_option = click.option(
     "--output", required=True, type=click.Path(path_type=Path), help="Folder to create."
 )
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
+overwrite_option = click.option(
+    "--overwrite", is_flag=True, help="Replace an output folder that ia3-export wrote."
+)
 
 
 def output_options(function: F) -> F:
@@ -40,7 +47,9 @@ def output_options(function: F) -> F:
         "--json", "as_json", is_flag=True, callback=_remember_json, help="One JSON document on stdout."
     )(function)
     function = click.option("-q", "--quiet", is_flag=True, help="Errors only.")(function)
-    return click.option("-v", "--verbose", is_flag=True, help="Every tensor, every step.")(function)
+    return click.option(
+        "-v", "--verbose", is_flag=True, callback=_remember_verbose, help="Every tensor, every step."
+    )(function)
 
 
 def parse_weights(_: click.Context, __: click.Parameter, value: str | None) -> tuple[float, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,10 @@ import click
 
 if TYPE_CHECKING:
     from ia3_export.execute import Progress
+
+
+#: ``::error::`` at the start of a line, ``##[group]`` and ``##vso[`` anywhere.
+_COMMANDS = re.compile(r"^\s*::|##(?=\[|vso\[)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +36,17 @@ class Output:
         if not self.quiet:
             click.echo(_printable(line), err=self.as_json)
 
+    def note(self, line: str) -> None:
+        """A line on stderr, also where it is quiet: an error, its hint."""
+        click.echo(_printable(line), err=True)
+
     def document(self, content: Mapping[str, Any]) -> None:
         """The JSON document, if asked for."""
         if self.as_json:
-            click.echo(json.dumps(_finite(content), indent=2, sort_keys=True, ensure_ascii=False))
+            text = json.dumps(_finite(content), indent=2, sort_keys=True, ensure_ascii=False)
+            click.echo(
+                text.encode(errors="backslashreplace").decode()
+            )  # JSON writes half a character as Python does
 
     def table(
         self,
@@ -64,16 +76,18 @@ class Output:
                 shown.remove(column)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for column in shown:
-            table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+            table.add_column(
+                Text(_visible(column)), justify="right" if column in numbers else "left", overflow="fold"
+            )
         for row in rows:
             table.add_row(
-                *(Text(_printable(str(cell))) for c, cell in zip(columns, row, strict=True) if c in shown)
+                *(Text(_visible(str(cell))) for c, cell in zip(columns, row, strict=True) if c in shown)
             )
         with console.capture() as captured:
             console.print(table)
         for line in captured.get().splitlines():
             if line.strip():
-                click.echo(line.rstrip(), file=stream)
+                click.echo(_printable(line.rstrip()), file=stream)
 
     @contextmanager
     def progress(self, what: str) -> Iterator[Callable[[Progress], None]]:
@@ -96,9 +110,15 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _printable(text: str) -> str:
-    """`text` without control characters and the like: names come from untrusted files, and terminals obey escapes."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+def _printable(line: str) -> str:
+    """`line` as it may reach a terminal or the log of a CI job, whose runners obey commands in it."""
+    return _COMMANDS.sub(r"\\\g<0>", _visible(line))
+
+
+def _visible(text: str) -> str:
+    """`text` with control characters and the like spelled out (``\\x1b``): names come from untrusted files, and terminals obey
+    escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def human_bytes(count: float) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ia3_export.errors import Unsupported, UsageError
+from ia3_export.checkpoint.folder import architectures
+from ia3_export.errors import Unsupported, UsageError, first_line
 
 Form = Literal["encoder", "decoder", "encoder-decoder"]
 
@@ -57,7 +58,7 @@ def choose_task(config: Mapping[str, Any], *, asked: str | None, sentence: bool)
     """
     if asked is not None:
         return _canonical(asked, config)
-    name = str((config.get("architectures") or ["?"])[0])
+    name = next(iter(architectures(config)), "?")
     found = _task_of(name, config)
     if found is None:
         raise Unsupported(
@@ -79,12 +80,12 @@ def load_model(folder: Any, task: Task, config: Mapping[str, Any]) -> Any:
     cls = _model_class(task, config)
     try:
         model, info = cls.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True,
+            folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, trust_remote_code=False,
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )  # fmt: skip
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise Unsupported(
-            f"{cls.__name__} does not load this checkpoint: {str(error).splitlines()[0]}",
+            f"{cls.__name__} does not load this checkpoint: {first_line(error)}",
             hint=f"give another --task: {', '.join(TASKS)}",
         ) from error
     misfits = sorted(name for name, *_ in info["mismatched_keys"])
@@ -162,7 +163,7 @@ def _model_class(task: Task, config: Mapping[str, Any]) -> Any:
     import transformers
     from optimum.exporters.tasks import TasksManager
 
-    name = str((config.get("architectures") or [""])[0])
+    name = next(iter(architectures(config)), "")
     wanted = "feature-extraction" if task.name == "sentence-similarity" else task.name
     if _task_of(name, config) == wanted:
         return getattr(transformers, name)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ia3_export.errors import Unsupported
+from ia3_export.errors import Unsupported, first_line
 from ia3_export.libraries import private
 from ia3_export.onnx.contract import GraphSpec
 
@@ -60,7 +60,7 @@ def trace(model: Any, spec: GraphSpec, opset: int) -> Any:
     except Exception as error:  # torch.export and torch.onnx fail in many ways, without a common base
         cause = error.__cause__ or error
         raise Unsupported(
-            f"torch cannot export {type(model).__name__} to ONNX: {(str(cause).splitlines() or ['?'])[0]}",
+            f"torch cannot export {type(model).__name__} to ONNX: {first_line(cause)}",
             hint="try another --task or --opset, and please report the architecture",
         ) from error
     return clean(exported.model, spec)

@@ -26,7 +26,7 @@ from ia3_export.parity.inputs import Case, make_cases
 from ia3_export.parity.judging import Artifact, Tolerance, failed_step, judge, unmerged_distance
 from ia3_export.parity.metrics import Outputs, compare, largest
 from ia3_export.parity.onnx_runs import decode_onnx, open_model, run_onnx
-from ia3_export.parity.own_inputs import fit_text, read_inputs, read_texts
+from ia3_export.parity.own_inputs import fit_text, has_tokenizer, read_inputs, read_texts
 from ia3_export.parity.quantized import as_dense
 from ia3_export.parity.reference import Placement
 from ia3_export.parity.runners import exact_matmul
@@ -86,7 +86,7 @@ def run_chain(
         hidden = any(graph.outputs[0] in ("last_hidden_state", "token_embeddings") for _, graph in graphs)
         unmerged = run_unmerged(
             base, adapters, how.combine, how.weights, list(dict.fromkeys([working, *needed])), where,
-            _case_maker(base, inputs, text, seed), hidden=hidden, sentence=_sentence_head(base, graphs),
+            _case_maker(_tokenizer_folder(base, merged, graphs), inputs, text, seed), hidden=hidden, sentence=_sentence_head(base, graphs),
         )  # fmt: skip
 
         def step(
@@ -125,15 +125,24 @@ def run_chain(
     return reference, tuple(steps), [*warnings, *weak]
 
 
+def _tokenizer_folder(
+    base: Checkpoint, merged: Checkpoint | None, graphs: Sequence[tuple[str, Graph]]
+) -> Path:
+    """Whose tokenizer reads the texts: the artifact's, which may be the adapter's; the base's where it has none."""
+    shipped = [merged.folder] if merged is not None else []
+    shipped += [graph.paths[0].parent.parent for _, graph in graphs]
+    return next((folder for folder in shipped if has_tokenizer(folder)), base.folder)
+
+
 def _case_maker(
-    base: Checkpoint, inputs: str | Path | None, text: str | Path | None, seed: int
+    tokenizer: Path, inputs: str | Path | None, text: str | Path | None, seed: int
 ) -> Callable[[Any], list[Case]]:
     """What makes the inputs for a loaded model. The user's files are read now, before a model is."""
     if inputs is not None:
         given = read_inputs(inputs)
         return lambda _: given
     if text is not None:
-        texts = read_texts(text, base.folder)
+        texts = read_texts(text, tokenizer)
         return lambda model: [fit_text(case, model) for case in texts]
     return lambda model: make_cases(model, seed=seed)
 

@@ -19,6 +19,7 @@ from ia3_export.adapters.model import Adapter
 from ia3_export.changes import Cast, Dtype
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.hub import Location
+from ia3_export.companions import TokenizerChoice
 from ia3_export.errors import Refused
 from ia3_export.execute import hash_file
 from ia3_export.manifest import NAME
@@ -42,6 +43,7 @@ class MergeOptions:
     quantized: Quantized = "dequantize"
     allow_missing: bool = False
     allow_unused: bool = False
+    tokenizer: TokenizerChoice = "auto"
 
 
 def recorded_options(base: Checkpoint, merged: Checkpoint | None) -> MergeOptions:
@@ -53,9 +55,15 @@ def recorded_options(base: Checkpoint, merged: Checkpoint | None) -> MergeOption
         made = MergeOptions(
             options["combine"], tuple(float(w) for w in options["weights"]), options["cast"], options["dtype"],
             options.get("quantized", "dequantize"), bool(options.get("allow_missing")), bool(options.get("allow_unused")),
+            options.get("tokenizer", "auto"),
         )  # fmt: skip
         known = made.combine in get_args(Combine) and made.cast in get_args(Cast)
-        if known and made.dtype in get_args(Dtype) and made.quantized in get_args(Quantized):
+        if (
+            known
+            and made.dtype in get_args(Dtype)
+            and made.quantized in get_args(Quantized)
+            and made.tokenizer in get_args(TokenizerChoice)
+        ):
             return made
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass

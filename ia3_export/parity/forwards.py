@@ -12,8 +12,8 @@ import numpy as np
 
 from ia3_export.adapters.combine import Combine
 from ia3_export.adapters.model import Adapter
-from ia3_export.checkpoint.folder import Checkpoint
-from ia3_export.errors import Unsupported
+from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint
+from ia3_export.errors import Refused, Unsupported
 from ia3_export.parity.greedy import Decoded, SpecialTokens, decode, prompts, special_tokens
 from ia3_export.parity.inputs import Case, is_decoder
 from ia3_export.parity.metrics import EPSILON, largest
@@ -150,6 +150,11 @@ def run_merged(
     merged: Checkpoint, unmerged: Unmerged, dtype: str, where: Placement, *, widened: bool
 ) -> Merged:
     """Run the merged checkpoint on the same inputs in `dtype`, and if `widened` in float32 and float64 as well."""
+    if merged.holds_adapter:
+        raise Refused(
+            f"{ADAPTER_CONFIG} lies beside the merged weights: transformers would apply that adapter to them",
+            hint=f"move {ADAPTER_CONFIG} out of {merged.location.given}",
+        )
     model = load_plain(merged, unmerged.class_name, None, dtype, where)
     hidden, sentence = unmerged.hidden, unmerged.sentence
     run = run_torch(model, unmerged.cases, hidden=hidden, sentence=sentence, trace=True)

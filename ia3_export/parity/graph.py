@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from ia3_export.checkpoint.folder import MANIFEST, read_config
-from ia3_export.errors import DamagedFile, NotFound, Refused
+from ia3_export.checkpoint.folder import read_config
+from ia3_export.checkpoint.record import MANIFEST
+from ia3_export.errors import DamagedFile, NotFound, Refused, first_line
 from ia3_export.fold import FLOAT_DTYPES, Array, from_float, to_float
 from ia3_export.onnx.quantize import SHAPING, constant
 from ia3_export.parity.codes import check_codes
@@ -96,22 +97,23 @@ def _read_graph(path: Path) -> Graph:
         model = onnx_ir.load(path)
     except Exception as error:  # protobuf's and onnx_ir's errors share no base class
         raise DamagedFile(
-            f"{path} is not readable ONNX: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            f"{path} is not readable ONNX: {first_line(error)}",
             hint="export the model again",
         ) from None
     initializers: dict[str, Any] = {}
     for graph in (model.graph, *model.graph.subgraphs()):
         for name, value in graph.initializers.items():
-            tensor = value.const_value
-            if tensor is None:
-                continue
-            if isinstance(tensor, onnx_ir.ExternalTensor):
-                _check_external(tensor, path)
-            initializers[name] = tensor
-    nodes = list(model.graph.all_nodes())
+            if value.const_value is not None:
+                initializers[name] = value.const_value
+    nodes, held = list(model.graph.all_nodes()), []
     for node in nodes:  # some tools keep weights in constants
-        if node.op_type == "Constant" and "value" in node.attributes:
-            initializers[node.outputs[0].name or ""] = node.attributes["value"].as_tensor()
+        tensors = [a for a in node.attributes.values() if a.type.name == "TENSOR" and not a.is_ref()]
+        held += [attribute.as_tensor() for attribute in tensors]
+        if node.op_type == "Constant" and tensors and node.outputs:
+            initializers[node.outputs[0].name or ""] = tensors[0].as_tensor()
+    for tensor in (*initializers.values(), *held):
+        if isinstance(tensor, onnx_ir.ExternalTensor):
+            _check_external(tensor, path)
     shaped = {out.name or "": out for node in nodes if node.op_type in SHAPING for out in node.outputs}
     names = [*initializers, *(node.name or "" for node in nodes)]
     names += [output.name or "" for node in nodes for output in node.outputs]

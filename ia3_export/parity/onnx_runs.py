@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ia3_export.errors import DamagedFile, NotFound, Unsupported
+from ia3_export.errors import DamagedFile, NotFound, Unsupported, first_line
 from ia3_export.fold import Array
 from ia3_export.parity.greedy import TOKENS, Decoded, SpecialTokens
 from ia3_export.parity.inputs import Case
@@ -116,7 +116,7 @@ def _open(path: Path, device: str) -> Any:
         return onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime's exceptions share no base class of their own
         raise DamagedFile(
-            f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}", hint="export the model again"
+            f"ONNX Runtime cannot load {path}: {first_line(error)}", hint="export the model again"
         ) from error
 
 
@@ -131,7 +131,7 @@ def run_onnx(model: OnnxModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
         except Exception as error:  # as above
             wanted = sorted(i.name for i in model.decoder.get_inputs() if not i.name.startswith(_PAST))
             raise Unsupported(
-                f"the graph does not run on these inputs ({case.name}): {str(error).splitlines()[0]}",
+                f"the graph does not run on these inputs ({case.name}): {first_line(error)}",
                 hint=f"it wants {', '.join(wanted)}; give them with --inputs",
             ) from None
         results.append(attended(case, output))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ia3_export.errors import DamagedFile, NotFound, Unsupported, UsageError
+from ia3_export.errors import DamagedFile, NotFound, Unsupported, UsageError, first_line
 from ia3_export.parity.inputs import Case
 
 _ROWS = 8
@@ -56,16 +56,16 @@ def read_texts(path: str | Path, base: Path) -> list[Case]:
         raise DamagedFile(f"{file}: {error}", hint="--text takes a UTF-8 file with one text a line") from None
     if not lines:
         raise DamagedFile(f"{file} holds no text", hint="write one text a line")
-    if not any(file.is_file() for pattern in _TOKENIZERS for file in base.glob(pattern)):
+    if not has_tokenizer(base):
         # transformers would make up an empty tokenizer for some model types
         raise Unsupported(f"{base} holds no tokenizer", hint=_NO_TOKENIZER)
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except Exception as error:  # tokenizers fail in many ways
         raise Unsupported(
-            f"{base} has no tokenizer that transformers can load: {str(error).splitlines()[0]}",
+            f"{base} has no tokenizer that transformers can load: {first_line(error)}",
             hint=_NO_TOKENIZER,
         ) from None
     longest = min(tokenizer.model_max_length, 512)
@@ -80,6 +80,11 @@ def read_texts(path: str | Path, base: Path) -> list[Case]:
         name = f"lines {start + 1} to {start + len(rows)}, length {length}"
         cases.append(Case(name, dict(encoded)))
     return cases
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer's files lie in `folder`."""
+    return any(file.is_file() for pattern in _TOKENIZERS for file in folder.glob(pattern))
 
 
 def fit_text(case: Case, model: Any) -> Case:

@@ -54,7 +54,7 @@ def load_dense(
         )
     model, report = getattr(transformers, class_name).from_pretrained(
         None, config=config, state_dict=dense_state(dense), dtype=dtype, ignore_mismatched_sizes=other_sizes,
-        output_loading_info=True,
+        output_loading_info=True, trust_remote_code=False,
     )  # fmt: skip
     return model, report
 

@@ -11,15 +11,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
 
 from ia3_export.adapters.combine import Combine, combine_vectors
 from ia3_export.adapters.model import Adapter, Site
-from ia3_export.checkpoint.folder import Checkpoint
+from ia3_export.checkpoint.folder import Checkpoint, adapterless, architectures
 from ia3_export.checkpoint.header import StoredTensor, read_values
-from ia3_export.errors import Unsupported
+from ia3_export.errors import Unsupported, kind_and_line
 from ia3_export.model_class import load_runtime_model, make_config
 from ia3_export.parity.quantized import as_dense, load_dense, widen
 
@@ -75,7 +76,7 @@ def load_live(
             hint="give the model folder that save_pretrained() wrote",
         )
     if not adapters:
-        name = str((base.config.get("architectures") or ["AutoModel"])[0])
+        name = next(iter(architectures(base.config)), "AutoModel")
         return LiveModel(load_plain(base, name, None, dtype, where), name, "none", ())
     class_name, config, brought = fit_class(base, adapters)
     refused = ""
@@ -148,13 +149,14 @@ def load_plain(
             made = made or make_config(base.config or {})
             model, report = load_dense(dense, class_name, made, kind, other_sizes=bool(brought))
         else:
-            model, report = getattr(transformers, class_name).from_pretrained(
-                base.folder, config=made, dtype=kind, ignore_mismatched_sizes=bool(brought), output_loading_info=True, **offload
-            )  # fmt: skip
+            with TemporaryDirectory(prefix="ia3-export-") as scratch:  # what is offloaded is read again later
+                model, report = getattr(transformers, class_name).from_pretrained(
+                    adapterless(base, where.offload or Path(scratch)), config=made, dtype=kind, trust_remote_code=False,
+                    ignore_mismatched_sizes=bool(brought), output_loading_info=True, **offload,
+                )  # fmt: skip
     except Exception as error:  # whatever a damaged or half-known checkpoint makes transformers raise
         raise Unsupported(
-            f"transformers cannot load {base.location.given} as {class_name}: {type(error).__name__}: "
-            f"{(str(error).strip().splitlines() or [''])[0]}",
+            f"transformers cannot load {base.location.given} as {class_name}: {kind_and_line(error)}",
             hint="load it with from_pretrained() yourself to see the whole message",
         ) from error
     for name, stored, wanted in report["mismatched_keys"]:

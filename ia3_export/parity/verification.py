@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,10 @@ from typing import Any, Literal
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.combine import Combine
 from ia3_export.adapters.model import Adapter
+from ia3_export.arguments import check_arguments
+from ia3_export.base_match import folded_before
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
+from ia3_export.checkpoint.stage import scratch_folder
 from ia3_export.errors import UsageError
 from ia3_export.execute import Progress
 from ia3_export.manifest import NAME
@@ -75,7 +77,7 @@ def verify(
         weights_only: no forward: streaming, in little memory, without torch unless a head or renamed tensors need it.
         combine, weights: how several adapters act together; by default what the manifest of `merged` says.
         inputs: ``.jsonl``, ``.npz`` or ``.safetensors`` file of forward arguments (`read_inputs`) instead of made-up ones.
-        text: text file, a text a line, for the base's tokenizer.
+        text: text file, a text a line, for the tokenizer of the artifact (of the base, where that has none).
         device: ``cpu``, ``cuda[:N]``, or ``auto``: cuda if there is one.
         dtype: in which PyTorch runs the live and the merged model; ``auto``: as stored.
         tf32: let CUDA use TF32 in float32 products.
@@ -87,10 +89,15 @@ def verify(
 
     Raises `IA3ExportError` for inputs that cannot be read; a failed comparison is a `Report`, not an error.
     """
+    check_arguments(verify, locals())
     if inputs is not None and text is not None:
         raise UsageError("--inputs and --text exclude each other", hint="give one of them")
     if any(number is not None and not math.isfinite(number) for number in (atol, rtol)):
         raise UsageError("--atol and --rtol must be finite", hint="for example --atol 1e-4 --rtol 1e-3")
+    if seed < 0 or (max_memory is not None and max_memory <= 0):
+        raise UsageError(
+            "--seed is at least 0, --max-memory more", hint="for example --seed 0 --max-memory 16GB"
+        )
     if weights_only and merged is None and not onnx:
         raise UsageError("--weights-only needs --merged or --onnx", hint="give the folder that merge wrote")
     if not adapters and (merged is not None or not onnx):
@@ -105,14 +112,17 @@ def verify(
     planned = _plan(checkpoint, read, how)  # what is refused has no unmerged forward either
     plan = None if foreign else planned
     read = list(planned.adapters)
+    for problem in (folded_before(adapter, checkpoint) for adapter in read):
+        if problem is not None:
+            raise problem
     graphs = _name_graphs([read_graphs(paths) for location in onnx for paths in find_onnx(location)])
     base_graph = read_graphs(find_onnx(base_onnx)[0]) if base_onnx is not None else None
     overridden = atol is not None or rtol is not None
-    with tempfile.TemporaryDirectory(prefix="ia3-export-") as scratch:
+    with scratch_folder() as scratch:
         subject = shipped
         if shipped is None and not weights_only and (not graphs or _widened(checkpoint, graphs)):
             # without an adapter there is nothing to merge: the checkpoint itself is what the graphs must compute
-            subject = _merge(base, read, how, Path(scratch) / "merged") if read else checkpoint
+            subject = _merge(base, read, how, scratch / "merged") if read else checkpoint
         judged = shipped is not None or not graphs  # a merge made for an ONNX file's sake is no artifact
         proofs: list[WeightsProof] = []
         warnings = said
@@ -135,7 +145,7 @@ def verify(
             from ia3_export.parity.chain import run_chain
 
             reference, steps, more = run_chain(
-                checkpoint, read, how, subject, _rounded(plan), judged, graphs, proofs, sites_of(plan, read), scratch=Path(scratch),
+                checkpoint, read, how, subject, _rounded(plan), judged, graphs, proofs, sites_of(plan, read), scratch=scratch,
                 inputs=inputs, text=text, device=device, dtype=dtype, tf32=tf32,
                 tolerance=(atol or 0.0, rtol or 0.0) if overridden else None, max_memory=max_memory, seed=seed,
             )  # fmt: skip
@@ -173,7 +183,7 @@ def _rounded(plan: Plan | None) -> str | None:
 def _plan(base: Checkpoint, adapters: Sequence[Adapter], how: MergeOptions) -> Plan:
     plan = make_plan(
         base, adapters, combine=how.combine, weights=how.weights, cast=how.cast, dtype=how.dtype, quantized=how.quantized,
-        allow_missing=how.allow_missing, allow_unused=how.allow_unused,
+        allow_missing=how.allow_missing, allow_unused=how.allow_unused, tokenizer=how.tokenizer,
     )  # fmt: skip
     plan.raise_problems()
     return plan
@@ -189,6 +199,7 @@ def _merge(base: str | Path, adapters: Sequence[Adapter], how: MergeOptions, tar
         cast=how.cast,
         dtype=how.dtype,
         quantized=how.quantized,
+        tokenizer=how.tokenizer,
         digests="none",
         reload_check=False,
     )
@@ -215,7 +226,7 @@ def _shown_options(
     options: dict[str, Any] = {
         "combine": how.combine, "weights": ",".join(map(str, how.weights)), "cast": how.cast, "dtype": how.dtype,
         "quantized": "" if how.quantized == "dequantize" else how.quantized,
-        "allow_missing": how.allow_missing or "", "allow_unused": how.allow_unused or "", "seed": seed,
+        "allow_missing": how.allow_missing or "", "allow_unused": how.allow_unused or "", "tokenizer": "" if how.tokenizer == "auto" else how.tokenizer, "seed": seed,
         "atol": "" if atol is None else atol, "rtol": "" if rtol is None else rtol, "tf32": "on" if tf32 else "",
     }  # fmt: skip
     return {name: str(value) for name, value in options.items() if value != ""}

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from ia3_export.checkpoint.folder import Checkpoint
+from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint
 from ia3_export.checkpoint.header import StoredTensor
+from ia3_export.companions import other_companions
 from ia3_export.execute import Progress
 from ia3_export.parity.diagnosis import diagnose
 from ia3_export.parity.expected import BLOCK, Expected, Reader, blocks, equal, expected_tensors, same_block
@@ -41,9 +42,9 @@ def prove_folder(
     ]
     if plan.base.config is not None and merged.config is None and merged.location.path.is_dir():
         findings.append(TensorFinding("config.json", "missing", "without it no library loads the folder"))
-    if "adapter_config.json" in merged.side_files and "adapter_config.json" not in plan.base.side_files:
+    if merged.holds_adapter:
         detail = "transformers applies an adapter that lies in a model's folder: it would act twice"
-        findings.append(TensorFinding("adapter_config.json", "extra", detail))
+        findings.append(TensorFinding(ADAPTER_CONFIG, "extra", detail))
     findings += _settings(plan, merged)
     pairs = []
     for name, row in rows.items():
@@ -91,6 +92,9 @@ def _notes(plan: Plan, merged: Checkpoint, findings: Sequence[TensorFinding]) ->
         yield "every tensor is the base's: the adapter is not in it"
     if len(findings) > _FINDINGS:
         yield f"{len(findings)} findings, of which {_FINDINGS} are listed"
+    if merged.location.path.is_dir() and not plan.base.is_gguf:
+        for what in other_companions(plan.companions, merged.folder):
+            yield f"the {what} differ{'s' if what == 'tokenizer' else ''} from what a merge writes"
     wanted = plan.config if plan.config is not None else plan.base.config
     if merged.config is not None and wanted is not None:
         ignored = ("transformers_version", "_name_or_path")

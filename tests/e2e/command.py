@@ -41,12 +41,15 @@ def command_line(*args: str | Path) -> list[str]:
     return [sys.executable, "-m", "ia3_export", *map(str, args)]
 
 
-def run_process(*args: str | Path, env: Mapping[str, str] | None = None, umask: int = -1) -> Ran:
-    """Run the command line as a process of its own."""
+def run_process(
+    *args: str | Path, env: Mapping[str, str] | None = None, umask: int = -1, stdin: str = ""
+) -> Ran:
+    """Run the command line as a process of its own, with `stdin` typed into it."""
     done = subprocess.run(
         command_line(*args),
         capture_output=True,
         text=True,
+        input=stdin,
         env=os.environ | dict(env or {}),
         umask=umask,
         timeout=120,

@@ -800,11 +800,38 @@ def test_an_output_that_exists_is_refused(case: Case) -> None:
 
 
 def test_overwrite_replaces_an_output_that_exists(case: Case, tiny: Tiny) -> None:
-    case.output.mkdir()
-    (case.output / "stale.txt").write_text("old")
+    shutil.copytree(tiny.merged, case.output)
+    (case.output / "README.md").write_text("old")
+    (case.output / ".DS_Store").write_text("of a file manager")
     assert case.merge("--overwrite").code == 0
     assert contents(case.output) == contents(tiny.merged)
     assert {path.name for path in case.folder.iterdir()} == {"base", "adapter", "merged"}
+
+
+def test_overwrite_replaces_no_folder_that_is_not_ours(case: Case) -> None:
+    case.output.mkdir()
+    (case.output / "thesis.tex").write_text("mine")
+    case.refuses(4, str(case.output), "no folder that ia3-export wrote", args=("--overwrite",))
+    (case.output / "ia3_export.json").write_text('{"schema": "another/tool"}')
+    case.refuses(4, str(case.output), "no folder that ia3-export wrote", args=("--overwrite",))
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "notes/day-1.txt", "model.safetensors.bak"])
+def test_overwrite_replaces_no_file_that_the_manifest_does_not_list(
+    case: Case, tiny: Tiny, name: str
+) -> None:
+    shutil.copytree(tiny.merged, case.output)
+    (case.output / name).parent.mkdir(exist_ok=True)
+    (case.output / name).write_text("mine")
+    case.refuses(4, str(case.output), name, args=("--overwrite",))
+
+
+def test_an_output_per_adapter_replaces_no_folder_that_is_not_ours(case: Case) -> None:
+    (case.output / "adapter").mkdir(parents=True)
+    (case.output / "adapter" / "thesis.tex").write_text("mine")
+    words = ("merge", "--base", case.base, "--adapter", case.adapter, "--output-per-adapter", case.output)
+    only_complaint(case.run(*words, "--overwrite"), 4, "no folder that ia3-export wrote")
+    assert (case.output / "adapter" / "thesis.tex").read_text() == "mine"
 
 
 def test_an_empty_folder_may_become_the_output(case: Case, tiny: Tiny) -> None:

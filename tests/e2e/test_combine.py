@@ -269,6 +269,9 @@ def test_an_existing_folder_is_replaced_only_on_demand(tiny: Tiny, tmp_path: Pat
     (out / "mine.txt").write_text("mine")
     refused(out, tiny.adapter, tiny.other, code=4, mentions="already exists")
     words = ["combine", "--adapter", tiny.adapter, "--adapter", tiny.other, "--output", out]
+    only_complaint(run(*words, "--overwrite"), 4, "mine.txt, which ia3-export did not write")
+    (out / "mine.txt").unlink()
+    (out / "adapter_config.json").write_text("old")
     assert run(*words, "--overwrite").code == 0
     assert contents(out) == product
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -922,6 +922,8 @@ def test_a_kill_while_replacing_keeps_the_old_output(large: Path, place: Path) -
     output = place / "merged"
     output.mkdir()
     (output / "old.txt").write_text("old")
+    manifest = {"schema": "ia3-export/manifest/1", "files": {"old.txt": {}}}
+    (output / "ia3_export.json").write_text(json.dumps(manifest))
     args = (
         "merge",
         "--base",
@@ -938,7 +940,7 @@ def test_a_kill_while_replacing_keeps_the_old_output(large: Path, place: Path) -
         wait_until(lambda: any(written(path) for path in place.rglob("*.safetensors")))
         process.kill()
     assert process.returncode == -signal.SIGKILL
-    assert [path.name for path in output.iterdir()] == ["old.txt"]
+    assert {path.name for path in output.iterdir()} == {"old.txt", "ia3_export.json"}
 
 
 @pytest.mark.slow

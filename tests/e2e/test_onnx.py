@@ -513,8 +513,12 @@ def test_files_beside_the_weights_come_along_and_an_older_folder_goes_only_if_to
     (out / "old.txt").write_text("old")
     arguments = ("onnx", "--base", copied, "--adapter", adapter, "--output", out, "--no-verify", "-q")
     only_complaint(run(*arguments), 4, "already exists")
+    only_complaint(run(*arguments, "--overwrite"), 4, "no folder that ia3-export wrote")
     assert contents(out).keys() == {"old.txt"}
 
+    (out / "old.txt").unlink()
+    (out / "ia3_export.json").write_text('{"schema": "ia3-export/onnx/2", "files": {"old.onnx": {}}}')
+    (out / "old.onnx").write_text("old")
     ran = run(*arguments, "--overwrite")
     assert ran.code == 0, ran
     assert set(contents(out)) == {

@@ -1,0 +1,95 @@
+"""The public functions take what the command line takes, and say what that is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ia3_export
+from ia3_export.errors import IA3ExportError, UsageError
+
+A, B, OUT = "base", "adapter", "out"
+
+WRONG: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
+    ("merge", (A, [B], OUT), {"combine": "banana"}, "'product', 'linear', 'delta'"),
+    ("merge", (A, [B], OUT), {"quantized": "yes"}, "'dequantize', 'keep', 'keep-or-dense'"),
+    ("merge", (A, [B], OUT), {"digests": "sha1"}, "'full', 'output', 'none'"),
+    ("merge", (A, [B], OUT), {"dtype": "fp16"}, "'float16'"),
+    ("merge", (A, [B], OUT), {"cast": None}, "'peft', 'peft-low-mem'"),
+    ("merge", (A, [B], OUT), {"tokenizer": "mine"}, "'auto', 'base', 'adapter'"),
+    ("merge", (A, B, OUT), {}, "adapters=['adapter']"),
+    ("merge", (A, Path(B), OUT), {}, "give a list"),
+    ("merge", (A, [B, 7], OUT), {}, "a text"),
+    ("merge", (A, [B], OUT), {"weights": "0.5"}, "weights=['0.5']"),
+    ("merge", (A, [B], OUT), {"weights": ["0.5"]}, "a number"),
+    ("merge", (A, [B], OUT), {"weights": 0.5}, "weights=[0.5]"),
+    ("merge", (A, [B], OUT), {"overwrite": "no"}, "True or False"),
+    ("merge", (A, [B], OUT), {"shard_size": "5GB"}, "a whole number"),
+    ("merge", (None, [B], OUT), {}, "a path"),
+    ("merge_each", (A, B, OUT), {}, "adapters=['adapter']"),
+    ("merge_each", (A, [B], OUT), {"dtype": "half"}, "'float16'"),
+    ("plan_merge", (A, [B]), {"combine": "Product"}, "'product'"),
+    ("plan_merge", (A, B), {}, "give a list"),
+    ("inspect", (B,), {"quantized": True}, "'keep'"),
+    ("export_onnx", (OUT,), {"model": A, "precisions": "fp32"}, "precisions=['fp32']"),
+    ("export_onnx", (OUT,), {"model": A, "targets": "genai"}, "targets=['genai']"),
+    ("export_onnx", (OUT,), {"model": A, "decoder": "both"}, "'merged', 'separate', 'if'"),
+    ("export_onnx", (OUT,), {"base": A, "adapters": B}, "adapters=['adapter']"),
+    ("export_onnx", (OUT,), {"model": A, "opset": "20"}, "a whole number"),
+    ("verify", (A, B), {}, "adapters=['adapter']"),
+    ("verify", (A, [B]), {"onnx": "exported"}, "onnx=['exported']"),
+    ("verify", (A, [B]), {"dtype": "fp32"}, "'float64'"),
+    ("verify", (A, [B]), {"combine": "sum"}, "'linear'"),
+    ("verify", (A, [B]), {"atol": "1e-4"}, "a number"),
+    ("verify", (A, [B]), {"seed": 0.5}, "a whole number"),
+    ("convert", (B, OUT), {"task_type": "classification"}, "'SEQ_CLS'"),
+    ("combine", ("ab", OUT), {}, "adapters=['ab']"),
+    ("combine", ([B, B], OUT), {"combine": "mean"}, "'delta'"),
+    ("unmerge", (A, B, OUT), {}, "give a list"),
+    ("unmerge", (A, [B], OUT), {"combine": ""}, "'product'"),
+    ("bench", (A, B), {}, "give a list"),
+    ("bench", (A, [B]), {"precisions": "int8"}, "precisions=['int8']"),
+    ("bench", (A, [B]), {"threads": "two"}, "a whole number"),
+    ("compare", (B, 3), {}, "a path"),
+    ("plot_vectors", (B, "x.html"), {}, "give a list"),
+    ("read_adapter", (B,), {"rules": "(.+)=output"}, "give a list"),
+    ("read_checkpoint", ([A],), {}, "a path"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "args", "kwargs", "offered"), WRONG, ids=lambda value: str(value)[:40])
+def test_what_the_command_line_refuses_is_wrong_usage(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], offered: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        getattr(ia3_export, name)(*args, **kwargs)
+    assert f"{name}(" in str(caught.value)
+    assert offered in caught.value.hint
+
+
+def test_every_public_function_is_checked() -> None:
+    functions = [name for name in ia3_export.__all__ if name != "errors"]
+    assert {name for name, *_ in WRONG} == set(functions)
+
+
+@pytest.mark.parametrize("weights", [(1, 0.5), [0.25, 0.5]])
+def test_numbers_and_paths_of_every_kind_are_taken(tmp_path: Path, weights: Any) -> None:
+    """They get as far as the files, which are not there."""
+    adapters = (path for path in (tmp_path / "a", str(tmp_path / "b")))
+    with pytest.raises(IA3ExportError, match="does not exist"):
+        ia3_export.merge(
+            tmp_path, adapters, "out", combine="linear", weights=weights, overwrite=False, link=True
+        )  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [{"shard_size": 0}, {"shard_size": -5}])
+def test_a_shard_of_nothing_is_wrong_usage(wrong: dict[str, int], tmp_path: Path) -> None:
+    from tests.support import zoo
+
+    kind = zoo.by_name("llama")
+    zoo.build(kind).save_pretrained(tmp_path / "base")
+    zoo.adapt(zoo.build(kind), kind, seed=1).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UsageError, match="holds nothing"):
+        ia3_export.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", **wrong)  # type: ignore[arg-type]
