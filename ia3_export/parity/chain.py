@@ -20,11 +20,11 @@ from ia3_export.parity.forwards import (
     run_unmerged,
 )
 from ia3_export.parity.gates import NUMERIC, coarser
-from ia3_export.parity.graph import Graph
 from ia3_export.parity.greedy import Decoded, prompts
 from ia3_export.parity.inputs import Case, make_cases
 from ia3_export.parity.judging import Artifact, Tolerance, failed_step, judge, unmerged_distance
 from ia3_export.parity.metrics import Outputs, compare, largest
+from ia3_export.parity.onnx_graph import Graph
 from ia3_export.parity.onnx_runs import decode_onnx, open_model, run_onnx
 from ia3_export.parity.own_inputs import fit_text, has_tokenizer, read_inputs, read_texts
 from ia3_export.parity.quantized import as_dense

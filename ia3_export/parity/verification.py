@@ -27,7 +27,8 @@ from ia3_export.parity.facts import (
     source_of,
     summarize_sites,
 )
-from ia3_export.parity.graph import Graph, prove_graph, read_graphs
+from ia3_export.parity.graph import prove_graph
+from ia3_export.parity.onnx_graph import Graph, read_graphs
 from ia3_export.parity.onnx_runs import find_onnx
 from ia3_export.parity.weights import prove_folder
 from ia3_export.plan import Plan, make_plan

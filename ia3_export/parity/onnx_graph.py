@@ -1,0 +1,177 @@
+"""The ONNX files of one model, read for the proof of their weights: lazily (external data are mapped) and without torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ia3_export.checkpoint.folder import read_config
+from ia3_export.checkpoint.record import MANIFEST
+from ia3_export.errors import DamagedFile, NotFound, Refused, first_line
+from ia3_export.onnx.quantize import SHAPING
+from ia3_export.parity.onnx_runs import plain_stem
+
+#: ONNX's floating element types, by their names in safetensors.
+FLOATS = {"FLOAT": "F32", "FLOAT16": "F16", "DOUBLE": "F64", "BFLOAT16": "BF16"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Graph:
+    """The ONNX files of one model: initializers by name (lazy), operators by count, names of all nodes and values, and of the
+    outputs beside the cache. `precision` is float64, float32, float16, bfloat16, int8 or int4: what the weights that reach the
+    outputs are held in. `origins` maps initializers to the stored tensors that they were made of, where the folder's manifest says so;
+    `shaped` are the values (of onnx_ir) that may be weights on their way to a reader: cut, turned or reshaped."""
+
+    paths: tuple[Path, ...]
+    initializers: Mapping[str, Any]
+    operators: Counter[str]
+    names: tuple[str, ...]
+    outputs: tuple[str, ...]
+    precision: str
+    origins: Mapping[str, str]
+    shaped: Mapping[str, Any]
+
+    @property
+    def file(self) -> str:
+        """The file names."""
+        return " + ".join(path.name for path in self.paths)
+
+
+def read_graphs(paths: Sequence[Path]) -> Graph:
+    """Read the files of one model (`find_onnx`), without external data. The initializers of each of several files carry its name.
+
+    Raises `DamagedFile`, and `Refused` for external data outside a file's folder.
+    """
+    parts = [_read_graph(path) for path in paths]
+    if len(parts) == 1:
+        return parts[0]
+    stems = [plain_stem(path) or path.stem for path in paths]
+    initializers = {
+        f"{stem}.{name}": tensor
+        for stem, part in zip(stems, parts, strict=True)
+        for name, tensor in part.initializers.items()
+    }
+    origins = {
+        f"{stem}.{name}": tensor
+        for stem, part in zip(stems, parts, strict=True)
+        for name, tensor in part.origins.items()
+    }
+    shaped = {
+        f"{stem}.{name}": value
+        for stem, part in zip(stems, parts, strict=True)
+        for name, value in part.shaped.items()
+    }
+    operators: Counter[str] = sum((part.operators for part in parts), Counter())
+    names = tuple(name for part in parts for name in part.names)
+    quantized = [part.precision for part in parts if part.precision in ("int4", "int8")]
+    precision = min(quantized, default=parts[-1].precision)
+    return Graph(tuple(paths), initializers, operators, names, parts[-1].outputs, precision, origins, shaped)
+
+
+def _read_graph(path: Path) -> Graph:
+    import onnx_ir
+
+    try:
+        model = onnx_ir.load(path)
+    except Exception as error:  # protobuf's and onnx_ir's errors share no base class
+        raise DamagedFile(
+            f"{path} is not readable ONNX: {first_line(error)}",
+            hint="export the model again",
+        ) from None
+    initializers: dict[str, Any] = {}
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for name, value in graph.initializers.items():
+            if value.const_value is not None:
+                initializers[name] = value.const_value
+    nodes, held = list(model.graph.all_nodes()), []
+    for node in nodes:  # some tools keep weights in constants
+        tensors = [a for a in node.attributes.values() if a.type.name == "TENSOR" and not a.is_ref()]
+        held += [attribute.as_tensor() for attribute in tensors]
+        if node.op_type == "Constant" and tensors and node.outputs:
+            initializers[node.outputs[0].name or ""] = tensors[0].as_tensor()
+    for tensor in (*initializers.values(), *held):
+        if isinstance(tensor, onnx_ir.ExternalTensor):
+            _check_external(tensor, path)
+    shaped = {out.name or "": out for node in nodes if node.op_type in SHAPING for out in node.outputs}
+    names = [*initializers, *(node.name or "" for node in nodes)]
+    names += [output.name or "" for node in nodes for output in node.outputs]
+    outputs = tuple(o.name or "" for o in model.graph.outputs if not (o.name or "").startswith("present."))
+    operators = Counter(node.op_type for node in nodes)
+    precision = _precision(model, initializers)
+    return Graph((path,), initializers, operators, tuple(names), outputs, precision, _origins(path), shaped)
+
+
+def _origins(path: Path) -> dict[str, str]:
+    """What the manifest of an exported folder says of the initializers of a graph in it; it says it of the float32 names."""
+    stem = plain_stem(path) or path.stem
+    for folder in (path.parent.parent, path.parent):
+        try:
+            rows = read_config(folder / MANIFEST).get("provenance", {}).get(stem, {})
+            return {name: row["tensor"] for name, row in rows.items() if isinstance(row["tensor"], str)}
+        except (NotFound, DamagedFile, AttributeError, KeyError, TypeError):
+            continue
+    return {}
+
+
+def _check_external(tensor: Any, path: Path) -> None:
+    folder, data = path.resolve().parent, Path(tensor.path)
+    if data.resolve().is_relative_to(folder):
+        size = data.stat().st_size if data.is_file() else -1
+        if size < (tensor.offset or 0) + tensor.nbytes:
+            raise DamagedFile(
+                f"{path} keeps {tensor.name} in {data.name}, which {'is too short' if size >= 0 else 'is missing'}",
+                hint="the external data belong beside the .onnx file; copy or fetch both again",
+            )
+    if not data.resolve().is_relative_to(folder):
+        raise Refused(
+            f"{path} names the external data file {data}, which lies outside its folder",
+            hint="do not use this file; tell whoever published it",
+        )
+
+
+def _precision(model: Any, initializers: Mapping[str, Any]) -> str:
+    """What the weights that reach the outputs are held in."""
+    nodes, values = _reachable(model)
+    kinds = {node.op_type for node in nodes}
+    used = [tensor for name, tensor in initializers.items() if name in values]
+    held = {tensor.dtype.name for tensor in used if tensor.size > 1}
+    if kinds & {"MatMulNBits", "MatMulBnb4"} or held & {"INT4", "UINT4"}:
+        return "int4"
+    if kinds & {"MatMulInteger", "DequantizeLinear", "QLinearMatMul", "DynamicQuantizeMatMul"} and held & {
+        "INT8",
+        "UINT8",
+    }:
+        return "int8"
+    sizes: Counter[str] = Counter()
+    for tensor in used:
+        sizes[tensor.dtype.name] += tensor.nbytes if tensor.dtype.name in FLOATS else 0
+    kind = sizes.most_common(1)[0][0] if sizes else "FLOAT"
+    return {"FLOAT16": "float16", "BFLOAT16": "bfloat16", "DOUBLE": "float64"}.get(kind, "float32")
+
+
+def _reachable(model: Any) -> tuple[list[Any], set[str]]:
+    """The nodes that the outputs depend on, and the names of their inputs; bodies of ``If`` and ``Loop`` belong to them."""
+    waiting = [value.producer() for value in model.graph.outputs]
+    values = {value.name for value in model.graph.outputs}
+    nodes: dict[int, Any] = {}
+    while waiting:
+        node = waiting.pop()
+        if node is None or id(node) in nodes:
+            continue
+        nodes[id(node)] = node
+        inside = [
+            n for a in node.attributes.values() if a.type.name == "GRAPH" for n in a.as_graph().all_nodes()
+        ]
+        waiting += inside
+        for value in node.inputs:
+            if value is not None:
+                values.add(value.name)
+                waiting.append(value.producer())
+    return list(nodes.values()), values
+
+
+def _count(graph: Graph, *dtypes: str) -> int:
+    return sum(t.dtype.name in dtypes and t.size > 1 for t in graph.initializers.values())
