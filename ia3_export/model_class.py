@@ -36,7 +36,7 @@ _TASK_TABLES = {
 class RuntimeModel:
     """A transformers model as the adapter saw it, and how the checkpoint's names lead to it.
 
-    `layouts` gives the kind of every module that IA3 can wrap, `shapes` every state-dict entry, `ties` maps
+    `layouts` gives the kind of every module that IA3 can wrap, `groups` those of convolutions, `shapes` every state-dict entry, `ties` maps
     a tied entry to its source, `needed` are the entries that a checkpoint must hold, `stored` maps a state-dict entry to the one stored tensor it is loaded from unchanged.
     `embeddings` are the paths of lookup tables. `config` is the configuration that fits the adapter's heads and embeddings.
     """
@@ -44,6 +44,7 @@ class RuntimeModel:
     class_name: str
     config: Mapping[str, Any]
     layouts: Mapping[str, Layout]
+    groups: Mapping[str, int]
     needed: frozenset[str]
     shapes: Mapping[str, tuple[int, ...]]
     ties: Mapping[str, str]
@@ -276,6 +277,7 @@ def _describe(
         for cls, layout in kinds:
             if isinstance(module, cls):
                 layouts[path] = layout
+    groups = {path: module.groups for path, module in model.named_modules() if layouts.get(path) == "conv"}
     rules = loading_rules(model)
     stored: dict[str, str] = {}
     sources: dict[str, list[str]] = {}
@@ -291,7 +293,7 @@ def _describe(
         for target in converted_names(rules, entry, keys, tensors)
     }
     return RuntimeModel(
-        name, config, layouts, _needed(model, rules.state),
+        name, config, layouts, groups, _needed(model, rules.state),
         {key: tuple(value.shape) for key, value in rules.state.items()},
         dict(model.get_expanded_tied_weights_keys(all_submodels=True)), stored, converted,
         _embedding_name(model, "input"), _embedding_name(model, "output"),
