@@ -42,8 +42,12 @@ if TYPE_CHECKING:
 def resolve(
     adapter: Adapter, base: Checkpoint, *, allow_missing: bool = False, allow_unused: bool = False
 ) -> Resolution:
-    """Lay `adapter` over `base`; whatever does not fit is in the result's `problems`, nothing is raised."""
+    """Lay `adapter` over `base`; whatever does not fit is in the result's `problems`. Raises `DamagedFile` only, for an expression
+    of the adapter's configuration that takes too long."""
     result = Resolution(adapter)
+    adapter.rules.look_at(
+        {*stored_modules(base.tensors), *(name.rpartition(".")[0] for name in adapter.extras)}
+    )
     _ask_class(result, base)
     try:
         modules = result.runtime.layouts if result.runtime else stored_modules(base.tensors)
@@ -89,6 +93,8 @@ def _ask_class(result: Resolution, base: Checkpoint) -> None:
         result.runtime = load_runtime_model(base.config, result.adapter, base.tensors)
     except Unsupported as error:
         result.warnings.append(f"{error}; names are taken as stored")
+    else:
+        result.adapter.rules.look_at(result.runtime.layouts)
 
 
 def _open_questions(adapter: Adapter, base: Checkpoint) -> bool:

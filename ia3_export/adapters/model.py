@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.checkpoint.hub import Location
+from ia3_export.expressions import Matcher, Way, check_expression
 from ia3_export.fold import Array, Direction
 
 Pattern = str | frozenset[str] | tuple[str, ...] | None
@@ -48,22 +49,42 @@ class TargetRules:
     feedforward: Pattern
     exclude: Pattern = None
     to_save: tuple[str, ...] = ()
+    matcher: Matcher = field(default_factory=Matcher, repr=False, compare=False)
+
+    def look_at(self, modules: Collection[str]) -> None:
+        """Match many `modules` at once, for those that are asked for next.
+
+        This and the questions below raise `DamagedFile` for an expression that takes too long.
+        """
+        questions: list[tuple[Way, str]] = [
+            ("fullmatch", pattern)
+            for pattern in (self.target, self.feedforward, self.exclude)
+            if isinstance(pattern, str)
+        ]
+        questions += [("match", inside(name)) for name in self.to_save]
+        self.matcher.look_at(questions, modules)
 
     def targets(self, module: str) -> bool:
         """Whether PEFT would wrap `module`, if it is of a kind that can be wrapped."""
-        if _matches(self.exclude, module) or self.saves(module):
+        if self._matches(self.exclude, module) or self.saves(module):
             return False
-        return _matches(self.target, module)
+        return self._matches(self.target, module)
 
     def saves(self, module: str) -> bool:
         """Whether `module` is, or lies in, one of ``modules_to_save``."""
-        return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.to_save)
+        return any(self.matcher.matches("match", inside(name), module) for name in self.to_save)
 
     def is_feedforward(self, module: str) -> bool:
         """Whether PEFT puts the vector on the input of `module`."""
         if isinstance(self.feedforward, str):
-            return re.fullmatch(self.feedforward, module) is not None
-        return any(module.endswith(entry) for entry in self.feedforward or ())
+            return self.matcher.matches("fullmatch", self.feedforward, module)
+        return module.endswith(tuple(self.feedforward or ()))
+
+    def _matches(self, pattern: Pattern, module: str) -> bool:
+        if isinstance(pattern, str):
+            return self.matcher.matches("fullmatch", pattern, module)
+        ends = [module, *(module[i + 1 :] for i, letter in enumerate(module) if letter == ".")]
+        return any(end in (pattern or ()) for end in ends)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,18 +152,16 @@ def same_in_every_layer(modules: Iterable[str]) -> str:
     return "|".join(sorted(patterns))
 
 
-def _matches(pattern: Pattern, module: str) -> bool:
-    if isinstance(pattern, str):
-        return re.fullmatch(pattern, module) is not None
-    ends = [module, *(module[i + 1 :] for i, letter in enumerate(module) if letter == ".")]
-    return any(end in (pattern or ()) for end in ends)
+def inside(name: str) -> str:
+    """PEFT's expression for the module `name` of ``modules_to_save`` and all that lies in it."""
+    return rf"(^|.*\.){name}($|\..*)"
 
 
 def as_pattern(value: object) -> Pattern:
     """A configuration value (string, list, None) as a `Pattern`; raises `ValueError` for anything else."""
     if value is None or isinstance(value, str):
         if value is not None:
-            re.compile(value)
+            check_expression(value)
         return value
     if isinstance(value, Sequence) and all(isinstance(entry, str) for entry in value):
         return frozenset(value)

@@ -150,6 +150,8 @@ def _with_peft(model: Any, adapters: Sequence[Adapter]) -> Any | None:
 
     if any(adapter.format != "peft" for adapter in adapters):
         return None
+    for adapter in adapters:  # PEFT would wait for an expression that never ends
+        adapter.rules.look_at(dict(model.named_modules()))
     names = [f"adapter_{i}" for i in range(len(adapters))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
