@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import MissingVector, Refused
 from ia3_export.fold import Array
@@ -53,6 +54,50 @@ def state_entry(rules: Loading, stored_name: str) -> tuple[str, str | None]:
     if entry not in rules.state and stored_name in rules.state:
         return stored_name, None
     return entry, pattern
+
+
+def in_class_names(adapter: Adapter, rules: Loading) -> Adapter:
+    """`adapter` with the module paths that the class has today, where it states those of an earlier transformers.
+
+    Stored names are earlier module paths, so what loading makes of them, it makes of an adapter's. Names that the class has,
+    and names that loading makes nothing of, stay.
+    """
+    modules = {path for path, _ in rules.model.named_modules()}
+    moved: dict[str, str] = {}
+    for module in adapter.modules - modules:
+        entry, pattern = state_entry(rules, f"{module}.weight")
+        if pattern is None and entry in rules.state:
+            moved[module] = entry.removesuffix(".weight")
+    extras = {}
+    for name, tensor in adapter.extras.items():
+        entry, pattern = (name, None) if name in rules.state else state_entry(rules, name)
+        extras[entry if pattern is None and entry in rules.state else name] = tensor
+    sites = {
+        moved.get(key, key): replace(site, module=moved.get(site.module, site.module))
+        for key, site in adapter.sites.items()
+    }
+    if len(sites) < len(adapter.sites) or len(extras) < len(adapter.extras):
+        return adapter  # two names of one tensor
+    before = {**adapter.rules.earlier, **_earlier_paths(moved, modules)}
+    return replace(adapter, sites=sites, extras=extras, rules=replace(adapter.rules, earlier=before))
+
+
+def _earlier_paths(moved: Mapping[str, str], modules: Iterable[str]) -> dict[str, str]:
+    """What all `modules` were called, by the beginnings of the paths that `moved` and their like have in common."""
+    beginnings: dict[str, str] = {}
+    for old, new in moved.items():
+        one, other = old.split("."), new.split(".")
+        while one and other and one[-1] == other[-1]:
+            one.pop()
+            other.pop()
+        if other:
+            beginnings[".".join(other)] = ".".join(one)
+    before = {new: old for old, new in moved.items()}
+    for module in modules:
+        found = max((b for b in beginnings if module.startswith(f"{b}.")), key=len, default=None)
+        if found is not None:
+            before.setdefault(module, (beginnings[found] + module[len(found) :]).removeprefix("."))
+    return before
 
 
 def converted_names(

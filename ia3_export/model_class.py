@@ -18,7 +18,7 @@ from typing import Any
 
 from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.header import StoredTensor
-from ia3_export.conversions import Loading, converted_names, loading_rules, state_entry
+from ia3_export.conversions import Loading, converted_names, in_class_names, loading_rules, state_entry
 from ia3_export.errors import IA3ExportError, Unsupported
 from ia3_export.fold import Layout
 
@@ -83,11 +83,13 @@ def _best_class(
 ) -> RuntimeModel:
     best: tuple[tuple[int, int], RuntimeModel] | None = None
     for name in _candidate_classes(config, adapter):
-        fitted, model = _fit_config(name, config, adapter)
+        model = _build(name, config)
+        named = in_class_names(adapter, loading_rules(model))
+        fitted, model = _fit_config(name, config, named, model)
         runtime = _describe(name, fitted, model, tensors)
-        left_over = sum(module not in runtime.layouts for module in adapter.modules)
-        left_over += sum(extra not in runtime.shapes for extra in adapter.extras)
-        absent = sum(entry not in adapter.extras for entry in absent_entries(runtime))
+        left_over = sum(module not in runtime.layouts for module in named.modules)
+        left_over += sum(extra not in runtime.shapes for extra in named.extras)
+        absent = sum(entry not in named.extras for entry in absent_entries(runtime))
         if best is None or (left_over, absent) < best[0]:
             best = (left_over, absent), runtime
         if left_over == absent == 0:
@@ -197,10 +199,12 @@ def _build(name: str, config: Mapping[str, Any]) -> Any:
         return getattr(transformers, name)(_class_config(name, config)).eval()
 
 
-def _fit_config(name: str, config: Mapping[str, Any], adapter: Adapter) -> tuple[dict[str, Any], Any]:
-    """The configuration with the number of labels and the vocabulary that the adapter's own tensors have."""
+def _fit_config(
+    name: str, config: Mapping[str, Any], adapter: Adapter, model: Any
+) -> tuple[dict[str, Any], Any]:
+    """The configuration with the number of labels and the vocabulary that the adapter's own tensors have; `model` has that
+    of the base."""
     fitted = dict(config)
-    model = _build(name, fitted)
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     misfits = {
         extra: tensor.shape

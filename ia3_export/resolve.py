@@ -49,6 +49,7 @@ def resolve(
         {*stored_modules(base.tensors), *(name.rpartition(".")[0] for name in adapter.extras)}
     )
     _ask_class(result, base)
+    adapter = result.adapter
     try:
         modules = result.runtime.layouts if result.runtime else stored_modules(base.tensors)
         restored = restore_names(adapter, modules)
@@ -56,8 +57,9 @@ def resolve(
         result.problems.append(error)
         return result
     if restored is not None:
-        adapter = result.adapter = restored
+        result.adapter = restored
         _ask_class(result, base)
+        adapter = result.adapter
     result.warnings.extend(adapter.warnings)
     possible = _possible_layouts(result, base)
     present = {*base.tensors, *(result.runtime.shapes if result.runtime is not None else ())}
@@ -87,14 +89,16 @@ def _ask_class(result: Resolution, base: Checkpoint) -> None:
     """Build the model class where names and shapes leave something open."""
     if base.config is None or not _open_questions(result.adapter, base):
         return
+    from ia3_export.conversions import in_class_names
     from ia3_export.model_class import load_runtime_model
 
     try:
         result.runtime = load_runtime_model(base.config, result.adapter, base.tensors)
     except Unsupported as error:
         result.warnings.append(f"{error}; names are taken as stored")
-    else:
-        result.adapter.rules.look_at(result.runtime.layouts)
+        return
+    result.adapter = in_class_names(result.adapter, result.runtime.rules)
+    result.adapter.rules.look_at(result.runtime.layouts)
 
 
 def _open_questions(adapter: Adapter, base: Checkpoint) -> bool:

@@ -42,13 +42,14 @@ class TargetRules:
 
     A list entry matches a path equal to it or ending in ``.entry``; a string is a regular expression for
     the whole path, and so is each entry of ``to_save``, for a path or its part after a dot. ``feedforward`` is different in PEFT: a list entry matches any path that *ends* in it,
-    without the dot.
+    without the dot. `earlier` are the names that modules had when the rules were written, where they have others now.
     """
 
     target: Pattern
     feedforward: Pattern
     exclude: Pattern = None
     to_save: tuple[str, ...] = ()
+    earlier: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     matcher: Matcher = field(default_factory=Matcher, repr=False, compare=False)
 
     def look_at(self, modules: Collection[str]) -> None:
@@ -62,20 +63,25 @@ class TargetRules:
             if isinstance(pattern, str)
         ]
         questions += [("match", inside(name)) for name in self.to_save]
-        self.matcher.look_at(questions, modules)
+        self.matcher.look_at(questions, {self.earlier.get(module, module) for module in modules})
 
     def targets(self, module: str) -> bool:
         """Whether PEFT would wrap `module`, if it is of a kind that can be wrapped."""
-        if self._matches(self.exclude, module) or self.saves(module):
+        module = self.earlier.get(module, module)
+        if self._matches(self.exclude, module) or self._saves(module):
             return False
         return self._matches(self.target, module)
 
     def saves(self, module: str) -> bool:
         """Whether `module` is, or lies in, one of ``modules_to_save``."""
+        return self._saves(self.earlier.get(module, module))
+
+    def _saves(self, module: str) -> bool:
         return any(self.matcher.matches("match", inside(name), module) for name in self.to_save)
 
     def is_feedforward(self, module: str) -> bool:
         """Whether PEFT puts the vector on the input of `module`."""
+        module = self.earlier.get(module, module)
         if isinstance(self.feedforward, str):
             return self.matcher.matches("fullmatch", self.feedforward, module)
         return module.endswith(tuple(self.feedforward or ()))

@@ -199,7 +199,7 @@ def _read_rules(
             f"{config_file.name} has no target_modules: what the vectors are on, in all layers, counts as them"
         )
         target = same_in_every_layer(vectors)
-    rules = TargetRules(target, inputs, exclude, to_save, Matcher(str(config_file)))
+    rules = TargetRules(target, inputs, exclude, to_save, matcher=Matcher(str(config_file)))
     rules.look_at(vectors)
     return rules
 

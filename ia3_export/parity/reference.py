@@ -18,6 +18,7 @@ from ia3_export.adapters.combine import Combine, combine_vectors
 from ia3_export.adapters.model import Adapter, Site
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.header import read_values
+from ia3_export.conversions import in_class_names, loading_rules
 from ia3_export.errors import Unsupported
 from ia3_export.model_class import load_runtime_model, make_config
 from ia3_export.parity.quantized import as_dense, load_dense, widen
@@ -150,6 +151,7 @@ def _with_peft(model: Any, adapters: Sequence[Adapter]) -> Any | None:
 
     if any(adapter.format != "peft" for adapter in adapters):
         return None
+    adapters = _named_as_in(model, adapters)
     for adapter in adapters:  # PEFT would wait for an expression that never ends
         adapter.rules.look_at(dict(model.named_modules()))
     names = [f"adapter_{i}" for i in range(len(adapters))]
@@ -174,11 +176,17 @@ def _with_peft(model: Any, adapters: Sequence[Adapter]) -> Any | None:
     return live
 
 
+def _named_as_in(model: Any, adapters: Sequence[Adapter]) -> list[Adapter]:
+    rules = loading_rules(model)
+    return [in_class_names(adapter, rules) for adapter in adapters]
+
+
 def _with_hooks(
     model: Any, adapters: Sequence[Adapter], combine: Combine, weights: Sequence[float]
 ) -> list[Any]:
     import torch
 
+    adapters = _named_as_in(model, adapters)
     modules = dict(model.named_modules())
     state = model.state_dict()
     for adapter in adapters:
