@@ -183,8 +183,7 @@ def _spread(
         parts = {runtime.stored[entry]: multiplier.reshape(-1)}
     else:
         sources = runtime.converted[entry]
-        siblings = [name for name, keys in runtime.converted.items() if keys == sources]
-        parts = spread(runtime.rules, entry, sources, siblings, multiplier, base.tensors)
+        parts = spread(runtime.rules, entry, sources, multiplier, base.tensors)
     for stored, factors in parts.items():
         if (factors != 1).any():
             tensor = base.tensors[stored]

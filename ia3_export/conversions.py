@@ -103,28 +103,28 @@ def _earlier_paths(moved: Mapping[str, str], modules: Iterable[str]) -> dict[str
 def converted_names(
     rules: Loading, entry: str, keys: Sequence[str], tensors: Mapping[str, StoredTensor]
 ) -> list[str]:
-    """The parameters that the conversion at `entry` makes of the stored tensors `keys`."""
-    return list(_convert_stored(rules, entry, keys, tensors, meta=True))
+    """The parameters that the conversion at `entry` makes of the stored tensors `keys`, or would make of the right ones: that it
+    fails on these is refused where a vector needs them."""
+    try:
+        return list(_convert_stored(rules, keys, tensors, meta=True))
+    except Refused:
+        first, *others = _converter(rules, keys[0]).target_patterns
+        return [entry, *(entry.replace(first, other) for other in others)]
 
 
 def spread(
     rules: Loading,
     name: str,
     sources: Sequence[str],
-    siblings: Sequence[str],
     multiplier: Array,
     tensors: Mapping[str, StoredTensor],
 ) -> dict[str, Array]:
     """Carry an elementwise `multiplier` of the parameter `name` over to the stored tensors `sources`.
 
-    `siblings` are all parameters made of the same sources. Returns a flat multiplier per stored tensor. Raises
-    `Refused` when the loading computes with the weights instead of moving them.
+    Returns a flat multiplier per stored tensor. Raises `Refused` when the loading computes with the weights instead of
+    moving them.
     """
-    numbers = None
-    for entry in (name, *siblings):
-        numbers = _convert_stored(rules, entry, sources, tensors, meta=False).get(name)
-        if numbers is not None:
-            break
+    numbers = _convert_stored(rules, sources, tensors, meta=False).get(name)
     traced = np.empty(0) if numbers is None else np.asarray(numbers.contiguous().numpy())
     if traced.shape != multiplier.shape or not np.array_equal(traced, np.floor(traced)):
         raise Refused(
@@ -158,7 +158,7 @@ def fused_multiplier(
     understood: set[str] = set()
     for entry, by_pattern in groups.items():
         shape = tuple(rules.state[entry].shape)
-        converter = next(c for c in rules.converters if set(by_pattern) <= set(c.source_patterns))
+        converter = _converter(rules, f"{next(iter(by_pattern.values()))[0]}.weight")
         for modules in by_pattern.values():
             if len(modules) != shape[0]:
                 raise MissingVector(
@@ -193,9 +193,9 @@ def fused_multiplier(
 
 
 def _convert_stored(
-    rules: Loading, entry: str, keys: Sequence[str], tensors: Mapping[str, StoredTensor], *, meta: bool
+    rules: Loading, keys: Sequence[str], tensors: Mapping[str, StoredTensor], *, meta: bool
 ) -> dict[str, Any]:
-    """Run the loading operations of `entry` on element numbers (or, `meta`, on shapes alone)."""
+    """Run the loading operations of the stored tensors `keys` on element numbers (or, `meta`, on shapes alone)."""
     import torch
     from transformers.core_model_loading import dot_natural_key
 
@@ -213,8 +213,15 @@ def _convert_stored(
         _, pattern = state_entry(rules, key)
         assert pattern is not None
         inputs.setdefault(pattern, []).append(numbered[key])
-    converter = next(c for c in rules.converters if set(inputs) <= set(c.source_patterns))
-    return dict(_run(rules, converter, entry, inputs))
+    entry, _ = state_entry(rules, keys[0])
+    return dict(_run(rules, _converter(rules, keys[0]), entry, inputs))
+
+
+def _converter(rules: Loading, key: str) -> Any:
+    """The converter that the stored tensor `key` goes through; another may have the same patterns for another part of the model."""
+    from transformers.core_model_loading import rename_source_key
+
+    return next(c for c in rules.converters if rename_source_key(key, rules.renamings, [c])[1] is not None)
 
 
 def _run(
@@ -224,7 +231,17 @@ def _run(
     for pattern, values in inputs.items():
         for position, value in enumerate(values):
             fresh.add_tensor(entry, f"{entry}.{position}", pattern, value)
-    for name, value in fresh.convert(entry, model=rules.model, config=rules.model.config).items():
+    try:
+        made = fresh.convert(entry, model=rules.model, config=rules.model.config)
+    except (
+        Exception
+    ) as error:  # whatever transformers' operations and torch raise for tensors of another model
+        raise Refused(
+            f"transformers cannot make {entry} of the tensors stored for it: {type(error).__name__}: {error}",
+            hint="config.json does not belong to these weights, or load the base with transformers, save it again, and merge "
+            "into that copy",
+        ) from error
+    for name, value in made.items():
         yield name, value[0] if isinstance(value, list) else value
 
 
