@@ -73,7 +73,10 @@ def resolve(
             else:
                 _insert(result, placement)
         except (Refused, Unsupported) as error:
-            result.problems.append(error)
+            if isinstance(error, ShapeMismatch) or (site.vector != 1).any():
+                result.problems.append(error)
+            else:  # never moved in training, mostly because the module's forward never runs
+                result.warnings.append(f"the vector of {site.module} is all ones and changes nothing: {error}")
     for name in adapter.extras:
         try:
             _place_extra(name, base, result, allow_unused=allow_unused)
