@@ -6,7 +6,7 @@ What a file cannot tell (renamed or fused tensors, ties, base-model prefixes, he
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from ia3_export.adapters.model import Adapter, Site
@@ -27,6 +27,10 @@ _STORED: Mapping[Layout, str] = {
     "conv": "as a convolution",
 }
 
+_WRAPPERS = {
+    "base_layer": "PEFT", "original_module": "PEFT", "modules_to_save": "PEFT", "_orig_mod": "torch.compile",
+    "_fsdp_wrapped_module": "FSDP", "_checkpoint_wrapped_module": "an activation checkpoint",
+}  # fmt: skip
 _REPARAMETRIZED = (
     "parametrizations.weight.original0", "parametrizations.weight.original1", "parametrizations.weight.original",
     "weight_g", "weight_v", "weight_orig",
@@ -51,6 +55,20 @@ def stored_modules(tensors: Mapping[str, StoredTensor]) -> set[str]:
         for name, tensor in tensors.items()
         if name.endswith(".weight") and len(tensor.shape) in (2, 4, 5)
     }
+
+
+def refuse_wrapped(names: Iterable[str]) -> None:
+    """Refuse a base whose tensors have the names of a wrapper's inside: transformers would load none of them.
+
+    Raises `Refused` for what PEFT, FSDP, activation checkpoints and torch.compile wrap.
+    """
+    for name in names:
+        wrapper = next((part for part in name.split(".") if part in _WRAPPERS), None)
+        if wrapper is not None:
+            raise Refused(
+                f"the base was saved while {_WRAPPERS[wrapper]} wrapped it: it holds {name}, which no model of transformers loads",
+                hint="save the plain model (of PEFT: model.unload().save_pretrained(...)), or give the base it was loaded from",
+            )
 
 
 def refuse_untraceable(module: str, present: Collection[str]) -> None:

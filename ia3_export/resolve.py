@@ -29,6 +29,7 @@ from ia3_export.modules import (
     model_types,
     possible_layouts,
     refuse_untraceable,
+    refuse_wrapped,
     shown_layouts,
     stored_modules,
     weight_layout,
@@ -45,6 +46,11 @@ def resolve(
     """Lay `adapter` over `base`; whatever does not fit is in the result's `problems`. Raises `DamagedFile` only, for an expression
     of the adapter's configuration that takes too long."""
     result = Resolution(adapter)
+    try:
+        refuse_wrapped(base.tensors)
+    except Refused as error:
+        result.problems.append(error)
+        return result
     adapter.rules.look_at(
         {*stored_modules(base.tensors), *(name.rpartition(".")[0] for name in adapter.extras)}
     )
@@ -76,7 +82,9 @@ def resolve(
             if isinstance(error, ShapeMismatch) or (site.vector != 1).any():
                 result.problems.append(error)
             else:  # never moved in training, mostly because the module's forward never runs
-                result.warnings.append(f"the vector of {site.module} is all ones and changes nothing: {error}")
+                result.warnings.append(
+                    f"the vector of {site.module} is all ones and changes nothing: {error}"
+                )
     for name in adapter.extras:
         try:
             _place_extra(name, base, result, allow_unused=allow_unused)

@@ -24,7 +24,7 @@ from ia3_export.adapters.model import (
     inside,
     same_in_every_layer,
 )
-from ia3_export.adapters.source import Source, make_site
+from ia3_export.adapters.source import Source, make_site, unwrapped_key
 from ia3_export.checkpoint.folder import MANIFEST, read_config
 from ia3_export.checkpoint.header import Shard, StoredTensor
 from ia3_export.errors import DamagedFile, NotFound, Refused, ShapeMismatch, Unsupported, UnusedVector
@@ -36,8 +36,8 @@ _VECTOR = ".ia3_l"
 _OTHER_METHODS = re.compile(
     r"\.(lora_[A-Za-z_]+|hada_\w+|lokr_\w+|oft_\w+|boft_\w+|vera_\w+|hra_u|ln_tuning\w*|fourierft\w*)(\.|$)"
 )
-#: What DataParallel and torch.compile put before the names of the module they wrap.
-_WRAPPER = re.compile(r"^(?P<prefix>base_model\.model\.)?(module\.)+|(?<![^.])_orig_mod\.")
+#: What training leaves beside an adapter that PEFT does not load with it, such as LLaVA's projector.
+_BESIDE = ("non_lora_trainables.*", "non_lora_state_dict.*", "mm_projector.*")
 
 
 def is_peft(source: Source) -> bool:
@@ -65,6 +65,11 @@ def read_peft(source: Source) -> Adapter:
             )
     warnings: list[str] = []
     vectors, extras = _sort_keys(source, warnings)
+    warnings += [
+        f"{file.name} beside the adapter holds further trained weights (a projector), which are no part of it and are not merged"
+        for pattern in _BESIDE
+        for file in sorted(source.folder.glob(pattern))
+    ]
     rules = _read_rules(config_file, config, vectors, warnings)
     sites = {module: _read_site(module, tensor, rules) for module, tensor in vectors.items()}
     labels, config = _recorded(source, config)
@@ -103,7 +108,7 @@ def _sort_keys(
                 f"{shard.path} holds {tensor.name}, which is not IA3: a mixed or mislabelled adapter",
                 hint="ia3-export folds IA3 alone; merge the other method with PEFT first",
             )
-        key = _WRAPPER.sub(lambda match: match["prefix"] or "", tensor.name)
+        key = unwrapped_key(tensor.name)
         name = key.removeprefix(PREFIX)
         if key != tensor.name or name == key:
             odd.append(tensor.name)
