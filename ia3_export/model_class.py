@@ -162,7 +162,18 @@ def make_config(config: Mapping[str, Any]) -> Any:
             hint="the adapter's module names must be the stored names for such a model; remote code is not run",
         )
     fields = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
-    return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(fields))
+    return CONFIG_MAPPING[model_type].from_dict(_with_numbers(copy.deepcopy(fields)))
+
+
+def _with_numbers(value: Any) -> Any:
+    """A value of ``config.json`` with what JSON has no numbers for, which transformers writes as ``{"__float__": "Infinity"}``."""
+    if isinstance(value, list):
+        return [_with_numbers(entry) for entry in value]
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: _with_numbers(entry) for key, entry in value.items()}
+    return value
 
 
 def _candidate_classes(config: Mapping[str, Any], adapter: Adapter) -> Iterator[str]:
