@@ -14,6 +14,7 @@ from ia3_export.checkpoint.header import StoredTensor, count_elements, same_byte
 from ia3_export.config_edits import can_untie
 from ia3_export.errors import Refused, Unsupported, UsageError
 from ia3_export.fold import FLOAT_DTYPES, Array, Scale, make_scale, round_vector
+from ia3_export.ordering import natural
 from ia3_export.placement import Placement, Resolution
 from ia3_export.quantization.detection import Quantization
 
@@ -154,7 +155,7 @@ def _lay(
 
         multipliers, understood = fused_multiplier(result.runtime.rules, experts)
         if set(experts) - understood:
-            first = min(set(experts) - understood)
+            first = min(set(experts) - understood, key=natural)
             raise Unsupported(
                 f"{first} is part of a fused expert parameter whose packing is not understood",
                 hint="save the base with its experts apart (transformers 4 layout), and merge into that",
