@@ -151,20 +151,20 @@ def _lay(
                 how: How = "fold" if part.tensor in base.tensors else "untie"
                 _append(changes, part.tensor, how, base.tensors[part.source].kept, source, scale, note, dtype)
     if experts and result.runtime is not None:
-        from ia3_export.conversions import fused_multiplier
+        from ia3_export.conversions import fused_multipliers
 
-        multipliers, understood = fused_multiplier(result.runtime.rules, experts)
-        if set(experts) - understood:
-            first = min(set(experts) - understood, key=natural)
-            raise Unsupported(
-                f"{first} is part of a fused expert parameter whose packing is not understood",
-                hint="save the base with its experts apart (transformers 4 layout), and merge into that",
-            )
-        for entry, multiplier in multipliers.items():
+        left = set(experts)
+        for entry, multiplier, modules in fused_multipliers(result.runtime.rules, experts):
+            left -= set(modules)
             stored = (result.runtime.converted.get(entry) or (result.runtime.stored[entry],))[0]
             multiplier = _factors(multiplier.reshape(-1), base.tensors[stored].kept, cast)
             multiplier = multiplier.reshape(result.runtime.shapes[entry])
             _spread(result, entry, multiplier, base, changes, dtype, f"{label}: experts of {entry}")
+        if left:
+            raise Unsupported(
+                f"{min(left, key=natural)} is part of a fused expert parameter whose packing is not understood",
+                hint="save the base with its experts apart (transformers 4 layout), and merge into that",
+            )
 
 
 def _spread(
@@ -189,7 +189,8 @@ def _spread(
         if (factors != 1).any():
             tensor = base.tensors[stored]
             source = changes[stored].source if stored in changes else tensor
-            _append(changes, stored, "fold", tensor.kept, source, Scale(factors, 1), note, dtype)
+            scale = _as_vector(factors, tensor.shape)
+            _append(changes, stored, "fold", tensor.kept, source, scale, note, dtype)
 
 
 def _append(
@@ -215,6 +216,17 @@ def _factors(vector: Array, stored: str, cast: Cast) -> Array:
         return round_vector(vector, stored)
     with np.errstate(over="ignore", under="ignore"):
         return vector.astype("<f8" if stored == "F64" else "<f4")
+
+
+def _as_vector(factors: Array, shape: tuple[int, ...]) -> Scale:
+    """A factor for every element of a tensor of `shape`, as one for every row or column where it is such."""
+    if len(shape) > 1:
+        grid = factors.reshape(-1, shape[-1])
+        if (grid == grid[:, :1]).all():
+            return Scale(grid[:, 0].copy(), shape[-1])
+        if (grid == grid[:1]).all():
+            return Scale(grid[0].copy(), 1)
+    return Scale(factors, 1)
 
 
 def _expand(scale: Scale, shape: tuple[int, ...]) -> Array:

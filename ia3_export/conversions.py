@@ -138,13 +138,13 @@ def spread(
     return dict(zip(sources, parts, strict=True))
 
 
-def fused_multiplier(
+def fused_multipliers(
     rules: Loading, vectors: Mapping[str, tuple[Array, str]]
-) -> tuple[dict[str, Array], set[str]]:
+) -> Iterator[tuple[str, Array, list[str]]]:
     """Multipliers of fused parameters for vectors under per-expert (transformers 4) module paths.
 
-    `vectors` maps module path to (vector, direction). Returns (multiplier per state-dict entry, the module
-    paths understood). Raises `MissingVector` when some experts of a fused parameter have vectors and others not.
+    `vectors` maps module path to (vector, direction). Yields a state-dict entry, its multiplier and the module paths that went
+    into it, one after the other, since a multiplier is as large as its parameter. Raises `MissingVector` when some experts of a fused parameter have vectors and others not.
     """
     import torch
     from transformers.core_model_loading import dot_natural_key
@@ -154,8 +154,6 @@ def fused_multiplier(
         entry, pattern = state_entry(rules, f"{module}.weight")
         if pattern is not None and entry in rules.state:
             groups.setdefault(entry, {}).setdefault(pattern, []).append(module)
-    multipliers: dict[str, Array] = {}
-    understood: set[str] = set()
     for entry, by_pattern in groups.items():
         shape = tuple(rules.state[entry].shape)
         converter = _converter(rules, f"{next(iter(by_pattern.values()))[0]}.weight")
@@ -187,9 +185,7 @@ def fused_multiplier(
                     multiplier = result
                     break
         if multiplier is not None:
-            multipliers[entry] = multiplier
-            understood.update(module for modules in by_pattern.values() for module in modules)
-    return multipliers, understood
+            yield entry, multiplier, [module for modules in by_pattern.values() for module in modules]
 
 
 def _convert_stored(
