@@ -14,6 +14,7 @@ from ia3_export.checkpoint.header import StoredTensor, count_elements, read_byte
 from ia3_export.config_edits import can_untie
 from ia3_export.errors import Refused, Unsupported, UsageError
 from ia3_export.fold import FLOAT_DTYPES, Array, Scale, make_scale, round_vector, storage_dtype
+from ia3_export.ordering import natural
 from ia3_export.placement import Placement, Resolution
 from ia3_export.quantization.detection import Quantization
 
@@ -205,20 +206,20 @@ def _lay(
                 how: How = "fold" if part.tensor in base.tensors else "untie"
                 _append(changes, part.tensor, how, base.tensors[part.source].kept, source, scale, note, dtype)
     if experts and result.runtime is not None:
-        from ia3_export.conversions import fused_multiplier
+        from ia3_export.conversions import fused_multipliers
 
-        multipliers, understood = fused_multiplier(result.runtime.rules, experts)
-        if set(experts) - understood:
-            first = min(set(experts) - understood)
-            raise Unsupported(
-                f"{first} is part of a fused expert parameter whose packing is not understood",
-                hint="save the base with its experts apart (transformers 4 layout), and merge into that",
-            )
-        for entry, multiplier in multipliers.items():
+        left = set(experts)
+        for entry, multiplier, modules in fused_multipliers(result.runtime.rules, experts):
+            left -= set(modules)
             stored = (result.runtime.converted.get(entry) or (result.runtime.stored[entry],))[0]
             multiplier = _factors(multiplier.reshape(-1), base.tensors[stored].kept, cast)
             multiplier = multiplier.reshape(result.runtime.shapes[entry])
             _spread(result, entry, multiplier, base, changes, dtype, f"{label}: experts of {entry}")
+        if left:
+            raise Unsupported(
+                f"{min(left, key=natural)} is part of a fused expert parameter whose packing is not understood",
+                hint="save the base with its experts apart (transformers 4 layout), and merge into that",
+            )
 
 
 def _spread(
@@ -238,13 +239,13 @@ def _spread(
         parts = {runtime.stored[entry]: multiplier.reshape(-1)}
     else:
         sources = runtime.converted[entry]
-        siblings = [name for name, keys in runtime.converted.items() if keys == sources]
-        parts = spread(runtime.rules, entry, sources, siblings, multiplier, base.tensors)
+        parts = spread(runtime.rules, entry, sources, multiplier, base.tensors)
     for stored, factors in parts.items():
         if (factors != 1).any():
             tensor = base.tensors[stored]
             source = changes[stored].source if stored in changes else tensor
-            _append(changes, stored, "fold", tensor.kept, source, Scale(factors, 1), note, dtype)
+            scale = _as_vector(factors, tensor.shape)
+            _append(changes, stored, "fold", tensor.kept, source, scale, note, dtype)
 
 
 def _append(
@@ -270,6 +271,17 @@ def _factors(vector: Array, stored: str, cast: Cast) -> Array:
         return round_vector(vector, stored)
     with np.errstate(over="ignore", under="ignore"):
         return vector.astype("<f8" if stored == "F64" else "<f4")
+
+
+def _as_vector(factors: Array, shape: tuple[int, ...]) -> Scale:
+    """A factor for every element of a tensor of `shape`, as one for every row or column where it is such."""
+    if len(shape) > 1:
+        grid = factors.reshape(-1, shape[-1])
+        if (grid == grid[:, :1]).all():
+            return Scale(grid[:, 0].copy(), shape[-1])
+        if (grid == grid[:1]).all():
+            return Scale(grid[0].copy(), 1)
+    return Scale(factors, 1)
 
 
 def _expand(scale: Scale, shape: tuple[int, ...]) -> Array:

@@ -12,6 +12,7 @@ from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.errors import MissingVector, UnusedVector
 from ia3_export.fold import FLOAT_DTYPES
 from ia3_export.modules import stored_modules
+from ia3_export.ordering import natural
 from ia3_export.placement import Resolution
 
 if TYPE_CHECKING:
@@ -64,24 +65,27 @@ def report_missing(adapter: Adapter, base: Checkpoint, result: Resolution, *, al
     else:
         output = _left_out_of_all_linear(adapter, runtime) if rules.is_all_linear else None
         missing = sorted(
-            module
-            for module, layout in runtime.layouts.items()
-            if module not in adapter.sites
-            and adapter.rules.targets(module)
-            and (not rules.is_all_linear or (layout != "conv" and module != output))
-            # a module that the class has and the checkpoint has not (a head made anew) cannot be folded either
-            and _is_stored(f"{module}.weight", runtime)
+            (
+                module
+                for module, layout in runtime.layouts.items()
+                if module not in adapter.sites
+                and adapter.rules.targets(module)
+                and (not rules.is_all_linear or (layout != "conv" and module != output))
+                # a module that the class has and the checkpoint has not (a head made anew) cannot be folded either
+                and _is_stored(f"{module}.weight", runtime)
+            ),
+            key=natural,
         )
         # modules that exist in the file only: fused at run time, so PEFT never saw them
         absent = set(missing_by_name(adapter, base)) - set(missing)
         absent -= {runtime.stored[e].removesuffix(".weight") for e in runtime.stored if e.endswith(".weight")}
         absent = {module for module in absent if is_fused_expert(module, runtime)}
         if any(is_fused_expert(module, runtime) for module in adapter.modules):
-            missing += sorted(absent)  # trained where every expert was a module of its own
+            missing += sorted(absent, key=natural)  # trained where every expert was a module of its own
         elif absent:
             result.warnings.append(
                 f"{len(absent)} stored modules match target_modules but are no modules of {runtime.class_name} "
-                f"(fused at run time), first: {min(absent)}; the adapter has no vectors for them"
+                f"(fused at run time), first: {min(absent, key=natural)}; the adapter has no vectors for them"
             )
     if not missing:
         return
@@ -196,11 +200,14 @@ def missing_by_name(adapter: Adapter, base: Checkpoint) -> list[str]:
     """Stored modules that the adapter's rules target and that have no vector, by their stored names."""
     spared = _NOT_LINEAR if adapter.rules.is_all_linear else ()
     return sorted(
-        module
-        for module in stored_modules(base.tensors)
-        if module not in adapter.sites
-        and adapter.rules.targets(module)
-        and module.rpartition(".")[2] not in spared
+        (
+            module
+            for module in stored_modules(base.tensors)
+            if module not in adapter.sites
+            and adapter.rules.targets(module)
+            and module.rpartition(".")[2] not in spared
+        ),
+        key=natural,
     )
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import MissingVector, Refused
 from ia3_export.fold import Array
@@ -55,31 +56,75 @@ def state_entry(rules: Loading, stored_name: str) -> tuple[str, str | None]:
     return entry, pattern
 
 
+def in_class_names(adapter: Adapter, rules: Loading) -> Adapter:
+    """`adapter` with the module paths that the class has today, where it states those of an earlier transformers.
+
+    Stored names are earlier module paths, so what loading makes of them, it makes of an adapter's. Names that the class has,
+    and names that loading makes nothing of, stay.
+    """
+    modules = {path for path, _ in rules.model.named_modules()}
+    moved: dict[str, str] = {}
+    for module in adapter.modules - modules:
+        entry, pattern = state_entry(rules, f"{module}.weight")
+        if pattern is None and entry in rules.state:
+            moved[module] = entry.removesuffix(".weight")
+    extras = {}
+    for name, tensor in adapter.extras.items():
+        entry, pattern = (name, None) if name in rules.state else state_entry(rules, name)
+        extras[entry if pattern is None and entry in rules.state else name] = tensor
+    sites = {
+        moved.get(key, key): replace(site, module=moved.get(site.module, site.module))
+        for key, site in adapter.sites.items()
+    }
+    if len(sites) < len(adapter.sites) or len(extras) < len(adapter.extras):
+        return adapter  # two names of one tensor
+    before = {**adapter.rules.earlier, **_earlier_paths(moved, modules)}
+    return replace(adapter, sites=sites, extras=extras, rules=replace(adapter.rules, earlier=before))
+
+
+def _earlier_paths(moved: Mapping[str, str], modules: Iterable[str]) -> dict[str, str]:
+    """What all `modules` were called, by the beginnings of the paths that `moved` and their like have in common."""
+    beginnings: dict[str, str] = {}
+    for old, new in moved.items():
+        one, other = old.split("."), new.split(".")
+        while one and other and one[-1] == other[-1]:
+            one.pop()
+            other.pop()
+        if other:
+            beginnings[".".join(other)] = ".".join(one)
+    before = {new: old for old, new in moved.items()}
+    for module in modules:
+        found = max((b for b in beginnings if module.startswith(f"{b}.")), key=len, default=None)
+        if found is not None:
+            before.setdefault(module, (beginnings[found] + module[len(found) :]).removeprefix("."))
+    return before
+
+
 def converted_names(
     rules: Loading, entry: str, keys: Sequence[str], tensors: Mapping[str, StoredTensor]
 ) -> list[str]:
-    """The parameters that the conversion at `entry` makes of the stored tensors `keys`."""
-    return list(_convert_stored(rules, entry, keys, tensors, meta=True))
+    """The parameters that the conversion at `entry` makes of the stored tensors `keys`, or would make of the right ones: that it
+    fails on these is refused where a vector needs them."""
+    try:
+        return list(_convert_stored(rules, keys, tensors, meta=True))
+    except Refused:
+        first, *others = _converter(rules, keys[0]).target_patterns
+        return [entry, *(entry.replace(first, other) for other in others)]
 
 
 def spread(
     rules: Loading,
     name: str,
     sources: Sequence[str],
-    siblings: Sequence[str],
     multiplier: Array,
     tensors: Mapping[str, StoredTensor],
 ) -> dict[str, Array]:
     """Carry an elementwise `multiplier` of the parameter `name` over to the stored tensors `sources`.
 
-    `siblings` are all parameters made of the same sources. Returns a flat multiplier per stored tensor. Raises
-    `Refused` when the loading computes with the weights instead of moving them.
+    Returns a flat multiplier per stored tensor. Raises `Refused` when the loading computes with the weights instead of
+    moving them.
     """
-    numbers = None
-    for entry in (name, *siblings):
-        numbers = _convert_stored(rules, entry, sources, tensors, meta=False).get(name)
-        if numbers is not None:
-            break
+    numbers = _convert_stored(rules, sources, tensors, meta=False).get(name)
     traced = np.empty(0) if numbers is None else np.asarray(numbers.contiguous().numpy())
     if traced.shape != multiplier.shape or not np.array_equal(traced, np.floor(traced)):
         raise Refused(
@@ -93,13 +138,13 @@ def spread(
     return dict(zip(sources, parts, strict=True))
 
 
-def fused_multiplier(
+def fused_multipliers(
     rules: Loading, vectors: Mapping[str, tuple[Array, str]]
-) -> tuple[dict[str, Array], set[str]]:
+) -> Iterator[tuple[str, Array, list[str]]]:
     """Multipliers of fused parameters for vectors under per-expert (transformers 4) module paths.
 
-    `vectors` maps module path to (vector, direction). Returns (multiplier per state-dict entry, the module
-    paths understood). Raises `MissingVector` when some experts of a fused parameter have vectors and others not.
+    `vectors` maps module path to (vector, direction). Yields a state-dict entry, its multiplier and the module paths that went
+    into it, one after the other, since a multiplier is as large as its parameter. Raises `MissingVector` when some experts of a fused parameter have vectors and others not.
     """
     import torch
     from transformers.core_model_loading import dot_natural_key
@@ -109,11 +154,9 @@ def fused_multiplier(
         entry, pattern = state_entry(rules, f"{module}.weight")
         if pattern is not None and entry in rules.state:
             groups.setdefault(entry, {}).setdefault(pattern, []).append(module)
-    multipliers: dict[str, Array] = {}
-    understood: set[str] = set()
     for entry, by_pattern in groups.items():
         shape = tuple(rules.state[entry].shape)
-        converter = next(c for c in rules.converters if set(by_pattern) <= set(c.source_patterns))
+        converter = _converter(rules, f"{next(iter(by_pattern.values()))[0]}.weight")
         for modules in by_pattern.values():
             if len(modules) != shape[0]:
                 raise MissingVector(
@@ -142,15 +185,13 @@ def fused_multiplier(
                     multiplier = result
                     break
         if multiplier is not None:
-            multipliers[entry] = multiplier
-            understood.update(module for modules in by_pattern.values() for module in modules)
-    return multipliers, understood
+            yield entry, multiplier, [module for modules in by_pattern.values() for module in modules]
 
 
 def _convert_stored(
-    rules: Loading, entry: str, keys: Sequence[str], tensors: Mapping[str, StoredTensor], *, meta: bool
+    rules: Loading, keys: Sequence[str], tensors: Mapping[str, StoredTensor], *, meta: bool
 ) -> dict[str, Any]:
-    """Run the loading operations of `entry` on element numbers (or, `meta`, on shapes alone)."""
+    """Run the loading operations of the stored tensors `keys` on element numbers (or, `meta`, on shapes alone)."""
     import torch
     from transformers.core_model_loading import dot_natural_key
 
@@ -168,8 +209,15 @@ def _convert_stored(
         _, pattern = state_entry(rules, key)
         assert pattern is not None
         inputs.setdefault(pattern, []).append(numbered[key])
-    converter = next(c for c in rules.converters if set(inputs) <= set(c.source_patterns))
-    return dict(_run(rules, converter, entry, inputs))
+    entry, _ = state_entry(rules, keys[0])
+    return dict(_run(rules, _converter(rules, keys[0]), entry, inputs))
+
+
+def _converter(rules: Loading, key: str) -> Any:
+    """The converter that the stored tensor `key` goes through; another may have the same patterns for another part of the model."""
+    from transformers.core_model_loading import rename_source_key
+
+    return next(c for c in rules.converters if rename_source_key(key, rules.renamings, [c])[1] is not None)
 
 
 def _run(
@@ -179,7 +227,17 @@ def _run(
     for pattern, values in inputs.items():
         for position, value in enumerate(values):
             fresh.add_tensor(entry, f"{entry}.{position}", pattern, value)
-    for name, value in fresh.convert(entry, model=rules.model, config=rules.model.config).items():
+    try:
+        made = fresh.convert(entry, model=rules.model, config=rules.model.config)
+    except (
+        Exception
+    ) as error:  # whatever transformers' operations and torch raise for tensors of another model
+        raise Refused(
+            f"transformers cannot make {entry} of the tensors stored for it: {type(error).__name__}: {error}",
+            hint="config.json does not belong to these weights, or load the base with transformers, save it again, and merge "
+            "into that copy",
+        ) from error
+    for name, value in made.items():
         yield name, value[0] if isinstance(value, list) else value
 
 

@@ -16,6 +16,7 @@ from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.hub import Location
 from ia3_export.checkpoint.record import MANIFEST, Folded
 from ia3_export.execute import TensorResult, Written, hash_file
+from ia3_export.ordering import natural
 from ia3_export.plan import Plan
 
 SCHEMA = "ia3-export/manifest/1"
@@ -55,7 +56,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
                 "tensor": change.name, "how": change.how, "dtype": change.dtype, "shape": list(change.shape),
                 "from_dtype": change.source.dtype, "folds": list(change.folds), "bytes": change.nbytes,
             }
-            for change in sorted(plan.changes.values(), key=lambda change: change.name)
+            for change in sorted(plan.changes.values(), key=lambda change: natural(change.name))
         ],
         "quantization": describe_quantization(plan),
         "config_edits": list(plan.config_edits),

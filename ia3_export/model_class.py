@@ -19,7 +19,7 @@ from typing import Any
 from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.folder import architectures
 from ia3_export.checkpoint.header import StoredTensor
-from ia3_export.conversions import Loading, converted_names, loading_rules, state_entry
+from ia3_export.conversions import Loading, converted_names, in_class_names, loading_rules, state_entry
 from ia3_export.errors import IA3ExportError, Unsupported, kind_and_line
 from ia3_export.fold import Layout
 
@@ -37,7 +37,7 @@ _TASK_TABLES = {
 class RuntimeModel:
     """A transformers model as the adapter saw it, and how the checkpoint's names lead to it.
 
-    `layouts` gives the kind of every module that IA3 can wrap, `shapes` every state-dict entry, `ties` maps
+    `layouts` gives the kind of every module that IA3 can wrap, `groups` those of convolutions, `shapes` every state-dict entry, `ties` maps
     a tied entry to its source, `needed` are the entries that a checkpoint must hold, `stored` maps a state-dict entry to the one stored tensor it is loaded from unchanged.
     `embeddings` are the paths of lookup tables. `config` is the configuration that fits the adapter's heads and embeddings.
     """
@@ -45,6 +45,7 @@ class RuntimeModel:
     class_name: str
     config: Mapping[str, Any]
     layouts: Mapping[str, Layout]
+    groups: Mapping[str, int]
     needed: frozenset[str]
     shapes: Mapping[str, tuple[int, ...]]
     ties: Mapping[str, str]
@@ -83,16 +84,18 @@ def _best_class(
 ) -> RuntimeModel:
     best: tuple[tuple[int, int, int], RuntimeModel] | None = None
     for name in _candidate_classes(config, adapter):
-        fitted, model = _fit_config(name, config, adapter)
+        model = _build(name, config)
+        named = in_class_names(adapter, loading_rules(model))
+        fitted, model = _fit_config(name, config, named, model)
         runtime = _describe(name, fitted, model, tensors)
-        left_over = sum(module not in runtime.layouts for module in adapter.modules)
-        left_over += sum(extra not in runtime.shapes for extra in adapter.extras)
+        left_over = sum(module not in runtime.layouts for module in named.modules)
+        left_over += sum(extra not in runtime.shapes for extra in named.extras)
         # a head that the adapter trained and lost is no sign of the wrong class
         absent = sum(
-            entry not in adapter.extras and adapter.copy_of(entry.rpartition(".")[0]) is None
+            entry not in named.extras and named.copy_of(entry.rpartition(".")[0]) is None
             for entry in absent_entries(runtime)
         )
-        headless = len(adapter.without_module(path for path, _ in model.named_modules()))
+        headless = len(named.without_module(path for path, _ in model.named_modules()))
         if best is None or (left_over, headless, absent) < best[0]:
             best = (left_over, headless, absent), runtime
         if left_over == headless == absent == 0:
@@ -161,7 +164,18 @@ def make_config(config: Mapping[str, Any]) -> Any:
             hint="the adapter's module names must be the stored names for such a model; remote code is not run",
         )
     fields = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
-    return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(fields))
+    return CONFIG_MAPPING[model_type].from_dict(_with_numbers(copy.deepcopy(fields)))
+
+
+def _with_numbers(value: Any) -> Any:
+    """A value of ``config.json`` with what JSON has no numbers for, which transformers writes as ``{"__float__": "Infinity"}``."""
+    if isinstance(value, list):
+        return [_with_numbers(entry) for entry in value]
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: _with_numbers(entry) for key, entry in value.items()}
+    return value
 
 
 def _candidate_classes(config: Mapping[str, Any], adapter: Adapter) -> Iterator[str]:
@@ -198,10 +212,12 @@ def _build(name: str, config: Mapping[str, Any]) -> Any:
         return getattr(transformers, name)(_class_config(name, config)).eval()
 
 
-def _fit_config(name: str, config: Mapping[str, Any], adapter: Adapter) -> tuple[dict[str, Any], Any]:
-    """The configuration with the number of labels and the vocabulary that the adapter's own tensors have."""
+def _fit_config(
+    name: str, config: Mapping[str, Any], adapter: Adapter, model: Any
+) -> tuple[dict[str, Any], Any]:
+    """The configuration with the number of labels and the vocabulary that the adapter's own tensors have; `model` has that
+    of the base."""
     fitted = dict(config)
-    model = _build(name, fitted)
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     misfits = {
         extra: tensor.shape
@@ -282,6 +298,7 @@ def _describe(
         for cls, layout in kinds:
             if isinstance(module, cls):
                 layouts[path] = layout
+    groups = {path: module.groups for path, module in model.named_modules() if layouts.get(path) == "conv"}
     rules = loading_rules(model)
     stored: dict[str, str] = {}
     sources: dict[str, list[str]] = {}
@@ -297,7 +314,7 @@ def _describe(
         for target in converted_names(rules, entry, keys, tensors)
     }
     return RuntimeModel(
-        name, config, layouts, _needed(model, rules.state),
+        name, config, layouts, groups, _needed(model, rules.state),
         {key: tuple(value.shape) for key, value in rules.state.items()},
         dict(model.get_expanded_tied_weights_keys(all_submodels=True)), stored, converted,
         _embedding_name(model, "input"), _embedding_name(model, "output"),

@@ -6,7 +6,7 @@ What a file cannot tell (renamed or fused tensors, ties, base-model prefixes, he
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from ia3_export.adapters.model import Adapter, Site
@@ -19,7 +19,18 @@ from ia3_export.fold import Layout
 CONV1D_MODEL_TYPES = frozenset(
     {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder", "clvp_encoder"}
 )
+#: Of them, those in which every two-dimensional weight of a numbered layer is a Conv1D's.
+_CONV1D_THROUGHOUT = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+_STORED: Mapping[Layout, str] = {
+    "linear": "(out, in)",
+    "conv1d": "(in, out), as Conv1D does",
+    "conv": "as a convolution",
+}
 
+_WRAPPERS = {
+    "base_layer": "PEFT", "original_module": "PEFT", "modules_to_save": "PEFT", "_orig_mod": "torch.compile",
+    "_fsdp_wrapped_module": "FSDP", "_checkpoint_wrapped_module": "an activation checkpoint",
+}  # fmt: skip
 _REPARAMETRIZED = (
     "parametrizations.weight.original0", "parametrizations.weight.original1", "parametrizations.weight.original",
     "weight_g", "weight_v", "weight_orig",
@@ -46,6 +57,20 @@ def stored_modules(tensors: Mapping[str, StoredTensor]) -> set[str]:
     }
 
 
+def refuse_wrapped(names: Iterable[str]) -> None:
+    """Refuse a base whose tensors have the names of a wrapper's inside: transformers would load none of them.
+
+    Raises `Refused` for what PEFT, FSDP, activation checkpoints and torch.compile wrap.
+    """
+    for name in names:
+        wrapper = next((part for part in name.split(".") if part in _WRAPPERS), None)
+        if wrapper is not None:
+            raise Refused(
+                f"the base was saved while {_WRAPPERS[wrapper]} wrapped it: it holds {name}, which no model of transformers loads",
+                hint="save the plain model (of PEFT: model.unload().save_pretrained(...)), or give the base it was loaded from",
+            )
+
+
 def refuse_untraceable(module: str, present: Collection[str]) -> None:
     """Refuse modules whose stored weight is not what their forward multiplies with; `present` are all tensor names.
 
@@ -68,51 +93,91 @@ def refuse_untraceable(module: str, present: Collection[str]) -> None:
         )
 
 
-def weight_layout(site: Site, shape: tuple[int, ...], *, square_is_conv1d: bool) -> Layout:
-    """How the weight of `shape` under `site` is stored; checks that the vector fits it.
+def fitting_layouts(site: Site, shape: tuple[int, ...]) -> tuple[Layout, ...]:
+    """The ways of storing a weight of `shape` in which the vector of `site` fits it.
 
-    A Linear stores (out, in), a Conv1D (in, out); only a square weight leaves that open, and the caller says.
-    Raises `ShapeMismatch`.
+    A Linear stores (out, in), a Conv1D (in, out): a square weight leaves that open.
     """
     length = len(site.vector)
     if site.is_conv or len(shape) > 2:
         fits = len(site.shape) in (1, len(shape)) and (
             shape[0] == length if site.direction == "out" else _fits_groups(length, shape)
         )
-        if not fits:
-            raise _mismatch(site, shape)
-        return "conv"
+        return ("conv",) if fits else ()
     if len(shape) != 2:
-        raise _mismatch(site, shape)
+        return ()
     axis = 0 if site.direction == "out" else 1
-    if shape[0] == shape[1] == length:
-        return "conv1d" if square_is_conv1d else "linear"
-    if shape[axis] == length:
-        return "linear"
-    if shape[1 - axis] == length:
-        return "conv1d"
-    raise _mismatch(site, shape)
+    stored: tuple[tuple[Layout, int], ...] = (("linear", axis), ("conv1d", 1 - axis))
+    return tuple(layout for layout, side in stored if shape[side] == length)
 
 
-def square_is_conv1d(adapter: Adapter, tensors: Mapping[str, StoredTensor], types: set[str]) -> bool:
-    """Whether square two-dimensional weights of this model are stored (in, out).
+def weight_layout(site: Site, shape: tuple[int, ...], possible: Sequence[Layout]) -> Layout:
+    """How the weight of `shape` under `site` is stored: the first of the `possible` layouts in which the vector fits.
 
-    The model types decide; for a model unknown to transformers, or without a configuration, the adapter's
-    other vectors do: where they lie on rectangular weights they show the orientation.
+    Raises `ShapeMismatch` when it fits in none.
+    """
+    fits = fitting_layouts(site, shape)
+    if fits == ("conv",):
+        return "conv"
+    found = next((layout for layout in possible if layout in fits), None)
+    if found is None:
+        raise mismatch(site, shape, fits)
+    return found
+
+
+def mismatch(site: Site, shape: tuple[int, ...], fits: Sequence[Layout] = ()) -> ShapeMismatch:
+    """A vector of the wrong length; `fits` are the layouts, not this weight's, in which it would be right."""
+    otherwise = (
+        f"; on its {site.direction}put it would fit only one stored {_STORED[fits[0]]}" if fits else ""
+    )
+    return ShapeMismatch(
+        f"the vector of {site.module} has {len(site.vector):,} elements (shape {list(site.shape)}), but the weight in the "
+        f"base is {list(shape)}{otherwise}",
+        hint="the vector was cut (a sharded save?), or trained on another model or another size of it"
+        + ("" if len(site.shape) == 2 else "; or (--map) it scales the other side"),
+    )
+
+
+def is_settled(site: Site, shape: tuple[int, ...], types: set[str]) -> bool:
+    """Whether names and shapes alone say how the weight under `site` is stored, given the `types` of the model.
+
+    They do not where a vector fits the weight of a Linear only if that is stored the other way, where a model
+    has both Linear and Conv1D, and where the groups of a convolution follow from the length of its vector.
+    """
+    fits = fitting_layouts(site, shape)
+    if fits == ("conv",):
+        return site.direction == "out" or len(site.vector) == shape[1]
+    if types & CONV1D_MODEL_TYPES:
+        return types <= _CONV1D_THROUGHOUT and in_layer_stack(site.module) and "conv1d" in fits
+    return fits != ("conv1d",)
+
+
+def possible_layouts(types: set[str], shown: Collection[Layout], *, known: bool) -> tuple[Layout, ...]:
+    """How two-dimensional weights may be stored in a model without a class, likeliest first.
+
+    A model of `types` that are `known` to transformers and have no Conv1D has none. Of an unknown one, or without a
+    configuration, the vectors decide by what `shown_layouts` finds, if they all agree.
     """
     if types & CONV1D_MODEL_TYPES:
-        return True
-    if (
-        types and adapter.format != "peft"
-    ):  # the orientation of their vectors is a reader's word, not the module's
-        return False
-    layouts = set()
+        return ("conv1d", "linear")
+    return ("conv1d",) if set(shown) == {"conv1d"} and not known else ("linear",)
+
+
+def shown_layouts(adapter: Adapter, tensors: Mapping[str, StoredTensor]) -> set[Layout]:
+    """The layouts that an adapter's own vectors, the biases beside them and its configuration speak for."""
+    shown: set[Layout] = set()
     for site in adapter.sites.values():
-        weight = tensors.get(f"{site.module}.weight")
-        if weight is not None and len(weight.shape) == 2 and weight.shape[0] != weight.shape[1]:
-            axis = 0 if site.direction == "out" else 1
-            layouts.add("linear" if weight.shape[axis] == len(site.vector) else "conv1d")
-    return layouts == {"conv1d"}
+        weight, bias = tensors.get(f"{site.module}.weight"), tensors.get(f"{site.module}.bias")
+        if weight is None or len(weight.shape) != 2 or weight.shape[0] == weight.shape[1]:
+            continue
+        shown.update(fitting_layouts(site, weight.shape))
+        if weight.computed is not None:  # its quantizer stored (out, in)
+            shown.add("linear")
+        if bias is not None:
+            shown.add("linear" if bias.shape == weight.shape[:1] else "conv1d")
+    if adapter.config.get("fan_in_fan_out") is False:  # which PEFT sets for every Conv1D that it wraps
+        shown.add("linear")
+    return shown
 
 
 def in_layer_stack(module: str) -> bool:
@@ -123,11 +188,3 @@ def in_layer_stack(module: str) -> bool:
 def _fits_groups(length: int, shape: tuple[int, ...]) -> bool:
     groups, rest = divmod(length, shape[1]) if shape[1] else (0, 1)
     return rest == 0 and groups > 0 and shape[0] % groups == 0
-
-
-def _mismatch(site: Site, shape: tuple[int, ...]) -> ShapeMismatch:
-    return ShapeMismatch(
-        f"the vector of {site.module} has {len(site.vector):,} elements (shape {list(site.shape)}), but the "
-        f"weight in the base is {list(shape)}",
-        hint="the adapter was trained on another base model, or on another size of it",
-    )

@@ -25,10 +25,15 @@ from ia3_export.completeness import (
 from ia3_export.errors import Refused, ShapeMismatch, Unsupported, UnusedVector
 from ia3_export.fold import FLOAT_DTYPES, Layout
 from ia3_export.modules import (
+    CONV1D_MODEL_TYPES,
     in_layer_stack,
+    is_settled,
+    mismatch,
     model_types,
+    possible_layouts,
     refuse_untraceable,
-    square_is_conv1d,
+    refuse_wrapped,
+    shown_layouts,
     stored_modules,
     weight_layout,
 )
@@ -41,9 +46,19 @@ if TYPE_CHECKING:
 def resolve(
     adapter: Adapter, base: Checkpoint, *, allow_missing: bool = False, allow_unused: bool = False
 ) -> Resolution:
-    """Lay `adapter` over `base`; whatever does not fit is in the result's `problems`, nothing is raised."""
+    """Lay `adapter` over `base`; whatever does not fit is in the result's `problems`. Raises `DamagedFile` only, for an expression
+    of the adapter's configuration that takes too long."""
     result = Resolution(adapter)
+    try:
+        refuse_wrapped(base.tensors)
+    except Refused as error:
+        result.problems.append(error)
+        return result
+    adapter.rules.look_at(
+        {*stored_modules(base.tensors), *(name.rpartition(".")[0] for name in adapter.extras)}
+    )
     _ask_class(result, base)
+    adapter = result.adapter
     try:
         modules = result.runtime.layouts if result.runtime else stored_modules(base.tensors)
         restored = restore_names(adapter, modules)
@@ -51,27 +66,28 @@ def resolve(
         result.problems.append(error)
         return result
     if restored is not None:
-        adapter = result.adapter = restored
+        result.adapter = restored
         _ask_class(result, base)
+        adapter = result.adapter
     result.warnings.extend(adapter.warnings)
-    square = square_is_conv1d(adapter, base.tensors, model_types(base.config))
-    if result.runtime is None and base.config is None and _has_square_sites(adapter, base):
-        result.warnings.append(
-            "the base has no config.json, so square weights are taken as "
-            + ("Conv1D (in, out)" if square else "Linear (out, in)")
-        )
+    possible = _possible_layouts(result, base)
     present = {*base.tensors, *(result.runtime.shapes if result.runtime is not None else ())}
     unused = []
     for site in adapter.sites.values():
         try:
             refuse_untraceable(site.module, present)
-            placement = _place(site, base, result, square)
+            placement = _place(site, base, result, possible)
             if placement is None:
                 unused.append(site.module)
             else:
                 _insert(result, placement)
         except (Refused, Unsupported) as error:
-            result.problems.append(error)
+            if isinstance(error, ShapeMismatch) or (site.vector != 1).any():
+                result.problems.append(error)
+            else:  # never moved in training, mostly because the module's forward never runs
+                result.warnings.append(
+                    f"the vector of {site.module} is all ones and changes nothing: {error}"
+                )
     for name in adapter.extras:
         try:
             _place_extra(name, base, result, allow_unused=allow_unused)
@@ -94,17 +110,26 @@ def _ask_class(result: Resolution, base: Checkpoint) -> None:
     """Build the model class where names and shapes leave something open."""
     if base.config is None or not _open_questions(result.adapter, base):
         return
+    from ia3_export.conversions import in_class_names
     from ia3_export.model_class import load_runtime_model
 
     try:
         result.runtime = load_runtime_model(base.config, result.adapter, base.tensors)
     except Unsupported as error:
         result.warnings.append(f"{error}; names are taken as stored")
+        return
+    result.adapter = in_class_names(result.adapter, result.runtime.rules)
+    result.adapter.rules.look_at(result.runtime.layouts)
 
 
 def _open_questions(adapter: Adapter, base: Checkpoint) -> bool:
     """Whether names and shapes leave something open that the model class can answer."""
     may_be_tied = base.config is None or base.config.get("tie_word_embeddings") is not False
+    types = model_types(base.config)
+    for site in adapter.sites.values():
+        weight = base.tensors.get(f"{site.module}.weight")
+        if weight is not None and not is_settled(site, weight.shape, types):
+            return True
     for module in adapter.modules:
         if f"{module}.weight" not in base.tensors or (may_be_tied and not in_layer_stack(module)):
             return True
@@ -115,9 +140,23 @@ def _open_questions(adapter: Adapter, base: Checkpoint) -> bool:
     return bool(missing_by_name(adapter, base)) or heads_in_question(adapter, base)
 
 
-def _has_square_sites(adapter: Adapter, base: Checkpoint) -> bool:
-    weights = (base.tensors.get(f"{module}.weight") for module in adapter.modules)
-    return any(w is not None and len(w.shape) == 2 and w.shape[0] == w.shape[1] for w in weights)
+def _possible_layouts(result: Resolution, base: Checkpoint) -> tuple[Layout, ...]:
+    """How the weights of modules that no class answers for may be stored, with a warning where that is an assumption."""
+    adapter, types = result.adapter, model_types(base.config)
+    # the orientation of other formats' vectors is a reader's word, which a model type outweighs
+    known = result.runtime is not None or (bool(types) and adapter.format != "peft")
+    possible = possible_layouts(types, shown_layouts(adapter, base.tensors), known=known)
+    if known or types & CONV1D_MODEL_TYPES:
+        return possible
+    weights = [base.tensors.get(f"{module}.weight") for module in adapter.modules]
+    square = any(w is not None and len(w.shape) == 2 and w.shape[0] == w.shape[1] for w in weights)
+    if possible == ("conv1d",) or (square and base.config is None):
+        result.warnings.append(
+            f"{'the model type is unknown' if types else 'the base has no config.json'}, so "
+            + ("by their vectors the weights" if possible == ("conv1d",) else "square weights")
+            + f" are taken as {'Conv1D (in, out)' if possible == ('conv1d',) else 'Linear (out, in)'}"
+        )
+    return possible
 
 
 def _insert(result: Resolution, placement: Placement) -> None:
@@ -133,7 +172,9 @@ def _insert(result: Resolution, placement: Placement) -> None:
     result.placements[key] = placement
 
 
-def _place(site: Site, base: Checkpoint, result: Resolution, square: bool) -> Placement | None:
+def _place(
+    site: Site, base: Checkpoint, result: Resolution, possible: tuple[Layout, ...]
+) -> Placement | None:
     """The tensors under `site`, or None when the module has no weight in the base."""
     runtime, module = result.runtime, site.module
     if runtime is not None and module in runtime.layouts:
@@ -146,15 +187,7 @@ def _place(site: Site, base: Checkpoint, result: Resolution, square: bool) -> Pl
     weight = base.tensors.get(f"{module}.weight")
     if weight is not None:
         _check_dtype(module, weight.dtype)
-        layout = weight_layout(site, weight.shape, square_is_conv1d=square)
-        # the reader of a quantized weight knows which side is which; a bare vector's says nothing against the model type
-        told = weight.computed is not None or (result.adapter.format != "peft" and base.config is not None)
-        if told and layout == "conv1d" and not square:
-            raise ShapeMismatch(
-                f"the vector of {module} has {len(site.vector):,} elements, said to scale its {site.direction}put: that fits "
-                f"{weight.name} {list(weight.shape)} only if it is stored transposed",
-                hint="the adapter was trained on another model, or (--map) the vector scales the other side",
-            )
+        layout = weight_layout(site, weight.shape, possible)
         parts = [Part("direct", weight.name, weight.name, weight.shape, layout)]
         bias = base.tensors.get(f"{module}.bias")
         if bias is not None and site.direction == "out":
@@ -175,10 +208,8 @@ def _place_by_class(
             continue
         shape = runtime.shapes[entry]
         layout = runtime.layouts[site.module]
-        if leaf == "weight" and (found := _layout_for(site, shape, layout)) != layout:
-            raise ShapeMismatch(
-                f"the vector of {site.module} fits its weight only as {found}, it is {layout}"
-            )
+        if leaf == "weight":
+            _check_length(site, shape, layout, runtime)
         part = _find_part(entry, shape, layout, base, result, runtime)
         if part is None:
             if leaf == "weight":
@@ -189,8 +220,11 @@ def _place_by_class(
     return Placement(site, tuple(parts))
 
 
-def _layout_for(site: Site, shape: tuple[int, ...], layout: Layout) -> Layout:
-    return weight_layout(site, shape, square_is_conv1d=layout == "conv1d")
+def _check_length(site: Site, shape: tuple[int, ...], layout: Layout, runtime: RuntimeModel) -> None:
+    weight_layout(site, shape, (layout,))
+    groups = runtime.groups.get(site.module, 1)
+    if layout == "conv" and site.direction == "in" and len(site.vector) != shape[1] * groups:
+        raise mismatch(site, shape)
 
 
 def _find_part(

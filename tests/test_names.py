@@ -334,12 +334,19 @@ def _refusal(base: Path, adapter: Path) -> IA3ExportError:
     return problems[0]
 
 
+def _move(tuned: Any) -> None:
+    for name, parameter in tuned.named_parameters():
+        if "ia3_l" in name:
+            parameter.data += 0.25
+
+
 def test_a_weight_under_weight_norm_is_refused_by_name(tmp_path: Path) -> None:
     import torch
     from peft import IA3Config, get_peft_model
 
     model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 3))
     tuned = get_peft_model(model, IA3Config(target_modules=["0", "1"], feedforward_modules=["1"]))
+    _move(tuned)  # a vector of ones would change nothing
     tuned.save_pretrained(tmp_path / "adapter")
     normed = torch.nn.Sequential(
         torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(6, 8)), torch.nn.Linear(8, 3)
@@ -369,6 +376,7 @@ def test_the_output_projection_of_multihead_attention_is_refused_by_name(tmp_pat
     tuned = get_peft_model(
         model, IA3Config(target_modules=["attention.out_proj", "head"], feedforward_modules=[])
     )
+    _move(tuned)
     tuned.save_pretrained(tmp_path / "adapter")
     refusal = _refusal(tmp_path / "base", tmp_path / "adapter")
     assert isinstance(refusal, Refused) and "MultiheadAttention" in str(refusal)

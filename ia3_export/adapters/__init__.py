@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ia3_export.adapters.adapterhub import is_adapterhub, read_adapterhub
@@ -14,6 +14,7 @@ from ia3_export.adapters.research import is_mats, is_tango, is_tfew, read_mats, 
 from ia3_export.adapters.source import Source, open_source
 from ia3_export.arguments import check_arguments
 from ia3_export.errors import Unsupported, UsageError
+from ia3_export.ordering import natural
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +61,9 @@ def read_adapter(source: str | Path | Adapter, *, rules: Sequence[str] = ()) -> 
     if rules and (
         found is None or files.config_file is None
     ):  # keys alone are a guess, which the user knows better
-        return read_mapped(files, rules)
+        return _in_order(read_mapped(files, rules))
     if found is not None:
-        return found.read(files)
+        return _in_order(found.read(files))
     keys = [tensor.name for tensor in files.weights.tensors[:3]]
     raise Unsupported(
         f"{files.weights.path} is in no adapter format that is known ({', '.join(READERS)}); its keys are "
@@ -71,3 +72,8 @@ def read_adapter(source: str | Path | Adapter, *, rules: Sequence[str] = ()) -> 
         if files.config_file is None
         else f"{files.config_file} has no peft_type: it is no PEFT adapter; --map tells what the vectors are",
     )
+
+
+def _in_order(adapter: Adapter) -> Adapter:
+    """`adapter` with its vectors by layer, whatever the order in the file."""
+    return replace(adapter, sites=dict(sorted(adapter.sites.items(), key=lambda item: natural(item[0]))))

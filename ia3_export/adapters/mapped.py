@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from ia3_export.adapters.model import Adapter, Site, TargetRules, same_in_every_layer
 from ia3_export.adapters.source import Source, add_site, make_site
 from ia3_export.checkpoint.header import StoredTensor
-from ia3_export.errors import UnusedVector, UsageError
+from ia3_export.errors import DamagedFile, UnusedVector, UsageError
+from ia3_export.expressions import Matcher, check_expression
 from ia3_export.fold import Direction
 
 _SIDES: dict[str, Direction] = {"output": "out", "input": "in"}
@@ -22,11 +23,12 @@ def parse_rules(rules: Sequence[str]) -> list[tuple[re.Pattern[str], Direction]]
         if not separator or side not in _SIDES or not expression:
             raise UsageError(f"--map {rule!r} is no rule", hint=r"for example --map '(.+)\.ia3_scale=output'")
         try:
-            parsed.append((re.compile(expression), _SIDES[side]))
-        except re.error as error:
+            check_expression(expression)
+        except ValueError as error:
             raise UsageError(
                 f"--map {rule!r}: {error}", hint="write a Python regular expression before the ="
             ) from None
+        parsed.append((re.compile(expression), _SIDES[side]))
     return parsed
 
 
@@ -39,6 +41,11 @@ def read_mapped(source: Source, rules: Sequence[str]) -> Adapter:
     vectors for one place), `Unsupported` and `ShapeMismatch`.
     """
     parsed = parse_rules(rules)
+    names = [tensor.name for tensor in source.weights.tensors]
+    try:  # once it is known not to take for ever, matching again for the groups is quick
+        Matcher("--map").look_at([("fullmatch", regex.pattern) for regex, _ in parsed], names)
+    except DamagedFile as error:
+        raise UsageError(str(error), hint=error.hint) from None
     sites: dict[str, Site] = {}
     extras: dict[str, StoredTensor] = {}
     for tensor in source.weights.tensors:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.checkpoint.hub import Location
+from ia3_export.expressions import Matcher, Way, check_expression
 from ia3_export.fold import Array, Direction
 
 Pattern = str | frozenset[str] | tuple[str, ...] | None
@@ -48,13 +49,28 @@ class TargetRules:
 
     A list entry matches a path equal to it or ending in ``.entry``; a string is a regular expression for
     the whole path, and so is each entry of ``to_save``, for a path or its part after a dot. ``feedforward`` is different in PEFT: a list entry matches any path that *ends* in it,
-    without the dot.
+    without the dot. `earlier` are the names that modules had when the rules were written, where they have others now.
     """
 
     target: Pattern
     feedforward: Pattern
     exclude: Pattern = None
     to_save: tuple[str, ...] = ()
+    earlier: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    matcher: Matcher = field(default_factory=Matcher, repr=False, compare=False)
+
+    def look_at(self, modules: Collection[str]) -> None:
+        """Match many `modules` at once, for those that are asked for next.
+
+        This and the questions below raise `DamagedFile` for an expression that takes too long.
+        """
+        questions: list[tuple[Way, str]] = [
+            ("fullmatch", pattern)
+            for pattern in (self.target, self.feedforward, self.exclude)
+            if isinstance(pattern, str)
+        ]
+        questions += [("match", inside(name)) for name in self.to_save]
+        self.matcher.look_at(questions, {self.earlier.get(module, module) for module in modules})
 
     @property
     def is_all_linear(self) -> bool:
@@ -63,19 +79,30 @@ class TargetRules:
 
     def targets(self, module: str) -> bool:
         """Whether PEFT would wrap `module`, if it is of a kind that can be wrapped."""
-        if _matches(self.exclude, module) or self.saves(module):
+        module = self.earlier.get(module, module)
+        if self._matches(self.exclude, module) or self._saves(module):
             return False
-        return self.is_all_linear or _matches(self.target, module)
+        return self.is_all_linear or self._matches(self.target, module)
 
     def saves(self, module: str) -> bool:
         """Whether `module` is, or lies in, one of ``modules_to_save``."""
-        return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.to_save)
+        return self._saves(self.earlier.get(module, module))
+
+    def _saves(self, module: str) -> bool:
+        return any(self.matcher.matches("match", inside(name), module) for name in self.to_save)
 
     def is_feedforward(self, module: str) -> bool:
         """Whether PEFT puts the vector on the input of `module`."""
+        module = self.earlier.get(module, module)
         if isinstance(self.feedforward, str):
-            return re.fullmatch(self.feedforward, module) is not None
-        return any(module.endswith(entry) for entry in self.feedforward or ())
+            return self.matcher.matches("fullmatch", self.feedforward, module)
+        return module.endswith(tuple(self.feedforward or ()))
+
+    def _matches(self, pattern: Pattern, module: str) -> bool:
+        if isinstance(pattern, str):
+            return self.matcher.matches("fullmatch", pattern, module)
+        ends = [module, *(module[i + 1 :] for i, letter in enumerate(module) if letter == ".")]
+        return any(end in (pattern or ()) for end in ends)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,18 +202,16 @@ def same_in_every_layer(modules: Iterable[str]) -> str:
     return "|".join(sorted(patterns))
 
 
-def _matches(pattern: Pattern, module: str) -> bool:
-    if isinstance(pattern, str):
-        return re.fullmatch(pattern, module) is not None
-    ends = [module, *(module[i + 1 :] for i, letter in enumerate(module) if letter == ".")]
-    return any(end in (pattern or ()) for end in ends)
+def inside(name: str) -> str:
+    """PEFT's expression for the module `name` of ``modules_to_save`` and all that lies in it."""
+    return rf"(^|.*\.){name}($|\..*)"
 
 
 def as_pattern(value: object) -> Pattern:
     """A configuration value (string, list, None) as a `Pattern`; raises `ValueError` for anything else."""
     if value is None or isinstance(value, str):
         if value is not None:
-            re.compile(value)
+            check_expression(value)
         return value
     if isinstance(value, Sequence) and all(isinstance(entry, str) for entry in value):
         return frozenset(value)

@@ -15,12 +15,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ia3_export.adapters.model import Adapter, Pattern, Site, TargetRules, as_pattern, same_in_every_layer
-from ia3_export.adapters.source import Source, make_site
+from ia3_export.adapters.model import (
+    Adapter,
+    Pattern,
+    Site,
+    TargetRules,
+    as_pattern,
+    inside,
+    same_in_every_layer,
+)
+from ia3_export.adapters.source import Source, make_site, unwrapped_key
 from ia3_export.checkpoint.folder import read_config
 from ia3_export.checkpoint.header import Shard, StoredTensor, same_bytes
 from ia3_export.checkpoint.record import MANIFEST
 from ia3_export.errors import DamagedFile, NotFound, Refused, ShapeMismatch, Unsupported, UnusedVector
+from ia3_export.expressions import Matcher, check_expression
 from ia3_export.fold import Direction
 
 PREFIX = "base_model.model."
@@ -28,8 +37,8 @@ _VECTOR = ".ia3_l"
 _OTHER_METHODS = re.compile(
     r"\.(lora_[A-Za-z_]+|hada_\w+|lokr_\w+|oft_\w+|boft_\w+|vera_\w+|hra_u|ln_tuning\w*|fourierft\w*)(\.|$)"
 )
-#: What DataParallel and torch.compile put before the names of the module they wrap.
-_WRAPPER = re.compile(r"^(?P<prefix>base_model\.model\.)?(module\.)+|(?<![^.])_orig_mod\.")
+#: What training leaves beside an adapter that PEFT does not load with it, such as LLaVA's projector.
+_BESIDE = ("non_lora_trainables.*", "non_lora_state_dict.*", "mm_projector.*")
 
 
 def is_peft(source: Source) -> bool:
@@ -57,6 +66,11 @@ def read_peft(source: Source) -> Adapter:
             )
     warnings: list[str] = []
     vectors, extras = _sort_keys(source, warnings)
+    warnings += [
+        f"{file.name} beside the adapter holds further trained weights (a projector), which are no part of it and are not merged"
+        for pattern in _BESIDE
+        for file in sorted(source.folder.glob(pattern))
+    ]
     rules = _read_rules(config_file, config, vectors, warnings)
     sites = {module: _read_site(module, tensor, rules) for module, tensor in vectors.items()}
     labels, config = _recorded(source, config)
@@ -96,7 +110,7 @@ def _sort_keys(
                 f"{shard.path} holds {tensor.name}, which is not IA3: a mixed or mislabelled adapter",
                 hint="ia3-export folds IA3 alone; merge the other method with PEFT first",
             )
-        key = _WRAPPER.sub(lambda match: match["prefix"] or "", tensor.name)
+        key = unwrapped_key(tensor.name)
         name = key.removeprefix(PREFIX)
         if key != tensor.name or name == key:
             odd.append(tensor.name)
@@ -191,17 +205,14 @@ def _choose_adapter(
 def _read_rules(
     config_file: Path, config: Mapping[str, Any], vectors: Mapping[str, StoredTensor], warnings: list[str]
 ) -> TargetRules:
-    try:
-        target, feedforward = as_pattern(config.get("target_modules")), config.get("feedforward_modules")
-        exclude, to_save = as_pattern(config.get("exclude_modules")), _saved(config.get("modules_to_save"))
-        inputs = as_pattern(feedforward) if feedforward is not None else _by_shape(config_file, vectors)
-    except (ValueError, re.error, TypeError) as error:
-        raise DamagedFile(
-            f"{config_file} has target_modules, feedforward_modules, exclude_modules or modules_to_save "
-            f"that cannot be read: {error}",
-            hint="each is a list of names or one regular expression",
-        ) from None
-    if feedforward is None:
+    patterns = {
+        key: _read_pattern(config_file, config, key)
+        for key in ("target_modules", "feedforward_modules", "exclude_modules")
+    }
+    target, inputs, exclude = patterns.values()
+    to_save = _saved(config_file, config.get("modules_to_save"))
+    if inputs is None:
+        inputs = _by_shape(config_file, vectors)
         warnings.append(
             f"{config_file.name} has no feedforward_modules: by the shapes of the vectors, inputs are scaled in {len(inputs or ())} "
             "modules (PEFT takes a table of model types instead)"
@@ -211,7 +222,19 @@ def _read_rules(
             f"{config_file.name} has no target_modules: what the vectors are on, in all layers, counts as them"
         )
         target = same_in_every_layer(vectors)
-    return TargetRules(target, inputs, exclude, to_save)
+    rules = TargetRules(target, inputs, exclude, to_save, matcher=Matcher(str(config_file)))
+    rules.look_at(vectors)
+    return rules
+
+
+def _read_pattern(config_file: Path, config: Mapping[str, Any], key: str) -> Pattern:
+    try:
+        return as_pattern(config.get(key))
+    except ValueError as error:
+        raise DamagedFile(
+            f"{config_file} has {key} that cannot be read: {error}",
+            hint="it is a list of names or one regular expression",
+        ) from None
 
 
 def _by_shape(config_file: Path, vectors: Mapping[str, StoredTensor]) -> Pattern:
@@ -226,10 +249,16 @@ def _by_shape(config_file: Path, vectors: Mapping[str, StoredTensor]) -> Pattern
     return tuple(sorted(name for name, tensor in vectors.items() if tensor.shape[0] == 1))
 
 
-def _saved(value: object) -> tuple[str, ...]:
-    names = as_pattern([value] if isinstance(value, str) else value) or ()
-    for name in names:
-        re.compile(name)
+def _saved(config_file: Path, value: object) -> tuple[str, ...]:
+    try:
+        names = as_pattern([value] if isinstance(value, str) else value) or ()
+        for name in names:
+            check_expression(inside(name))
+    except ValueError as error:
+        raise DamagedFile(
+            f"{config_file} has modules_to_save that cannot be read: {error}",
+            hint="it is a list of names, which PEFT takes for parts of a regular expression",
+        ) from None
     return tuple(sorted(names))
 
 

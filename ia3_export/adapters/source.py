@@ -33,6 +33,12 @@ _WRAPPED_T5 = re.compile(
     r"^(transformer|model)\.(?=shared\.|lm_head\.|(en|de)coder\.(block|final_layer_norm|embed_tokens)\.)"
 )
 
+#: What torch.compile, FSDP and activation checkpoints put before the names of a module that they wrap, with DataParallel's.
+_WRAPPER = re.compile(
+    r"(?<![^.])(module\.)*(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.(module\.)*"
+)
+_PARALLEL = re.compile(r"^(base_model\.model\.)?(module\.)+")
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Source:
@@ -88,6 +94,14 @@ def open_source(given: str | Path) -> Source:
 def unwrapped(name: str) -> str:
     """A name of T5 without the prefix of a class that wraps the whole model, which transformers' own has not."""
     return _WRAPPED_T5.sub("", name)
+
+
+def unwrapped_key(key: str) -> str:
+    """A key without the names of wrappers of training, which the module has not."""
+    plain = _WRAPPER.sub("", key)
+    while (found := _PARALLEL.match(plain)) is not None:
+        plain = (found[1] or "") + plain[found.end() :]
+    return plain
 
 
 def read_weights(file: Path) -> Shard:

@@ -41,7 +41,6 @@ def write_peft(
         if class_name
         else None,
         "base_model_name_or_path": base_model,
-        "fan_in_fan_out": False,
         "feedforward_modules": _feedforward(ordered)
         if rules is None or rules.feedforward is None
         else _plain(rules.feedforward),

@@ -185,6 +185,18 @@ def _no_weights(folder: Path) -> NotFound | Unsupported:
             f"{folder} is an adapter, not a base model",
             hint="--base takes the model that the adapter was trained on, --adapter takes this folder",
         )
+    if (folder / "model_index.json").is_file():
+        parts = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        return Unsupported(
+            f"{folder} is a diffusers pipeline of several models ({', '.join(parts)}), not one base model",
+            hint=f"give the one that the adapter was trained on: --base {folder / (parts or ['unet'])[0]}",
+        )
+    diffusers = sorted(path.name for path in folder.glob("diffusion_pytorch_model*.safetensors"))
+    if len(diffusers) == 1:
+        return Unsupported(
+            f"{folder} is a model of diffusers, whose folder holds none of {', '.join(_LAYOUTS)}",
+            hint=f"give the weight file itself: --base {folder / diffusers[0]}",
+        )
     gguf = sorted(path.name for path in folder.glob("*.gguf"))
     if gguf:
         return Unsupported(

@@ -10,6 +10,7 @@ import click
 
 from ia3_export.cli.options import output_options, rules_option
 from ia3_export.cli.output import Output, human_bytes
+from ia3_export.ordering import natural
 
 if TYPE_CHECKING:
     from ia3_export.inspection import Inspection
@@ -170,7 +171,7 @@ def show_plan(out: Output, plan: Plan) -> None:
         f"{human_bytes(total['bytes'])}, in {len(total['shards_touched'])} of {total['shards']} shards"
     )
     show_quantization(out, describe_quantization(plan))
-    rows = sorted(plan.changes.values(), key=lambda change: change.name)
+    rows = sorted(plan.changes.values(), key=lambda change: natural(change.name))
     shown = rows if out.verbose else rows[:8]
     if shown:
         out.table(

@@ -133,7 +133,8 @@ def _text_case(model: Any, batch: int, length: int, side: str, generator: Any) -
 
 
 def _with_image(model: Any, tensors: dict[str, Any], batch: int, generator: Any) -> dict[str, Any]:
-    """An image for each text, and the places that it takes among the token ids."""
+    """An image for each text, and the places that it takes among the token ids; nothing for models whose images come in grids
+    of patches that only their processor makes."""
     import torch
 
     config = model.config
@@ -141,8 +142,13 @@ def _with_image(model: Any, tensors: dict[str, Any], batch: int, generator: Any)
     token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
     if token is None or not hasattr(model, "get_image_features"):
         return {"pixel_values": pixels}
-    with torch.no_grad():
-        features = model.get_image_features(pixel_values=pixels[:1].to(model.device, model.dtype))
+    ids = tensors["input_ids"]
+    ids[ids == token] = 0 if token else 1  # an image's place without an image
+    try:
+        with torch.no_grad():
+            features = model.get_image_features(pixel_values=pixels[:1].to(model.device, model.dtype))
+    except (TypeError, AttributeError, ValueError, RuntimeError, IndexError):
+        return {}
     for name in (
         "pooler_output",
         "last_hidden_state",

@@ -20,6 +20,7 @@ from ia3_export.adapters.combine import Combine, combine_vectors
 from ia3_export.adapters.model import Adapter, Site
 from ia3_export.checkpoint.folder import Checkpoint, adapterless, architectures
 from ia3_export.checkpoint.header import StoredTensor, read_values
+from ia3_export.conversions import in_class_names, loading_rules
 from ia3_export.errors import Unsupported, kind_and_line
 from ia3_export.model_class import load_runtime_model, make_config
 from ia3_export.parity.quantized import as_dense, load_dense, widen
@@ -97,8 +98,9 @@ def fit_class(
     they bring by the class's names. A head decides on the class."""
     assert base.config is not None
     class_name, config, brought = "", dict(base.config), dict[str, StoredTensor]()
-    for adapter in adapters:
-        runtime = load_runtime_model(base.config, adapter, base.tensors)
+    for given in adapters:
+        runtime = load_runtime_model(base.config, given, base.tensors)
+        adapter = in_class_names(given, runtime.rules)
         fitted = {key: value for key, value in runtime.config.items() if base.config.get(key) != value}
         config |= fitted
         if "id2label" in fitted:
@@ -229,6 +231,9 @@ def _with_peft(model: Any, adapters: Sequence[Adapter]) -> Any | str:
 
     if any(adapter.format != "peft" for adapter in adapters):
         return ""
+    adapters = _named_as_in(model, adapters)
+    for adapter in adapters:  # PEFT would wait for an expression that never ends
+        adapter.rules.look_at(dict(model.named_modules()))
     names = [f"adapter_{i}" for i in range(len(adapters))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -238,7 +243,7 @@ def _with_peft(model: Any, adapters: Sequence[Adapter]) -> Any | str:
                 live.load_adapter(adapter.location.path, adapter_name=name)
             live.base_model.set_adapter(names)
         except (ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
-            return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            return kind_and_line(error)
     loaded = dict(live.named_parameters())
     for name, adapter in zip(names, adapters, strict=True):
         for site in adapter.sites.values():
@@ -251,9 +256,15 @@ def _with_peft(model: Any, adapters: Sequence[Adapter]) -> Any | str:
     return live
 
 
+def _named_as_in(model: Any, adapters: Sequence[Adapter]) -> list[Adapter]:
+    rules = loading_rules(model)
+    return [in_class_names(adapter, rules) for adapter in adapters]
+
+
 def _with_hooks(
     model: Any, adapters: Sequence[Adapter], combine: Combine, weights: Sequence[float]
 ) -> list[Any]:
+    adapters = _named_as_in(model, adapters)
     for adapter in adapters:
         _copy_modules(model, adapter)
         state = model.state_dict()

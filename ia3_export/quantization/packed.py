@@ -217,16 +217,10 @@ def split_vectors(packed: Packed, scales: Iterable[Scale]) -> tuple[Array | None
     out = columns = None
     for scale in scales:
         factors = scale.factors.astype("<f8")
-        if scale.inner == 1 and len(factors) == first * last:
-            grid = factors.reshape(first, last)
-            if (grid == grid[:, :1]).all():
-                out = grid[:, 0] if out is None else out * grid[:, 0]
-            elif (grid == grid[:1]).all():
-                columns = grid[0] if columns is None else columns * grid[0]
-            else:
-                return "transformers builds its parameter from several stored tensors"
-        elif scale.inner == last and len(factors) == first:
+        if scale.inner == last and len(factors) == first:
             out = factors if out is None else out * factors
-        else:
+        elif len(factors) == last:
             columns = factors if columns is None else columns * factors
+        else:
+            return "transformers builds its parameter from several stored tensors"
     return (columns, out) if packed.conv1d else (out, columns)

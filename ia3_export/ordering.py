@@ -1,0 +1,15 @@
+"""The order in which people read names: layer 2 before layer 10."""
+
+from __future__ import annotations
+
+import re
+
+_NUMBER = re.compile(r"([0-9]+)")
+
+
+def natural(name: str) -> tuple[str | tuple[int, str], ...]:
+    """A key for sorting names by the numbers in them."""
+    parts = _NUMBER.split(name)
+    return tuple(
+        (len(part.lstrip("0")), part.lstrip("0")) if place % 2 else part for place, part in enumerate(parts)
+    )
