@@ -18,6 +18,7 @@ from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import MissingVector, Refused
 from ia3_export.fold import Array
+from ia3_export.libraries import private
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,23 +33,21 @@ class Loading:
 
 def loading_rules(model: Any) -> Loading:
     """The rules by which ``from_pretrained`` would fill `model`."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-    mapping = get_model_conversion_mapping(model)
+    mapping = private("transformers.conversion_mapping:get_model_conversion_mapping")(model)
+    renaming = private("transformers.core_model_loading:WeightRenaming")
+    converter = private("transformers.core_model_loading:WeightConverter")
     return Loading(
         model,
         model.state_dict(),
-        [entry for entry in mapping if isinstance(entry, WeightRenaming)],
-        [entry for entry in mapping if isinstance(entry, WeightConverter)],
+        [entry for entry in mapping if isinstance(entry, renaming)],
+        [entry for entry in mapping if isinstance(entry, converter)],
     )
 
 
 def state_entry(rules: Loading, stored_name: str) -> tuple[str, str | None]:
     """The state-dict entry into which a tensor of this stored name is loaded, and the pattern of the conversion (fusion,
     split, transposition) that it goes through on the way, if any."""
-    from transformers.core_model_loading import rename_source_key
-
+    rename_source_key = private("transformers.core_model_loading:rename_source_key")
     prefix = rules.model.base_model_prefix
     entry, pattern = rename_source_key(stored_name, rules.renamings, rules.converters, prefix, rules.state)
     if entry not in rules.state and stored_name in rules.state:
@@ -147,8 +146,8 @@ def fused_multipliers(
     into it, one after the other, since a multiplier is as large as its parameter. Raises `MissingVector` when some experts of a fused parameter have vectors and others not.
     """
     import torch
-    from transformers.core_model_loading import dot_natural_key
 
+    dot_natural_key = private("transformers.core_model_loading:dot_natural_key")
     groups: dict[str, dict[str, list[str]]] = {}
     for module in sorted(vectors, key=dot_natural_key):
         entry, pattern = state_entry(rules, f"{module}.weight")
@@ -193,8 +192,8 @@ def _convert_stored(
 ) -> dict[str, Any]:
     """Run the loading operations of the stored tensors `keys` on element numbers (or, `meta`, on shapes alone)."""
     import torch
-    from transformers.core_model_loading import dot_natural_key
 
+    dot_natural_key = private("transformers.core_model_loading:dot_natural_key")
     numbered = {}
     first = 0
     for key in keys:
@@ -215,8 +214,7 @@ def _convert_stored(
 
 def _converter(rules: Loading, key: str) -> Any:
     """The converter that the stored tensor `key` goes through; another may have the same patterns for another part of the model."""
-    from transformers.core_model_loading import rename_source_key
-
+    rename_source_key = private("transformers.core_model_loading:rename_source_key")
     return next(c for c in rules.converters if rename_source_key(key, rules.renamings, [c])[1] is not None)
 
 

@@ -8,7 +8,7 @@ name; a test (``tests/test_libraries.py``) looks for every entry, and CI runs it
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module, metadata
 from typing import Any
 
@@ -21,7 +21,12 @@ PRIVATE: Mapping[str, str] = {
     "transformers.core_model_loading:WeightConverter": "weights that transformers fuses or splits while loading",
     "transformers.core_model_loading:rename_source_key": "names that transformers changes while loading",
     "transformers.core_model_loading:dot_natural_key": "the order in which transformers fuses weights",
-    "transformers.models.auto.modeling_auto:MODEL_MAPPING_NAMES": "the class of a base that names none",
+    "transformers.models.auto.modeling_auto:MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "the class for a task",
+    "transformers.models.auto.modeling_auto:MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": "the class for a task",
+    "transformers.models.auto.modeling_auto:MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES": "the class for a task",
+    "transformers.models.auto.modeling_auto:MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "the class for a task",
+    "transformers.models.auto.modeling_auto:MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES": "the class for a task",
+    "transformers.models.auto.modeling_auto:MODEL_MAPPING_NAMES": "the class for a task",
     "transformers:PreTrainedModel.get_expanded_tied_weights_keys": "tied weights",
     "transformers:PreTrainedModel._keys_to_ignore_on_load_missing": "what a checkpoint must hold",
     "transformers.exporters.exporter_dynamo:reset_model_state": "the export to ONNX",
@@ -67,3 +72,22 @@ def cache_argument(model: Any) -> str | None:
 def returned_cache(output: Any) -> Any:
     """The cache in what a forward with ``use_cache=True`` returned."""
     return next((output[name] for name in _CACHE if name in output), None)
+
+
+def tied_weights(model: Any) -> dict[str, str]:
+    """Tied entries of the state dict of `model`, each with the entry whose tensor it has."""
+    return dict(
+        private("transformers:PreTrainedModel.get_expanded_tied_weights_keys")(model, all_submodels=True)
+    )
+
+
+def never_missed(model: Any) -> Sequence[str]:
+    """Expressions for the entries that a checkpoint of `model` need not hold."""
+    private("transformers:PreTrainedModel._keys_to_ignore_on_load_missing")
+    return tuple(model._keys_to_ignore_on_load_missing or ())
+
+
+def auto_classes(table: str) -> Mapping[str, Any]:
+    """transformers' table `table` of class names by model type."""
+    found: Mapping[str, Any] = private(f"transformers.models.auto.modeling_auto:{table}")
+    return found

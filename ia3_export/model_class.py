@@ -22,6 +22,7 @@ from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.conversions import Loading, converted_names, in_class_names, loading_rules, state_entry
 from ia3_export.errors import IA3ExportError, Unsupported, kind_and_line
 from ia3_export.fold import Layout
+from ia3_export.libraries import auto_classes, never_missed, tied_weights
 
 _TASK_TABLES = {
     "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
@@ -180,12 +181,11 @@ def _with_numbers(value: Any) -> Any:
 
 def _candidate_classes(config: Mapping[str, Any], adapter: Adapter) -> Iterator[str]:
     import transformers
-    from transformers.models.auto import modeling_auto
 
     names: list[Any] = [adapter.class_name]
     tables = [_TASK_TABLES.get(adapter.task_type or ""), "MODEL_MAPPING_NAMES"]
     model_type = config.get("model_type")
-    of_task, bare = (getattr(modeling_auto, t).get(model_type) if t else None for t in tables)
+    of_task, bare = (auto_classes(t).get(str(model_type)) if t else None for t in tables)
     names += [of_task, *architectures(config), bare]
     for name in dict.fromkeys(n[0] if isinstance(n, tuple | list) else n for n in names):
         found = getattr(transformers, name, None) if isinstance(name, str) else None
@@ -316,7 +316,7 @@ def _describe(
     return RuntimeModel(
         name, config, layouts, groups, _needed(model, rules.state),
         {key: tuple(value.shape) for key, value in rules.state.items()},
-        dict(model.get_expanded_tied_weights_keys(all_submodels=True)), stored, converted,
+        tied_weights(model), stored, converted,
         _embedding_name(model, "input"), _embedding_name(model, "output"),
         frozenset(path for path, module in model.named_modules() if isinstance(module, nn.Embedding)), rules,
     )  # fmt: skip
@@ -324,7 +324,7 @@ def _describe(
 
 def _needed(model: Any, state: Mapping[str, Any]) -> frozenset[str]:
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    ignored = [re.compile(pattern) for pattern in never_missed(model)]
     return frozenset(
         name for name in state if name in parameters and not any(pattern.search(name) for pattern in ignored)
     )
