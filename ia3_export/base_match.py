@@ -27,6 +27,13 @@ def base_warnings(adapter: Adapter, base: Checkpoint, quantization: Quantization
     A vector trained over rounded weights has learned to make up for their rounding, and meets other weights in the
     original (or the other way round): the merge is exact, what it computes is not what was evaluated.
     """
+    if base.of_adapter is not None:
+        count = len(base.of_adapter)
+        left = f", and {count} tensors of its adapter are left out" if count else ""
+        yield (
+            f"{base.location.given} was saved inside a wrapper (PEFT, torch.compile, FSDP): it is read under the model's own names{left}; "
+            "vectors that had been merged in place before it was saved would count twice"
+        )
     named = adapter.config.get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         return

@@ -27,10 +27,8 @@ _STORED: Mapping[Layout, str] = {
     "conv": "as a convolution",
 }
 
-_WRAPPERS = {
-    "base_layer": "PEFT", "original_module": "PEFT", "modules_to_save": "PEFT", "_orig_mod": "torch.compile",
-    "_fsdp_wrapped_module": "FSDP", "_checkpoint_wrapped_module": "an activation checkpoint",
-}  # fmt: skip
+#: What PEFT writes of its other methods.
+_WRAPPERS = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_magnitude_vector", "modules_to_save"})
 _REPARAMETRIZED = (
     "parametrizations.weight.original0", "parametrizations.weight.original1", "parametrizations.weight.original",
     "weight_g", "weight_v", "weight_orig",
@@ -58,16 +56,12 @@ def stored_modules(tensors: Mapping[str, StoredTensor]) -> set[str]:
 
 
 def refuse_wrapped(names: Iterable[str]) -> None:
-    """Refuse a base whose tensors have the names of a wrapper's inside: transformers would load none of them.
-
-    Raises `Refused` for what PEFT, FSDP, activation checkpoints and torch.compile wrap.
-    """
+    """Raise `Refused` for a base in which PEFT's other methods lie beside the weights: which of them counts is not known."""
     for name in names:
-        wrapper = next((part for part in name.split(".") if part in _WRAPPERS), None)
-        if wrapper is not None:
+        if not _WRAPPERS.isdisjoint(name.split(".")):
             raise Refused(
-                f"the base was saved while {_WRAPPERS[wrapper]} wrapped it: it holds {name}, which no model of transformers loads",
-                hint="save the plain model (of PEFT: model.unload().save_pretrained(...)), or give the base it was loaded from",
+                f"the base was saved while PEFT wrapped it: it holds {name}, which no model of transformers loads",
+                hint="save the plain model (model.merge_and_unload() or model.unload(), then save_pretrained), or give the base it was loaded from",
             )
 
 

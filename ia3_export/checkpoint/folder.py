@@ -15,6 +15,7 @@ from ia3_export.checkpoint.header import Shard, StoredTensor, read_header
 from ia3_export.checkpoint.hub import Location, locate
 from ia3_export.checkpoint.ranges import link_or_copy
 from ia3_export.checkpoint.record import Folded, read_folded
+from ia3_export.checkpoint.wrapped import unwrap
 from ia3_export.errors import DamagedFile, NotFound, Refused, Unsupported
 from ia3_export.fold import FLOAT_DTYPES
 
@@ -57,7 +58,10 @@ _LAYOUTS = (  # the order in which transformers looks for weights
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A base model's files. `tensors` maps stored names to where their bytes lie, `folded` is what its manifest says they hold."""
+    """A base model's files. `tensors` maps stored names to where their bytes lie, `folded` is what its manifest says they hold.
+
+    Of a base that was saved inside a wrapper `tensors` have the model's own names, and `of_adapter` are those left out.
+    """
 
     location: Location
     shards: tuple[Shard, ...]
@@ -68,6 +72,7 @@ class Checkpoint:
     side_files: tuple[str, ...]
     left_out: tuple[str, ...]
     folded: tuple[Folded, ...] = ()
+    of_adapter: tuple[str, ...] | None = None
 
     @property
     def folder(self) -> Path:
@@ -111,9 +116,9 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
         return _read_folder(location)
     if location.path.suffix == ".gguf":
         return _read_gguf(location, location.path, (), ())
-    shard = _read_shard(location.path, location.path.name)
-    folded = read_folded(location.path.parent, shard.name)
-    return Checkpoint(location, (shard,), _by_name((shard,)), None, None, None, (), (), folded)
+    shards, of_adapter = unwrap([_read_shard(location.path, location.path.name)])
+    folded = read_folded(location.path.parent, location.path.name)
+    return Checkpoint(location, shards, _by_name(shards), None, None, None, (), (), folded, of_adapter)
 
 
 def architectures(config: Mapping[str, Any]) -> list[str]:
@@ -157,14 +162,17 @@ def _read_folder(location: Location) -> Checkpoint:
     index = read_config(folder / layout) if layout.endswith(".index.json") else None
     names = [layout] if index is None else _shard_names(folder / layout, index)
     shards = tuple(_read_shard(folder / name, name) for name in names)
-    tensors = _by_name(shards)
     if index is not None:
         _check_index(folder / layout, index, shards)
+    shards, of_adapter = unwrap(shards)
+    tensors = _by_name(shards)
     config = read_config(folder / "config.json") if (folder / "config.json").exists() else None
     side_files, left_out = _side_files(folder, {layout, *names})
     index_name = layout if index is not None else None
     folded = read_folded(folder)
-    return Checkpoint(location, shards, tensors, index_name, index, config, side_files, left_out, folded)
+    return Checkpoint(
+        location, shards, tensors, index_name, index, config, side_files, left_out, folded, of_adapter
+    )
 
 
 def _read_gguf(

@@ -147,7 +147,7 @@ def load_plain(
             limits[index] = int(0.8 * torch.cuda.mem_get_info(index)[0])
         offload = {"device_map": "auto", "max_memory": limits, "offload_folder": str(where.offload)}
     try:
-        if dense is not base:
+        if dense is not base or base.of_adapter is not None:
             made = made or make_config(base.config or {})
             model, report = load_dense(dense, class_name, made, kind, other_sizes=bool(brought))
         else:

@@ -1,0 +1,40 @@
+"""Bases that were saved inside a wrapper: ``q_proj.base_layer.weight`` of PEFT, with vectors and copied heads in the same file, and the names
+of torch.compile, FSDP and activation checkpoints."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ia3_export.checkpoint.header import Shard
+
+_PREFIX = "base_model.model."
+#: What PEFT puts around a Linear and around a module of which it trains a copy, and what the others put around any module.
+_WRAPPED = re.compile(
+    r"\.base_layer(?=\.[^.]+$)|\.original_module(?=\.)|"
+    r"(?:(?<=^)|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+_OF_ADAPTER = re.compile(r"\.ia3_l(\.|$)|\.modules_to_save\.")
+
+
+def unwrap(shards: Sequence[Shard]) -> tuple[tuple[Shard, ...], tuple[str, ...] | None]:
+    """`shards` under the names of the model itself (``tuners_utils.BaseTunerLayer``, ``utils.ModulesToSaveWrapper``), and the names of the
+    adapter's tensors in them, which are left out; None for a base that is not wrapped."""
+    names = [tensor.name for shard in shards for tensor in shard.tensors]
+    if not any(_WRAPPED.search(name) for name in names):
+        return tuple(shards), None
+    prefix = _PREFIX if all(name.startswith(_PREFIX) for name in names) else ""
+    plain = [
+        replace(
+            shard,
+            prefix=b"",  # the header has the other names
+            tensors=tuple(
+                replace(tensor, name=_WRAPPED.sub("", tensor.name.removeprefix(prefix)))
+                for tensor in shard.tensors
+                if not _OF_ADAPTER.search(tensor.name)
+            ),
+        )
+        for shard in shards
+    ]
+    return tuple(plain), tuple(name for name in names if _OF_ADAPTER.search(name))
