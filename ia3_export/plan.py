@@ -27,7 +27,15 @@ from ia3_export.config_edits import check_vocabulary, edit_config
 from ia3_export.errors import IA3ExportError, NotFinite, Refused, UsageError
 from ia3_export.keeping import Folds, Kept, KeptSite, keep_codes
 from ia3_export.quantization.detection import Quantization, dense_view, find_quantization
-from ia3_export.quantization.settings import exclude, promote, with_settings, without_settings
+from ia3_export.quantization.settings import (
+    Mixture,
+    exclude,
+    exclude_beside,
+    mixture_warnings,
+    promote,
+    with_settings,
+    without_settings,
+)
 from ia3_export.resolve import resolve
 
 #: What becomes of a quantized base: dense; its scales folded, or refused; its scales folded, dense where that fails.
@@ -40,7 +48,8 @@ _NAMES = {stored: name for name, stored in DTYPES.items()}
 class Plan:
     """All that a merge will do, as plain data. `config` is the output's ``config.json`` if it must differ.
 
-    `base` is what is stored. Of a quantized base `dense` is what it stands for, and the output has no `dropped` tensors.
+    `base` is what is stored. Of a quantized base `dense` is what it stands for, the output has no `dropped` tensors, and
+    `settings_files` are side files of the quantizer with other contents.
     """
 
     base: Checkpoint
@@ -58,6 +67,7 @@ class Plan:
     dropped: frozenset[str]
     config: Mapping[str, Any] | None
     config_edits: tuple[str, ...]
+    settings_files: Mapping[str, Mapping[str, Any]]
     kept: tuple[KeptSite, ...]
     model_class: str | None
     warnings: tuple[str, ...]
@@ -140,12 +150,13 @@ def make_plan(
             problems.append(error)
     # the configuration of a GGUF file is its metadata, which stays
     adjusted, written = (None if base.is_gguf else base.config), str(dtype)
+    beside: Mapping[str, Mapping[str, Any]] = {}
     if quantization.packed and adjusted is not None:
         if quantized == "dequantize":
             adjusted = without_settings(adjusted)
             written = dtype if dtype != "auto" else _NAMES[quantization.kept]
         elif kept is not None:
-            adjusted = _adjust(base, quantization, kept, changes, problems)
+            adjusted, beside = _adjust(base, quantization, kept, changes, problems, warnings)
     config, edits = edit_config(resolutions, base, written, adjusted, warnings)
     shapes = {name: tensor.shape for name, tensor in dense.tensors.items()}
     shapes |= {name: change.shape for name, change in changes.items()}
@@ -153,7 +164,7 @@ def make_plan(
     classes = [r.runtime.class_name for r in resolutions if r.runtime is not None]
     return Plan(
         base, dense, quantization, quantized, tuple(r.adapter for r in resolutions), combine, tuple(weights), cast, dtype, allow_missing,
-        allow_unused, changes, dropped, config, tuple(edits), tuple(kept.sites) if kept else (), classes[0] if classes else None, tuple(dict.fromkeys(warnings)), tuple(problems),
+        allow_unused, changes, dropped, config, tuple(edits), beside, tuple(kept.sites) if kept else (), classes[0] if classes else None, tuple(dict.fromkeys(warnings)), tuple(problems),
     )  # fmt: skip
 
 
@@ -236,36 +247,44 @@ def _adjust(
     kept: Kept,
     changes: Mapping[str, Change],
     problems: list[IA3ExportError],
-) -> Mapping[str, Any] | None:
-    """``config.json`` with quantization settings that are true of the output."""
+    warnings: list[str],
+) -> tuple[Mapping[str, Any] | None, Mapping[str, Mapping[str, Any]]]:
+    """``config.json`` and the quantizer's side files with settings that are true of the output."""
+    assert base.config is not None
     settings: Mapping[str, Any] = quantization.settings
+    beside: Mapping[str, Mapping[str, Any]] = {}
     if kept.groups:
         settings = promote(settings, kept.groups)
     if kept.dense:
-        packed = {
-            part
-            for name, p in quantization.packed.items()
-            if name not in kept.dense
-            for part in (name, *p.parts)
-        }
-        dense = {
-            name.removesuffix(".weight")
-            for name, tensor in {**base.tensors, **{n: c.source for n, c in changes.items()}}.items()
-            if name.endswith(".weight") and len(tensor.shape) == 2 and name not in packed
-        }
-        if "lm_head.weight" not in packed:  # a tied head has no tensor, and must not be quantized either
-            dense.add("lm_head")
-        edited = exclude(settings, [name.removesuffix(".weight") for name in sorted(kept.dense)], dense)
-        if isinstance(edited, str):
+        mixture = _mixture(base, quantization, kept, changes)
+        method = str(settings.get("quant_method"))
+        edited, files = exclude(settings, mixture), exclude_beside(base, method, mixture)
+        if isinstance(edited, str) or isinstance(files, str):
             problems.append(
                 Refused(
-                    f"{min(kept.dense)} would have to be dense, and {edited}",
+                    f"{min(kept.dense)} would have to be dense, and {edited if isinstance(edited, str) else files}",
                     hint="--quantized dequantize writes every weight dense",
                 )
             )
-            return base.config
-        settings = edited
-    assert base.config is not None
+            return base.config, {}
+        settings, beside = edited, files
+        warnings += mixture_warnings(method, mixture)
     if settings == quantization.settings:
-        return base.config
-    return with_settings(base.config, settings)
+        return base.config, beside
+    return with_settings(base.config, settings), beside
+
+
+def _mixture(
+    base: Checkpoint, quantization: Quantization, kept: Kept, changes: Mapping[str, Change]
+) -> Mixture:
+    staying = {name: packed for name, packed in quantization.packed.items() if name not in kept.dense}
+    packed = {part for name, p in staying.items() for part in (name, *p.parts)}
+    dense = {
+        name.removesuffix(".weight")
+        for name, tensor in {**base.tensors, **{n: c.source for n, c in changes.items()}}.items()
+        if name.endswith(".weight") and len(tensor.shape) == 2 and name not in packed
+    }
+    if "lm_head.weight" not in packed:  # a tied head has no tensor, and must not be quantized either
+        dense.add("lm_head")
+    leaving = {name.removesuffix(".weight") for name in kept.dense}
+    return Mixture(leaving, [p.module for p in staying.values()], dense)
