@@ -25,8 +25,10 @@ from ia3_export.changes import (
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.config_edits import check_vocabulary, edit_config
 from ia3_export.errors import IA3ExportError, NotFinite, Refused, UsageError
-from ia3_export.keeping import Folds, Kept, KeptSite, keep_codes
+from ia3_export.keeping import Folds, Kept, KeptSite, keep_codes, uniform
+from ia3_export.quantization.activations import Output, follow
 from ia3_export.quantization.detection import Quantization, dense_view, find_quantization
+from ia3_export.quantization.packed import split_vectors
 from ia3_export.quantization.settings import (
     Mixture,
     exclude,
@@ -208,14 +210,21 @@ def _keep(
     quantized: Quantized,
 ) -> Kept:
     """Replace the `changes` of quantized weights by changes of their scales."""
+    effects = follow(_outputs(quantization, changes), base, quantization.packed)
     folds, replaced = [], set()
     for name in [name for name in changes if name in quantization.packed]:
         packed = quantization.packed[name]
         if changes[name].how == "fold":
             change = changes.pop(name)
-            folds.append(Folds(packed, change.scales, change.folds))
+            folds.append(Folds(packed, change.scales, change.folds, effects.unknown.get(packed.module, "")))
         else:  # the adapter brings the whole weight
             replaced.add(name)
+    folded = {fold.packed.module for fold in folds}
+    folds += [
+        Folds(packed, (), (), effects.unknown[packed.module])
+        for name, packed in quantization.packed.items()
+        if packed.module in effects.unknown and packed.module not in folded and name not in replaced
+    ]
     staying = {name: packed for name, packed in quantization.packed.items() if name not in replaced}
     kept = keep_codes(
         folds, base, dense, replace(quantization, packed=staying), or_dense=quantized == "keep-or-dense"
@@ -223,10 +232,30 @@ def _keep(
     for name in replaced:
         kept.dense.add(name)
         kept.drops |= quantization.packed[name].parts.keys() - {name}
+    for growth in effects.grown:
+        if growth.tensor not in kept.drops:
+            scale, tensor = (uniform(growth.factor),), base.tensors[growth.tensor]
+            before = kept.changes.get(growth.tensor) or Change(
+                tensor.name, "fold", tensor.dtype, tensor, (), ()
+            )
+            kept.changes[growth.tensor] = before.with_folds(scale, growth.notes)
+    kept.warnings += effects.warnings
     for name, change in kept.changes.items():
-        before = changes.get(name)
-        changes[name] = change if before is None else before.with_folds(change.scales, change.folds)
+        earlier = changes.get(name)
+        changes[name] = change if earlier is None else earlier.with_folds(change.scales, change.folds)
     return kept
+
+
+def _outputs(quantization: Quantization, changes: Mapping[str, Change]) -> dict[str, Output]:
+    """The vectors on outputs that the `changes` of dense weights fold, by module."""
+    found = {}
+    conv1d = any(packed.conv1d for packed in quantization.packed.values())
+    for name, change in changes.items():
+        if name.endswith(".weight") and change.scales and len(change.shape) == 2:
+            vectors = split_vectors(change.shape, change.scales, conv1d=conv1d)
+            if not isinstance(vectors, str) and vectors[0] is not None:
+                found[name.removesuffix(".weight")] = Output(vectors[0], change.folds)
+    return found
 
 
 def _refusals(kept: Kept, base: Checkpoint) -> list[IA3ExportError]:

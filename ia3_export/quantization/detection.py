@@ -14,6 +14,7 @@ from ia3_export.errors import DamagedFile, IA3ExportError, Unsupported
 from ia3_export.fold import FLOAT_DTYPES, Array
 from ia3_export.modules import CONV1D_MODEL_TYPES, model_types
 from ia3_export.quantization import bitsandbytes, gguf, hqq, integers, mxfp4, packed_integers, quanto, scaled
+from ia3_export.quantization.activations import cache_scales
 from ia3_export.quantization.packed import READER_ERRORS, Packed
 from ia3_export.quantization.settings import read_settings
 
@@ -126,21 +127,6 @@ def find_quantization(base: Checkpoint) -> Quantization:
             )
         )
     return replace(result, problems=tuple(problems), warnings=tuple(_compare(result)))
-
-
-#: Scales of a quantized key-value cache, beside the attention's projections; and the projections whose outputs they fit.
-CACHE_SCALES = {"k_scale": "k_proj", "v_scale": "v_proj"}
-
-
-def cache_scales(base: Checkpoint) -> dict[str, str]:
-    """Stored scales of a quantized cache → the module whose output they were calibrated on."""
-    found = {}
-    for name, tensor in base.tensors.items():
-        parent, _, leaf = name.rpartition(".")
-        if leaf in CACHE_SCALES and tensor.size == 1:
-            last = parent.rpartition(".")[2]
-            found[name] = parent if last == CACHE_SCALES[leaf] else f"{parent}.{CACHE_SCALES[leaf]}"
-    return found
 
 
 def dense_view(base: Checkpoint, quantization: Quantization) -> Checkpoint:

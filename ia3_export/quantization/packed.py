@@ -206,14 +206,16 @@ def expect(tensor: StoredTensor, dtypes: tuple[str, ...], shape: tuple[int | Non
         )
 
 
-def split_vectors(packed: Packed, scales: Iterable[Scale]) -> tuple[Array | None, Array | None] | str:
-    """The product of output vectors and that of input vectors among `scales` of a dense weight, float64; a reason where a
+def split_vectors(
+    shape: tuple[int, ...], scales: Iterable[Scale], *, conv1d: bool
+) -> tuple[Array | None, Array | None] | str:
+    """The product of output vectors and that of input vectors among `scales` of a dense weight of `shape`, float64; a reason where a
     scale is neither (parts of fused parameters)."""
-    if len(packed.shape) == 1:  # a bias
+    if len(shape) == 1:  # a bias
         return np.prod([scale.factors.astype("<f8") for scale in scales], axis=0), None
-    if len(packed.shape) != 2:
+    if len(shape) != 2:
         return "it is no single projection"
-    first, last = packed.shape
+    first, last = shape
     out = columns = None
     for scale in scales:
         factors = scale.factors.astype("<f8")
@@ -229,4 +231,4 @@ def split_vectors(packed: Packed, scales: Iterable[Scale]) -> tuple[Array | None
             out = factors if out is None else out * factors
         else:
             columns = factors if columns is None else columns * factors
-    return (columns, out) if packed.conv1d else (out, columns)
+    return (columns, out) if conv1d else (out, columns)
