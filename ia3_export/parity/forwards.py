@@ -31,7 +31,7 @@ class Unmerged:
     """Base + live adapters: the `reference` in `precision`, the runs in coarser dtypes, and the base alone (`plain`).
 
     `decoded` is the reference's greedy decoding, None where the model cannot generate; `library` a quantized base with live
-    adapters as its own library runs it. `hidden` is as in `run_torch`.
+    adapters as its own library runs it, or `library_failure` why that cannot be had here. `hidden` is as in `run_torch`.
     """
 
     class_name: str
@@ -47,6 +47,7 @@ class Unmerged:
     causal: bool
     hidden: bool
     sentence: SentenceHead | None
+    library_failure: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,10 +111,13 @@ def run_unmerged(
     class_name, by, special = live.class_name, live.by, special_tokens(live.model)
     del live
     _free(base)
-    library = None
+    library, failure = None, ""
     if is_bitsandbytes(base):
-        quantized = load_as_library_runs_it(base, adapters, class_name, where)
-        library = None if quantized is None else run_torch(quantized, cases, hidden=hidden)
+        try:
+            quantized = load_as_library_runs_it(base, adapters, class_name, where)
+            library = None if quantized is None else run_torch(quantized, cases, hidden=hidden)
+        except Unsupported as error:  # a comparison more than the proof needs
+            failure = str(error)
     return Unmerged(
         class_name,
         by,
@@ -128,6 +132,7 @@ def run_unmerged(
         causal,
         hidden,
         sentence,
+        failure,
     )
 
 
