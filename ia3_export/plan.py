@@ -30,6 +30,7 @@ from ia3_export.quantization.activations import Output, follow
 from ia3_export.quantization.detection import Quantization, dense_view, find_quantization
 from ia3_export.quantization.packed import split_vectors
 from ia3_export.quantization.settings import (
+    ONLY_BLOCKS,
     Mixture,
     exclude,
     exclude_beside,
@@ -284,11 +285,13 @@ def _adjust(
     beside: Mapping[str, Mapping[str, Any]] = {}
     if kept.groups:
         settings = promote(settings, kept.groups)
-    if kept.dense:
-        mixture = _mixture(base, quantization, kept, changes)
-        method = str(settings.get("quant_method"))
+    method = str(settings.get("quant_method"))
+    mixture = _mixture(base, quantization, kept, changes, method)
+    if mixture.leaving:
         edited, files = exclude(settings, mixture), exclude_beside(base, method, mixture)
         if isinstance(edited, str) or isinstance(files, str):
+            if not kept.dense:
+                return base.config, {}
             problems.append(
                 Refused(
                     f"{min(kept.dense)} would have to be dense, and {edited if isinstance(edited, str) else files}",
@@ -297,15 +300,17 @@ def _adjust(
             )
             return base.config, {}
         settings, beside = edited, files
-        warnings += mixture_warnings(method, mixture)
+        if kept.dense:
+            warnings += mixture_warnings(method, mixture)
     if settings == quantization.settings:
         return base.config, beside
     return with_settings(base.config, settings), beside
 
 
 def _mixture(
-    base: Checkpoint, quantization: Quantization, kept: Kept, changes: Mapping[str, Change]
+    base: Checkpoint, quantization: Quantization, kept: Kept, changes: Mapping[str, Change], method: str
 ) -> Mixture:
+    """What is quantized in the output. A head that the adapter brings leaves too, for methods that quantize every projection."""
     staying = {name: packed for name, packed in quantization.packed.items() if name not in kept.dense}
     packed = {part for name, p in staying.items() for part in (name, *p.parts)}
     dense = {
@@ -316,4 +321,7 @@ def _mixture(
     if "lm_head.weight" not in packed:  # a tied head has no tensor, and must not be quantized either
         dense.add("lm_head")
     leaving = {name.removesuffix(".weight") for name in kept.dense}
+    if method not in ONLY_BLOCKS:
+        added = {name.removesuffix(".weight") for name, change in changes.items() if change.how == "add"}
+        leaving |= added & dense
     return Mixture(leaving, [p.module for p in staying.values()], dense)

@@ -88,6 +88,8 @@ _SKIP_LISTS = {
 _OTHER_LISTS = ("ignored_layers", "exclude_modules")
 #: Without a list these choose for themselves (the head, in most models): a list replaces that, and has to name all.
 _CHOOSE = ("bitsandbytes", "fp8", "fbgemm_fp8", "mxfp4", "torchao")
+#: These quantize projections of the layers only, and never a head that is not named.
+ONLY_BLOCKS = ("gptq", "auto-round")
 #: What reads files in which some weights are dense, where not everything does that reads the format.
 _READ_BY = {
     "gptq": "GPTQModel, vLLM, and transformers with optimum know them by name; AutoGPTQ cannot load such a file",
