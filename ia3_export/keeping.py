@@ -214,7 +214,7 @@ def _lay(
     before = laid.get(packed.name, _Laid(np.ones(len(vector)), ()))
     after = before.times(vector, notes)
     if how.blocks is not None:
-        return after, how.rounding
+        return after, 0.0 if how.rounding is None else how.rounding(_single(after.factors))
     error = 0.0
     for scale in how.scales:
         found = _written(scale, _single(after.factors), packed)

@@ -44,8 +44,8 @@ class Foldable:
 
     `drops` are stored tensors that the output no longer has, `rewrites` small ones with new bytes. Modules of one
     `group` can only be rewritten together (they share an entry of the configuration). `blocks` replaces all that for
-    formats whose scales lie inside the blocks of codes: factors → the packed tensor as it will be, each scale rounded by
-    `rounding` at most.
+    formats whose scales lie inside the blocks of codes: factors → the packed tensor as it will be; `rounding` says by how much that
+    is off, factors → the relative error of the row that loses most.
     """
 
     scales: tuple[ScaleTensor, ...] = ()
@@ -53,7 +53,7 @@ class Foldable:
     rewrites: tuple[StoredTensor, ...] = ()
     group: str | None = None
     blocks: Callable[[Array], StoredTensor] | None = None
-    rounding: float = 0.0
+    rounding: Callable[[Array], float] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
