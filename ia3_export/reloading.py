@@ -196,9 +196,9 @@ def _load(
                 f"transformers reports {kind.replace('_', ' ')} in the output: {', '.join(sorted(found)[:3])}",
                 hint=_REPORT,
             )
-    stored = _stored_names(model, dense)
     with torch.no_grad():
         dequantized = dict(_bitsandbytes(model))
+        stored = _stored_names(model, dense)
         for key, tensor in model.state_dict().items():
             name = stored.get(key, key)
             if key not in dequantized and tensor.is_floating_point() and not _is_code(name, quantization):

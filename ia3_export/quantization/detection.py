@@ -180,6 +180,8 @@ def _compare(result: Quantization) -> Iterator[str]:
     found = {packed.method for packed in result.packed.values()}
     if method is None and found:
         yield f"the tensors are quantized ({', '.join(sorted(result.formats))}), but no configuration says so"
+    for what in result.settings.get("not_in_forward") or ():
+        yield f"{what} is not part of the forwards of verify and onnx, which have the rotary embedding without it"
     notes = [packed.format for packed in result.packed.values() if "although labelled" in packed.format]
     if notes:
         yield f"{len(notes)} weights are {notes[0]}: decided by their zero points"

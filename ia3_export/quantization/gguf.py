@@ -60,6 +60,8 @@ def find(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> It
             yield _coded(tensor, types[name], rows)
         elif tensor.dtype in FLOAT_DTYPES:
             yield _permuted(tensor, rows)
+    for name in settings.get("shifted") or ():
+        yield _shifted(tensors[name])
 
 
 def reload_weights(path: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str, Array]]:
@@ -69,7 +71,7 @@ def reload_weights(path: Path, settings: Mapping[str, Any]) -> Iterator[tuple[st
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    heads = settings.get("head_rows") or {}
+    heads, shifted = settings.get("head_rows") or {}, settings.get("shifted") or ()
     names = {tensor.offset: tensor.name for tensor in read_gguf(path)[0].tensors}
     for tensor in GGUFReader(path).tensors:
         name = names[tensor.data_offset]
@@ -80,7 +82,7 @@ def reload_weights(path: Path, settings: Mapping[str, Any]) -> Iterator[tuple[st
             continue
         if name in heads:
             values = _unpermute(values.reshape(len(values), -1), heads[name]).reshape(values.shape)
-        yield name, values
+        yield name, values - np.float32(1) if name in shifted else values
 
 
 def head_order(rows: int, head: int) -> Array:
@@ -120,6 +122,16 @@ def _permuted(tensor: StoredTensor, head: int) -> Packed:
     )
 
 
+def _shifted(tensor: StoredTensor) -> Packed:
+    """A norm that llama.cpp's converter stores plus one (Gemma)."""
+
+    def read(first: int, count: int) -> Array:
+        return as_float(read_flat(tensor, first, count), tensor.dtype).reshape(count, 1) - np.float32(1)
+
+    reason = "its norm is stored plus one"
+    return _packed(tensor, f"GGUF {tensor.dtype}, plus one", tensor.shape, read, 1, reason, reason)
+
+
 def _packed(
     tensor: StoredTensor,
     label: str,
@@ -133,7 +145,8 @@ def _packed(
 
     def rows(first: int, count: int) -> Array:
         if len(shape) == 1:
-            return _unpermute(read(0, shape[0]), head).reshape(1, -1)
+            found = read(0, shape[0])
+            return (found if head == 1 else _unpermute(found, head)).reshape(1, -1)
         found = read(first, count)
         return found if head == 1 else _unpermute(found, head)
 
