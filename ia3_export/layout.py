@@ -14,6 +14,8 @@ from ia3_export.checkpoint.header import Shard, StoredTensor, count_elements, wr
 from ia3_export.plan import Plan
 
 INDEX = "model.safetensors.index.json"
+#: torchao's description of a tensor that is not quantized.
+_PLAIN = '{"_type": "Tensor"}'
 #: What transformers looks for where there is no index.
 SINGLE = "model.safetensors"
 #: Bytes of a shard beyond which a dequantized output gets shards of its own; transformers' default size.
@@ -111,10 +113,13 @@ def _rows(plan: Plan) -> list[list[tuple[StoredTensor, Change | None]]]:
 
 
 def _metadata(shard: Shard, plan: Plan) -> Mapping[str, str]:
-    """A header's metadata; of a file that is no longer quantized only its format, since torchao describes tensors there."""
-    if not plan.dequantizes:
+    """A header's metadata. torchao describes tensors there: of a file that is no longer quantized only its format stays, and
+    one that became dense is described as such."""
+    if plan.dequantizes:
+        return {k: v for k, v in shard.metadata.items() if k == "format"}
+    if "tensor_names" not in shard.metadata:
         return shard.metadata
-    return {k: v for k, v in shard.metadata.items() if k == "format"}
+    return {k: _PLAIN if k in plan.changes else v for k, v in shard.metadata.items()}
 
 
 def _lay_shard(shard: Shard, rows: list[tuple[StoredTensor, Change | None]], plan: Plan) -> OutputFile:

@@ -26,6 +26,16 @@ INPUT_SCALES = ("input_scale", "activation_scale", "qscale_act", "input_global_s
 _OUTPUT_SCALE = "output_scale"
 #: Scales of a quantized cache, beside the attention's projections; and the projections whose outputs they fit.
 CACHE_SCALES = {"k_scale": "k_proj", "v_scale": "v_proj"}
+#: All leaves that a quantized cache or attention has beside its projections.
+_OF_CACHE = (
+    *CACHE_SCALES,
+    "q_scale",
+    "kv_scale",
+    "prob_scale",
+    "k_zero_point",
+    "v_zero_point",
+    "q_zero_point",
+)
 #: Methods that write such scales although activations are not quantized.
 _NOT_STATIC = ("quanto",)
 #: Last names of projections by what their output does in the attention, for models that the table of feed-forwards lacks.
@@ -84,6 +94,11 @@ def cache_scales(base: Checkpoint) -> dict[str, str]:
             last = parent.rpartition(".")[2]
             found[name] = parent if last == CACHE_SCALES[leaf] else f"{parent}.{CACHE_SCALES[leaf]}"
     return found
+
+
+def cache_tensors(base: Checkpoint) -> set[str]:
+    """Everything stored of a quantized cache: a dense model has none of it."""
+    return {name for name in base.tensors if name.rpartition(".")[2] in _OF_CACHE}
 
 
 def largest(vector: Array) -> float:

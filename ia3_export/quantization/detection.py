@@ -14,7 +14,7 @@ from ia3_export.errors import DamagedFile, IA3ExportError, Unsupported
 from ia3_export.fold import FLOAT_DTYPES, Array
 from ia3_export.modules import CONV1D_MODEL_TYPES, model_types
 from ia3_export.quantization import bitsandbytes, gguf, hqq, integers, mxfp4, packed_integers, quanto, scaled
-from ia3_export.quantization.activations import cache_scales
+from ia3_export.quantization.activations import cache_tensors
 from ia3_export.quantization.packed import READER_ERRORS, Packed
 from ia3_export.quantization.settings import read_settings
 
@@ -46,7 +46,7 @@ _UNREADABLE = {
 _COMPANIONS = (
     ".qweight", ".qzeros", ".g_idx", ".SCB", ".absmax", ".quant_map", ".weight_packed", ".weight_scale",
     ".weight_scale_inv", ".weight_zero_point", ".weight_global_scale", ".codebooks", ".codes", ".W_q", "_blocks",
-    ".weight_scales", "._weight_qdata", ".weight._data", ".weight._scale", ".trellis",
+    ".weight_scales", ".pre_quant_scale", "._weight_qdata", ".weight._data", ".weight._scale", ".trellis",
 )  # fmt: skip
 _FLOAT_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
@@ -131,7 +131,7 @@ def find_quantization(base: Checkpoint) -> Quantization:
 
 def dense_view(base: Checkpoint, quantization: Quantization) -> Checkpoint:
     """`base` with every quantized weight as the dense tensor that it stands for, under its dense name."""
-    hidden = {**quantization.owners, **(cache_scales(base) if quantization.packed else {})}
+    hidden = quantization.owners.keys() | (cache_tensors(base) if quantization.packed else set())
     tensors = {name: tensor for name, tensor in base.tensors.items() if name not in hidden}
     tensors |= {name: packed.dense(quantization.kept) for name, packed in quantization.packed.items()}
     return replace(base, tensors=tensors)

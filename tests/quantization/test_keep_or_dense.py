@@ -136,3 +136,14 @@ def test_settings_of_odd_types_are_refused(key: str, tmp_path: Path) -> None:
         "merge", "--base", base, "--adapter", adapter, "--output", tmp_path / "out", "--quantized", "keep-or-dense"
     )  # fmt: skip
     only_complaint(ran, 3, key)
+
+
+def test_torchao_s_description_of_what_is_dense(tmp_path: Path) -> None:
+    case = FIXTURES / "torchao-float8-tensor"
+    adapter = write_adapter(tmp_path / "adapter", json.loads((case / "config.json").read_text()))
+    _merged(case, adapter, tmp_path / "out")
+    (shard,) = read_checkpoint(tmp_path / "out").shards
+    for name in json.loads(shard.metadata["tensor_names"]):
+        kind = json.loads(shard.metadata[name])["_type"]
+        assert (kind == "Tensor") == any(tensor.name == name for tensor in shard.tensors), name
+    assert json.loads(shard.metadata[f"{DENSE}.weight"]) == {"_type": "Tensor"}

@@ -171,6 +171,29 @@ def test_zero_points_of_activations_leave_a_dense_output(
     assert manifest["reload"]["weights"] > 0
 
 
+def test_nothing_of_a_quantized_cache_is_left_in_a_dense_output(adapter: Maker, tmp_path: Path) -> None:
+    base = shutil.copytree(FIXTURES / "ct-fp8-static-kv-cache", tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    for leaf in ("q_scale", "k_zero_point", "v_zero_point"):
+        tensors[f"{LAYER}.self_attn.{leaf}"] = torch.zeros(1)
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    manifest = _merge(
+        base, adapter("ct-fp8-static-kv-cache", {"k_proj": 2.0}), tmp_path / "out", "dequantize"
+    )
+    assert manifest["reload"]["weights"] > 10
+
+
+def test_scales_of_inputs_that_are_not_understood_are_refused(adapter: Maker, tmp_path: Path) -> None:
+    """ModelOpt's AWQ multiplies the inputs before it quantizes them: a weight without that is another one."""
+    base = shutil.copytree(FIXTURES / "ct-fp8-static", tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors[f"{LAYER}.mlp.down_proj.pre_quant_scale"] = torch.ones(96)
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    vectors = adapter("ct-fp8-static", {"v_proj": 2.0})
+    ran = run("merge", "--base", base, "--adapter", vectors, "--output", tmp_path / "out")
+    only_complaint(ran, 3, "pre_quant_scale")
+
+
 @pytest.mark.parametrize("largest", [2.0, -2.0])
 def test_a_range_with_a_zero_point_is_not_turned_around(
     largest: float, asymmetric: Path, adapter: Maker, tmp_path: Path
