@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ia3_export.arguments import check_arguments
 from ia3_export.card import BASE_CARD
 from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint, read_checkpoint
 from ia3_export.checkpoint.stage import check_target, copy_file, scratch_folder, set_aside, staged
+from ia3_export.densifying import is_quantized, write_dense
 from ia3_export.errors import CheckFailed, Refused, UsageError
 from ia3_export.execute import hash_file
 from ia3_export.manifest import NAME, list_files, tool
@@ -29,6 +30,7 @@ from ia3_export.onnx.precision import Coverage, convert
 from ia3_export.onnx.provenance import Origin, trace_origins
 from ia3_export.onnx.tasks import Task, choose_task, load_model
 from ia3_export.onnx.trace import OPSETS, trace
+from ia3_export.parity.facts import source_of
 from ia3_export.parity.inputs import make_cases
 from ia3_export.parity.runners import exact_matmul
 from ia3_export.parity.verification import verify
@@ -101,7 +103,8 @@ def export_onnx(
 
     Args:
         output: folder to create.
-        model: folder that `merge` wrote (or any checkpoint folder).
+        model: folder that `merge` wrote (or any checkpoint folder). One that stays quantized is exported as the dense model that it
+            stands for.
         base, adapters: instead of `model`; merged into a temporary folder first, compared with the live adapters.
         task: optimum's name or synonym (``text-generation``, ``fill-mask``, ...); inferred from the checkpoint by default.
         precisions: of ``fp32``, ``fp16``, ``int8``, ``int4``, all from one trace.
@@ -144,6 +147,10 @@ def export_onnx(
         given = [Path(s) for s in (model, base, *adapters) if s is not None and not isinstance(s, Adapter)]
         given += [path for a in adapters if isinstance(a, Adapter) for path in a.location.inputs]
         check_target(target, [path for path in given if path.exists()], overwrite=overwrite)
+        given_base = base
+        if base is not None and read_checkpoint(base).is_gguf:
+            say("dequantizing")
+            base = write_dense(read_checkpoint(base), scratch / "dense")
         source: str | Path = model or ""
         if base is not None:
             say("merging")
@@ -155,6 +162,10 @@ def export_onnx(
                 f"{source} holds a model and an adapter ({ADAPTER_CONFIG}): transformers would apply it to these weights",
                 hint=f"to fold it, --base {source} --adapter {source}; for the model alone, move {ADAPTER_CONFIG} away",
             )
+        if model is not None and is_quantized(checkpoint):
+            say("dequantizing")
+            source = write_dense(checkpoint, scratch / "dense")
+            checkpoint = read_checkpoint(source)
         if checkpoint.config is None:
             raise UsageError("the model has no config.json", hint="give the folder that merge wrote")
         sentence_model = (checkpoint.folder / "modules.json").is_file()
@@ -180,6 +191,9 @@ def export_onnx(
             report = verify(
                 base or source, adapters, onnx=places, device="cpu", max_memory=_limit(checkpoint)
             )
+            named = model if model is not None else given_base
+            assert named is not None
+            report = replace(report, base=source_of(read_checkpoint(named).location))
             _require(report, stage, target)
         return OnnxExport(target, chosen.name, opset, tuple(files), report)
 

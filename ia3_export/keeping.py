@@ -17,7 +17,8 @@ from ia3_export.changes import Change
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.fold import Array, Layout, Scale, from_float, make_scale, to_float
-from ia3_export.quantization.detection import Quantization, cache_scales
+from ia3_export.quantization.activations import cache_scales, grow, input_scales, largest, off_center
+from ia3_export.quantization.detection import Quantization
 from ia3_export.quantization.feed_forward import activation_of, find_feeder, move_vector, self_check
 from ia3_export.quantization.packed import (
     ROUNDING,
@@ -40,10 +41,6 @@ _HALF = 1.001 * 2.0**-11
 _EXACT = 2.0**-23
 #: The moved vector has to give the live one's result up to the rounding of float32 factors, on so many channels.
 _SELF_CHECK, _CHECKED = 1e-5, 64
-#: Scales of the activations that a weight was calibrated with, as leaves of its module.
-_STATIC = ("input_scale", "activation_scale")
-#: Methods that write such scales although activations are not quantized.
-_NOT_STATIC = ("quanto",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +63,12 @@ class KeptSite:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Folds:
-    """The vectors that a dense plan folds into one quantized weight."""
+    """The vectors that a dense plan folds into one quantized weight, and a reason why it cannot stay quantized with any."""
 
     packed: Packed
     scales: tuple[Scale, ...]
     notes: tuple[str, ...]
+    refused: str = ""
 
 
 @dataclass(slots=True)
@@ -168,7 +166,9 @@ def _decide(fold: Folds, context: _Context) -> KeptSite:
     def refused(reason: str) -> KeptSite:
         return KeptSite(packed.name, packed.format, "refused", (), 0.0, reason, fold.notes)
 
-    vectors = split_vectors(packed, fold.scales)
+    if fold.refused:
+        return refused(fold.refused)
+    vectors = split_vectors(packed.shape, fold.scales, conv1d=packed.conv1d)
     if isinstance(vectors, str):
         return refused(vectors)
     out, columns = vectors
@@ -202,10 +202,6 @@ def _decide(fold: Folds, context: _Context) -> KeptSite:
             tensors += moved.tensors
     for laid, name, factors in commits:
         laid[name] = factors
-    for name, module in context.cache_scales.items():
-        if module == packed.module and out is not None:
-            context.others.setdefault(name, []).append((_growth(out), fold.notes))
-            tensors.append(name)
     if outcome == "exact" and error > _EXACT:
         outcome = "rounded"
     return KeptSite(packed.name, packed.format, outcome, tuple(tensors), error, "", fold.notes)
@@ -218,7 +214,7 @@ def _lay(
     before = laid.get(packed.name, _Laid(np.ones(len(vector)), ()))
     after = before.times(vector, notes)
     if how.blocks is not None:
-        return after, how.rounding
+        return after, 0.0 if how.rounding is None else how.rounding(_single(after.factors))
     error = 0.0
     for scale in how.scales:
         found = _written(scale, _single(after.factors), packed)
@@ -275,20 +271,20 @@ def _move(
         commits.append((context.rows, weight, found[0]))
         error = found[1]
         tensors += [scale.stored.name for scale in into.on_output.scales] or [weight]
-    if f"{packed.module}.input_global_scale" in packed.parts:
-        return f"{reason}, and its static activation scales were calibrated without the vector"
+    turned = off_center(packed.module, packed.parts, vector)
+    if turned:
+        return f"{reason}, and the vector cannot move: {turned}"
     if f"{feeder.module}.bias" in shapes:
         others.append((f"{feeder.module}.bias", Scale(_single(whole), 1)))
+    factor = largest(vector)
     static = [name for name, fed in context.cache_scales.items() if fed == feeder.module]
-    if packed.method not in _NOT_STATIC:
-        static += [f"{packed.module}.{leaf}" for leaf in _STATIC if f"{packed.module}.{leaf}" in packed.parts]
-    others += [(name, _growth(vector)) for name in static]
+    others += [(name, uniform(grow(name, factor))) for name in (*static, *input_scales(packed))]
     return _Moved(commits, others, error, [*tensors, *(name for name, _ in others)])
 
 
-def _growth(vector: Array) -> Scale:
-    """What a scale of activations, calibrated without `vector`, has to grow by."""
-    return Scale(np.full(1, np.abs(vector).max(), "<f4"), 1)
+def uniform(factor: float) -> Scale:
+    """One factor for all of a tensor."""
+    return Scale(np.full(1, factor, "<f4"), 1)
 
 
 def _single(factors: Array) -> Array:

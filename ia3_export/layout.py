@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ia3_export.changes import Change, check_gguf
@@ -14,6 +14,10 @@ from ia3_export.checkpoint.header import Shard, StoredTensor, count_elements, wr
 from ia3_export.plan import Plan
 
 INDEX = "model.safetensors.index.json"
+#: torchao's description of a tensor that is not quantized.
+_PLAIN = '{"_type": "Tensor"}'
+#: What transformers looks for where there is no index.
+SINGLE = "model.safetensors"
 #: Bytes of a shard beyond which a dequantized output gets shards of its own; transformers' default size.
 LARGEST = 5_000_000_000
 
@@ -60,7 +64,10 @@ def lay_out(plan: Plan, shard_size: int | None = None) -> tuple[OutputFile, ...]
     ):
         return _reshard(plan, LARGEST)
     shards = zip(plan.base.shards, _rows(plan), strict=True)
-    return tuple(_lay_shard(shard, rows, plan) for shard, rows in shards if rows or not shard.tensors)
+    files = tuple(_lay_shard(shard, rows, plan) for shard, rows in shards if rows or not shard.tensors)
+    if len(files) == 1 and plan.base.index is not None and not _is_base(files, plan):
+        return (replace(files[0], name=SINGLE),)  # without an index no other name is looked for
+    return files
 
 
 def make_index(plan: Plan, files: Iterable[OutputFile]) -> bytes | None:
@@ -68,7 +75,7 @@ def make_index(plan: Plan, files: Iterable[OutputFile]) -> bytes | None:
     files = tuple(files)
     if len(files) == 1 and plan.base.index is None:
         return None
-    if all(file.verbatim is not None for file in files) and plan.base.index_name is not None:
+    if plan.base.index_name is not None and _is_base(files, plan):
         return (plan.base.folder / plan.base.index_name).read_bytes()
     if len(files) == 1:
         return None
@@ -79,6 +86,11 @@ def make_index(plan: Plan, files: Iterable[OutputFile]) -> bytes | None:
     metadata["total_size"] = sum(_nbytes(piece) for file in files for piece in file.pieces)
     index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     return (json.dumps(index, indent=2) + "\n").encode()
+
+
+def _is_base(files: Sequence[OutputFile], plan: Plan) -> bool:
+    """Whether the files are the base's, with its headers."""
+    return len(files) == len(plan.base.shards) and all(file.verbatim is not None for file in files)
 
 
 def _rows(plan: Plan) -> list[list[tuple[StoredTensor, Change | None]]]:
@@ -101,10 +113,13 @@ def _rows(plan: Plan) -> list[list[tuple[StoredTensor, Change | None]]]:
 
 
 def _metadata(shard: Shard, plan: Plan) -> Mapping[str, str]:
-    """A header's metadata; of a file that is no longer quantized only its format, since torchao describes tensors there."""
-    if not plan.dequantizes:
+    """A header's metadata. torchao describes tensors there: of a file that is no longer quantized only its format stays, and
+    one that became dense is described as such."""
+    if plan.dequantizes:
+        return {k: v for k, v in shard.metadata.items() if k == "format"}
+    if "tensor_names" not in shard.metadata:
         return shard.metadata
-    return {k: v for k, v in shard.metadata.items() if k == "format"}
+    return {k: _PLAIN if k in plan.changes else v for k, v in shard.metadata.items()}
 
 
 def _lay_shard(shard: Shard, rows: list[tuple[StoredTensor, Change | None]], plan: Plan) -> OutputFile:
@@ -167,7 +182,7 @@ def _reshard(plan: Plan, shard_size: int) -> tuple[OutputFile, ...]:
         filled += nbytes
     metadata = _metadata(plan.base.shards[0], plan)
     if len(groups) == 1:
-        return (_lay_new("model.safetensors", metadata, groups[0]),)
+        return (_lay_new(SINGLE, metadata, groups[0]),)
     return tuple(
         _lay_new(f"model-{i:05d}-of-{len(groups):05d}.safetensors", metadata, group)
         for i, group in enumerate(groups, 1)

@@ -250,11 +250,17 @@ def _write_side_files(plan: Plan, stage: Path, files: Sequence[OutputFile]) -> N
         target = stage / (BASE_CARD if relative == "README.md" else relative)
         if relative in (NAME, BASE_CARD) or (plan.dequantizes and relative in SIDE_FILES):
             continue
-        copy_file(source, target)
+        if relative in plan.settings_files:
+            _write_json(target, plan.settings_files[relative])
+        else:
+            copy_file(source, target)
     if plan.config is not None and not plan.base.is_gguf:
-        text = json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n"
-        (stage / "config.json").write_text(text, encoding="utf-8")
+        _write_json(stage / "config.json", plan.config)
     index = make_index(plan, files)
     if index is not None:
         (stage / INDEX).write_bytes(index)
     (stage / "README.md").write_text(make_card(plan), encoding="utf-8")
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -26,9 +26,20 @@ from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.companions import Companions, TokenizerChoice, choose_companions
 from ia3_export.config_edits import check_vocabulary, edit_config, output_class
 from ia3_export.errors import IA3ExportError, NotFinite, Refused, UsageError
-from ia3_export.keeping import Folds, Kept, KeptSite, keep_codes
+from ia3_export.keeping import Folds, Kept, KeptSite, keep_codes, uniform
+from ia3_export.quantization.activations import Output, follow
 from ia3_export.quantization.detection import Quantization, dense_view, find_quantization
-from ia3_export.quantization.settings import exclude, promote, with_settings, without_settings
+from ia3_export.quantization.packed import split_vectors
+from ia3_export.quantization.settings import (
+    ONLY_BLOCKS,
+    Mixture,
+    exclude,
+    exclude_beside,
+    mixture_warnings,
+    promote,
+    with_settings,
+    without_settings,
+)
 from ia3_export.resolve import resolve
 
 #: What becomes of a quantized base: dense; its scales folded, or refused; its scales folded, dense where that fails.
@@ -41,7 +52,8 @@ _NAMES = {stored: name for name, stored in DTYPES.items()}
 class Plan:
     """All that a merge will do, as plain data. `config` is the output's ``config.json`` if it must differ.
 
-    `companions` are the files beside the weights. `base` is what is stored. Of a quantized base `dense` is what it stands for, and the output has no `dropped` tensors.
+    `companions` are the files beside the weights. `base` is what is stored. Of a quantized base `dense` is what it stands for, the output
+    has no `dropped` tensors, and `settings_files` are side files of the quantizer with other contents.
     """
 
     base: Checkpoint
@@ -61,6 +73,7 @@ class Plan:
     dropped: frozenset[str]
     config: Mapping[str, Any] | None
     config_edits: tuple[str, ...]
+    settings_files: Mapping[str, Mapping[str, Any]]
     kept: tuple[KeptSite, ...]
     model_class: str | None
     warnings: tuple[str, ...]
@@ -145,12 +158,13 @@ def make_plan(
             problems.append(error)
     # the configuration of a GGUF file is its metadata, which stays
     adjusted, written = (None if base.is_gguf else base.config), str(dtype)
+    beside: Mapping[str, Mapping[str, Any]] = {}
     if quantization.packed and adjusted is not None:
         if quantized == "dequantize":
             adjusted = without_settings(adjusted)
             written = dtype if dtype != "auto" else _NAMES[quantization.kept]
         elif kept is not None:
-            adjusted = _adjust(base, quantization, kept, changes, problems)
+            adjusted, beside = _adjust(base, quantization, kept, changes, problems, warnings)
     config, edits = edit_config(resolutions, base, written, adjusted, warnings)
     shapes = {name: tensor.shape for name, tensor in dense.tensors.items()}
     shapes |= {name: change.shape for name, change in changes.items()}
@@ -161,7 +175,7 @@ def make_plan(
     problems += companions.problems
     return Plan(
         base, dense, quantization, quantized, tuple(r.adapter for r in resolutions), combine, tuple(weights), cast, dtype, allow_missing,
-        allow_unused, tokenizer, companions, changes, dropped, config, tuple(edits), tuple(kept.sites) if kept else (), output_class(resolutions), tuple(dict.fromkeys(warnings)), tuple(problems),
+        allow_unused, tokenizer, companions, changes, dropped, config, tuple(edits), beside, tuple(kept.sites) if kept else (), output_class(resolutions), tuple(dict.fromkeys(warnings)), tuple(problems),
     )  # fmt: skip
 
 
@@ -205,14 +219,21 @@ def _keep(
     quantized: Quantized,
 ) -> Kept:
     """Replace the `changes` of quantized weights by changes of their scales."""
+    effects = follow(_outputs(quantization, changes), base, quantization.packed)
     folds, replaced = [], set()
     for name in [name for name in changes if name in quantization.packed]:
         packed = quantization.packed[name]
         if changes[name].how == "fold":
             change = changes.pop(name)
-            folds.append(Folds(packed, change.scales, change.folds))
+            folds.append(Folds(packed, change.scales, change.folds, effects.unknown.get(packed.module, "")))
         else:  # the adapter brings the whole weight
             replaced.add(name)
+    folded = {fold.packed.module for fold in folds}
+    folds += [
+        Folds(packed, (), (), effects.unknown[packed.module])
+        for name, packed in quantization.packed.items()
+        if packed.module in effects.unknown and packed.module not in folded and name not in replaced
+    ]
     staying = {name: packed for name, packed in quantization.packed.items() if name not in replaced}
     kept = keep_codes(
         folds, base, dense, replace(quantization, packed=staying), or_dense=quantized == "keep-or-dense"
@@ -220,10 +241,30 @@ def _keep(
     for name in replaced:
         kept.dense.add(name)
         kept.drops |= quantization.packed[name].parts.keys() - {name}
+    for growth in effects.grown:
+        if growth.tensor not in kept.drops:
+            scale, tensor = (uniform(growth.factor),), base.tensors[growth.tensor]
+            before = kept.changes.get(growth.tensor) or Change(
+                tensor.name, "fold", tensor.dtype, tensor, (), ()
+            )
+            kept.changes[growth.tensor] = before.with_folds(scale, growth.notes)
+    kept.warnings += effects.warnings
     for name, change in kept.changes.items():
-        before = changes.get(name)
-        changes[name] = change if before is None else before.with_folds(change.scales, change.folds)
+        earlier = changes.get(name)
+        changes[name] = change if earlier is None else earlier.with_folds(change.scales, change.folds)
     return kept
+
+
+def _outputs(quantization: Quantization, changes: Mapping[str, Change]) -> dict[str, Output]:
+    """The vectors on outputs that the `changes` of dense weights fold, by module."""
+    found = {}
+    conv1d = any(packed.conv1d for packed in quantization.packed.values())
+    for name, change in changes.items():
+        if name.endswith(".weight") and change.scales and len(change.shape) == 2:
+            vectors = split_vectors(change.shape, change.scales, conv1d=conv1d)
+            if not isinstance(vectors, str) and vectors[0] is not None:
+                found[name.removesuffix(".weight")] = Output(vectors[0], change.folds)
+    return found
 
 
 def _refusals(kept: Kept, base: Checkpoint) -> list[IA3ExportError]:
@@ -244,36 +285,51 @@ def _adjust(
     kept: Kept,
     changes: Mapping[str, Change],
     problems: list[IA3ExportError],
-) -> Mapping[str, Any] | None:
-    """``config.json`` with quantization settings that are true of the output."""
+    warnings: list[str],
+) -> tuple[Mapping[str, Any] | None, Mapping[str, Mapping[str, Any]]]:
+    """``config.json`` and the quantizer's side files with settings that are true of the output."""
+    assert base.config is not None
     settings: Mapping[str, Any] = quantization.settings
+    beside: Mapping[str, Mapping[str, Any]] = {}
     if kept.groups:
         settings = promote(settings, kept.groups)
-    if kept.dense:
-        packed = {
-            part
-            for name, p in quantization.packed.items()
-            if name not in kept.dense
-            for part in (name, *p.parts)
-        }
-        dense = {
-            name.removesuffix(".weight")
-            for name, tensor in {**base.tensors, **{n: c.source for n, c in changes.items()}}.items()
-            if name.endswith(".weight") and len(tensor.shape) == 2 and name not in packed
-        }
-        if "lm_head.weight" not in packed:  # a tied head has no tensor, and must not be quantized either
-            dense.add("lm_head")
-        edited = exclude(settings, [name.removesuffix(".weight") for name in sorted(kept.dense)], dense)
-        if isinstance(edited, str):
+    method = str(settings.get("quant_method"))
+    mixture = _mixture(base, quantization, kept, changes, method)
+    if mixture.leaving:
+        edited, files = exclude(settings, mixture), exclude_beside(base, method, mixture)
+        if isinstance(edited, str) or isinstance(files, str):
+            if not kept.dense:
+                return base.config, {}
             problems.append(
                 Refused(
-                    f"{min(kept.dense)} would have to be dense, and {edited}",
+                    f"{min(kept.dense)} would have to be dense, and {edited if isinstance(edited, str) else files}",
                     hint="--quantized dequantize writes every weight dense",
                 )
             )
-            return base.config
-        settings = edited
-    assert base.config is not None
+            return base.config, {}
+        settings, beside = edited, files
+        if kept.dense:
+            warnings += mixture_warnings(method, mixture)
     if settings == quantization.settings:
-        return base.config
-    return with_settings(base.config, settings)
+        return base.config, beside
+    return with_settings(base.config, settings), beside
+
+
+def _mixture(
+    base: Checkpoint, quantization: Quantization, kept: Kept, changes: Mapping[str, Change], method: str
+) -> Mixture:
+    """What is quantized in the output. A head that the adapter brings leaves too, for methods that quantize every projection."""
+    staying = {name: packed for name, packed in quantization.packed.items() if name not in kept.dense}
+    packed = {part for name, p in staying.items() for part in (name, *p.parts)}
+    dense = {
+        name.removesuffix(".weight")
+        for name, tensor in {**base.tensors, **{n: c.source for n, c in changes.items()}}.items()
+        if name.endswith(".weight") and len(tensor.shape) == 2 and name not in packed
+    }
+    if "lm_head.weight" not in packed:  # a tied head has no tensor, and must not be quantized either
+        dense.add("lm_head")
+    leaving = {name.removesuffix(".weight") for name in kept.dense}
+    if method not in ONLY_BLOCKS:
+        added = {name.removesuffix(".weight") for name, change in changes.items() if change.how == "add"}
+        leaving |= added & dense
+    return Mixture(leaving, [p.module for p in staying.values()], dense)

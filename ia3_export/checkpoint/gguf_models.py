@@ -16,31 +16,53 @@ class Architecture:
     """What llama.cpp's converter (``conversion/*.py``) makes of a Hugging Face model.
 
     `permuted`: rows of q and k lie in the order of consecutive rotary pairs (``LlamaModel.permute``). All other rows keep
-    their order. `leaves` replaces entries of `_LEAVES`.
+    their order. `shifted`: norms are stored plus one. `leaves` replaces entries of `_LEAVES`, `settings` adds to `_CONFIG`.
     """
 
     model_type: str
     class_name: str
     permuted: bool = False
+    shifted: bool = False
     leaves: Mapping[str, str] | None = None
+    settings: Mapping[str, str] | None = None
 
 
 _GEMMA_NORMS = {"ffn_norm": "pre_feedforward_layernorm"}
+_WINDOW = {"attention.sliding_window": "sliding_window"}
+_SOFTCAPS = {
+    "attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping",
+}  # fmt: skip
+_GRANITE = {
+    "embedding_scale": "embedding_multiplier", "residual_scale": "residual_multiplier",
+    "attention.scale": "attention_multiplier", "logit_scale": "logits_scaling",
+}  # fmt: skip
+_LOGIT_SCALE = {"logit_scale": "logit_scale"}
+#: Layers of the one size of a family whose attention is scaled by the width of a head's share of the model, not by that of a head
+#: (llama.cpp's ``LLM_TYPE_27B``).
+_WIDE_SCALE = {"gemma2": 46, "gemma3": 62}
+#: Tensors that change the rotary embedding, and of which config.json has no word.
+_ROTARY = re.compile(r"rope_(freqs|factors_(long|short))\.weight")
 #: Architectures whose conversion has been read: which rows move there is not to be guessed.
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("llama", "LlamaForCausalLM", permuted=True),  # Mistral too
-    "granite": Architecture("granite", "GraniteForCausalLM", permuted=True),
+    "granite": Architecture("granite", "GraniteForCausalLM", permuted=True, settings=_GRANITE),
     "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", permuted=True),
-    "olmo": Architecture("olmo", "OlmoForCausalLM", permuted=True),
+    "olmo": Architecture(
+        "olmo", "OlmoForCausalLM", permuted=True, settings={"attention.clamp_kqv": "clip_qkv"}
+    ),
     "olmo2": Architecture("olmo2", "Olmo2ForCausalLM"),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM"),
-    "gemma": Architecture("gemma", "GemmaForCausalLM"),
-    "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", leaves=_GEMMA_NORMS),
-    "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", leaves=_GEMMA_NORMS),
-    "phi3": Architecture("phi3", "Phi3ForCausalLM", leaves={"ffn_up": "mlp.gate_up_proj"}),
-    "command-r": Architecture("cohere", "CohereForCausalLM"),
-    "cohere2": Architecture("cohere2", "Cohere2ForCausalLM"),
+    "gemma": Architecture("gemma", "GemmaForCausalLM", shifted=True),
+    "gemma2": Architecture(
+        "gemma2", "Gemma2ForCausalLM", shifted=True, leaves=_GEMMA_NORMS, settings=_WINDOW | _SOFTCAPS
+    ),
+    "gemma3": Architecture(
+        "gemma3_text", "Gemma3ForCausalLM", shifted=True, leaves=_GEMMA_NORMS, settings=_WINDOW | _SOFTCAPS
+    ),
+    "phi3": Architecture("phi3", "Phi3ForCausalLM", leaves={"ffn_up": "mlp.gate_up_proj"}, settings=_WINDOW),
+    "command-r": Architecture("cohere", "CohereForCausalLM", settings=_LOGIT_SCALE),
+    "cohere2": Architecture("cohere2", "Cohere2ForCausalLM", settings=_LOGIT_SCALE | _WINDOW),
 }
 
 _LEAVES = {
@@ -106,23 +128,73 @@ def make_config(
         "model_type": "mixtral" if mixtral else known.model_type,
         "architectures": ["MixtralForCausalLM" if mixtral else known.class_name],
     }
-    for key, entry in _CONFIG.items():
+    for key, entry in (_CONFIG | dict(known.settings or {})).items():
         value = values.get(f"{prefix}.{key}")
         if isinstance(value, int | float) and not isinstance(value, bool):
             config[entry] = value
     if "model.embed_tokens.weight" in shapes:
         config["vocab_size"] = shapes["model.embed_tokens.weight"][0]
-    if f"{prefix}.rope.scaling.type" not in values and f"{prefix}.rope.freq_base" in values:
-        config["rope_parameters"] = {"rope_type": "default", "rope_theta": values[f"{prefix}.rope.freq_base"]}
+    rotary = _rotary(values, prefix)
+    if rotary:
+        config["rope_parameters"] = rotary
+    if prefix in _WIDE_SCALE:
+        config.update(_gemma(config, values, prefix))
     if any(name.endswith("q_proj.bias") for name in shapes):
         config["attention_bias"] = True
     config["tie_word_embeddings"] = "lm_head.weight" not in shapes
     rows = dict(_permuted(path, values, shapes)) if known.permuted else {}
     if types:
         config["dtype"] = "float16"
-    if types or rows:
-        config["quantization_config"] = {"quant_method": "gguf", "types": dict(types), "head_rows": rows}
+    shifted = [name for name in shapes if known.shifted and name.endswith("norm.weight")]
+    if types or rows or shifted:
+        config["quantization_config"] = {
+            "quant_method": "gguf", "types": dict(types), "head_rows": rows, "shifted": shifted,
+            "not_in_forward": list(_not_in_forward(values, prefix, shapes)),
+        }  # fmt: skip
     return config
+
+
+def _rotary(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """``rope_parameters``, as far as the metadata state them."""
+    theta = values.get(f"{prefix}.rope.freq_base")
+    if not isinstance(theta, int | float):
+        return {}
+    found: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    kind, factor = values.get(f"{prefix}.rope.scaling.type"), values.get(f"{prefix}.rope.scaling.factor")
+    if kind in ("linear", "yarn") and isinstance(factor, int | float):
+        found |= {"rope_type": kind, "factor": factor}
+        before = values.get(f"{prefix}.rope.scaling.original_context_length")
+        if kind == "yarn" and isinstance(before, int):
+            found["original_max_position_embeddings"] = before
+    return found
+
+
+def _gemma(config: Mapping[str, Any], values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """What llama.cpp knows of Gemma without being told: the scale of the attention, and the rotary embedding of local layers."""
+    heads, width = config.get("num_attention_heads"), config.get("hidden_size")
+    if config.get("num_hidden_layers") == _WIDE_SCALE[prefix] and heads and width:
+        yield "query_pre_attn_scalar", width // heads
+    elif "head_dim" in config:
+        yield "query_pre_attn_scalar", config["head_dim"]
+    if prefix == "gemma3" and "rope_parameters" in config:
+        local = values.get("gemma3.rope.freq_base_swa", 10000.0)
+        yield (
+            "rope_parameters",
+            {
+                "full_attention": config["rope_parameters"],
+                "sliding_attention": {"rope_type": "default", "rope_theta": local},
+            },
+        )
+
+
+def _not_in_forward(
+    values: Mapping[str, Any], prefix: str, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[str]:
+    """What the file says of its model and the config.json made here does not: a forward of transformers then leaves it out."""
+    yield from sorted(name for name in shapes if _ROTARY.fullmatch(name))
+    kind = values.get(f"{prefix}.rope.scaling.type")
+    if kind is not None and kind not in ("none", "linear", "yarn"):
+        yield f"{prefix}.rope.scaling.type {kind!r}"
 
 
 _CONFIG = {

@@ -89,6 +89,11 @@ def run_chain(
             _case_maker(_tokenizer_folder(base, merged, graphs), inputs, text, seed), hidden=hidden, sentence=_sentence_head(base, graphs),
         )  # fmt: skip
 
+        if unmerged.library_failure:
+            warnings.append(
+                f"bitsandbytes cannot run this base here ({unmerged.library_failure}); nothing is compared with it"
+            )
+
         def step(
             artifact: Artifact, before: Outputs, runs: Merged | None, decoded: Sequence[Decoded] | None
         ) -> Step:

@@ -32,7 +32,7 @@ class Unmerged:
     is what PEFT said where hooks applied the adapters instead.
 
     `decoded` is the reference's greedy decoding, None where the model cannot generate; `library` a quantized base with live
-    adapters as its own library runs it. `hidden` is as in `run_torch`.
+    adapters as its own library runs it, or `library_failure` why that cannot be had here. `hidden` is as in `run_torch`.
     """
 
     class_name: str
@@ -49,6 +49,7 @@ class Unmerged:
     causal: bool
     hidden: bool
     sentence: SentenceHead | None
+    library_failure: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,10 +113,13 @@ def run_unmerged(
     class_name, by, refused, special = live.class_name, live.by, live.refused, special_tokens(live.model)
     del live
     _free(base)
-    library = None
+    library, failure = None, ""
     if is_bitsandbytes(base):
-        quantized = load_as_library_runs_it(base, adapters, class_name, where)
-        library = None if quantized is None else run_torch(quantized, cases, hidden=hidden)
+        try:
+            quantized = load_as_library_runs_it(base, adapters, class_name, where)
+            library = None if quantized is None else run_torch(quantized, cases, hidden=hidden)
+        except Unsupported as error:  # a comparison more than the proof needs
+            failure = str(error)
     return Unmerged(
         class_name,
         by,
@@ -131,6 +135,7 @@ def run_unmerged(
         causal,
         hidden,
         sentence,
+        failure,
     )
 
 

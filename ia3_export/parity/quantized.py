@@ -64,7 +64,10 @@ def widen(model: Any) -> None:
     import torch
 
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.dtype in (torch.float16, torch.bfloat16):
+        packed = (
+            getattr(tensor, "quant_state", None) is not None
+        )  # codes may be stored under a floating dtype
+        if tensor.dtype in (torch.float16, torch.bfloat16) and not packed:
             tensor.data = tensor.data.float()
     for module in model.modules():
         if hasattr(module, "compute_dtype"):

@@ -14,6 +14,7 @@ from ia3_export.errors import DamagedFile, IA3ExportError, Unsupported
 from ia3_export.fold import FLOAT_DTYPES, Array
 from ia3_export.modules import CONV1D_MODEL_TYPES, model_types
 from ia3_export.quantization import bitsandbytes, gguf, hqq, integers, mxfp4, packed_integers, quanto, scaled
+from ia3_export.quantization.activations import cache_tensors
 from ia3_export.quantization.packed import READER_ERRORS, Packed
 from ia3_export.quantization.settings import read_settings
 
@@ -45,7 +46,7 @@ _UNREADABLE = {
 _COMPANIONS = (
     ".qweight", ".qzeros", ".g_idx", ".SCB", ".absmax", ".quant_map", ".weight_packed", ".weight_scale",
     ".weight_scale_inv", ".weight_zero_point", ".weight_global_scale", ".codebooks", ".codes", ".W_q", "_blocks",
-    ".weight_scales", "._weight_qdata", ".weight._data", ".weight._scale", ".trellis",
+    ".weight_scales", ".pre_quant_scale", "._weight_qdata", ".weight._data", ".weight._scale", ".trellis",
 )  # fmt: skip
 _FLOAT_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
@@ -128,24 +129,9 @@ def find_quantization(base: Checkpoint) -> Quantization:
     return replace(result, problems=tuple(problems), warnings=tuple(_compare(result)))
 
 
-#: Scales of a quantized key-value cache, beside the attention's projections; and the projections whose outputs they fit.
-CACHE_SCALES = {"k_scale": "k_proj", "v_scale": "v_proj"}
-
-
-def cache_scales(base: Checkpoint) -> dict[str, str]:
-    """Stored scales of a quantized cache → the module whose output they were calibrated on."""
-    found = {}
-    for name, tensor in base.tensors.items():
-        parent, _, leaf = name.rpartition(".")
-        if leaf in CACHE_SCALES and tensor.size == 1:
-            last = parent.rpartition(".")[2]
-            found[name] = parent if last == CACHE_SCALES[leaf] else f"{parent}.{CACHE_SCALES[leaf]}"
-    return found
-
-
 def dense_view(base: Checkpoint, quantization: Quantization) -> Checkpoint:
     """`base` with every quantized weight as the dense tensor that it stands for, under its dense name."""
-    hidden = {**quantization.owners, **(cache_scales(base) if quantization.packed else {})}
+    hidden = quantization.owners.keys() | (cache_tensors(base) if quantization.packed else set())
     tensors = {name: tensor for name, tensor in base.tensors.items() if name not in hidden}
     tensors |= {name: packed.dense(quantization.kept) for name, packed in quantization.packed.items()}
     return replace(base, tensors=tensors)
@@ -194,6 +180,8 @@ def _compare(result: Quantization) -> Iterator[str]:
     found = {packed.method for packed in result.packed.values()}
     if method is None and found:
         yield f"the tensors are quantized ({', '.join(sorted(result.formats))}), but no configuration says so"
+    for what in result.settings.get("not_in_forward") or ():
+        yield f"{what} is not part of the forwards of verify and onnx, which have the rotary embedding without it"
     notes = [packed.format for packed in result.packed.values() if "although labelled" in packed.format]
     if notes:
         yield f"{len(notes)} weights are {notes[0]}: decided by their zero points"

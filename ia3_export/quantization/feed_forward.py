@@ -76,6 +76,20 @@ def find_feeder(
     return f"no projection that could take the vector of {module} is known for model_type {model_type!r}"
 
 
+def feeding(module: str, config: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """The projections that feed `module`, as (way, path); ``[]`` where that has not been reviewed. A way is one of the table's:
+    ``gated``, ``value``, ``fused:2/2`` (the second half of the rows), ``plain`` and so on."""
+    found = _entry(module, config)
+    if isinstance(found, str):
+        return []
+    for pattern, ways in found[0].get("move", {}).items():
+        numbers = _match(pattern, module)
+        if numbers is not None:
+            words = [way.split() for way in ways]
+            return [(way, _fill(module, tail, numbers)) for way, tail in words]
+    return []
+
+
 def activation_of(module: str, config: Mapping[str, Any] | None) -> str | None:
     """The activation between the projection that feeds `module` and `module`, where it matters (no gate) and is known."""
     found = _entry(module, config)

@@ -8,7 +8,7 @@ pairs; the dense view has Hugging Face's order, and vectors are permuted like th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,10 @@ _UNFOLDABLE = {
     "MXFP4": "MXFP4 scales are powers of two", "NVFP4": "NVFP4 scales are 8-bit floats",
     "IQ1_M": "IQ1_M scatters its scale over the bits of four words",
 }  # fmt: skip
-#: Relative error of a whole weight by the rounding of its scales, measured with weights of 0.02 and more (standard deviation)
-#: and vectors around one. Of two scales the errors do not cancel as the values do; below 6e-5 a scale is subnormal and has fewer
-#: bits, as most of Q6_K's are.
-_ROUNDING = dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "Q3_K", "IQ4_NL"), 3e-4)
-_ROUNDING_OTHERS = 1.3e-3
+#: Rows that are decoded to measure what a fold loses: as many of those whose scales lose most, and of all others.
+_MEASURED = 32
+#: Bytes of blocks that are in memory at a time.
+_BYTES = 1 << 24
 _INPUT = "columns share the blocks' scales"
 
 
@@ -61,6 +60,8 @@ def find(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> It
             yield _coded(tensor, types[name], rows)
         elif tensor.dtype in FLOAT_DTYPES:
             yield _permuted(tensor, rows)
+    for name in settings.get("shifted") or ():
+        yield _shifted(tensors[name])
 
 
 def reload_weights(path: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str, Array]]:
@@ -70,7 +71,7 @@ def reload_weights(path: Path, settings: Mapping[str, Any]) -> Iterator[tuple[st
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    heads = settings.get("head_rows") or {}
+    heads, shifted = settings.get("head_rows") or {}, settings.get("shifted") or ()
     names = {tensor.offset: tensor.name for tensor in read_gguf(path)[0].tensors}
     for tensor in GGUFReader(path).tensors:
         name = names[tensor.data_offset]
@@ -81,7 +82,7 @@ def reload_weights(path: Path, settings: Mapping[str, Any]) -> Iterator[tuple[st
             continue
         if name in heads:
             values = _unpermute(values.reshape(len(values), -1), heads[name]).reshape(values.shape)
-        yield name, values
+        yield name, values - np.float32(1) if name in shifted else values
 
 
 def head_order(rows: int, head: int) -> Array:
@@ -98,7 +99,8 @@ def _coded(tensor: StoredTensor, kind: str, head: int) -> Packed:
     on_output: Foldable | str = _UNFOLDABLE.get(kind, f"{kind} has no known scale")
     if kind in SCALES:
         blocks = partial(_scale_blocks, tensor, SCALES[kind], nbytes, head)
-        on_output = Foldable(blocks=blocks, rounding=_ROUNDING.get(kind, _ROUNDING_OTHERS))
+        rounding = partial(_measure_blocks, tensor, kind, head, blocks)
+        on_output = Foldable(blocks=blocks, rounding=rounding)
     read = partial(_decode, tensor, kind)
     return _packed(tensor, f"GGUF {kind}", shape, read, head, on_output, _INPUT)
 
@@ -113,10 +115,21 @@ def _permuted(tensor: StoredTensor, head: int) -> Packed:
         return as_float(raw, tensor.dtype).reshape(count, columns)
 
     blocks = partial(_scale_floats, tensor, columns, head)
-    on_output = Foldable(blocks=blocks, rounding=ROUNDING.get(tensor.dtype, 0.0))
+    rounding = ROUNDING.get(tensor.dtype, 0.0)
+    on_output = Foldable(blocks=blocks, rounding=lambda _: rounding)
     return _packed(
         tensor, f"GGUF {tensor.dtype}", shape, read, head, on_output, "its rows are permuted for llama.cpp"
     )
+
+
+def _shifted(tensor: StoredTensor) -> Packed:
+    """A norm that llama.cpp's converter stores plus one (Gemma)."""
+
+    def read(first: int, count: int) -> Array:
+        return as_float(read_flat(tensor, first, count), tensor.dtype).reshape(count, 1) - np.float32(1)
+
+    reason = "its norm is stored plus one"
+    return _packed(tensor, f"GGUF {tensor.dtype}, plus one", tensor.shape, read, 1, reason, reason)
 
 
 def _packed(
@@ -132,7 +145,8 @@ def _packed(
 
     def rows(first: int, count: int) -> Array:
         if len(shape) == 1:
-            return _unpermute(read(0, shape[0]), head).reshape(1, -1)
+            found = read(0, shape[0])
+            return (found if head == 1 else _unpermute(found, head)).reshape(1, -1)
         found = read(first, count)
         return found if head == 1 else _unpermute(found, head)
 
@@ -199,6 +213,47 @@ def _scale_blocks(
         return raw.reshape(-1)
 
     return compute(tensor.name, tensor.dtype, tensor.shape, tensor, Computed(width, read, tensor.dtype))
+
+
+def _measure_blocks(
+    tensor: StoredTensor, kind: str, head: int, blocks: Callable[[Array], StoredTensor], factors: Array
+) -> float:
+    """The relative error (Frobenius norm) of the row that loses most when `blocks` folds `factors` in.
+
+    A scale below 6e-5 is subnormal and has fewer bits, as most of Q6_K's are and as small factors make others; of two scales the
+    errors do not cancel as the values do.
+    """
+    laid, folded = _in_file_order(factors, head).astype("<f4"), blocks(factors)
+    losses = _scale_losses(tensor, SCALES[kind], _sizes(kind)[1], laid)
+    worst = np.argsort(losses)[-_MEASURED:]
+    spread = np.linspace(0, len(losses) - 1, min(_MEASURED, len(losses))).astype(int)
+    largest = 0.0
+    for row in sorted({*worst.tolist(), *spread.tolist()}):
+        wanted = _decode(tensor, kind, row, 1).astype("<f8") * laid[row]
+        norm = np.linalg.norm(wanted)
+        if norm:
+            largest = max(
+                largest, float(np.linalg.norm(_decode(folded, kind, row, 1).astype("<f8") - wanted) / norm)
+            )
+    return largest
+
+
+def _scale_losses(tensor: StoredTensor, offsets: tuple[int, ...], nbytes: int, laid: Array) -> Array:
+    """The largest relative error of every row's scales, in the file's order."""
+    rows, width = tensor.shape
+    losses = np.zeros(rows)
+    step = max(_BYTES // max(width, 1), 1)
+    for start in range(0, rows, step):
+        count = min(step, rows - start)
+        raw = read_rows(tensor, start, count).reshape(count, width // nbytes, nbytes)
+        for at in offsets:
+            scales = np.ascontiguousarray(raw[:, :, at : at + 2]).view("<f2")[:, :, 0]
+            with np.errstate(all="ignore"):
+                exact = scales.astype("<f4") * laid[start : start + count, None]
+                lost = np.abs(exact.astype("<f2").astype("<f4") / exact - 1)
+            found = np.where(np.isfinite(lost), lost, 0).max(axis=1, initial=0.0)
+            losses[start : start + count] = np.maximum(losses[start : start + count], found)
+    return losses
 
 
 def _scale_floats(tensor: StoredTensor, columns: int, head: int, factors: Array) -> StoredTensor:

@@ -44,8 +44,8 @@ class Foldable:
 
     `drops` are stored tensors that the output no longer has, `rewrites` small ones with new bytes. Modules of one
     `group` can only be rewritten together (they share an entry of the configuration). `blocks` replaces all that for
-    formats whose scales lie inside the blocks of codes: factors → the packed tensor as it will be, each scale rounded by
-    `rounding` at most.
+    formats whose scales lie inside the blocks of codes: factors → the packed tensor as it will be; `rounding` says by how much that
+    is off, factors → the relative error of the row that loses most.
     """
 
     scales: tuple[ScaleTensor, ...] = ()
@@ -53,7 +53,7 @@ class Foldable:
     rewrites: tuple[StoredTensor, ...] = ()
     group: str | None = None
     blocks: Callable[[Array], StoredTensor] | None = None
-    rounding: float = 0.0
+    rounding: Callable[[Array], float] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -206,14 +206,16 @@ def expect(tensor: StoredTensor, dtypes: tuple[str, ...], shape: tuple[int | Non
         )
 
 
-def split_vectors(packed: Packed, scales: Iterable[Scale]) -> tuple[Array | None, Array | None] | str:
-    """The product of output vectors and that of input vectors among `scales` of a dense weight, float64; a reason where a
+def split_vectors(
+    shape: tuple[int, ...], scales: Iterable[Scale], *, conv1d: bool
+) -> tuple[Array | None, Array | None] | str:
+    """The product of output vectors and that of input vectors among `scales` of a dense weight of `shape`, float64; a reason where a
     scale is neither (parts of fused parameters)."""
-    if len(packed.shape) == 1:  # a bias
+    if len(shape) == 1:  # a bias
         return np.prod([scale.factors.astype("<f8") for scale in scales], axis=0), None
-    if len(packed.shape) != 2:
+    if len(shape) != 2:
         return "it is no single projection"
-    first, last = packed.shape
+    first, last = shape
     out = columns = None
     for scale in scales:
         factors = scale.factors.astype("<f8")
@@ -223,4 +225,4 @@ def split_vectors(packed: Packed, scales: Iterable[Scale]) -> tuple[Array | None
             columns = factors if columns is None else columns * factors
         else:
             return "transformers builds its parameter from several stored tensors"
-    return (columns, out) if packed.conv1d else (out, columns)
+    return (columns, out) if conv1d else (out, columns)

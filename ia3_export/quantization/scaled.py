@@ -31,7 +31,10 @@ from ia3_export.quantization.settings import block_shape, scheme_of, schemes
 
 #: Names of the scale, after the module path; all of them multiply.
 _SCALES = ("weight_scale", "weight_scale_inv", "scale", "qscale_weight")
-_COMPANIONS = ("input_scale", "input_scale_ub", "weight_zero_point", "activation_scale", "qscale_act")
+_COMPANIONS = (
+    "weight_zero_point", "input_scale", "input_zero_point", "input_scale_ub", "output_scale", "output_zero_point",
+    "activation_scale", "qscale_act",
+)  # fmt: skip
 _FLOATS = ("F32", "BF16", "F16")
 
 
@@ -46,7 +49,7 @@ def find(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> It
             continue
         scale = found[0]
         others = [tensors[f"{module}.{leaf}"] for leaf in _COMPANIONS if f"{module}.{leaf}" in tensors]
-        zero = next((t for t in others if t.name.endswith("zero_point")), None)
+        zero = next((t for t in others if t.name.endswith(".weight_zero_point")), None)
         yield _packed(name, codes, scale, zero, {t.name: t for t in (codes, scale, *others)}, settings)
 
 

@@ -9,8 +9,12 @@ from typing import Any
 
 from ia3_export.checkpoint.folder import Checkpoint, read_config
 
-#: Files beside config.json that some quantizers write.
-SIDE_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quanto_qmap.json")
+#: Files beside config.json in which some quantizers keep their settings, or once more a copy of them.
+SETTINGS_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quanto_qmap.json")
+#: auto-round's copy of what config.json says: never the only place.
+_COPY = "quantization_config.json"
+#: All that quantizers leave beside the weights, and that is not true of a dense output: settings, logs, recipes.
+SIDE_FILES = (*SETTINGS_FILES, _COPY, "quant_log.csv", "recipe.yaml")
 #: Patterns that may take exponential time: a repeated group that repeats something itself.
 _EXPLODES = re.compile(r"[*+}][^)]*\)[*+{]|(\.[*+].*){6}")
 _KEYS = ("quantization_config", "compression_config")
@@ -35,7 +39,7 @@ def read_settings(base: Checkpoint) -> dict[str, Any]:
         for key in _KEYS:
             if isinstance(part.get(key), dict):
                 return dict(part[key])
-    for name in SIDE_FILES:
+    for name in SETTINGS_FILES:
         if name in base.side_files:
             found = read_config(base.folder / name)
             if name == "quantize_config.json":
@@ -77,34 +81,118 @@ def with_settings(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dic
 #: Where a method's settings list the modules that are not quantized.
 _SKIP_LISTS = {
     "awq": "modules_to_not_convert", "fp8": "modules_to_not_convert", "fbgemm_fp8": "modules_to_not_convert",
-    "mxfp4": "modules_to_not_convert", "torchao": "modules_to_not_convert", "compressed-tensors": "ignore",
-    "modelopt": "ignore", "hqq": "skip_modules",
+    "mxfp4": "modules_to_not_convert", "torchao": "modules_to_not_convert", "bitsandbytes": "llm_int8_skip_modules",
+    "compressed-tensors": "ignore", "modelopt": "ignore", "hqq": "skip_modules",
 }  # fmt: skip
+#: The same lists under names that some files have instead.
+_OTHER_LISTS = ("ignored_layers", "exclude_modules")
+#: Without a list these choose for themselves (the head, in most models): a list replaces that, and has to name all.
+_CHOOSE = ("bitsandbytes", "fp8", "fbgemm_fp8", "mxfp4", "torchao")
+#: These quantize projections of the layers only, and never a head that is not named.
+ONLY_BLOCKS = ("gptq", "auto-round")
+#: What reads files in which some weights are dense, where not everything does that reads the format.
+_READ_BY = {
+    "gptq": "GPTQModel, vLLM, and transformers with optimum know them by name; AutoGPTQ cannot load such a file",
+    "auto-round": "auto-round, and transformers through it, know them by name (extra_config)",
+}
+#: Projections that vLLM and SGLang load as one, all of them quantized or none.
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def exclude(
-    settings: Mapping[str, Any], modules: Collection[str], dense: Collection[str]
-) -> dict[str, Any] | str:
-    """`settings` that say that `modules` are no longer quantized, or why they cannot say it; `dense` are all modules of the
-    output with a dense weight of two dimensions."""
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """Which modules of an output are quantized: `leaving` are no longer, `staying` still are, and `dense` are all
+    with a dense weight of two dimensions."""
+
+    leaving: Collection[str]
+    staying: Collection[str]
+    dense: Collection[str]
+
+
+def exclude(settings: Mapping[str, Any], mixture: Mixture) -> dict[str, Any] | str:
+    """`settings` that say which modules of `mixture` are quantized, in the words of every library that reads the format; or
+    why they cannot say it."""
     method = str(settings.get("quant_method"))
     edited = dict(settings)
-    if method == "bitsandbytes":
-        # None means the library's own choice, which a list replaces: it has to name them all
-        edited["llm_int8_skip_modules"] = sorted(dense)
-    elif method == "gptq":
-        rules: dict[str, Any] = {f"-:^{re.escape(module)}$": {} for module in sorted(modules)}
+    for key in ("dynamic", "extra_config"):
+        if not isinstance(settings.get(key) or {}, dict):
+            return f"{key} in the configuration is no table"
+    if method in ("gptq", "awq"):  # GPTQModel and vLLM; first, since the first rule that matches counts
+        rules: dict[str, Any] = {f"-:^{re.escape(module)}$": {} for module in sorted(mixture.leaving)}
         edited["dynamic"] = {**rules, **(settings.get("dynamic") or {})}
+        if settings.get("lm_head") and "lm_head" in mixture.leaving:
+            edited["lm_head"] = False
+    if method == "gptq":  # optimum, which does not know `dynamic`
+        edited["modules_in_block_to_quantize"] = [_by_ending(mixture)]
+    elif method == "auto-round":
+        rest = settings.get("extra_config") or {}
+        plain = {"bits": 16, "data_type": "float"}
+        edited["extra_config"] = {**rest, **{module: dict(plain) for module in sorted(mixture.leaving)}}
     elif method in _SKIP_LISTS:
-        key = "ignored_layers" if "ignored_layers" in settings else _SKIP_LISTS[method]
-        listed = settings.get(key) or []
+        key = next((name for name in _OTHER_LISTS if name in settings), _SKIP_LISTS[method])
+        listed = settings.get(key)
+        if listed is None:
+            listed = sorted(mixture.dense) if method in _CHOOSE else []
         if not isinstance(listed, list):
             return f"{key} in the configuration is no list"
-        before = list(listed)
-        edited[key] = before + sorted(set(modules) - set(before))
+        edited[key] = [*listed, *sorted(set(mixture.leaving) - set(map(str, listed)))]
     else:
         return f"settings of {method} have no list of modules that are not quantized"
     return edited
+
+
+def exclude_beside(base: Checkpoint, method: str, mixture: Mixture) -> dict[str, dict[str, Any]] | str:
+    """The settings that `base` has beside its config.json, by file, edited like those within; or why they cannot be.
+
+    GPTQModel reads such a file before config.json.
+    """
+    edited: dict[str, dict[str, Any]] = {}
+    for name in (*SETTINGS_FILES, _COPY):
+        if name not in base.side_files:
+            continue
+        whole = read_config(base.folder / name)
+        own = whole
+        if name == "hf_quant_config.json" and isinstance(whole.get("quantization"), dict):
+            own = {"exclude_modules": []} | whole["quantization"]
+        found = exclude({"quant_method": method} | own, mixture)
+        if isinstance(found, str):
+            return found
+        if "quant_method" not in own:
+            del found["quant_method"]
+        edited[name] = found if own is whole else whole | {"quantization": found}
+    return edited
+
+
+def mixture_warnings(method: str, mixture: Mixture) -> Iterator[str]:
+    """What cannot load a file in which the modules of `mixture` are dense, for people."""
+    if method in _READ_BY:
+        yield f"{len(mixture.leaving)} weights are dense among quantized ones: {_READ_BY[method]}"
+    split = sorted(
+        module
+        for module in mixture.leaving
+        for names in _FUSED
+        if module.rpartition(".")[2] in names
+        and any(f"{module.rpartition('.')[0]}.{name}" in mixture.staying for name in names)
+    )
+    if split:
+        yield (
+            f"{split[0]} is dense and what vLLM and SGLang fuse with it is not ({len(split)} such weights): they cannot "
+            "load such a file"
+        )
+
+
+def _by_ending(mixture: Mixture) -> list[str]:
+    """The modules that stay quantized by the ends of their names: those behind the number of the layer, and whole names where such an
+    end would be that of a dense one too."""
+    others = [*mixture.leaving, *mixture.dense]
+    ends: dict[str, bool] = {}
+    found: dict[str, None] = {}
+    for module in sorted(mixture.staying):
+        end = re.sub(r"^.*?\.\d+\.", "", module)
+        if end not in ends:
+            ends[end] = not any(other.endswith(end) for other in others)
+        found[end if ends[end] else module] = None
+    return list(found)
 
 
 def promote(settings: Mapping[str, Any], groups: Collection[str]) -> dict[str, Any]:

@@ -1,0 +1,61 @@
+"""The dense model that a quantized checkpoint stands for, as a folder of its own: what is exported where the weights stay quantized."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from ia3_export.checkpoint.folder import Checkpoint
+from ia3_export.checkpoint.header import StoredTensor, tensor_bytes, write_header
+from ia3_export.checkpoint.stage import copy_file
+from ia3_export.fold import FLOAT_DTYPES
+from ia3_export.quantization.detection import dense_view, find_quantization
+from ia3_export.quantization.packed import read_flat
+from ia3_export.quantization.settings import SIDE_FILES, without_settings
+
+#: Elements that are in memory at a time.
+_BLOCK = 1 << 21
+
+
+def is_quantized(checkpoint: Checkpoint) -> bool:
+    """Whether transformers does not load the checkpoint as a dense model: some weights are quantized, or it is a GGUF file."""
+    return checkpoint.is_gguf or bool(find_quantization(checkpoint).packed)
+
+
+def write_dense(checkpoint: Checkpoint, folder: Path) -> Path:
+    """Write `checkpoint` into `folder` with every quantized weight in float32, exactly; other tensors and files as they are.
+
+    Raises the reason why a weight cannot be read.
+    """
+    quantization = find_quantization(checkpoint)
+    for problem in quantization.problems:
+        raise problem
+    dense = dense_view(checkpoint, quantization)
+    tensors = {name: tensor for name, tensor in dense.tensors.items() if tensor.dtype in FLOAT_DTYPES}
+    prefix, offsets = write_header(((n, t.dtype, t.shape) for n, t in tensors.items()), {"format": "pt"})
+    folder.mkdir(parents=True)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(prefix)
+        for name in sorted(offsets, key=lambda name: offsets[name]):
+            file.seek(offsets[name])
+            for first, count in _steps(tensors[name]):
+                file.write(np.ascontiguousarray(read_flat(tensors[name], first, count)).data)
+        file.truncate(
+            max((offsets[n] + tensor_bytes(t.dtype, t.shape) for n, t in tensors.items()), default=0)
+        )
+    for name in checkpoint.side_files:
+        if name not in SIDE_FILES:
+            copy_file(checkpoint.folder / name, folder / name)
+    if checkpoint.config is not None:
+        config = without_settings(checkpoint.config) | {"dtype": "float32"}
+        config.pop("torch_dtype", None)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def _steps(tensor: StoredTensor) -> list[tuple[int, int]]:
+    unit = tensor.computed.unit if tensor.computed is not None else 1
+    step = max(_BLOCK // unit, 1) * unit
+    return [(first, min(step, tensor.size - first)) for first in range(0, tensor.size, step)]
