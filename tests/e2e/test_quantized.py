@@ -37,6 +37,7 @@ def _merge(case: str, adapter: Path, out: Path, *options: object) -> dict[str, A
     return dict(json.loads(ran.stdout))
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("case", KEPT)
 def test_a_kept_merge_runs_in_its_own_library(case: str, adapter_for: Any, tmp_path: Path) -> None:
     import transformers
@@ -52,6 +53,7 @@ def test_a_kept_merge_runs_in_its_own_library(case: str, adapter_for: Any, tmp_p
     assert np.linalg.norm(found - wanted) < 0.25 * effect
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("case", ["bnb-nf4-double", "gpt2-bnb-nf4", "gptq-act-order", "awq-gemm-g32"])
 def test_a_dense_merge_is_an_ordinary_checkpoint(case: str, adapter_for: Any, tmp_path: Path) -> None:
     import transformers
@@ -70,6 +72,7 @@ def test_a_dense_merge_is_an_ordinary_checkpoint(case: str, adapter_for: Any, tm
     assert np.linalg.norm(found - wanted) < 5e-3 * np.linalg.norm(wanted)  # 16-bit weights
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("how", ["keep", "dequantize"])
 def test_verify_proves_a_merge_and_finds_damage(how: str, adapter_for: Any, tmp_path: Path) -> None:
     _merge("bnb-nf4", adapter_for("bnb-nf4"), tmp_path / "out", "--quantized", how)
