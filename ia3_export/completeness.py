@@ -90,16 +90,16 @@ def report_missing(adapter: Adapter, base: Checkpoint, result: Resolution, *, al
     if not missing:
         return
     message = f"{len(missing)} modules that {adapter.name} targets have no vector in it, first: {missing[0]}"
-    if allow_missing:
+    hint = "the adapter file is incomplete, or belongs to another base; --allow-missing leaves those modules as they are"
+    _report(result, message, hint, allowed=allow_missing)
+
+
+def _report(result: Resolution, message: str, hint: str, *, allowed: bool) -> None:
+    """What an adapter should have and has not: a problem, or if it is `allowed` a warning."""
+    if allowed:
         result.warnings.append(message + "; left as they are")
     else:
-        result.problems.append(
-            MissingVector(
-                message,
-                hint="the adapter file is incomplete, or belongs to another base; --allow-missing leaves those "
-                "modules as they are",
-            )
-        )
+        result.problems.append(MissingVector(message, hint=hint))
 
 
 def report_lost(adapter: Adapter, base: Checkpoint, result: Resolution, *, allow_missing: bool) -> None:
@@ -139,16 +139,8 @@ def _report_lost(
         f"{adapter.name} was trained with {declared} of its own, but of its {count} tensors {len(lost)} are "
         f"not in {adapter.location.given}, first: {lost[0]}"
     )
-    if allow_missing:
-        result.warnings.append(message + "; left as they are")
-    else:
-        result.problems.append(
-            MissingVector(
-                message,
-                hint="the adapter file is incomplete: save it again from the training run; --allow-missing leaves the base's "
-                "tensors",
-            )
-        )
+    hint = "the adapter file is incomplete: save it again from the training run; --allow-missing leaves the base's tensors"
+    _report(result, message, hint, allowed=allow_missing)
 
 
 def heads_in_question(adapter: Adapter, base: Checkpoint) -> bool:
