@@ -42,8 +42,11 @@ def _layers(names: list[str]) -> list[int]:
     return [int(found[1]) for name in names if (found := re.search(r"layers\.(\d+)\.", name))]
 
 
-def test_inspect_and_the_manifest_list_layers_in_order(deep: tuple[Path, Path], tmp_path: Path) -> None:
+def test_inspect_and_the_manifest_list_layers_in_order(
+    deep: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, adapter = deep
+    monkeypatch.setenv("COLUMNS", "200")  # a row of the tables is a line
     content = json.loads(run("inspect", adapter, "--base", base, "--json").stdout)
     text = run("inspect", adapter, "--base", base, "--verbose").stdout.splitlines()
     merge(base, adapter, tmp_path / "out")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -355,14 +356,15 @@ def test_a_wrong_graph_replaces_neither_an_older_folder_nor_an_older_failure(
     exports: Exports, tmp_path: Path
 ) -> None:
     base, _ = exports.written("vit")
-    for name in ("out", "out.failed"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "old.txt").write_text("old")
+    shutil.copytree(exports("resnet").folder, tmp_path / "out")
+    (tmp_path / "out.failed").mkdir()
+    (tmp_path / "out.failed" / "old.txt").write_text("old")
+    before = contents(tmp_path / "out")
     ran = run("onnx", "--model", base, "--output", tmp_path / "out", "--overwrite", "-q")
     only_complaint(ran, 1, "does not compute what was trained")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.failed", "out.failed-2"]
-    for name in ("out", "out.failed"):
-        assert contents(tmp_path / name).keys() == {"old.txt"}
+    assert contents(tmp_path / "out") == before
+    assert contents(tmp_path / "out.failed").keys() == {"old.txt"}
     assert contents(tmp_path / "out.failed-2").keys() >= _LEFT
 
 

@@ -58,6 +58,8 @@ def test_runs_to_the_end_and_says_nothing_on_stderr(ran: subprocess.CompletedPro
         line
         for line in ran.stderr.splitlines()
         if not line.startswith("Failed to load CPU gemm_4bit_forward")
+        # on a busy machine a step takes long enough for its progress to be told
+        and not re.fullmatch(r"[a-z ]+: [\d.]+ \w+ of [\d.]+ \w+, [\d.]+ \w+/s", line)
     ]
     assert said == []
     assert "give the same label to each of the 120 sentences" in ran.stdout
