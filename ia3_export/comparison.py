@@ -15,6 +15,7 @@ from ia3_export.adapters.model import Adapter, Site
 from ia3_export.arguments import check_arguments
 from ia3_export.checkpoint.header import same_bytes
 from ia3_export.inspection import SiteStatistics, describe_vector
+from ia3_export.ordering import natural
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +90,10 @@ def compare(a: str | Path | Adapter, b: str | Path | Adapter) -> Comparison:
     )  # fmt: skip
 
 
-def _order(site: SiteComparison) -> tuple[bool, float, str]:
+def _order(site: SiteComparison) -> tuple[bool, float, tuple[str | tuple[int, str], ...]]:
     """What is not in both first, then what is most apart; NaN is farther than anything."""
     distance = 0.0 if site.distance is None else site.distance
-    return site.where == "both", -distance if distance == distance else -math.inf, site.module
+    return site.where == "both", -distance if distance == distance else -math.inf, natural(site.module)
 
 
 def _compare(a: Site | None, b: Site | None) -> SiteComparison:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ia3_export.adapters.mangled import may_be_damaged
 from ia3_export.adapters.model import Adapter, same_in_every_layer
 from ia3_export.checkpoint.folder import Checkpoint
-from ia3_export.errors import MissingVector, UnusedVector
+from ia3_export.errors import MissingVector, Refused, UnusedVector
 from ia3_export.fold import FLOAT_DTYPES
 from ia3_export.modules import stored_modules
 from ia3_export.ordering import natural
@@ -120,6 +120,7 @@ def report_lost(adapter: Adapter, base: Checkpoint, result: Resolution, *, allow
             whole.setdefault(module, []).append(entry)
     landed = set(result.extras.values())
     for module, parts in whole.items():
+        _check_nesting(module, parts, result)
         there = {entry for entry in parts if entry in adapter.extras or stored.get(entry) in landed}
         shared = {ties.get(entry, entry) for entry in there}
         lost = [entry for entry in parts if entry not in there and ties.get(entry, entry) not in shared]
@@ -128,6 +129,23 @@ def report_lost(adapter: Adapter, base: Checkpoint, result: Resolution, *, allow
             lost = [e for e in lost if ties.get(e, "").rpartition(".")[0] not in runtime.embeddings]
         if lost:
             _report_lost(module, lost, len(parts), result, allow_missing=allow_missing)
+
+
+def _check_nesting(module: str, parts: list[str], result: Resolution) -> None:
+    """``modules_to_save`` that match a module and others in it (``embeddings`` and ``word_embeddings``): PEFT saves the copies of
+    the inner ones, which its forward never reads, and its loader refuses the file."""
+    adapter = result.adapter
+    if adapter.format != "peft":
+        return
+    inner = next((copy for part in parts if (copy := adapter.inner_copy(module, part)) is not None), None)
+    if inner is not None:
+        result.problems.append(
+            Refused(
+                f"modules_to_save of {adapter.name} match {module} and, in it, {inner}: what PEFT saves of that is not "
+                f"what was trained",
+                hint=f"train again with modules_to_save that match one of them only, such as {module}",
+            )
+        )
 
 
 def _report_lost(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import ERROR, getLogger
@@ -227,21 +227,38 @@ def _fit_config(
     if not misfits:
         return _with_labels(fitted, adapter), model
     embeddings = {_embedding_name(model, which) for which in ("input", "output")}
+    heads = {extra: (shapes[extra], shape) for extra, shape in misfits.items() if extra not in embeddings}
     for extra, shape in misfits.items():
         if extra in embeddings and shape[1:] == shapes[extra][1:]:
             _set_vocabulary(fitted, shapes[extra][0], shape[0])
     model = _build(name, fitted)
-    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    if all(shapes[extra] == shape for extra, shape in misfits.items()):  # all of them followed the vocabulary
-        return _with_labels(fitted, adapter), model
-    for labels in dict.fromkeys(shape[0] for extra, shape in misfits.items() if extra not in embeddings):
-        own = adapter.labels if len(adapter.labels) == labels else None
-        labelled = _labelled(fitted, own or [f"LABEL_{i}" for i in range(labels)])
-        trial = _build(name, labelled)
+    now = model.state_dict()
+    if all(tuple(now[extra].shape) == shape for extra, shape in misfits.items()):
+        return _with_labels(fitted, adapter), model  # all of them followed the vocabulary
+    for resized in _other_heads(fitted, heads.values(), getattr(model.config, "num_labels", 0), adapter):
+        trial = _build(name, resized)
         now = trial.state_dict()
-        if all(e in embeddings or tuple(now[e].shape) == shape for e, shape in misfits.items()):
-            return _with_labels(labelled, adapter), _build(name, labelled)
+        if all(tuple(now[head].shape) == shape for head, (_, shape) in heads.items()):
+            return _with_labels(resized, adapter), trial
     return fitted, model
+
+
+def _other_heads(
+    config: Mapping[str, Any],
+    heads: Iterable[tuple[tuple[int, ...], tuple[int, ...]]],
+    count: int,
+    adapter: Adapter,
+) -> Iterator[dict[str, Any]]:
+    """Configurations in which heads may have their new shapes, with other labels than `count` or another vocabulary; `heads` are
+    the shapes before and after."""
+    rows = dict.fromkeys((old[0], new[0]) for old, new in heads if old and new)
+    # a detector has one row more than labels
+    for labels in dict.fromkeys(n for old, new in rows for n in (new, count + new - old) if n > 0):
+        own = adapter.labels if len(adapter.labels) == labels else None
+        yield _labelled(config, own or [f"LABEL_{i}" for i in range(labels)])
+    for old, new in rows:  # the characters of a recogniser of speech, which are no embedding
+        if config.get("vocab_size") == old:
+            yield {**config, "vocab_size": new}
 
 
 def _labelled(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

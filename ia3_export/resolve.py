@@ -6,13 +6,14 @@ which costs an import of transformers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ia3_export.adapters.mangled import restore_names
 from ia3_export.adapters.model import Adapter, Site, second_key
 from ia3_export.checkpoint.folder import Checkpoint
-from ia3_export.checkpoint.header import same_bytes
+from ia3_export.checkpoint.header import StoredTensor, same_bytes
 from ia3_export.completeness import (
     heads_in_question,
     is_fused_expert,
@@ -321,24 +322,36 @@ def _place_in_tie(name: str, target: str, result: Resolution, runtime: RuntimeMo
     """Where a tensor that is tied to others in the class goes.
 
     A member of ``modules_to_save`` is a copy of its own in PEFT, so it leaves the tie, unless the copy holds the whole tie; any
-    other tensor is loaded into the shared parameter and stays tied (``PeftModel.load_adapter``). Two equal tensors stay tied as
-    well.
+    other tensor is loaded into the shared parameter and stays tied (``PeftModel.load_adapter``), also beside copies that leave.
+    Two equal tensors stay tied as well.
     """
+    adapter = result.adapter
     source = runtime.ties.get(name, name)
     members = [source, *(entry for entry, shared in runtime.ties.items() if shared == source)]
     if len(members) == 1:
         return target
-    brought = [result.adapter.extras[entry] for entry in members if entry in result.adapter.extras]
-    if len(brought) > 1:
-        stays_tied = all(same_bytes(brought[0], other) for other in brought[1:])
+    brought = {entry: adapter.extras[entry] for entry in members if entry in adapter.extras}
+    loaded = [tensor for entry, tensor in brought.items() if _copied(entry, adapter) is None]
+    if len(brought) == 1:
+        stays_tied = len({_copied(entry, adapter) for entry in members}) == 1 or bool(loaded)
     else:
-        copies = {result.adapter.copy_of(entry.rpartition(".")[0]) for entry in members}
-        stays_tied = len(copies) == 1 or result.adapter.copy_of(name.rpartition(".")[0]) is None
+        stays_tied = _all_same([*brought.values()])
+        if not stays_tied and _copied(name, adapter) is None and _all_same(loaded):
+            result.shared[source] = adapter.extras[name]
+            stays_tied = source not in brought or _copied(source, adapter) is None
     if stays_tied:
-        result.shared[source] = result.adapter.extras[name]
+        result.shared[source] = adapter.extras[name]
         return _stored_or_tied(name, runtime)
     result.untied.append(name)
     return target
+
+
+def _copied(entry: str, adapter: Adapter) -> str | None:
+    return adapter.copy_of(entry.rpartition(".")[0])
+
+
+def _all_same(tensors: Sequence[StoredTensor]) -> bool:
+    return all(same_bytes(tensors[0], other) for other in tensors[1:])
 
 
 def _stored_or_tied(entry: str, runtime: RuntimeModel) -> str:

@@ -93,3 +93,10 @@ def test_the_first_of_what_is_missing_or_unused_is_of_the_first_layer(
         tmp_path / "out",
     )
     assert "first: model.blocks.2.self_attn.k_proj" in ran.stderr
+
+
+def test_a_comparison_of_equal_layers_counts_them(deep: tuple[Path, Path]) -> None:
+    ran = run("inspect", "--compare", deep[1], deep[1], "--json")
+    modules = [site["module"] for site in json.loads(ran.stdout)["sites"]]
+    layers = [int(found.group(1)) for module in modules if (found := re.search(r"layers\.(\d+)\.", module))]
+    assert layers == sorted(layers) and max(layers) == 11

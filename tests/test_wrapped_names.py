@@ -69,6 +69,14 @@ def _compiled(base: Path, folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
+def _compiled_and_parallel(base: Path, folder: Path) -> None:
+    shutil.copytree(base, folder)
+    tensors = {
+        f"_orig_mod.module.{name}": value for name, value in load_file(base / "model.safetensors").items()
+    }
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
 def _sharded(base: Path, folder: Path) -> None:
     shutil.copytree(base, folder)
     tensors = load_file(base / "model.safetensors")
@@ -79,7 +87,7 @@ def _sharded(base: Path, folder: Path) -> None:
     save_file(wrapped, folder / "model.safetensors", {"format": "pt"})
 
 
-@pytest.mark.parametrize("make", [_wrapped_by_peft, _compiled, _sharded])
+@pytest.mark.parametrize("make", [_wrapped_by_peft, _compiled, _compiled_and_parallel, _sharded])
 def test_a_base_saved_inside_a_wrapper_is_read_under_the_models_own_names(
     saved: tuple[Path, Path, Path], tmp_path: Path, make: Any
 ) -> None:

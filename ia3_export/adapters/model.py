@@ -155,6 +155,12 @@ class Adapter:
         ends = [*(i for i, letter in enumerate(path) if letter == "."), len(path)]
         return next((path[:end] for end in ends if path[:end].endswith(self.copied)), None)
 
+    def inner_copy(self, module: str, entry: str) -> str | None:
+        """The module in `module` and on the way to its parameter `entry` that PEFT trains a copy of as well."""
+        path = entry.rpartition(".")[0]
+        ends = [*(i for i, letter in enumerate(path) if letter == "."), len(path)]
+        return next((path[:e] for e in ends if e > len(module) and path[:e].endswith(self.copied)), None)
+
     def without_module(self, paths: Iterable[str]) -> set[str]:
         """Those of `copied` that are the end of none of `paths`. Of the heads of a task, which PEFT names for every class, one
         is enough."""

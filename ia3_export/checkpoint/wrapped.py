@@ -10,6 +10,8 @@ from dataclasses import replace
 from ia3_export.checkpoint.header import Shard
 
 _PREFIX = "base_model.model."
+#: What data parallelism puts around the whole, beside one of the others.
+_PARALLEL = "module."
 #: What PEFT puts around a Linear and around a module of which it trains a copy, and what the others put around any module.
 _WRAPPED = re.compile(
     r"\.base_layer(?=\.[^.]+$)|\.original_module(?=\.)|"
@@ -24,13 +26,15 @@ def unwrap(shards: Sequence[Shard]) -> tuple[tuple[Shard, ...], tuple[str, ...] 
     names = [tensor.name for shard in shards for tensor in shard.tensors]
     if not any(_WRAPPED.search(name) for name in names):
         return tuple(shards), None
-    prefix = _PREFIX if all(name.startswith(_PREFIX) for name in names) else ""
+    begin = next(
+        (b for b in (_PREFIX, _PARALLEL) if all(_WRAPPED.sub("", n).startswith(b) for n in names)), ""
+    )
     plain = [
         replace(
             shard,
             prefix=b"",  # the header has the other names
             tensors=tuple(
-                replace(tensor, name=_WRAPPED.sub("", tensor.name.removeprefix(prefix)))
+                replace(tensor, name=_WRAPPED.sub("", tensor.name).removeprefix(begin))
                 for tensor in shard.tensors
                 if not _OF_ADAPTER.search(tensor.name)
             ),

@@ -163,7 +163,9 @@ def run_merged(
     model = load_plain(merged, unmerged.class_name, None, dtype, where)
     hidden, sentence = unmerged.hidden, unmerged.sentence
     run = run_torch(model, unmerged.cases, hidden=hidden, sentence=sentence, trace=True)
-    decoded = decode(model, prompts(unmerged.cases)) if unmerged.decoded is not None else None
+    decoded = None
+    if unmerged.decoded is not None:
+        decoded = decode(model, prompts(unmerged.cases), unmerged.special)
     single = double = None
     if widened:
         single = run_torch(_cast(model, "float32"), unmerged.cases, hidden=hidden, sentence=sentence)

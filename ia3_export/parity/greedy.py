@@ -64,9 +64,10 @@ def prompts(cases: Sequence[Case]) -> list[Case]:
     return whole[:1] + padded[:1]
 
 
-def decode(model: Any, cases: Sequence[Case]) -> list[Decoded] | None:
+def decode(model: Any, cases: Sequence[Case], special: SpecialTokens | None = None) -> list[Decoded] | None:
     """Greedy decoding of `TOKENS` tokens after each of `cases`, with the cache; None if `model` cannot generate.
 
+    What ends a text is not chosen, so that of a reference must be `special`: a merge may have taken the adapter's own.
     ``GenerationMixin.generate`` itself, because some classes (Whisper) put long-form logic of their own before it.
     """
     import torch
@@ -75,9 +76,13 @@ def decode(model: Any, cases: Sequence[Case]) -> list[Decoded] | None:
     inner = unwrap(model)
     if not cases or not isinstance(inner, GenerationMixin) or not inner.can_generate():
         return None
+    ids = _token_ids(inner)
+    if special is not None:
+        start = special.start if special.start >= 0 else None
+        ids |= {"eos_token_id": list(special.ends) or None, "decoder_start_token_id": start}
     config = GenerationConfig(
         do_sample=False, num_beams=1, max_new_tokens=TOKENS, min_new_tokens=TOKENS, use_cache=True,
-        output_logits=True, return_dict_in_generate=True, **_token_ids(inner),
+        output_logits=True, return_dict_in_generate=True, **ids,
     )  # fmt: skip
     results = []
     for case in cases:

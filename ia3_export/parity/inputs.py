@@ -47,7 +47,8 @@ def make_cases(model: Any, *, seed: int = 0) -> list[Case]:
         return [_image_case(model, batch, generator) for batch in (1, 3)]
     if name in ("input_features", "input_values"):
         cases = [_sound_case(model, name, batch, generator) for batch in (1, 3)]
-        return [*cases, _after_past(cases[1])] if model.config.is_encoder_decoder else cases
+        cached = model.config.is_encoder_decoder and cache_argument(model) is not None
+        return [*cases, _after_past(cases[1])] if cached else cases
     raise Unsupported(
         f"{type(model).__name__} takes {name}, for which no inputs can be made up",
         hint="give inputs of your own with --inputs file.jsonl, .npz or .safetensors",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -19,7 +19,7 @@ import numpy as np
 from ia3_export.adapters.combine import Combine, combine_vectors
 from ia3_export.adapters.model import Adapter, Site
 from ia3_export.checkpoint.folder import Checkpoint, adapterless, architectures
-from ia3_export.checkpoint.header import StoredTensor, read_values
+from ia3_export.checkpoint.header import StoredTensor, read_values, same_bytes
 from ia3_export.conversions import in_class_names, loading_rules
 from ia3_export.errors import Unsupported, kind_and_line
 from ia3_export.model_class import load_runtime_model, make_config
@@ -137,6 +137,8 @@ def load_plain(
 
     torch.manual_seed(0)
     dense = base if quantized else as_dense(base)
+    if where.offload is None:
+        dense = _stored_once(dense, brought or {})
     made = None if config is None or quantized else make_config(config)
     kind = "auto" if dtype == "auto" else getattr(torch, dtype)
     offload: dict[str, Any] = {}
@@ -169,6 +171,20 @@ def load_plain(
         widen(model)
         return model.eval()
     return model.eval() if offload and dense is base else model.eval().to(where.device)
+
+
+def _stored_once(base: Checkpoint, brought: Mapping[str, StoredTensor]) -> Checkpoint:
+    """`base` without further names of a tensor whose size the adapter changes: where two names of a tie are stored in another size
+    than the model's, transformers fails to compare them."""
+    misfits = {n: t for n, t in base.tensors.items() if n in brought and brought[n].shape != t.shape}
+    first: dict[str, StoredTensor] = {}
+    for name, tensor in misfits.items():
+        if not any(same_bytes(tensor, other) for other in first.values()):
+            first[name] = tensor
+    again = misfits.keys() - first.keys()
+    if not again:
+        return base
+    return replace(base, tensors={n: t for n, t in base.tensors.items() if n not in again})
 
 
 def _bring(

@@ -285,3 +285,13 @@ def test_inspect_says_it_and_verify_reads_texts_as_the_artifact_does(
     ran = run(*words, "--weights-only")
     assert "the tokenizer differs from what a merge writes" in ran.stdout
     assert before.keys() <= contents(tmp_path).keys()
+
+
+def test_another_end_of_text_is_no_other_model(tiny: Tiny, base: Path, tmp_path: Path) -> None:
+    """What ends a text is never decoded: taken from each model's own settings, two equal models would write different texts."""
+    adapter = beside(tiny, base, tmp_path / "tuned")
+    GenerationConfig(eos_token_id=list(range(3, 128))).save_pretrained(adapter)
+    merge(base, adapter, tmp_path / "merged")
+    assert taken(tmp_path / "merged") == {"generation_config.json": "tuned"}
+    ran = run("verify", "--base", base, "--adapter", adapter, "--merged", tmp_path / "merged")
+    assert ran.code == 0 and "greedy" in ran.stdout, ran

@@ -300,3 +300,21 @@ def test_verify_knows_what_allow_unused_dropped(tmp_path: Path) -> None:
     assert run("merge", *words, "--output", folder / "merged", "--allow-unused", "-q").code == 0
     ran = run("verify", *words, "--merged", folder / "merged")
     assert ran.code == 0 and "layer.7" in ran.stdout and "elsewhere.weight" in ran.stdout, ran
+
+
+@pytest.mark.parametrize("save", [["embeddings"], ["lm_head", "lm_head.dense"]], ids="-".join)
+def test_copies_in_copies_are_refused(tmp_path: Path, save: list[str]) -> None:
+    """PEFT saves the inner ones, which its forward never read, and cannot load its own file."""
+    case = Trained("nested", "RobertaForMaskedLM", ENCODER, ["key"], save)
+    folder = case.write(tmp_path)
+    words = ("--base", folder / "base", "--adapter", folder / "adapter")
+    only_complaint(
+        run("merge", *words, "--output", folder / "merged"),
+        3,
+        f"match {save[0].replace('emb', 'roberta.emb')}",
+    )
+    whole = vary(case, save=[save[0].replace("emb", "roberta.emb")])
+    folder = whole.write(tmp_path / "whole")
+    words = ("--base", folder / "base", "--adapter", folder / "adapter")
+    assert run("merge", *words, "--output", folder / "merged", "-q").code == 0
+    assert whole.error(folder) < 1e-5
