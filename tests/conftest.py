@@ -14,15 +14,11 @@ _LIBRARIES = (
 )  # fmt: skip
 
 
-def pytest_report_header() -> str:
-    """The releases that the tests run with."""
-    found = {
-        distribution.name.lower().replace("_", "-"): distribution.version
-        for distribution in metadata.distributions()
-    }
-    return "releases: " + ", ".join(
-        f"{name} {found.get(name.replace('_', '-'), 'absent')}" for name in _LIBRARIES
-    )
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The releases that the tests ran with; a header would be hidden by ``-q``."""
+    found = {d.name.lower().replace("_", "-"): d.version for d in metadata.distributions()}
+    releases = (f"{name} {found.get(name.replace('_', '-'), 'absent')}" for name in _LIBRARIES)
+    terminalreporter.write_line(f"releases: {', '.join(releases)}")
 
 
 @pytest.fixture(scope="session")
