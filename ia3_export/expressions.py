@@ -21,8 +21,10 @@ Way = Literal["match", "fullmatch"]
 
 SECONDS = 2.0
 _REPEATS = re.compile(r"[*+{]")
-_NOT_SIMPLE = re.compile(r"\)[*+{]|\(\?")
-_LONG, _SHOWN = 500, 200
+_NOT_SIMPLE = re.compile(r"\)[*+{?]|\(\?")
+_LONG, _SHOWN = 200, 200
+#: Ways in which a name may be tried against an expression in this process.
+_WAYS = 500_000
 _MATCHER = """
 import faulthandler, json, os, re, sys, time
 asked = json.load(sys.stdin)
@@ -42,6 +44,20 @@ def check_expression(expression: str) -> None:
         re.compile(expression)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{_shown(expression)} is no regular expression: {error}") from None
+
+
+def bound_expressions(where: str, texts: Iterable[str], names: Iterable[str]) -> None:
+    """Raise `DamagedFile` where one of the `texts`, which a library takes for expressions, is matched with `names` for too long. Those
+    that are none are the library's business."""
+    asked: list[tuple[Way, str]] = []
+    for text in texts:
+        if not _is_simple(text):
+            try:
+                check_expression(text)
+            except ValueError:
+                continue
+            asked.append(("match", text))
+    Matcher(where).look_at(asked, names)
 
 
 @dataclass(slots=True, eq=False)
@@ -103,8 +119,13 @@ class Matcher:
 
 
 def _is_simple(expression: str) -> bool:
-    """Whether it repeats two single characters at most, so that matching a name of usual length takes no time."""
-    return len(_REPEATS.findall(expression)) <= 2 and not _NOT_SIMPLE.search(expression)
+    """Whether matching a name of usual length takes no time: no group is repeated, and the ways through all single repeats, options and
+    alternatives are few."""
+    if len(expression) > _LONG or _NOT_SIMPLE.search(expression):
+        return False
+    ways: int = (1 + expression.count("|")) ** max(expression.count("("), 1)
+    ways *= _LONG ** len(_REPEATS.findall(expression)) * 2 ** expression.count("?")
+    return ways <= _WAYS
 
 
 def _shown(expression: str) -> str:

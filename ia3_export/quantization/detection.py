@@ -16,7 +16,7 @@ from ia3_export.modules import CONV1D_MODEL_TYPES, model_types
 from ia3_export.quantization import bitsandbytes, gguf, hqq, integers, mxfp4, packed_integers, quanto, scaled
 from ia3_export.quantization.activations import cache_tensors
 from ia3_export.quantization.packed import READER_ERRORS, Packed
-from ia3_export.quantization.settings import read_settings
+from ia3_export.quantization.settings import check_expressions, read_settings
 
 Finder = Callable[[Mapping[str, StoredTensor], Mapping[str, Any]], Iterator[Packed]]
 
@@ -97,6 +97,14 @@ def find_quantization(base: Checkpoint) -> Quantization:
             )
         )
         return Quantization({}, settings, _kept(base), tuple(problems))
+    try:
+        check_expressions(
+            f"the quantization settings of {base.location.given}",
+            settings,
+            {name.rpartition(".")[0] for name in base.tensors},
+        )
+    except DamagedFile as error:
+        return Quantization({}, settings, _kept(base), (error,))
     for find in FORMATS.values():
         try:
             for found in find(base.tensors, settings):

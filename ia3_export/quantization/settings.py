@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ia3_export.checkpoint.folder import Checkpoint, read_config
+from ia3_export.expressions import bound_expressions
 
 #: Files beside config.json in which some quantizers keep their settings, or once more a copy of them.
 SETTINGS_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quanto_qmap.json")
@@ -15,8 +16,8 @@ SETTINGS_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.
 _COPY = "quantization_config.json"
 #: All that quantizers leave beside the weights, and that is not true of a dense output: settings, logs, recipes.
 SIDE_FILES = (*SETTINGS_FILES, _COPY, "quant_log.csv", "recipe.yaml")
-#: Patterns that may take exponential time: a repeated group that repeats something itself.
-_EXPLODES = re.compile(r"[*+}][^)]*\)[*+{]|(\.[*+].*){6}")
+#: What stands before an expression: compressed-tensors' mark, GPTQModel's for what is and is not quantized.
+_MARKS = re.compile(r"^(re:|[+-]:)")
 _KEYS = ("quantization_config", "compression_config")
 
 
@@ -50,6 +51,29 @@ def read_settings(base: Checkpoint) -> dict[str, Any]:
                 return {"quant_method": "quanto", "qmap": found, "model": config}
             return {"quant_method": "modelopt"} | dict(found.get("quantization") or found)
     return {}
+
+
+def check_expressions(where: str, settings: Mapping[str, Any], modules: Collection[str]) -> None:
+    """Raise `DamagedFile` where an expression in `settings` takes too long with the names of `modules`: here and in the libraries, which
+    take most texts in them for expressions."""
+    names = {module[:end] for module in modules for end in _ends(module)}
+    bound_expressions(where, {_MARKS.sub("", text) for text in _texts(settings)}, names)
+
+
+def _ends(module: str) -> list[int]:
+    """Where the names of `module` and of the modules around it end."""
+    return [i for i, letter in enumerate(module) if letter == "."] + [len(module)]
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            yield from (key, *_texts(entry))
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _texts(entry)
 
 
 def _awq_names(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,8 +249,6 @@ def scheme_of(settings: Mapping[str, Any], module: str) -> Scheme | None:
 def _matches(target: str, module: str) -> bool:
     """Whether a name or ``re:`` pattern of compressed-tensors means `module`."""
     if target.startswith("re:"):
-        if _EXPLODES.search(target):
-            return False
         try:
             return re.match(target.removeprefix("re:"), module) is not None
         except re.error:

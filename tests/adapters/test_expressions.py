@@ -17,7 +17,9 @@ from tests.support import zoo
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 #: Each takes longer than the age of the universe on ``model.layers.0.self_attn.q_proj`` and its like.
-ENDLESS = [r"(.+)+,", r"(\w+\.?)+!", r"(?:[a-z_]+|[\w.]+)*,", r"^(([a-z_.0-9])+)+,$"]
+ENDLESS = [r"(.+)+,", r"([\w.]+\w?)+!", r"(?:[a-z_]+|[\w.]+)*,", r"^(([a-z_.0-9])+)+,$"]
+#: As long without a repeat: every option and every pair of alternatives doubles the ways.
+OPTIONS = [".?" * 40 + ",", "(|.)" * 40 + ",", "(..|)" * 38 + ","]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,9 @@ def _vary(saved: tuple[Path, Path], folder: Path, **config: Any) -> Path:
 KEYS = ["target_modules", "feedforward_modules", "exclude_modules", "modules_to_save"]
 
 
-@pytest.mark.parametrize(("key", "expression"), list(zip(KEYS, ENDLESS, strict=True)))
+@pytest.mark.parametrize(
+    ("key", "expression"), [*zip(KEYS, ENDLESS, strict=True), *zip(KEYS, OPTIONS, strict=False)]
+)
 def test_an_expression_without_end_is_refused_by_name(
     saved: tuple[Path, Path], tmp_path: Path, key: str, expression: str
 ) -> None:
