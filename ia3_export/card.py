@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,9 @@ _PIPELINES = {
     "ForImageClassification": "image-classification",
 }  # fmt: skip
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
-_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
+_FENCE = "---"
+#: Characters of a card that are read. The longest front matters, with results of benchmarks in them, have some 300,000.
+_READ = 1_000_000
 
 
 def make_card(plan: Plan) -> str:
@@ -94,13 +95,18 @@ def _base_id(plan: Plan) -> str | None:
 
 
 def _read_front_matter(path: Path) -> dict[str, Any]:
+    """The metadata of a card, ``{}`` where they cannot be read: they are a courtesy, and whatever is in them stops no merge."""
     import yaml
 
-    match = _FRONT_MATTER.match(path.read_text(encoding="utf-8", errors="replace"))
-    try:
-        front = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        lines = [line.rstrip() for line in file.read(_READ).split("\n")]
+    if lines[0] != _FENCE or _FENCE not in lines[1:]:
         return {}
+    try:
+        # not libyaml's loader: it runs out of stack where this one runs out of recursion
+        front = yaml.safe_load("\n".join(lines[1 : lines.index(_FENCE, 1)]))
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
+        return {}  # of all but the first: a date that is none, a number without digits, nesting without end
     return front if isinstance(front, dict) else {}
 
 
