@@ -15,7 +15,7 @@ import numpy as np
 
 from ia3_export.fold import FLOAT_DTYPES, Array, from_float, to_float
 from ia3_export.onnx.quantize import constant
-from ia3_export.parity.codes import check_codes
+from ia3_export.parity.codes import CODES, check_codes
 from ia3_export.parity.diagnosis import left_out
 from ia3_export.parity.expected import Expected, Reader, expected_blocks, expected_tensors
 from ia3_export.parity.onnx_graph import FLOATS, Graph
@@ -53,10 +53,11 @@ def prove_graph(
     floats = {n: t for n, t in graph.initializers.items() if t.dtype.name in FLOATS and t.size > 1}
     matches = _match(rows, floats)
     computed = sorted(floats.keys() - matches.keys())
+    weights = [name for name in computed if not _scales_codes(name, graph)]
     found = {row.name for row in matches.values()}
     found |= {row.name for name, row in rows.items() if name not in found and _is_held(row, floats)}
     findings = [*_left_behind(graph, plan)]
-    findings += _wrong_values(rows, floats, computed, found)
+    findings += _wrong_values(rows, floats, weights, found)
     findings += _twice(rows, matches, found)
     quantized = graph.precision in ("int8", "int4")
     # a graph that gives hidden states has no head
@@ -123,6 +124,14 @@ def prove_graph(
         sum(not row.changed for row in matches.values()), len(computed),
         sum(tensor.nbytes for tensor in graph.initializers.values()), tuple(findings), tuple(notes), len(unproven),
     )  # fmt: skip
+
+
+def _scales_codes(name: str, graph: Graph) -> bool:
+    """Whether an initializer has the scales of codes: of whatever shape it is, it is no weight, and judged with its codes."""
+    own = _SCALE.sub("_", name)
+    return own != name and any(
+        other.startswith(own) and tensor.dtype.name in CODES for other, tensor in graph.initializers.items()
+    )
 
 
 def _made_of(graph: Graph, float_graph: Graph | None) -> Callable[[str], Array | None]:
