@@ -98,7 +98,9 @@ def _forward(model: Any, case: Case) -> Any:
     try:
         with torch.no_grad():
             return _with_past(model, inputs, case.past) if case.past else model(**inputs)
-    except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError) as error:
+    except (
+        TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError, RuntimeError,
+    ) as error:  # fmt: skip
         raise Unsupported(
             f"the model does not run on these inputs ({case.name}): {type(error).__name__}: {error}",
             hint="give inputs that it takes with --inputs file.jsonl, .npz or .safetensors, or prove the --weights-only",

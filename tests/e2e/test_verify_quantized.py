@@ -115,3 +115,23 @@ def test_codes_in_any_storage_are_verified(case: str, how: str, tmp_path: Path) 
     else:
         assert compared["max_error"] < 0.1 * report["reference"]["effect"]
     assert compared is not None or case == "bnb-nf4-crossing"
+
+
+def test_a_forward_of_the_library_that_asserts_is_no_crash(tmp_path: Path) -> None:
+    """bitsandbytes' products on a CPU ask by ``assert`` that rows come in blocks of 32; the key projection here has 16."""
+    import torch
+    import transformers
+
+    kind = zoo.by_name("gemma2")
+    kind = replace(kind, config={**kind.config, "hidden_size": 64, "intermediate_size": 128})
+    model = zoo.build(kind, dtype="bfloat16")
+    model.save_pretrained(tmp_path / "dense")
+    zoo.adapt(model, kind).save_pretrained(tmp_path / "adapter")
+    nf4 = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    transformers.Gemma2ForCausalLM.from_pretrained(
+        tmp_path / "dense", quantization_config=nf4, dtype=torch.bfloat16
+    ).save_pretrained(tmp_path / "base")
+    inputs = ["--base", tmp_path / "base", "--adapter", tmp_path / "adapter"]
+    assert run("merge", *inputs, "--output", tmp_path / "merged").code == 0
+    ran = run("verify", *inputs, "--merged", tmp_path / "merged", "--device", "cpu")
+    assert ran.code == 0, ran
