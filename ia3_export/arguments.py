@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
@@ -23,6 +24,20 @@ def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> N
             _check(f"{function.__name__}({name}={_shown(given[name])})", name, given[name], rule)
 
 
+def real(numbers: Iterable[float]) -> tuple[float, ...]:
+    """`numbers` of any library and in any iterable, as Python's own; infinite where one is larger than those can be. Raises `UsageError`."""
+    return tuple(map(_real, numbers))
+
+
+def _real(number: float) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
+    except (TypeError, ValueError):
+        raise UsageError(f"{_shown(number)} is no number", hint="give numbers, such as 0.5") from None
+
+
 @cache
 def _rules(function: Callable[..., Any]) -> dict[str, Any]:
     return get_type_hints(function)
@@ -30,10 +45,11 @@ def _rules(function: Callable[..., Any]) -> dict[str, Any]:
 
 def _check(where: str, name: str, value: object, rule: Any) -> None:
     if get_origin(rule) is Sequence:
-        if isinstance(value, str | bytes | os.PathLike | Mapping) or not isinstance(value, Iterable):
+        if isinstance(value, str | bytes | os.PathLike | Mapping | Set) or not isinstance(value, Iterable):
             raise UsageError(
-                f"{where} is one value, and several are wanted",
-                hint=f"give a list: {name}=[{_shown(value)}]",
+                f"{where} is "
+                + ("in no order" if isinstance(value, Set) else "one value, and several are wanted"),
+                hint=f"give a list: {name}=[{', '.join(map(_shown, value)) if isinstance(value, Set) else _shown(value)}]",
             )
         for entry in value if isinstance(value, Sequence) else ():
             _check(f"{where}: {_shown(entry)}", name, entry, get_args(rule)[0])
@@ -53,6 +69,8 @@ def _fits(value: object, rule: Any) -> bool:
 def _fits_one(value: object, rule: Any) -> bool:
     if get_origin(rule) is Literal:
         return isinstance(value, str) and value in get_args(rule)
+    if get_origin(rule) is Callable:
+        return callable(value)
     if get_origin(rule) is Sequence:
         return isinstance(value, Iterable) and not isinstance(value, str)
     if rule is bool:
@@ -60,13 +78,26 @@ def _fits_one(value: object, rule: Any) -> bool:
     if rule in (int, float):
         return isinstance(value, Integral if rule is int else Real) and not isinstance(value, bool)
     if rule is Path:
-        return isinstance(value, os.PathLike)
+        return isinstance(value, os.PathLike) and _fits_one(os.fspath(value), str)
+    if rule is str and isinstance(value, str):
+        return "\0" not in value and _is_encodable(value)
     return isinstance(value, rule) if isinstance(rule, type) else True
+
+
+def _is_encodable(text: str) -> bool:
+    """Whether a file can be called so: half a letter of UTF-16 cannot be, bytes of a name that are no UTF-8 (as ``os`` reads them) can."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _words(rule: Any) -> list[str]:
     if get_origin(rule) is Literal:
         return [repr(word) for word in get_args(rule)]
+    if get_origin(rule) is Callable:
+        return ["a function"]
     names = {
         bool: "True or False",
         int: "a whole number",

@@ -13,7 +13,7 @@ from ia3_export.adapters.combine import Combine, combine_extras, combine_sites, 
 from ia3_export.adapters.mangled import may_be_damaged
 from ia3_export.adapters.model import Adapter, Site, TargetRules, second_key
 from ia3_export.adapters.writing import write_peft
-from ia3_export.arguments import check_arguments
+from ia3_export.arguments import check_arguments, real
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.checkpoint.stage import check_target, staged
 from ia3_export.errors import Refused, UnusedVector, UsageError
@@ -108,6 +108,7 @@ def combine(
     raises.
     """
     check_arguments(globals()["combine"], locals())  # its own name is also an option
+    weights = real(weights)
     read = [read_adapter(source) for source in adapters]
     if len(read) < 2:
         raise UsageError(

@@ -125,7 +125,8 @@ def export_onnx(
     then kept aside as ``<output>.failed``.
     """
     check_arguments(export_onnx, locals())
-    if (model is None) == (base is None) or (base is not None and not adapters):
+    adapters, precisions, targets, opset = tuple(adapters), tuple(precisions), tuple(targets), int(opset)
+    if (model is None) == (base is None) or (base is None) == bool(adapters):
         raise UsageError(
             "give either --model, or --base with --adapter", hint="--model takes the folder that merge wrote"
         )

@@ -123,8 +123,8 @@ def _is_simple(expression: str) -> bool:
     alternatives are few."""
     if len(expression) > _LONG or _NOT_SIMPLE.search(expression):
         return False
-    alternatives = (1 + expression.count("|")) ** max(expression.count("("), 1)
-    ways: int = _LONG ** len(_REPEATS.findall(expression)) * 2 ** expression.count("?") * alternatives
+    ways: int = (1 + expression.count("|")) ** max(expression.count("("), 1)
+    ways *= _LONG ** len(_REPEATS.findall(expression)) * 2 ** expression.count("?")
     return ways <= _WAYS
 
 

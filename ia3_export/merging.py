@@ -12,7 +12,7 @@ from typing import Any
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.combine import Combine
 from ia3_export.adapters.model import Adapter
-from ia3_export.arguments import check_arguments
+from ia3_export.arguments import check_arguments, real
 from ia3_export.card import BASE_CARD, make_card
 from ia3_export.changes import Cast, Dtype
 from ia3_export.checkpoint import ranges
@@ -49,6 +49,7 @@ def plan_merge(
     Raises `IA3ExportError` for inputs that cannot be read.
     """
     check_arguments(plan_merge, locals())
+    weights = real(weights)
     if not adapters:
         raise UsageError("no adapter given", hint="give at least one --adapter")
     read = [read_adapter(source) for source in adapters]
@@ -118,6 +119,7 @@ def merge(
     `UsageError` for options, `OutputError` for the output, `CheckFailed` when the reload check fails. Nothing is left behind in any of these cases.
     """
     check_arguments(merge, locals())
+    weights = real(weights)
     target = Path(output)
     plan = plan_merge(
         base, adapters, combine=combine, weights=weights, cast=cast, dtype=dtype, quantized=quantized,

@@ -18,7 +18,7 @@ import numpy as np
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.combine import Combine
 from ia3_export.adapters.model import Adapter
-from ia3_export.arguments import check_arguments
+from ia3_export.arguments import check_arguments, real
 from ia3_export.base_match import is_of
 from ia3_export.card import BASE_CARD
 from ia3_export.changes import Change
@@ -106,6 +106,7 @@ def unmerge(
     raises.
     """
     check_arguments(unmerge, locals())
+    weights = real(weights)
     checkpoint = read_checkpoint(model)
     read = [read_adapter(source) for source in adapters]
     if weights and combine is None:

@@ -28,6 +28,11 @@ WRONG: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("merge", (A, [B], OUT), {"overwrite": "no"}, "True or False"),
     ("merge", (A, [B], OUT), {"shard_size": "5GB"}, "a whole number"),
     ("merge", (None, [B], OUT), {}, "a path"),
+    ("merge", (A, [B], OUT), {"weights": {0.5, 1.0}}, "weights=["),
+    ("merge", (A, {B}, OUT), {}, "adapters=['adapter']"),
+    ("merge", (A, [B], OUT), {"on_progress": 7}, "a function"),
+    ("merge", (A, [B], "a\0b"), {}, "a path"),
+    ("merge", (A, [B], Path("a\ud800")), {}, "a path"),
     ("merge_each", (A, B, OUT), {}, "adapters=['adapter']"),
     ("merge_each", (A, [B], OUT), {"dtype": "half"}, "'float16'"),
     ("plan_merge", (A, [B]), {"combine": "Product"}, "'product'"),
@@ -44,6 +49,8 @@ WRONG: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("verify", (A, [B]), {"combine": "sum"}, "'linear'"),
     ("verify", (A, [B]), {"atol": "1e-4"}, "a number"),
     ("verify", (A, [B]), {"seed": 0.5}, "a whole number"),
+    ("verify", (A, [B]), {"on_progress": "x"}, "a function"),
+    ("export_onnx", (OUT,), {"model": A, "on_step": 7}, "a function"),
     ("convert", (B, OUT), {"task_type": "classification"}, "'SEQ_CLS'"),
     ("combine", ("ab", OUT), {}, "adapters=['ab']"),
     ("combine", ([B, B], OUT), {"combine": "mean"}, "'delta'"),
@@ -93,3 +100,33 @@ def test_a_shard_of_nothing_is_wrong_usage(wrong: dict[str, int], tmp_path: Path
     zoo.adapt(zoo.build(kind), kind, seed=1).save_pretrained(tmp_path / "adapter")
     with pytest.raises(UsageError, match="holds nothing"):
         ia3_export.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [{"atol": -1.0}, {"rtol": -1e-9}, {"seed": 2**63}, {"seed": -1}])
+def test_numbers_that_the_command_line_refuses_are_wrong_usage(wrong: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        ia3_export.verify(tmp_path, [tmp_path], **wrong)
+
+
+def test_a_merged_model_is_exported_without_adapter(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="either --model, or --base with --adapter"):
+        ia3_export.export_onnx(tmp_path / "out", model=tmp_path, adapters=[tmp_path])
+
+
+def test_numbers_of_numpy_and_of_generators_count(tmp_path: Path) -> None:
+    import numpy as np
+
+    from tests.support import zoo
+
+    kind = zoo.by_name("llama")
+    zoo.build(kind).save_pretrained(tmp_path / "base")
+    adapters = [tmp_path / "a", tmp_path / "b"]
+    for seed, folder in enumerate(adapters):
+        zoo.adapt(zoo.build(kind), kind, seed=seed).save_pretrained(folder)
+    written = []
+    for i, weights in enumerate(([0.25, 0.5], np.float32([0.25, 0.5]), (x for x in (0.25, 0.5)))):
+        ia3_export.merge(tmp_path / "base", adapters, tmp_path / f"{i}", combine="linear", weights=weights)  # type: ignore[arg-type]
+        written.append((tmp_path / f"{i}" / "model.safetensors").read_bytes())
+    assert written[0] == written[1] == written[2]
+    with pytest.raises(UsageError, match="finite"):
+        ia3_export.merge(tmp_path / "base", adapters, tmp_path / "x", combine="linear", weights=[10**400, 1])

@@ -34,6 +34,14 @@ def check_target(target: Path, inputs: list[Path], *, overwrite: bool) -> None:
     Raises `Refused` (exit 3) for the first two and `OutputError` (exit 4) for the last.
     """
     resolved = target.resolve()
+    try:
+        target.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # a name that is too long, a file where a folder should be
+        raise OutputError(
+            f"cannot write {target}: {error.strerror or error}", hint="give another --output"
+        ) from error
     for path in inputs:
         source = path.resolve()
         folder = source if source.is_dir() else source.parent

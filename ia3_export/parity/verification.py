@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.combine import Combine
 from ia3_export.adapters.model import Adapter
-from ia3_export.arguments import check_arguments
+from ia3_export.arguments import check_arguments, real
 from ia3_export.base_match import folded_before
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.checkpoint.stage import scratch_folder
@@ -39,6 +39,7 @@ Dtype = Literal["auto", "float64", "float32", "float16", "bfloat16"]
 #: Kinds of change by which an output has other values than the base's.
 _VALUES = ("fold", "replace", "add", "untie")
 _TORCH = {"BF16": "bfloat16", "F16": "float16"}
+_SEEDS = 2**63
 
 
 def verify(
@@ -91,13 +92,19 @@ def verify(
     Raises `IA3ExportError` for inputs that cannot be read; a failed comparison is a `Report`, not an error.
     """
     check_arguments(verify, locals())
+    weights = real(weights)
+    onnx, tf32 = tuple(onnx), bool(tf32)
+    adapters = tuple(adapters)
     if inputs is not None and text is not None:
         raise UsageError("--inputs and --text exclude each other", hint="give one of them")
-    if any(number is not None and not math.isfinite(number) for number in (atol, rtol)):
-        raise UsageError("--atol and --rtol must be finite", hint="for example --atol 1e-4 --rtol 1e-3")
-    if seed < 0 or (max_memory is not None and max_memory <= 0):
+    if any(number is not None and not 0 <= number < math.inf for number in (atol, rtol)):
         raise UsageError(
-            "--seed is at least 0, --max-memory more", hint="for example --seed 0 --max-memory 16GB"
+            "--atol and --rtol must be finite and at least 0", hint="for example --atol 1e-4 --rtol 1e-3"
+        )
+    if not 0 <= seed < _SEEDS or (max_memory is not None and max_memory <= 0):
+        raise UsageError(
+            "--seed is at least 0 and of 63 bits, --max-memory more than 0",
+            hint="for example --seed 0 --max-memory 16GB",
         )
     if weights_only and merged is None and not onnx:
         raise UsageError("--weights-only needs --merged or --onnx", hint="give the folder that merge wrote")

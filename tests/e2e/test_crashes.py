@@ -132,3 +132,17 @@ def test_a_folder_that_is_called_like_a_command_of_a_runner(
     monkeypatch.chdir(tmp_path)
     ran = merge(tiny.base, tiny.adapter, Path("::error ##[x]::"))
     assert "\\::error \\##[x]::: 6 tensors changed" in ran.stdout
+
+
+@pytest.mark.parametrize("command", ["merge", "onnx", "convert"])
+def test_an_output_that_cannot_be_called_so_is_an_output_error(
+    tiny: Tiny, command: str, tmp_path: Path
+) -> None:
+    sources: dict[str, tuple[str | Path, ...]] = {
+        "merge": ("--base", tiny.base, "--adapter", tiny.adapter),
+        "onnx": ("--model", tiny.base),
+        "convert": (tiny.adapter,),
+    }
+    (tmp_path / "file").write_bytes(b"")
+    for output in (tmp_path / ("x" * 300), tmp_path / "file" / "out"):
+        only_complaint(run(command, *sources[command], "--output", output), 4, "cannot write")
