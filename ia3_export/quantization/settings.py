@@ -161,7 +161,8 @@ def exclude(settings: Mapping[str, Any], mixture: Mixture) -> dict[str, Any] | s
             return f"{key} in the configuration is no list"
         edited[key] = [*listed, *sorted(set(mixture.leaving) - set(map(str, listed)))]
     else:
-        return f"settings of {method} have no list of modules that are not quantized"
+        own = f"settings of {method}" if settings.get("quant_method") else "its settings"
+        return f"{own} have no list of modules that are not quantized"
     return edited
 
 
