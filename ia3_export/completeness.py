@@ -12,7 +12,7 @@ from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.errors import MissingVector, Refused, UnusedVector
 from ia3_export.fold import FLOAT_DTYPES
 from ia3_export.modules import stored_modules
-from ia3_export.ordering import natural
+from ia3_export.ordering import enclosing, natural
 from ia3_export.placement import Resolution
 
 if TYPE_CHECKING:
@@ -166,11 +166,7 @@ def heads_in_question(adapter: Adapter, base: Checkpoint) -> bool:
     if not adapter.copied:
         return False
     modules = {name.rpartition(".")[0] for name in (*base.tensors, *adapter.extras)}
-    return bool(adapter.without_module({module[:end] for module in modules for end in _ends(module)}))
-
-
-def _ends(path: str) -> list[int]:
-    return [*(i for i, letter in enumerate(path) if letter == "."), len(path)]
+    return bool(adapter.without_module({outer for module in modules for outer in enclosing(module)}))
 
 
 def _trained_whole(adapter: Adapter, entry: str) -> str | None:

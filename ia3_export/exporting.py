@@ -148,16 +148,17 @@ def export_onnx(
         given = [Path(s) for s in (model, base, *adapters) if s is not None and not isinstance(s, Adapter)]
         given += [path for a in adapters if isinstance(a, Adapter) for path in a.location.inputs]
         check_target(target, [path for path in given if path.exists()], overwrite=overwrite)
-        given_base = base
-        if base is not None and read_checkpoint(base).is_gguf:
+        named = read_checkpoint(base) if base is not None else None
+        if named is not None and named.is_gguf:
             say("dequantizing")
-            base = write_dense(read_checkpoint(base), scratch / "dense")
+            base = write_dense(named, scratch / "dense")
         source: str | Path = model or ""
         if base is not None:
             say("merging")
             merge(base, adapters, scratch / "merged", digests="none", reload_check=False)
             source = scratch / "merged"
         checkpoint = read_checkpoint(source)
+        location = (named or checkpoint).location  # what the user gave, not a copy in scratch
         if checkpoint.holds_adapter:
             raise Refused(
                 f"{source} holds a model and an adapter ({ADAPTER_CONFIG}): transformers would apply it to these weights",
@@ -192,9 +193,7 @@ def export_onnx(
             report = verify(
                 base or source, adapters, onnx=places, device="cpu", max_memory=_limit(checkpoint)
             )
-            named = model if model is not None else given_base
-            assert named is not None
-            report = replace(report, base=source_of(read_checkpoint(named).location))
+            report = replace(report, base=source_of(location))
             _require(report, stage, target)
         return OnnxExport(target, chosen.name, opset, tuple(files), report)
 

@@ -1,4 +1,4 @@
-"""The order in which people read names: layer 2 before layer 10."""
+"""Names as people read them: layer 2 before layer 10, and a module inside the modules around it."""
 
 from __future__ import annotations
 
@@ -13,3 +13,8 @@ def natural(name: str) -> tuple[str | tuple[int, str], ...]:
     return tuple(
         (len(part.lstrip("0")), part.lstrip("0")) if place % 2 else part for place, part in enumerate(parts)
     )
+
+
+def enclosing(path: str) -> list[str]:
+    """The modules around the one at `path`, outermost first, and it itself."""
+    return [path[:i] for i, letter in enumerate(path) if letter == "."] + [path]

@@ -13,6 +13,7 @@ from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.checkpoint.hub import Location
 from ia3_export.expressions import Matcher, Way, check_expression
 from ia3_export.fold import Array, Direction
+from ia3_export.ordering import enclosing
 
 Pattern = str | frozenset[str] | tuple[str, ...] | None
 
@@ -152,14 +153,12 @@ class Adapter:
     def copy_of(self, path: str) -> str | None:
         """The outermost module on the way to `path` that PEFT trains a copy of; unlike targets, it need not end in a whole
         component (``_set_trainable``)."""
-        ends = [*(i for i, letter in enumerate(path) if letter == "."), len(path)]
-        return next((path[:end] for end in ends if path[:end].endswith(self.copied)), None)
+        return next((outer for outer in enclosing(path) if outer.endswith(self.copied)), None)
 
     def inner_copy(self, module: str, entry: str) -> str | None:
         """The module in `module` and on the way to its parameter `entry` that PEFT trains a copy of as well."""
-        path = entry.rpartition(".")[0]
-        ends = [*(i for i, letter in enumerate(path) if letter == "."), len(path)]
-        return next((path[:e] for e in ends if e > len(module) and path[:e].endswith(self.copied)), None)
+        around = [outer for outer in enclosing(entry.rpartition(".")[0]) if len(outer) > len(module)]
+        return next((inner for inner in around if inner.endswith(self.copied)), None)
 
     def without_module(self, paths: Iterable[str]) -> set[str]:
         """Those of `copied` that are the end of none of `paths`. Of the heads of a task, which PEFT names for every class, one

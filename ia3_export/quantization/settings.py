@@ -9,6 +9,7 @@ from typing import Any
 
 from ia3_export.checkpoint.folder import Checkpoint, read_config
 from ia3_export.expressions import bound_expressions
+from ia3_export.ordering import enclosing
 
 #: Files beside config.json in which some quantizers keep their settings, or once more a copy of them.
 SETTINGS_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quanto_qmap.json")
@@ -56,13 +57,8 @@ def read_settings(base: Checkpoint) -> dict[str, Any]:
 def check_expressions(where: str, settings: Mapping[str, Any], modules: Collection[str]) -> None:
     """Raise `DamagedFile` where an expression in `settings` takes too long with the names of `modules`: here and in the libraries, which
     take most texts in them for expressions."""
-    names = {module[:end] for module in modules for end in _ends(module)}
+    names = {outer for module in modules for outer in enclosing(module)}
     bound_expressions(where, {_MARKS.sub("", text) for text in _texts(settings)}, names)
-
-
-def _ends(module: str) -> list[int]:
-    """Where the names of `module` and of the modules around it end."""
-    return [i for i, letter in enumerate(module) if letter == "."] + [len(module)]
 
 
 def _texts(value: object) -> Iterator[str]:

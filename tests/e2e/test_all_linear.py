@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.e2e.command import edit_json, only_complaint, run, run_process
-from tests.support.heads import BERT, LLAMA, T5, Trained, drop
+from tests.support.heads import BERT, LLAMA, T5, Trained, drop, merging
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -38,13 +38,7 @@ def _literally(folder: Path, target: object = "all-linear") -> tuple[str | Path,
     """Put `target` into the configuration, for which PEFT saves the names of the modules; the words of a merge."""
     edit_json(folder / "adapter" / "adapter_config.json", target_modules=target)
     return (
-        "merge",
-        "--base",
-        folder / "base",
-        "--adapter",
-        folder / "adapter",
-        "--output",
-        folder / "merged",
+        *merging(folder),
         "--overwrite",
     )
 

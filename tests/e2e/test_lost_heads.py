@@ -12,7 +12,7 @@ import pytest
 
 from tests.e2e.command import edit_json, only_complaint, run, run_process
 from tests.support.adapter_cases import adapterhub
-from tests.support.heads import BERT, ENCODER, LLAMA, TIED, Trained, drop, vary
+from tests.support.heads import BERT, ENCODER, LLAMA, TIED, Trained, drop, merging, vary
 from tests.support.quantized import FIXTURES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -101,13 +101,7 @@ def test_the_task_alone_declares_its_head_as_old_peft_saved_it(tmp_path: Path) -
     folder = _BERT.write(tmp_path)
     edit_json(folder / "adapter" / "adapter_config.json", modules_to_save=None)
     words = (
-        "merge",
-        "--base",
-        folder / "base",
-        "--adapter",
-        folder / "adapter",
-        "--output",
-        folder / "merged",
+        *merging(folder),
         "-q",
     )
     assert run(*words).code == 0
@@ -124,13 +118,7 @@ def test_without_a_class_the_stored_names_decide(tmp_path: Path, missing: str) -
     else:
         (folder / "base" / missing).unlink()
     words = (
-        "merge",
-        "--base",
-        folder / "base",
-        "--adapter",
-        folder / "adapter",
-        "--output",
-        folder / "merged",
+        *merging(folder),
         "-q",
     )
     assert run(*words).code == 0
@@ -167,13 +155,7 @@ def test_a_plain_merge_asks_no_class(tmp_path: Path) -> None:
     )
     folder = case.write(tmp_path)
     words = (
-        "merge",
-        "--base",
-        folder / "base",
-        "--adapter",
-        folder / "adapter",
-        "--output",
-        folder / "merged",
+        *merging(folder),
         "--no-reload-check",
     )
     ran = run_process(*words, env={"PYTHONPROFILEIMPORTTIME": "1"})
@@ -249,15 +231,7 @@ def test_the_class_is_the_one_with_the_trained_head(
 ) -> None:
     """A classifier on a masked-language base that has no pooler: by what is absent, the base's own class would fit better."""
     folder = vary(_ON_MASKED, task_type=task, save=save).write(tmp_path)
-    words = (
-        "merge",
-        "--base",
-        folder / "base",
-        "--adapter",
-        folder / "adapter",
-        "--output",
-        folder / "merged",
-    )
+    words = merging(folder)
     ran = run(*words)
     assert ran.code == 0 and "BertForSequenceClassification needs bert.pooler" in ran.stdout, ran
     drop(folder, "classifier")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.command import run
-from tests.support.heads import BART, BERT, ENCODER, T5, TIED, Trained, changes, vary
+from tests.support.heads import BART, BERT, ENCODER, T5, TIED, Trained, changes, merging, vary
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -48,13 +48,7 @@ CASES = [
 def test_a_tied_head_merges_to_the_live_model(tmp_path: Path, case: Trained) -> None:
     folder = case.write(tmp_path)
     ran = run(
-        "merge",
-        "--base",
-        folder / "base",
-        "--adapter",
-        folder / "adapter",
-        "--output",
-        folder / "merged",
+        *merging(folder),
         "-q",
     )
     assert ran.code == 0, ran

@@ -26,6 +26,11 @@ BART = {
 T5 = {"vocab_size": 64, "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_kv": 8}
 
 
+def merging(folder: Path) -> tuple[str | Path, ...]:
+    """The words of a merge of what `Trained.write` saved, into ``merged``."""
+    return "merge", "--base", folder / "base", "--adapter", folder / "adapter", "--output", folder / "merged"
+
+
 @dataclass(frozen=True)
 class Trained:
     """An adapter of `model_class` with vectors on the outputs of `targets` and copies of `save` (``modules_to_save``).
