@@ -206,7 +206,7 @@ def _lay(
                 how: How = "fold" if part.tensor in base.tensors else "untie"
                 _append(changes, part.tensor, how, base.tensors[part.source].kept, source, scale, note, dtype)
     if experts and result.runtime is not None:
-        from ia3_export.conversions import fused_multipliers
+        from ia3_export.models.conversions import fused_multipliers
 
         left = set(experts)
         for entry, multiplier, modules in fused_multipliers(result.runtime.rules, experts):
@@ -231,7 +231,7 @@ def _spread(
     dtype: Dtype,
     note: str,
 ) -> None:
-    from ia3_export.conversions import spread
+    from ia3_export.models.conversions import spread
 
     runtime = result.runtime
     assert runtime is not None

@@ -11,12 +11,12 @@ from ia3_export.adapters.model import Adapter, same_in_every_layer
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.errors import MissingVector, Refused, UnusedVector
 from ia3_export.fold import FLOAT_DTYPES
-from ia3_export.modules import stored_modules
+from ia3_export.models.modules import stored_modules
 from ia3_export.ordering import enclosing, natural
 from ia3_export.placement import Resolution
 
 if TYPE_CHECKING:
-    from ia3_export.model_class import RuntimeModel
+    from ia3_export.models.model_class import RuntimeModel
 
 
 #: Stored modules that are never meant by ``all-linear``: the embedding and the output layer, by their usual names.
@@ -192,7 +192,7 @@ def report_random(result: Resolution) -> None:
     """Point out what the model needs and neither base nor adapter has: transformers fills it at random."""
     if result.runtime is None:
         return
-    from ia3_export.model_class import absent_entries
+    from ia3_export.models.model_class import absent_entries
 
     absent = [entry for entry in absent_entries(result.runtime) if entry not in result.adapter.extras]
     if absent:
@@ -219,7 +219,7 @@ def missing_by_name(adapter: Adapter, base: Checkpoint) -> list[str]:
 
 def is_fused_expert(module: str, runtime: RuntimeModel) -> bool:
     """Whether the module's weight becomes a slice of a fused 3-D parameter at run time."""
-    from ia3_export.conversions import state_entry
+    from ia3_export.models.conversions import state_entry
 
     entry, pattern = state_entry(runtime.rules, f"{module}.weight")
     return pattern is not None and len(runtime.shapes.get(entry, ())) == 3

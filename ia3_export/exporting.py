@@ -22,7 +22,8 @@ from ia3_export.errors import CheckFailed, Refused, UsageError
 from ia3_export.execute import hash_file
 from ia3_export.manifest import NAME, list_files, tool
 from ia3_export.merging import merge
-from ia3_export.model_class import quiet
+from ia3_export.models.model_class import quiet
+from ia3_export.models.sentence import read_sentence_head
 from ia3_export.onnx.contract import DecoderForm, plan_graphs
 from ia3_export.onnx.files import external_files, save_model
 from ia3_export.onnx.package import PRECISIONS, TARGETS, file_name, package, precision_list
@@ -35,7 +36,6 @@ from ia3_export.parity.inputs import make_cases
 from ia3_export.parity.runners import exact_matmul
 from ia3_export.parity.verification import verify
 from ia3_export.report.model import Report, Step
-from ia3_export.sentence import read_sentence_head
 
 SCHEMA = "ia3-export/onnx/2"
 #: Float32 graphs above this many bytes get external data, which are streamed: a protobuf is held in memory twice while it is written.

@@ -11,7 +11,7 @@ from ia3_export.errors import IA3ExportError
 from ia3_export.fold import Layout
 
 if TYPE_CHECKING:
-    from ia3_export.model_class import RuntimeModel
+    from ia3_export.models.model_class import RuntimeModel
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,10 +20,10 @@ import numpy as np
 
 from ia3_export.checkpoint.folder import Checkpoint, adapterless, architectures, read_checkpoint
 from ia3_export.checkpoint.header import StoredTensor, read_values
-from ia3_export.conversions import loading_rules, state_entry
 from ia3_export.errors import CheckFailed, kind_and_line
 from ia3_export.fold import FLOAT_DTYPES, Array, from_float, to_float
-from ia3_export.model_class import quiet
+from ia3_export.models.conversions import loading_rules, state_entry
+from ia3_export.models.model_class import quiet
 from ia3_export.quantization.detection import Quantization, dense_view, find_quantization
 from ia3_export.quantization.gguf import reload_weights
 

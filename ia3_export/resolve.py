@@ -25,7 +25,7 @@ from ia3_export.completeness import (
 )
 from ia3_export.errors import Refused, ShapeMismatch, Unsupported, UnusedVector
 from ia3_export.fold import FLOAT_DTYPES, Layout
-from ia3_export.modules import (
+from ia3_export.models.modules import (
     CONV1D_MODEL_TYPES,
     in_layer_stack,
     is_settled,
@@ -41,7 +41,7 @@ from ia3_export.modules import (
 from ia3_export.placement import Part, Placement, Resolution
 
 if TYPE_CHECKING:
-    from ia3_export.model_class import RuntimeModel
+    from ia3_export.models.model_class import RuntimeModel
 
 
 def resolve(
@@ -111,8 +111,8 @@ def _ask_class(result: Resolution, base: Checkpoint) -> None:
     """Build the model class where names and shapes leave something open."""
     if base.config is None or not _open_questions(result.adapter, base):
         return
-    from ia3_export.conversions import in_class_names
-    from ia3_export.model_class import load_runtime_model
+    from ia3_export.models.conversions import in_class_names
+    from ia3_export.models.model_class import load_runtime_model
 
     try:
         result.runtime = load_runtime_model(base.config, result.adapter, base.tensors)

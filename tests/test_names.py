@@ -256,7 +256,7 @@ def test_the_table_of_conv1d_models_is_that_of_transformers() -> None:
     import transformers
     from transformers import CONFIG_MAPPING
 
-    from ia3_export.modules import CONV1D_MODEL_TYPES
+    from ia3_export.models.modules import CONV1D_MODEL_TYPES
 
     users = set()
     for file in (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ia3_export.errors import DamagedFile, Refused, Unsupported
-from ia3_export.sentence import SentenceHead, read_sentence_head
+from ia3_export.models.sentence import SentenceHead, read_sentence_head
 from tests.e2e.command import only_complaint, run
 from tests.support import zoo
 

@@ -36,7 +36,7 @@ from safetensors.torch import load_file
 from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ia3_export.conversions import loading_rules, state_entry
+from ia3_export.models.conversions import loading_rules, state_entry
 from ia3_export.quantization.feed_forward import _fill, _match
 from tests.support import zoo
 

@@ -19,7 +19,7 @@ from ia3_export.benching.results import Benchmark, Row, Timing, time_rounds
 from ia3_export.benching.variants import Prepared, prepare
 from ia3_export.checkpoint.stage import scratch_folder
 from ia3_export.errors import UsageError
-from ia3_export.model_class import quiet
+from ia3_export.models.model_class import quiet
 from ia3_export.parity.facts import environment, source_of
 
 #: Pools of threads go on spinning for a while after their work is done.

@@ -20,7 +20,8 @@ from ia3_export.errors import UsageError
 from ia3_export.exporting import export_onnx
 from ia3_export.fold import Array
 from ia3_export.merging import merge
-from ia3_export.model_class import load_runtime_model, make_config
+from ia3_export.models.model_class import load_runtime_model, make_config
+from ia3_export.models.sentence import read_sentence_head
 from ia3_export.onnx.contract import input_names, plan_graphs
 from ia3_export.onnx.files import external_files, save_model
 from ia3_export.onnx.package import precision_list
@@ -28,7 +29,6 @@ from ia3_export.onnx.tasks import Task, choose_task
 from ia3_export.onnx.trace import trace
 from ia3_export.parity.greedy import special_tokens
 from ia3_export.parity.inputs import make_cases
-from ia3_export.sentence import read_sentence_head
 
 OPSET = 20
 _TRACED: tuple[Variant, ...] = ("base", "unmerged")

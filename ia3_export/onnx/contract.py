@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from ia3_export.errors import Unsupported
 from ia3_export.libraries import cache_argument, returned_cache
+from ia3_export.models.sentence import SentenceHead
 from ia3_export.onnx.tasks import Task
-from ia3_export.sentence import SentenceHead
 
 #: merged: one decoder file that is its own first step; separate: optimum's two; if: those two in one ``If``
 DecoderForm = Literal["merged", "separate", "if"]

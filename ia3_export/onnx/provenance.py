@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ia3_export.checkpoint.header import StoredTensor
-from ia3_export.conversions import loading_rules, state_entry
+from ia3_export.models.conversions import loading_rules, state_entry
 
 
 @dataclass(frozen=True, slots=True)

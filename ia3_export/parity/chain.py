@@ -10,7 +10,8 @@ from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.errors import InputError, UsageError
 from ia3_export.fold import Array
-from ia3_export.model_class import quiet
+from ia3_export.models.model_class import quiet
+from ia3_export.models.sentence import SentenceHead, read_sentence_head
 from ia3_export.parity.facts import MergeOptions
 from ia3_export.parity.forwards import (
     TORCH_DTYPES,
@@ -31,7 +32,6 @@ from ia3_export.parity.quantized import as_dense
 from ia3_export.parity.reference import Placement
 from ia3_export.parity.runners import exact_matmul
 from ia3_export.report.model import Reference, Step, WeightsProof
-from ia3_export.sentence import SentenceHead, read_sentence_head
 
 #: A loaded model takes its parameters in the widest dtype it is run in, and as much again while it is cast or run.
 _HEADROOM = 1.5

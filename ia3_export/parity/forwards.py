@@ -14,13 +14,13 @@ from ia3_export.adapters.combine import Combine
 from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint
 from ia3_export.errors import Refused, Unsupported
+from ia3_export.models.sentence import SentenceHead
 from ia3_export.parity.greedy import Decoded, SpecialTokens, decode, prompts, special_tokens
 from ia3_export.parity.inputs import Case, is_decoder
 from ia3_export.parity.metrics import EPSILON, largest
 from ia3_export.parity.quantized import is_bitsandbytes
 from ia3_export.parity.reference import LiveModel, Placement, load_as_library_runs_it, load_live, load_plain
 from ia3_export.parity.runners import Run, rounding_noise, run_torch
-from ia3_export.sentence import SentenceHead
 
 _LARGE = 64 << 20
 TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -20,9 +20,9 @@ from ia3_export.adapters.combine import Combine, combine_vectors
 from ia3_export.adapters.model import Adapter, Site
 from ia3_export.checkpoint.folder import Checkpoint, adapterless, architectures
 from ia3_export.checkpoint.header import StoredTensor, read_values, same_bytes
-from ia3_export.conversions import in_class_names, loading_rules
 from ia3_export.errors import Unsupported, kind_and_line
-from ia3_export.model_class import load_runtime_model, make_config
+from ia3_export.models.conversions import in_class_names, loading_rules
+from ia3_export.models.model_class import load_runtime_model, make_config
 from ia3_export.parity.quantized import as_dense, load_dense, widen
 
 

@@ -12,7 +12,7 @@ from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import DamagedFile, IA3ExportError, Unsupported
 from ia3_export.fold import FLOAT_DTYPES, Array
-from ia3_export.modules import CONV1D_MODEL_TYPES, model_types
+from ia3_export.models.modules import CONV1D_MODEL_TYPES, model_types
 from ia3_export.quantization import bitsandbytes, gguf, hqq, integers, mxfp4, packed_integers, quanto, scaled
 from ia3_export.quantization.activations import cache_tensors
 from ia3_export.quantization.packed import READER_ERRORS, Packed

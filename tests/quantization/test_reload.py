@@ -39,7 +39,7 @@ def _with_head(base: Path, folder: Path) -> Path:
     import transformers
     from peft import IA3Config, get_peft_model
 
-    from ia3_export.model_class import make_config
+    from ia3_export.models.model_class import make_config
 
     config = make_config(_config(base))
     config.num_labels = 3

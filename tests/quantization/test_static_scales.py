@@ -32,7 +32,7 @@ def adapter(tmp_path: Path) -> Maker:
         import transformers
         from peft import IA3Config, get_peft_model
 
-        from ia3_export.model_class import make_config
+        from ia3_export.models.model_class import make_config
 
         config = json.loads((FIXTURES / case / "config.json").read_text())
         model = transformers.LlamaForCausalLM(make_config(config))

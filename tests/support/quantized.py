@@ -33,7 +33,7 @@ def write_adapter(folder: Path, config: dict[str, Any], *, seed: int = 0) -> Pat
     import transformers
     from peft import IA3Config, get_peft_model
 
-    from ia3_export.model_class import make_config
+    from ia3_export.models.model_class import make_config
 
     torch.manual_seed(seed)
     name = config["architectures"][0]
@@ -59,7 +59,7 @@ def dense_model(folder: Path) -> Any:
     from ia3_export.checkpoint.folder import read_checkpoint
     from ia3_export.checkpoint.header import read_values
     from ia3_export.fold import FLOAT_DTYPES
-    from ia3_export.model_class import make_config
+    from ia3_export.models.model_class import make_config
     from ia3_export.quantization.detection import dense_view, find_quantization
 
     base = read_checkpoint(folder)

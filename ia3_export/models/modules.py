@@ -1,7 +1,7 @@
 """From a module path to stored tensors, by names and shapes alone (no model is built, no torch).
 
 What a file cannot tell (renamed or fused tensors, ties, base-model prefixes, heads) is left to
-:mod:`ia3_export.model_class`.
+:mod:`ia3_export.models.model_class`.
 """
 
 from __future__ import annotations

@@ -19,10 +19,10 @@ from typing import Any
 from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.folder import architectures
 from ia3_export.checkpoint.header import StoredTensor
-from ia3_export.conversions import Loading, converted_names, in_class_names, loading_rules, state_entry
 from ia3_export.errors import IA3ExportError, Unsupported, kind_and_line
 from ia3_export.fold import Layout
 from ia3_export.libraries import auto_classes, never_missed, tied_weights
+from ia3_export.models.conversions import Loading, converted_names, in_class_names, loading_rules, state_entry
 
 _TASK_TABLES = {
     "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
