@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ia3_export.checkpoint.hub import is_hub_id
-from ia3_export.plan import Plan
+from ia3_export.planning.plan import Plan
 
 #: The base's own card keeps its text under this name.
 BASE_CARD = "README.base.md"

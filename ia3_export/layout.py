@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ia3_export.changes import Change, check_gguf
 from ia3_export.checkpoint.gguf import write_prefix
 from ia3_export.checkpoint.header import Shard, StoredTensor, count_elements, write_header
-from ia3_export.plan import Plan
+from ia3_export.planning.changes import Change, check_gguf
+from ia3_export.planning.plan import Plan
 
 INDEX = "model.safetensors.index.json"
 #: torchao's description of a tensor that is not quantized.

@@ -17,7 +17,7 @@ from ia3_export.checkpoint.hub import Location
 from ia3_export.checkpoint.record import MANIFEST, Folded
 from ia3_export.execute import TensorResult, Written, hash_file
 from ia3_export.ordering import natural
-from ia3_export.plan import Plan
+from ia3_export.planning.plan import Plan
 
 SCHEMA = "ia3-export/manifest/1"
 NAME = MANIFEST

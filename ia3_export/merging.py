@@ -14,16 +14,16 @@ from ia3_export.adapters.combine import Combine
 from ia3_export.adapters.model import Adapter
 from ia3_export.arguments import check_arguments, real
 from ia3_export.card import BASE_CARD, make_card
-from ia3_export.changes import Cast, Dtype
 from ia3_export.checkpoint import ranges
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.checkpoint.stage import check_target, copy_file, set_aside, space_hint, staged
-from ia3_export.companions import TokenizerChoice
 from ia3_export.errors import CheckFailed, OutputError, UsageError
 from ia3_export.execute import Progress, write_outputs
 from ia3_export.layout import INDEX, OutputFile, lay_out, make_index
 from ia3_export.manifest import NAME, Digests, Manifest, make_manifest
-from ia3_export.plan import Plan, Quantized, make_plan
+from ia3_export.planning.changes import Cast, Dtype
+from ia3_export.planning.companions import TokenizerChoice
+from ia3_export.planning.plan import Plan, Quantized, make_plan
 from ia3_export.quantization.settings import SIDE_FILES
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ia3_export.changes import Change
 from ia3_export.checkpoint.header import StoredTensor
+from ia3_export.planning.changes import Change
 
 #: Bytes that a thread takes at a time. Copies begin at multiples of it: the kernel moves large, aligned pieces of the
 #: page cache, and is half again as slow when a copy begins at any other page.

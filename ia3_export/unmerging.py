@@ -19,9 +19,7 @@ from ia3_export.adapters import read_adapter
 from ia3_export.adapters.combine import Combine
 from ia3_export.adapters.model import Adapter
 from ia3_export.arguments import check_arguments, real
-from ia3_export.base_match import is_of
 from ia3_export.card import BASE_CARD
-from ia3_export.changes import Change
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.checkpoint.stage import check_target, copy_file, staged
@@ -32,7 +30,9 @@ from ia3_export.layout import INDEX, lay_out, make_index
 from ia3_export.manifest import NAME, Manifest, list_files, tool
 from ia3_export.parity.expected import Expected, Reader, expected_blocks
 from ia3_export.parity.facts import merge_options
-from ia3_export.plan import Plan, make_plan
+from ia3_export.planning.base_match import is_of
+from ia3_export.planning.changes import Change
+from ia3_export.planning.plan import Plan, make_plan
 from ia3_export.quantization.detection import find_quantization
 
 SCHEMA = "ia3-export/unmerge/1"

@@ -14,7 +14,7 @@ from ia3_export.ordering import natural
 
 if TYPE_CHECKING:
     from ia3_export.inspection import Inspection
-    from ia3_export.plan import Plan, Quantized
+    from ia3_export.planning.plan import Plan, Quantized
 
 
 _OUTCOMES = ("exact", "rounded", "moved", "dense", "refused")

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ia3_export.changes import How
 from ia3_export.checkpoint import ranges
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import DamagedFile
 from ia3_export.fold import FLOAT_DTYPES, Array, Scale, Workspace, fold_block, storage_dtype
-from ia3_export.plan import Plan
+from ia3_export.planning.changes import How
+from ia3_export.planning.plan import Plan
 
 #: Bytes that are read and compared at a time.
 BLOCK = 1 << 19

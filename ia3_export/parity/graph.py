@@ -19,7 +19,7 @@ from ia3_export.parity.codes import CODES, check_codes
 from ia3_export.parity.diagnosis import left_out
 from ia3_export.parity.expected import Expected, Reader, expected_blocks, expected_tensors
 from ia3_export.parity.onnx_graph import FLOATS, Graph
-from ia3_export.plan import Plan
+from ia3_export.planning.plan import Plan
 from ia3_export.report.model import TensorFinding, WeightsProof
 
 #: Scales of codes.

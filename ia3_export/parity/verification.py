@@ -11,7 +11,6 @@ from ia3_export.adapters import read_adapter
 from ia3_export.adapters.combine import Combine
 from ia3_export.adapters.model import Adapter
 from ia3_export.arguments import check_arguments, real
-from ia3_export.base_match import folded_before
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.checkpoint.stage import scratch_folder
 from ia3_export.errors import UsageError
@@ -31,7 +30,8 @@ from ia3_export.parity.graph import prove_graph
 from ia3_export.parity.onnx_graph import Graph, read_graphs
 from ia3_export.parity.onnx_runs import find_onnx
 from ia3_export.parity.weights import prove_folder
-from ia3_export.plan import Plan, make_plan
+from ia3_export.planning.base_match import folded_before
+from ia3_export.planning.plan import Plan, make_plan
 from ia3_export.quantization.detection import find_quantization
 from ia3_export.report.model import Reference, Report, Step, WeightsProof
 

@@ -21,7 +21,7 @@ from ia3_export.parity.expected import Expected
 from ia3_export.parity.graph import prove_graph
 from ia3_export.parity.onnx_graph import read_graphs
 from ia3_export.parity.onnx_runs import find_onnx
-from ia3_export.plan import make_plan
+from ia3_export.planning.plan import make_plan
 from tests.e2e.command import run
 from tests.support import zoo
 from tests.support.exported import Exports

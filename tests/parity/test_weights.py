@@ -13,7 +13,7 @@ from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.merging import merge, plan_merge
 from ia3_export.parity import weights
 from ia3_export.parity.weights import prove_folder
-from ia3_export.plan import Plan
+from ia3_export.planning.plan import Plan
 from tests.support import zoo
 
 pytestmark = pytest.mark.filterwarnings("ignore")

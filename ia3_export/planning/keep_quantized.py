@@ -13,10 +13,10 @@ from typing import Literal
 
 import numpy as np
 
-from ia3_export.changes import Change
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.fold import Array, Layout, Scale, from_float, make_scale, to_float
+from ia3_export.planning.changes import Change
 from ia3_export.quantization.activations import cache_scales, grow, input_scales, largest, off_center
 from ia3_export.quantization.detection import Quantization
 from ia3_export.quantization.feed_forward import activation_of, find_feeder, move_vector, self_check

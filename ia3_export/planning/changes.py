@@ -11,11 +11,11 @@ import numpy as np
 from ia3_export.adapters.combine import Combine, combine_vectors
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.header import StoredTensor, count_elements, read_bytes, same_bytes, tensor_bytes
-from ia3_export.config_edits import can_untie
 from ia3_export.errors import Refused, Unsupported, UsageError
 from ia3_export.fold import FLOAT_DTYPES, Array, Scale, make_scale, round_vector, storage_dtype
 from ia3_export.ordering import natural
-from ia3_export.placement import Placement, Resolution
+from ia3_export.planning.config_edits import can_untie
+from ia3_export.planning.placement import Placement, Resolution
 from ia3_export.quantization.detection import Quantization
 
 Cast = Literal["peft", "peft-low-mem"]

@@ -14,15 +14,6 @@ from ia3_export.adapters.mangled import restore_names
 from ia3_export.adapters.model import Adapter, Site, second_key
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.header import StoredTensor, same_bytes
-from ia3_export.completeness import (
-    heads_in_question,
-    is_fused_expert,
-    missing_by_name,
-    report_lost,
-    report_missing,
-    report_random,
-    report_unused,
-)
 from ia3_export.errors import Refused, ShapeMismatch, Unsupported, UnusedVector
 from ia3_export.fold import FLOAT_DTYPES, Layout
 from ia3_export.models.modules import (
@@ -38,7 +29,16 @@ from ia3_export.models.modules import (
     stored_modules,
     weight_layout,
 )
-from ia3_export.placement import Part, Placement, Resolution
+from ia3_export.planning.completeness import (
+    heads_in_question,
+    is_fused_expert,
+    missing_by_name,
+    report_lost,
+    report_missing,
+    report_random,
+    report_unused,
+)
+from ia3_export.planning.placement import Part, Placement, Resolution
 
 if TYPE_CHECKING:
     from ia3_export.models.model_class import RuntimeModel

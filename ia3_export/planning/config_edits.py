@@ -7,7 +7,7 @@ from typing import Any
 
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.errors import IA3ExportError, Refused
-from ia3_export.placement import Resolution
+from ia3_export.planning.placement import Resolution
 
 
 def edit_config(

@@ -13,7 +13,7 @@ from ia3_export.errors import MissingVector, Refused, UnusedVector
 from ia3_export.fold import FLOAT_DTYPES
 from ia3_export.models.modules import stored_modules
 from ia3_export.ordering import enclosing, natural
-from ia3_export.placement import Resolution
+from ia3_export.planning.placement import Resolution
 
 if TYPE_CHECKING:
     from ia3_export.models.model_class import RuntimeModel

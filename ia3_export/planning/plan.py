@@ -10,8 +10,10 @@ import numpy as np
 
 from ia3_export.adapters.combine import Combine, linear_warnings
 from ia3_export.adapters.model import Adapter
-from ia3_export.base_match import base_warnings, folded_before, merge_warnings
-from ia3_export.changes import (
+from ia3_export.checkpoint.folder import Checkpoint
+from ia3_export.errors import IA3ExportError, NotFinite, Refused, UsageError
+from ia3_export.planning.base_match import base_warnings, folded_before, merge_warnings
+from ia3_export.planning.changes import (
     DTYPES,
     Cast,
     Change,
@@ -22,11 +24,10 @@ from ia3_export.changes import (
     replace_tensors,
     write_ties,
 )
-from ia3_export.checkpoint.folder import Checkpoint
-from ia3_export.companions import Companions, TokenizerChoice, choose_companions
-from ia3_export.config_edits import check_vocabulary, edit_config, output_class
-from ia3_export.errors import IA3ExportError, NotFinite, Refused, UsageError
-from ia3_export.keeping import Folds, Kept, KeptSite, keep_codes, uniform
+from ia3_export.planning.companions import Companions, TokenizerChoice, choose_companions
+from ia3_export.planning.config_edits import check_vocabulary, edit_config, output_class
+from ia3_export.planning.keep_quantized import Folds, Kept, KeptSite, keep_codes, uniform
+from ia3_export.planning.resolve import resolve
 from ia3_export.quantization.activations import Output, follow
 from ia3_export.quantization.detection import Quantization, dense_view, find_quantization
 from ia3_export.quantization.packed import split_vectors
@@ -40,7 +41,6 @@ from ia3_export.quantization.settings import (
     with_settings,
     without_settings,
 )
-from ia3_export.resolve import resolve
 
 #: What becomes of a quantized base: dense; its scales folded, or refused; its scales folded, dense where that fails.
 Quantized = Literal["dequantize", "keep", "keep-or-dense"]

@@ -1,0 +1,1 @@
+"""Every decision of a merge, and every refusal: adapters + base -> Plan."""
