@@ -15,14 +15,14 @@ from ia3_export.adapters.model import Adapter, Site, TargetRules, second_key
 from ia3_export.adapters.writing import write_peft
 from ia3_export.arguments import check_arguments, real
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
-from ia3_export.checkpoint.stage import check_target, staged
 from ia3_export.errors import Refused, UnusedVector, UsageError
-from ia3_export.execute import hash_file
-from ia3_export.manifest import NAME, Manifest, list_files, tool
 from ia3_export.planning.placement import Placement
 from ia3_export.planning.plan import check_weights, not_finite
 from ia3_export.planning.resolve import resolve
 from ia3_export.quantization.detection import dense_view, find_quantization
+from ia3_export.writing.execute import hash_file
+from ia3_export.writing.manifest import NAME, Manifest, list_files, tool
+from ia3_export.writing.stage import check_target, staged
 
 SCHEMA = "ia3-export/adapter/1"
 #: PEFT's tasks.

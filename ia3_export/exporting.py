@@ -14,13 +14,8 @@ from typing import Any
 
 from ia3_export.adapters.model import Adapter
 from ia3_export.arguments import check_arguments
-from ia3_export.card import BASE_CARD
 from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint, read_checkpoint
-from ia3_export.checkpoint.stage import check_target, copy_file, scratch_folder, set_aside, staged
-from ia3_export.densifying import is_quantized, write_dense
 from ia3_export.errors import CheckFailed, Refused, UsageError
-from ia3_export.execute import hash_file
-from ia3_export.manifest import NAME, list_files, tool
 from ia3_export.merging import merge
 from ia3_export.models.model_class import quiet
 from ia3_export.models.sentence import read_sentence_head
@@ -36,6 +31,11 @@ from ia3_export.parity.inputs import make_cases
 from ia3_export.parity.runners import exact_matmul
 from ia3_export.parity.verification import verify
 from ia3_export.report.model import Report, Step
+from ia3_export.writing.card import BASE_CARD
+from ia3_export.writing.dense import is_quantized, write_dense
+from ia3_export.writing.execute import hash_file
+from ia3_export.writing.manifest import NAME, list_files, tool
+from ia3_export.writing.stage import check_target, copy_file, scratch_folder, set_aside, staged
 
 SCHEMA = "ia3-export/onnx/2"
 #: Float32 graphs above this many bytes get external data, which are streamed: a protobuf is held in memory twice while it is written.

@@ -14,8 +14,8 @@ from ia3_export.adapters.model import Adapter, Site
 from ia3_export.arguments import check_arguments
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.fold import FLOAT_DTYPES
-from ia3_export.manifest import describe_plan
 from ia3_export.planning.plan import Plan, Quantized, make_plan
+from ia3_export.writing.manifest import describe_plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,18 +13,18 @@ from ia3_export.adapters import read_adapter
 from ia3_export.adapters.combine import Combine
 from ia3_export.adapters.model import Adapter
 from ia3_export.arguments import check_arguments, real
-from ia3_export.card import BASE_CARD, make_card
 from ia3_export.checkpoint import ranges
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
-from ia3_export.checkpoint.stage import check_target, copy_file, set_aside, space_hint, staged
 from ia3_export.errors import CheckFailed, OutputError, UsageError
-from ia3_export.execute import Progress, write_outputs
-from ia3_export.layout import INDEX, OutputFile, lay_out, make_index
-from ia3_export.manifest import NAME, Digests, Manifest, make_manifest
 from ia3_export.planning.changes import Cast, Dtype
 from ia3_export.planning.companions import TokenizerChoice
 from ia3_export.planning.plan import Plan, Quantized, make_plan
 from ia3_export.quantization.settings import SIDE_FILES
+from ia3_export.writing.card import BASE_CARD, make_card
+from ia3_export.writing.execute import Progress, write_outputs
+from ia3_export.writing.layout import INDEX, OutputFile, lay_out, make_index
+from ia3_export.writing.manifest import NAME, Digests, Manifest, make_manifest
+from ia3_export.writing.stage import check_target, copy_file, set_aside, space_hint, staged
 
 
 def ignore_progress(_: Progress) -> None:
@@ -221,7 +221,7 @@ def _reload(plan: Plan, stage: Path, target: Path) -> Mapping[str, Any] | None:
     """Open the output of a quantized base through its users' library; one that is not what was written is kept aside."""
     if not plan.quantization.packed:
         return None
-    from ia3_export.reloading import check_output
+    from ia3_export.writing.reload_check import check_output
 
     try:
         return check_output(stage, plan.base, dense=plan.dequantizes).to_json()

@@ -19,21 +19,21 @@ from ia3_export.adapters import read_adapter
 from ia3_export.adapters.combine import Combine
 from ia3_export.adapters.model import Adapter
 from ia3_export.arguments import check_arguments, real
-from ia3_export.card import BASE_CARD
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.checkpoint.header import StoredTensor
-from ia3_export.checkpoint.stage import check_target, copy_file, staged
 from ia3_export.errors import Refused, ShapeMismatch, Unsupported, UsageError
-from ia3_export.execute import Progress, write_outputs
 from ia3_export.fold import Array, Scale, fold_block, storage_dtype
-from ia3_export.layout import INDEX, lay_out, make_index
-from ia3_export.manifest import NAME, Manifest, list_files, tool
 from ia3_export.parity.expected import Expected, Reader, expected_blocks
 from ia3_export.parity.facts import merge_options
 from ia3_export.planning.base_match import is_of
 from ia3_export.planning.changes import Change
 from ia3_export.planning.plan import Plan, make_plan
 from ia3_export.quantization.detection import find_quantization
+from ia3_export.writing.card import BASE_CARD
+from ia3_export.writing.execute import Progress, write_outputs
+from ia3_export.writing.layout import INDEX, lay_out, make_index
+from ia3_export.writing.manifest import NAME, Manifest, list_files, tool
+from ia3_export.writing.stage import check_target, copy_file, staged
 
 SCHEMA = "ia3-export/unmerge/1"
 #: Share of a tensor's elements that may not fold back, since several adapters round several times.

@@ -17,10 +17,10 @@ from ia3_export.benching.jobs import Job
 from ia3_export.benching.processes import start_worker
 from ia3_export.benching.results import Benchmark, Row, Timing, time_rounds
 from ia3_export.benching.variants import Prepared, prepare
-from ia3_export.checkpoint.stage import scratch_folder
 from ia3_export.errors import UsageError
 from ia3_export.models.model_class import quiet
 from ia3_export.parity.facts import environment, source_of
+from ia3_export.writing.stage import scratch_folder
 
 #: Pools of threads go on spinning for a while after their work is done.
 _PAUSE = 0.01

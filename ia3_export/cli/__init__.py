@@ -59,7 +59,7 @@ class _Crash(IA3ExportError):
 
 def _of_machine(error: Exception) -> IA3ExportError | None:
     """The error for what the system refused: memory, space, a file; None where it is a mistake of ours."""
-    from ia3_export.checkpoint.stage import is_full, unreadable
+    from ia3_export.writing.stage import is_full, unreadable
 
     if isinstance(error, MemoryError):
         return InputError(

@@ -161,7 +161,7 @@ def show_quantization(out: Output, quantization: dict[str, Any]) -> None:
 def show_plan(out: Output, plan: Plan) -> None:
     """The plan for people: totals, rows (all with --verbose), edits, warnings, refusals."""
     from ia3_export.inspection import summarize
-    from ia3_export.manifest import describe_quantization
+    from ia3_export.writing.manifest import describe_quantization
 
     total = summarize(plan)
     share = total["adapter_parameters"] / max(1, total["base_parameters"])

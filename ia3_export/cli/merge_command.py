@@ -20,7 +20,7 @@ from ia3_export.cli.options import (
 from ia3_export.cli.output import Output, human_bytes
 
 if TYPE_CHECKING:
-    from ia3_export.manifest import Manifest
+    from ia3_export.writing.manifest import Manifest
 
 
 @click.command("merge")
@@ -147,7 +147,7 @@ def merge_command(
     read = read_adapters(adapters, rules)
     if dry_run:
         from ia3_export.inspection import summarize
-        from ia3_export.manifest import describe_plan
+        from ia3_export.writing.manifest import describe_plan
 
         plan = plan_merge(
             base, read, combine=combine, weights=weights, cast=cast, dtype=dtype, quantized=quantized,

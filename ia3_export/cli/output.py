@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from ia3_export.execute import Progress
+    from ia3_export.writing.execute import Progress
 
 
 #: ``::error::`` at the start of a line, ``##[group]`` and ``##vso[`` anywhere.

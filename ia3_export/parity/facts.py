@@ -19,13 +19,13 @@ from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.hub import Location
 from ia3_export.errors import Refused
-from ia3_export.execute import hash_file
-from ia3_export.manifest import NAME
 from ia3_export.planning.changes import Cast, Dtype
 from ia3_export.planning.companions import TokenizerChoice
 from ia3_export.planning.plan import Plan, Quantized
 from ia3_export.quantization.detection import find_quantization
 from ia3_export.report.model import SiteSummary, Source
+from ia3_export.writing.execute import hash_file
+from ia3_export.writing.manifest import NAME
 
 _LIBRARIES = ("torch", "transformers", "peft", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu")
 _SHOWN = 128

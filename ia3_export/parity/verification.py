@@ -12,10 +12,7 @@ from ia3_export.adapters.combine import Combine
 from ia3_export.adapters.model import Adapter
 from ia3_export.arguments import check_arguments, real
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
-from ia3_export.checkpoint.stage import scratch_folder
 from ia3_export.errors import UsageError
-from ia3_export.execute import Progress
-from ia3_export.manifest import NAME
 from ia3_export.merging import merge
 from ia3_export.parity.facts import (
     MergeOptions,
@@ -34,6 +31,9 @@ from ia3_export.planning.base_match import folded_before
 from ia3_export.planning.plan import Plan, make_plan
 from ia3_export.quantization.detection import find_quantization
 from ia3_export.report.model import Reference, Report, Step, WeightsProof
+from ia3_export.writing.execute import Progress
+from ia3_export.writing.manifest import NAME
+from ia3_export.writing.stage import scratch_folder
 
 Dtype = Literal["auto", "float64", "float32", "float16", "bfloat16"]
 #: Kinds of change by which an output has other values than the base's.

@@ -14,7 +14,7 @@ import pytest
 
 from ia3_export.checkpoint import ranges
 from ia3_export.errors import InputError
-from ia3_export.execute import Progress
+from ia3_export.writing.execute import Progress
 from tests.e2e.command import Ran, command_line, only_complaint, run
 from tests.e2e.conftest import Tiny
 

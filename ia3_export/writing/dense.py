@@ -9,11 +9,11 @@ import numpy as np
 
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.header import StoredTensor, tensor_bytes, write_header
-from ia3_export.checkpoint.stage import copy_file
 from ia3_export.fold import FLOAT_DTYPES
 from ia3_export.quantization.detection import dense_view, find_quantization
 from ia3_export.quantization.packed import read_flat
 from ia3_export.quantization.settings import SIDE_FILES, without_settings
+from ia3_export.writing.stage import copy_file
 
 #: Elements that are in memory at a time.
 _BLOCK = 1 << 21

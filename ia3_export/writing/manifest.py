@@ -15,9 +15,9 @@ from typing import Any, Literal
 from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.hub import Location
 from ia3_export.checkpoint.record import MANIFEST, Folded
-from ia3_export.execute import TensorResult, Written, hash_file
 from ia3_export.ordering import natural
 from ia3_export.planning.plan import Plan
+from ia3_export.writing.execute import TensorResult, Written, hash_file
 
 SCHEMA = "ia3-export/manifest/1"
 NAME = MANIFEST

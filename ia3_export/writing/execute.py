@@ -23,9 +23,9 @@ from ia3_export.checkpoint import ranges
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import DamagedFile, NotFinite
 from ia3_export.fold import FLOAT_DTYPES, Workspace, check_block, count_zeros, fold_block, storage_dtype
-from ia3_export.layout import OutputFile
 from ia3_export.planning.changes import Change
-from ia3_export.schedule import Item, Queue, Sink, make_runs
+from ia3_export.writing.layout import OutputFile
+from ia3_export.writing.schedule import Item, Queue, Sink, make_runs
 
 _BLOCK = 1 << 19
 _COMPUTED = 1 << 21
