@@ -10,12 +10,12 @@ from typing import Any, Literal
 import numpy as np
 
 from ia3_export.adapters import read_adapter
-from ia3_export.adapters.channels import cosine, kinds_of
 from ia3_export.adapters.model import Adapter, Site
 from ia3_export.arguments import check_arguments
 from ia3_export.checkpoint.header import same_bytes
 from ia3_export.inspection import SiteStatistics, describe_vector
 from ia3_export.ordering import natural
+from ia3_export.vectors.channels import cosine, kinds_of
 
 
 @dataclass(frozen=True, slots=True)

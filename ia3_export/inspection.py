@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from ia3_export.adapters import read_adapter
-from ia3_export.adapters.channels import count_channels, strongest_channels
 from ia3_export.adapters.model import Adapter, Site
 from ia3_export.arguments import check_arguments
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.fold import FLOAT_DTYPES
 from ia3_export.planning.plan import Plan, Quantized, make_plan
+from ia3_export.vectors.channels import count_channels, strongest_channels
 from ia3_export.writing.manifest import describe_plan
 
 

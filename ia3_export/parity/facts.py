@@ -13,7 +13,6 @@ from typing import Any, get_args
 
 import numpy as np
 
-from ia3_export.adapters.channels import count_channels
 from ia3_export.adapters.combine import Combine
 from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.folder import Checkpoint
@@ -24,6 +23,7 @@ from ia3_export.planning.companions import TokenizerChoice
 from ia3_export.planning.plan import Plan, Quantized
 from ia3_export.quantization.detection import find_quantization
 from ia3_export.report.model import SiteSummary, Source
+from ia3_export.vectors.channels import count_channels
 from ia3_export.writing.execute import hash_file
 from ia3_export.writing.manifest import NAME
 

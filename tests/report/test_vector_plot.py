@@ -11,10 +11,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from ia3_export.adapters.channels import Counts, count_channels
 from ia3_export.errors import OutputError, Unsupported, UsageError
 from ia3_export.fold import Array
-from ia3_export.report.vector_numbers import (
+from ia3_export.vectors.channels import Counts, count_channels
+from ia3_export.vectors.numbers import (
     LEVELS,
     NEGATIVE,
     NOT_FINITE,
@@ -25,7 +25,7 @@ from ia3_export.report.vector_numbers import (
     make_strip,
     percent,
 )
-from ia3_export.report.vector_plot import PlotSite, Stack, make_picture, write_plot
+from ia3_export.vectors.picture import PlotSite, Stack, make_picture, write_plot
 
 HOSTILE = "\"'><script>alert('&')</script><img src=x onerror=y>{{ 7 * 7 }}</style>$\\frac{x"
 SUFFIXES = (".html", ".png")

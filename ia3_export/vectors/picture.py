@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ia3_export.adapters.channels import Counts
 from ia3_export.errors import OutputError, UsageError
 from ia3_export.fold import Array
 from ia3_export.report.files import write_whole
 from ia3_export.report.svg import tail
-from ia3_export.report.vector_numbers import (
+from ia3_export.vectors.channels import Counts
+from ia3_export.vectors.numbers import (
     Difference,
     Histogram,
     Strip,
@@ -128,11 +128,11 @@ def write_plot(sites: Sequence[PlotSite], names: Sequence[str], file: Path) -> N
         raise OutputError(f"{file} is a folder", hint="give a file")
     picture = make_picture(sites, names)
     if suffix == ".html":
-        from ia3_export.report.vector_html import to_html
+        from ia3_export.vectors.html import to_html
 
         content = to_html(picture).encode()
     else:
-        from ia3_export.report.vector_png import to_png
+        from ia3_export.vectors.png import to_png
 
         content = to_png(picture)
     write_whole(file, content)

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from ia3_export.fold import Array
 from ia3_export.report import formats
 from ia3_export.report.svg import digits, draw, thin_out
-from ia3_export.report.vector_numbers import (
+from ia3_export.vectors.numbers import (
     LEVELS,
     NEGATIVE,
     NOT_FINITE,
@@ -26,7 +26,7 @@ from ia3_export.report.vector_numbers import (
     factor_ticks,
     shown,
 )
-from ia3_export.report.vector_plot import Cell, Picture, Stack, most_changed
+from ia3_export.vectors.picture import Cell, Picture, Stack, most_changed
 
 _TOP = 8
 _KINDS = 8
@@ -49,7 +49,7 @@ def to_html(picture: Picture) -> str:
     )  # fmt: skip
     environment.filters |= {"number": shown, "cosine": agreement, "channels": channel_list, "factor": _factor}
     template = environment.from_string(
-        files(__package__).joinpath("vector_plot.html.j2").read_text(encoding="utf-8")
+        files(__package__).joinpath("picture.html.j2").read_text(encoding="utf-8")
     )
     return template.render(
         picture=picture,

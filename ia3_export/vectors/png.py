@@ -15,7 +15,7 @@ from ia3_export.errors import Unsupported
 from ia3_export.fold import Array
 from ia3_export.report.formats import clean
 from ia3_export.report.svg import tail, thin_out
-from ia3_export.report.vector_numbers import (
+from ia3_export.vectors.numbers import (
     LEVELS,
     Strip,
     agreement,
@@ -24,7 +24,7 @@ from ia3_export.report.vector_numbers import (
     factor_ticks,
     shown,
 )
-from ia3_export.report.vector_plot import Cell, Picture, Stack, most_changed
+from ia3_export.vectors.picture import Cell, Picture, Stack, most_changed
 
 #: Colours of the codes -LEVELS..LEVELS, then negative and not finite: those of the HTML page in the light.
 _PALETTE = [

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ia3_export.adapters.channels import UNCHANGED, Counts, cosine, count_channels, unchanged
 from ia3_export.fold import Array
 from ia3_export.report.formats import number
+from ia3_export.vectors.channels import UNCHANGED, Counts, cosine, count_channels, unchanged
 
 #: Colours on each side of 1.
 LEVELS = 6

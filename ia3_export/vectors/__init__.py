@@ -1,0 +1,1 @@
+"""The vectors of an adapter, counted and drawn."""
