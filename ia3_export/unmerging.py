@@ -23,7 +23,7 @@ from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import Refused, ShapeMismatch, Unsupported, UsageError
 from ia3_export.fold import Array, Scale, fold_block, storage_dtype
-from ia3_export.parity.expected import Expected, Reader, expected_blocks
+from ia3_export.parity.bits.expected import Expected, Reader, expected_blocks
 from ia3_export.parity.facts import merge_options
 from ia3_export.planning.base_match import is_of
 from ia3_export.planning.changes import Change

@@ -12,6 +12,7 @@ from ia3_export.errors import InputError, UsageError
 from ia3_export.fold import Array
 from ia3_export.models.model_class import quiet
 from ia3_export.models.sentence import SentenceHead, read_sentence_head
+from ia3_export.parity.bits.graph_files import Graph
 from ia3_export.parity.facts import MergeOptions
 from ia3_export.parity.forwards import (
     TORCH_DTYPES,
@@ -25,7 +26,6 @@ from ia3_export.parity.greedy import Decoded, prompts
 from ia3_export.parity.inputs import Case, make_cases
 from ia3_export.parity.judging import Artifact, Tolerance, failed_step, judge, unmerged_distance
 from ia3_export.parity.metrics import Outputs, compare, largest
-from ia3_export.parity.onnx_graph import Graph
 from ia3_export.parity.onnx_runs import decode_onnx, open_model, run_onnx
 from ia3_export.parity.own_inputs import fit_text, has_tokenizer, read_inputs, read_texts
 from ia3_export.parity.quantized import as_dense

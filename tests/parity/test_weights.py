@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.merging import merge, plan_merge
-from ia3_export.parity import weights
-from ia3_export.parity.weights import prove_folder
+from ia3_export.parity.bits import folder as weights
+from ia3_export.parity.bits.folder import prove_folder
 from ia3_export.planning.plan import Plan
 from tests.support import zoo
 
@@ -55,7 +55,7 @@ def test_one_flipped_bit_is_found(merged: tuple[Plan, Path], place: float, bit: 
     checkpoint = read_checkpoint(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, "BLOCK", block // 8 * 8)
-        patch.setattr("ia3_export.parity.expected.BLOCK", block // 8 * 8)
+        patch.setattr("ia3_export.parity.bits.expected.BLOCK", block // 8 * 8)
         patch.setattr(weights, "_PIECE", 4096)
         name = _flip(checkpoint, place, bit)
         proof = prove_folder(plan, checkpoint)

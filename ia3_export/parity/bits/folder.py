@@ -15,8 +15,16 @@ from dataclasses import dataclass
 
 from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint
 from ia3_export.checkpoint.header import StoredTensor
-from ia3_export.parity.diagnosis import diagnose
-from ia3_export.parity.expected import BLOCK, Expected, Reader, blocks, equal, expected_tensors, same_block
+from ia3_export.parity.bits.diagnosis import diagnose
+from ia3_export.parity.bits.expected import (
+    BLOCK,
+    Expected,
+    Reader,
+    blocks,
+    equal,
+    expected_tensors,
+    same_block,
+)
 from ia3_export.planning.companions import other_companions
 from ia3_export.planning.plan import Plan
 from ia3_export.report.model import TensorFinding, WeightsProof

@@ -9,7 +9,7 @@ import numpy as np
 
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.fold import FLOAT_DTYPES, Array, Scale, round_vector, to_float
-from ia3_export.parity.expected import Expected, Reader, blocks, equal
+from ia3_export.parity.bits.expected import Expected, Reader, blocks, equal
 from ia3_export.report.model import TensorFinding
 
 Failed = tuple[Expected, StoredTensor]

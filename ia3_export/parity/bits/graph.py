@@ -15,10 +15,10 @@ import numpy as np
 
 from ia3_export.fold import FLOAT_DTYPES, Array, from_float, to_float
 from ia3_export.onnx.quantize import constant
-from ia3_export.parity.codes import CODES, check_codes
-from ia3_export.parity.diagnosis import left_out
-from ia3_export.parity.expected import Expected, Reader, expected_blocks, expected_tensors
-from ia3_export.parity.onnx_graph import FLOATS, Graph
+from ia3_export.parity.bits.codes import CODES, check_codes
+from ia3_export.parity.bits.diagnosis import left_out
+from ia3_export.parity.bits.expected import Expected, Reader, expected_blocks, expected_tensors
+from ia3_export.parity.bits.graph_files import FLOATS, Graph
 from ia3_export.planning.plan import Plan
 from ia3_export.report.model import TensorFinding, WeightsProof
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ia3_export.fold import Array, to_float
-from ia3_export.parity.expected import Expected, Reader, expected_blocks
+from ia3_export.parity.bits.expected import Expected, Reader, expected_blocks
 
 #: Rounding moves a value by half a step; a zero point that is rounded too moves the ends of a block by up to another half.
 _STEPS = 1.01

@@ -1,0 +1,1 @@
+"""Proof of the weights: what every stored tensor must be, bit for bit. No torch."""
