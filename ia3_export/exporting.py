@@ -27,8 +27,8 @@ from ia3_export.onnx.provenance import Origin, trace_origins
 from ia3_export.onnx.tasks import Task, choose_task, load_model
 from ia3_export.onnx.trace import OPSETS, trace
 from ia3_export.parity.facts import source_of
-from ia3_export.parity.inputs import make_cases
-from ia3_export.parity.runners import exact_matmul
+from ia3_export.parity.runs.inputs import make_cases
+from ia3_export.parity.runs.run_torch import exact_matmul
 from ia3_export.parity.verification import verify
 from ia3_export.report.model import Report, Step
 from ia3_export.writing.card import BASE_CARD

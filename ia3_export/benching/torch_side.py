@@ -12,8 +12,8 @@ from ia3_export.libraries import cache_argument, returned_cache
 from ia3_export.models.sentence import read_sentence_head
 from ia3_export.onnx.contract import plan_graphs
 from ia3_export.onnx.tasks import Task
-from ia3_export.parity.inputs import make_cases
-from ia3_export.parity.reference import Placement, fit_class, load_live, load_plain
+from ia3_export.parity.runs.inputs import make_cases
+from ia3_export.parity.runs.live import Placement, fit_class, load_live, load_plain
 
 
 def load_variant(variant: Variant, sources: Sources, task: Task) -> Any:

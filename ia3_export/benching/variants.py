@@ -27,8 +27,8 @@ from ia3_export.onnx.files import external_files, save_model
 from ia3_export.onnx.package import precision_list
 from ia3_export.onnx.tasks import Task, choose_task
 from ia3_export.onnx.trace import trace
-from ia3_export.parity.greedy import special_tokens
-from ia3_export.parity.inputs import make_cases
+from ia3_export.parity.runs.greedy import special_tokens
+from ia3_export.parity.runs.inputs import make_cases
 
 OPSET = 20
 _TRACED: tuple[Variant, ...] = ("base", "unmerged")

@@ -14,23 +14,23 @@ from ia3_export.models.model_class import quiet
 from ia3_export.models.sentence import SentenceHead, read_sentence_head
 from ia3_export.parity.bits.graph_files import Graph
 from ia3_export.parity.facts import MergeOptions
-from ia3_export.parity.forwards import (
+from ia3_export.parity.gates import NUMERIC, coarser
+from ia3_export.parity.judging import Artifact, Tolerance, failed_step, judge, unmerged_distance
+from ia3_export.parity.metrics import Outputs, compare, largest
+from ia3_export.parity.runs.forwards import (
     TORCH_DTYPES,
     Merged,
     Unmerged,
     run_merged,
     run_unmerged,
 )
-from ia3_export.parity.gates import NUMERIC, coarser
-from ia3_export.parity.greedy import Decoded, prompts
-from ia3_export.parity.inputs import Case, make_cases
-from ia3_export.parity.judging import Artifact, Tolerance, failed_step, judge, unmerged_distance
-from ia3_export.parity.metrics import Outputs, compare, largest
-from ia3_export.parity.onnx_runs import decode_onnx, open_model, run_onnx
-from ia3_export.parity.own_inputs import fit_text, has_tokenizer, read_inputs, read_texts
-from ia3_export.parity.quantized import as_dense
-from ia3_export.parity.reference import Placement
-from ia3_export.parity.runners import exact_matmul
+from ia3_export.parity.runs.greedy import Decoded, prompts
+from ia3_export.parity.runs.inputs import Case, make_cases
+from ia3_export.parity.runs.live import Placement
+from ia3_export.parity.runs.own_inputs import fit_text, has_tokenizer, read_inputs, read_texts
+from ia3_export.parity.runs.quantized import as_dense
+from ia3_export.parity.runs.run_onnx import decode_onnx, open_model, run_onnx
+from ia3_export.parity.runs.run_torch import exact_matmul
 from ia3_export.report.model import Reference, Step, WeightsProof
 
 #: A loaded model takes its parameters in the widest dtype it is run in, and as much again while it is cast or run.

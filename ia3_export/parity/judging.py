@@ -8,9 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ia3_export.fold import Array
-from ia3_export.parity.forwards import Merged, Unmerged
 from ia3_export.parity.gates import EFFECT, NUMERIC, at_most, coarser, quantized_gates, rounding_bound
-from ia3_export.parity.greedy import Decoded, compare_decoded
 from ia3_export.parity.metrics import (
     Outputs,
     beyond,
@@ -20,7 +18,9 @@ from ia3_export.parity.metrics import (
     largest,
     perplexity,
 )
-from ia3_export.parity.runners import Run
+from ia3_export.parity.runs.forwards import Merged, Unmerged
+from ia3_export.parity.runs.greedy import Decoded, compare_decoded
+from ia3_export.parity.runs.run_torch import Run
 from ia3_export.report.model import (
     Distance,
     Gate,

@@ -26,7 +26,7 @@ from ia3_export.parity.facts import (
     source_of,
     summarize_sites,
 )
-from ia3_export.parity.onnx_runs import find_onnx
+from ia3_export.parity.runs.run_onnx import find_onnx
 from ia3_export.planning.base_match import folded_before
 from ia3_export.planning.plan import Plan, make_plan
 from ia3_export.quantization.detection import find_quantization

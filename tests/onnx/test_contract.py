@@ -9,7 +9,7 @@ import pytest
 from ia3_export.errors import Unsupported
 from ia3_export.onnx.contract import plan_graphs
 from ia3_export.onnx.tasks import TASKS
-from ia3_export.parity.inputs import make_cases
+from ia3_export.parity.runs.inputs import make_cases
 from tests.support import zoo
 from tests.support.exported import KINDS, Exports
 

@@ -143,7 +143,7 @@ def traced() -> tuple[Any, Any, dict[str, Any]]:
     from ia3_export.onnx.contract import plan_graphs
     from ia3_export.onnx.tasks import TASKS
     from ia3_export.onnx.trace import trace
-    from ia3_export.parity.inputs import make_cases
+    from ia3_export.parity.runs.inputs import make_cases
 
     model = zoo.build(zoo.by_name("vit"))
     before = {name: value.clone() for name, value in model.state_dict().items()}

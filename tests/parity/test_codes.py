@@ -20,7 +20,7 @@ from ia3_export.parity.bits.codes import CODES, CodeCheck, check_codes
 from ia3_export.parity.bits.expected import Expected
 from ia3_export.parity.bits.graph import prove_graph
 from ia3_export.parity.bits.graph_files import read_graphs
-from ia3_export.parity.onnx_runs import find_onnx
+from ia3_export.parity.runs.run_onnx import find_onnx
 from ia3_export.planning.plan import make_plan
 from tests.e2e.command import run
 from tests.support import zoo

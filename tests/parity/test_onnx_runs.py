@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from ia3_export.errors import DamagedFile, NotFound, Unsupported
-from ia3_export.parity.greedy import TOKENS, SpecialTokens
-from ia3_export.parity.inputs import Case
-from ia3_export.parity.onnx_runs import decode_onnx, find_onnx, open_model, run_onnx
+from ia3_export.parity.runs.greedy import TOKENS, SpecialTokens
+from ia3_export.parity.runs.inputs import Case
+from ia3_export.parity.runs.run_onnx import decode_onnx, find_onnx, open_model, run_onnx
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

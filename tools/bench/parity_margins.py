@@ -32,7 +32,7 @@ def main() -> None:
 
     from ia3_export import export_onnx, verify
     from ia3_export.errors import IA3ExportError
-    from ia3_export.parity.runners import quiet
+    from ia3_export.parity.runs.run_torch import quiet
     from tests.support import zoo
 
     torch.set_num_threads(1)

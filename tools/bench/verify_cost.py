@@ -29,7 +29,7 @@ import sys, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 base, adapter, merged = sys.argv[1:]
-from ia3_export.parity.inputs import make_cases
+from ia3_export.parity.runs.inputs import make_cases
 live = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), adapter).eval()
 cases = make_cases(live.get_base_model())
 def run(model):

@@ -15,12 +15,12 @@ from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint
 from ia3_export.errors import Refused, Unsupported
 from ia3_export.models.sentence import SentenceHead
-from ia3_export.parity.greedy import Decoded, SpecialTokens, decode, prompts, special_tokens
-from ia3_export.parity.inputs import Case, is_decoder
 from ia3_export.parity.metrics import EPSILON, largest
-from ia3_export.parity.quantized import is_bitsandbytes
-from ia3_export.parity.reference import LiveModel, Placement, load_as_library_runs_it, load_live, load_plain
-from ia3_export.parity.runners import Run, rounding_noise, run_torch
+from ia3_export.parity.runs.greedy import Decoded, SpecialTokens, decode, prompts, special_tokens
+from ia3_export.parity.runs.inputs import Case, is_decoder
+from ia3_export.parity.runs.live import LiveModel, Placement, load_as_library_runs_it, load_live, load_plain
+from ia3_export.parity.runs.quantized import is_bitsandbytes
+from ia3_export.parity.runs.run_torch import Run, rounding_noise, run_torch
 
 _LARGE = 64 << 20
 TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ia3_export.errors import DamagedFile, NotFound, Unsupported, UsageError, first_line
-from ia3_export.parity.inputs import Case
+from ia3_export.parity.runs.inputs import Case
 
 _ROWS = 8
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.*", "*.model", "merges.txt")

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from ia3_export.fold import Array
-from ia3_export.parity.inputs import Case
-from ia3_export.parity.runners import place, unwrap
+from ia3_export.parity.runs.inputs import Case
+from ia3_export.parity.runs.run_torch import place, unwrap
 from ia3_export.report.model import Generation
 
 TOKENS = 12

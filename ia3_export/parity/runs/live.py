@@ -23,7 +23,7 @@ from ia3_export.checkpoint.header import StoredTensor, read_values, same_bytes
 from ia3_export.errors import Unsupported, kind_and_line
 from ia3_export.models.conversions import in_class_names, loading_rules
 from ia3_export.models.model_class import load_runtime_model, make_config
-from ia3_export.parity.quantized import as_dense, load_dense, widen
+from ia3_export.parity.runs.quantized import as_dense, load_dense, widen
 
 
 @dataclass(frozen=True, slots=True)

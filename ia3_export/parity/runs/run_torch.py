@@ -13,7 +13,7 @@ from ia3_export.errors import Unsupported
 from ia3_export.fold import Array
 from ia3_export.libraries import cache_argument, returned_cache
 from ia3_export.models.sentence import SentenceHead
-from ia3_export.parity.inputs import Case
+from ia3_export.parity.runs.inputs import Case
 
 #: Modules that PEFT puts around or into those of the model.
 _PEFT_PARTS = ("base_layer", "ia3_l", "original_module", "modules_to_save")

@@ -12,9 +12,9 @@ import numpy as np
 
 from ia3_export.errors import DamagedFile, NotFound, Unsupported, first_line
 from ia3_export.fold import Array
-from ia3_export.parity.greedy import TOKENS, Decoded, SpecialTokens
-from ia3_export.parity.inputs import Case
-from ia3_export.parity.runners import attended
+from ia3_export.parity.runs.greedy import TOKENS, Decoded, SpecialTokens
+from ia3_export.parity.runs.inputs import Case
+from ia3_export.parity.runs.run_torch import attended
 
 _ENCODER, _MERGED, _FIRST, _CACHED = (
     "encoder_model", "decoder_model_merged", "decoder_model", "decoder_with_past_model",
