@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from ia3_export.adapters import read_adapter
     from ia3_export.benching.measuring import bench
     from ia3_export.checkpoint.folder import read_checkpoint
-    from ia3_export.comparison import compare
-    from ia3_export.converting import combine, convert
-    from ia3_export.exporting import export_onnx
-    from ia3_export.inspection import inspect
-    from ia3_export.merging import merge, merge_each, plan_merge
-    from ia3_export.parity.verification import verify
-    from ia3_export.plotting import plot_vectors
-    from ia3_export.unmerging import unmerge
+    from ia3_export.commands.compare import compare
+    from ia3_export.commands.convert import combine, convert
+    from ia3_export.commands.export_onnx import export_onnx
+    from ia3_export.commands.inspect import inspect
+    from ia3_export.commands.merge import merge, merge_each, plan_merge
+    from ia3_export.commands.plot import plot_vectors
+    from ia3_export.commands.unmerge import unmerge
+    from ia3_export.commands.verify import verify
 
 __all__ = [
     "bench",
@@ -49,19 +49,19 @@ __all__ = [
 
 _HOME = {
     "bench": "ia3_export.benching.measuring",
-    "combine": "ia3_export.converting",
-    "compare": "ia3_export.comparison",
-    "convert": "ia3_export.converting",
-    "export_onnx": "ia3_export.exporting",
-    "inspect": "ia3_export.inspection",
-    "merge": "ia3_export.merging",
-    "merge_each": "ia3_export.merging",
-    "plan_merge": "ia3_export.merging",
-    "plot_vectors": "ia3_export.plotting",
+    "combine": "ia3_export.commands.convert",
+    "compare": "ia3_export.commands.compare",
+    "convert": "ia3_export.commands.convert",
+    "export_onnx": "ia3_export.commands.export_onnx",
+    "inspect": "ia3_export.commands.inspect",
+    "merge": "ia3_export.commands.merge",
+    "merge_each": "ia3_export.commands.merge",
+    "plan_merge": "ia3_export.commands.merge",
+    "plot_vectors": "ia3_export.commands.plot",
     "read_adapter": "ia3_export.adapters",
     "read_checkpoint": "ia3_export.checkpoint.folder",
-    "unmerge": "ia3_export.unmerging",
-    "verify": "ia3_export.parity.verification",
+    "unmerge": "ia3_export.commands.unmerge",
+    "verify": "ia3_export.commands.verify",
 }
 
 

@@ -16,10 +16,10 @@ from ia3_export.adapters.model import Adapter
 from ia3_export.benching.jobs import Job, Sources, Variant
 from ia3_export.benching.torch_side import load_variant
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
+from ia3_export.commands.export_onnx import export_onnx
+from ia3_export.commands.merge import merge
 from ia3_export.errors import UsageError
-from ia3_export.exporting import export_onnx
 from ia3_export.fold import Array
-from ia3_export.merging import merge
 from ia3_export.models.model_class import load_runtime_model, make_config
 from ia3_export.models.sentence import read_sentence_head
 from ia3_export.onnx.contract import input_names, plan_graphs

@@ -18,7 +18,7 @@ from ia3_export.cli.options import (
 from ia3_export.cli.output import Output
 
 if TYPE_CHECKING:
-    from ia3_export.converting import TaskType, WrittenAdapter
+    from ia3_export.commands.convert import TaskType, WrittenAdapter
 
 
 @click.command("convert")
@@ -65,7 +65,7 @@ def convert_command(
       ia3-export convert vectors.pt --map '(.+)\\.ia3_scale=output' --output mine
     """
     from ia3_export.adapters import read_adapters
-    from ia3_export.converting import convert
+    from ia3_export.commands.convert import convert
 
     out = Output(as_json, quiet, verbose)
     read = read_adapters([adapter], rules)[0]
@@ -108,7 +108,7 @@ def combine_command(
       ia3-export combine --adapter a --adapter b --combine delta --weights 0.7,0.3 --output mix
     """
     from ia3_export.adapters import read_adapters
-    from ia3_export.converting import combine as combine_adapters
+    from ia3_export.commands.convert import combine as combine_adapters
 
     out = Output(as_json, quiet, verbose)
     read = read_adapters(adapters, rules)

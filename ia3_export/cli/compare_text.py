@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from ia3_export.cli.output import Output
 
 if TYPE_CHECKING:
-    from ia3_export.comparison import Comparison, SiteComparison
-    from ia3_export.inspection import SiteStatistics
+    from ia3_export.commands.compare import Comparison, SiteComparison
+    from ia3_export.commands.inspect import SiteStatistics
 
 _SHOWN = 12
 

@@ -13,7 +13,7 @@ from ia3_export.cli.output import Output, human_bytes
 from ia3_export.ordering import natural
 
 if TYPE_CHECKING:
-    from ia3_export.inspection import Inspection
+    from ia3_export.commands.inspect import Inspection
     from ia3_export.planning.plan import Plan, Quantized
 
 
@@ -71,18 +71,18 @@ def inspect_command(
     if compare and base is not None:
         raise click.UsageError("--compare and --base exclude each other")
     from ia3_export.adapters import read_adapters
-    from ia3_export.inspection import inspect
+    from ia3_export.commands.inspect import inspect
 
     out = Output(as_json, quiet, verbose)
     read = read_adapters(adapters, rules)
     if plot is not None:
-        from ia3_export.plotting import plot_vectors
+        from ia3_export.commands.plot import plot_vectors
 
         plot_vectors(read, plot)
         out.text(f"drawn: {plot}")
     if compare:
         from ia3_export.cli.compare_text import show_comparison
-        from ia3_export.comparison import compare as compare_adapters
+        from ia3_export.commands.compare import compare as compare_adapters
 
         compared = compare_adapters(*read)
         show_comparison(out, compared)
@@ -160,7 +160,7 @@ def show_quantization(out: Output, quantization: dict[str, Any]) -> None:
 
 def show_plan(out: Output, plan: Plan) -> None:
     """The plan for people: totals, rows (all with --verbose), edits, warnings, refusals."""
-    from ia3_export.inspection import summarize
+    from ia3_export.commands.inspect import summarize
     from ia3_export.writing.manifest import describe_quantization
 
     total = summarize(plan)

@@ -141,12 +141,12 @@ def merge_command(
     if output_per_adapter is not None and (combine != "product" or weights):
         raise click.UsageError("--output-per-adapter merges each adapter alone: no --combine, no --weights")
     from ia3_export.adapters import read_adapters
-    from ia3_export.merging import merge, merge_each, plan_merge
+    from ia3_export.commands.merge import merge, merge_each, plan_merge
 
     out = Output(as_json, quiet, verbose)
     read = read_adapters(adapters, rules)
     if dry_run:
-        from ia3_export.inspection import summarize
+        from ia3_export.commands.inspect import summarize
         from ia3_export.writing.manifest import describe_plan
 
         plan = plan_merge(

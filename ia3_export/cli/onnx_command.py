@@ -12,7 +12,7 @@ from ia3_export.cli.output import Output, human_bytes
 from ia3_export.cli.report_text import show_report
 
 if TYPE_CHECKING:
-    from ia3_export.exporting import OnnxExport
+    from ia3_export.commands.export_onnx import OnnxExport
 
 
 @click.command("onnx")
@@ -71,7 +71,7 @@ def onnx_command(
       ia3-export onnx --base my-base --adapter my-adapter --output exported --precision fp32,int8,int4
     """
     from ia3_export.adapters import read_adapters
-    from ia3_export.exporting import export_onnx
+    from ia3_export.commands.export_onnx import export_onnx
 
     out = Output(as_json, quiet, verbose)
     done = export_onnx(

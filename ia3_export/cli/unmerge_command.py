@@ -18,7 +18,7 @@ from ia3_export.cli.options import (
 from ia3_export.cli.output import Output
 
 if TYPE_CHECKING:
-    from ia3_export.unmerging import Unmerged
+    from ia3_export.commands.unmerge import Unmerged
 
 
 @click.command("unmerge")
@@ -59,7 +59,7 @@ def unmerge_command(
       ia3-export unmerge --model merged --adapter my-adapter --output base-again
     """
     from ia3_export.adapters import read_adapters
-    from ia3_export.unmerging import unmerge
+    from ia3_export.commands.unmerge import unmerge
 
     out = Output(as_json, quiet, verbose)
     read = read_adapters(adapters, rules)

@@ -19,7 +19,7 @@ from ia3_export.cli.output import Output
 
 if TYPE_CHECKING:
     from ia3_export.adapters.combine import Combine
-    from ia3_export.parity.verification import Dtype
+    from ia3_export.commands.verify import Dtype
 
 _FILE = click.Path(path_type=Path)
 
@@ -124,7 +124,7 @@ def verify_command(
     """
     from ia3_export.adapters import read_adapters
     from ia3_export.cli.report_text import show_report
-    from ia3_export.parity.verification import verify
+    from ia3_export.commands.verify import verify
     from ia3_export.report.files import append_step_summary, check_targets, write_reports
 
     given: dict[str, Any] = {"report": report, "markdown": markdown, "junit": junit, "html": html}

@@ -24,7 +24,7 @@ def crashing(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise KeyError
 
-    monkeypatch.setattr("ia3_export.merging.lay_out", fail)
+    monkeypatch.setattr("ia3_export.commands.merge.lay_out", fail)
 
 
 def crash(tiny: Tiny, output: Path, *more: str) -> Ran:

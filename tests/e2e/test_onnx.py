@@ -324,7 +324,7 @@ def wrong_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every graph is written with the values of its largest weight gone."""
     import onnx_ir
 
-    from ia3_export import exporting
+    from ia3_export.commands import export_onnx as exporting
 
     right = exporting.save_model
 
@@ -372,7 +372,7 @@ def test_a_wrong_graph_replaces_neither_an_older_folder_nor_an_older_failure(
 def test_an_interrupted_export_leaves_nothing(
     exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ia3_export import exporting
+    from ia3_export.commands import export_onnx as exporting
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt

@@ -112,7 +112,7 @@ def test_large_decoders_become_one_with_its_own_data_and_leave_none_behind(
 
     import onnx_ir
 
-    from ia3_export import exporting
+    from ia3_export.commands import export_onnx as exporting
     from ia3_export.onnx import conditional
     from tests.e2e.command import run
 

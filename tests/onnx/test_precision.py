@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ia3_export.commands.export_onnx import export_onnx
 from ia3_export.errors import Unsupported
-from ia3_export.exporting import export_onnx
 from ia3_export.onnx import precision as precisions
 from ia3_export.onnx.files import external_files, save_model
 from ia3_export.onnx.precision import Coverage, convert

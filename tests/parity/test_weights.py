@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
-from ia3_export.merging import merge, plan_merge
+from ia3_export.commands.merge import merge, plan_merge
 from ia3_export.parity.bits import folder as weights
 from ia3_export.parity.bits.folder import prove_folder
 from ia3_export.planning.plan import Plan

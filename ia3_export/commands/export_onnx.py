@@ -15,8 +15,9 @@ from typing import Any
 from ia3_export.adapters.model import Adapter
 from ia3_export.arguments import check_arguments
 from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint, read_checkpoint
+from ia3_export.commands.merge import merge
+from ia3_export.commands.verify import verify
 from ia3_export.errors import CheckFailed, Refused, UsageError
-from ia3_export.merging import merge
 from ia3_export.models.model_class import quiet
 from ia3_export.models.sentence import read_sentence_head
 from ia3_export.onnx.contract import DecoderForm, plan_graphs
@@ -29,7 +30,6 @@ from ia3_export.onnx.trace import OPSETS, trace
 from ia3_export.parity.facts import source_of
 from ia3_export.parity.runs.inputs import make_cases
 from ia3_export.parity.runs.run_torch import exact_matmul
-from ia3_export.parity.verification import verify
 from ia3_export.report.model import Report, Step
 from ia3_export.writing.card import BASE_CARD
 from ia3_export.writing.dense import is_quantized, write_dense

@@ -12,8 +12,8 @@ from ia3_export.adapters.combine import Combine
 from ia3_export.adapters.model import Adapter
 from ia3_export.arguments import check_arguments, real
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
+from ia3_export.commands.merge import merge
 from ia3_export.errors import UsageError
-from ia3_export.merging import merge
 from ia3_export.parity.bits.folder import prove_folder
 from ia3_export.parity.bits.graph import prove_graph
 from ia3_export.parity.bits.graph_files import Graph, read_graphs

@@ -13,7 +13,7 @@ from ia3_export.adapters import read_adapter
 from ia3_export.adapters.model import Adapter, Site
 from ia3_export.arguments import check_arguments
 from ia3_export.checkpoint.header import same_bytes
-from ia3_export.inspection import SiteStatistics, describe_vector
+from ia3_export.commands.inspect import SiteStatistics, describe_vector
 from ia3_export.ordering import natural
 from ia3_export.vectors.channels import cosine, kinds_of
 
