@@ -13,7 +13,10 @@ from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import DamagedFile, IA3ExportError, Unsupported
 from ia3_export.fold import FLOAT_DTYPES, Array
 from ia3_export.models.modules import CONV1D_MODEL_TYPES, model_types
-from ia3_export.quantization import bitsandbytes, gguf, hqq, integers, mxfp4, packed_integers, quanto, scaled
+from ia3_export.quantization import bitsandbytes, gguf, hqq, mxfp4, quanto
+from ia3_export.quantization import compressed_tensors as packed_integers
+from ia3_export.quantization import eight_bits as scaled
+from ia3_export.quantization import gptq_awq as integers
 from ia3_export.quantization.activations import cache_tensors
 from ia3_export.quantization.packed import READER_ERRORS, Packed
 from ia3_export.quantization.settings import check_expressions, read_settings
