@@ -18,7 +18,7 @@ from ia3_export import errors
 
 if TYPE_CHECKING:
     from ia3_export.adapters import read_adapter
-    from ia3_export.benching.measuring import bench
+    from ia3_export.benching.bench import bench
     from ia3_export.checkpoint.folder import read_checkpoint
     from ia3_export.commands.compare import compare
     from ia3_export.commands.convert import combine, convert
@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "bench": "ia3_export.benching.measuring",
+    "bench": "ia3_export.benching.bench",
     "combine": "ia3_export.commands.convert",
     "compare": "ia3_export.commands.compare",
     "convert": "ia3_export.commands.convert",

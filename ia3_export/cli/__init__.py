@@ -11,14 +11,14 @@ from typing import Any
 
 import click
 
-from ia3_export.cli.adapter_commands import combine_command, convert_command
-from ia3_export.cli.bench_command import bench_command
-from ia3_export.cli.inspect_command import inspect_command
-from ia3_export.cli.merge_command import merge_command
-from ia3_export.cli.onnx_command import onnx_command
+from ia3_export.cli.adapters import combine_command, convert_command
+from ia3_export.cli.bench import bench_command
+from ia3_export.cli.inspect import inspect_command
+from ia3_export.cli.merge import merge_command
+from ia3_export.cli.onnx import onnx_command
 from ia3_export.cli.output import Output
-from ia3_export.cli.unmerge_command import unmerge_command
-from ia3_export.cli.verify_command import verify_command
+from ia3_export.cli.unmerge import unmerge_command
+from ia3_export.cli.verify import verify_command
 from ia3_export.errors import CRASHED, IA3ExportError, InputError, OutputError, UsageError, kind_and_line
 
 INTERRUPTED = 130

@@ -63,7 +63,7 @@ def bench_command(
 
     The merged model is exported into a temporary folder for this and not verified: that is what onnx does.
     """
-    from ia3_export.benching.measuring import bench
+    from ia3_export.benching.bench import bench
 
     out = Output(as_json, quiet, verbose)
     done = bench(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from ia3_export.cli.inspect_command import show_left_out, show_plan, show_quantization
+from ia3_export.cli.inspect import show_left_out, show_plan, show_quantization
 from ia3_export.cli.options import (
     adapters_option,
     base_option,
