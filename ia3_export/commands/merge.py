@@ -221,7 +221,7 @@ def _reload(plan: Plan, stage: Path, target: Path) -> Mapping[str, Any] | None:
     """Open the output of a quantized base through its users' library; one that is not what was written is kept aside."""
     if not plan.quantization.packed:
         return None
-    from ia3_export.writing.reload_check import check_output
+    from ia3_export.parity.reload_check import check_output
 
     try:
         return check_output(stage, plan.base, dense=plan.dequantizes).to_json()

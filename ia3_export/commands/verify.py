@@ -14,6 +14,7 @@ from ia3_export.arguments import check_arguments, real
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.commands.merge import merge
 from ia3_export.errors import UsageError
+from ia3_export.onnx.exported import find_onnx
 from ia3_export.parity.bits.folder import prove_folder
 from ia3_export.parity.bits.graph import prove_graph
 from ia3_export.parity.bits.graph_files import Graph, read_graphs
@@ -26,7 +27,6 @@ from ia3_export.parity.facts import (
     source_of,
     summarize_sites,
 )
-from ia3_export.parity.runs.run_onnx import find_onnx
 from ia3_export.planning.base_match import folded_before
 from ia3_export.planning.plan import Plan, make_plan
 from ia3_export.quantization.detection import find_quantization

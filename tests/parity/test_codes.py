@@ -16,11 +16,11 @@ from safetensors.numpy import save_file
 
 from ia3_export.adapters import read_adapter
 from ia3_export.checkpoint.folder import read_checkpoint
+from ia3_export.onnx.exported import find_onnx
 from ia3_export.parity.bits.codes import CODES, CodeCheck, check_codes
 from ia3_export.parity.bits.expected import Expected
 from ia3_export.parity.bits.graph import prove_graph
 from ia3_export.parity.bits.graph_files import read_graphs
-from ia3_export.parity.runs.run_onnx import find_onnx
 from ia3_export.planning.plan import make_plan
 from tests.e2e.command import run
 from tests.support import zoo

@@ -119,7 +119,7 @@ def test_a_head_is_named_among_what_is_not_quantized(listed: list[str] | None, t
 
 def test_names_that_loading_changes_are_followed(tmp_path: Path) -> None:
     """Names of a file that transformers changes while loading are followed."""
-    from ia3_export.writing.reload_check import check_reload
+    from ia3_export.parity.reload_check import check_reload
 
     found = check_reload(_vision_language(tmp_path / "vision"))
     assert found.weights > 10 and not found.skipped

@@ -11,8 +11,8 @@ from typing import Any
 from ia3_export.checkpoint.folder import read_config
 from ia3_export.checkpoint.record import MANIFEST
 from ia3_export.errors import DamagedFile, NotFound, Refused, first_line
+from ia3_export.onnx.exported import plain_stem
 from ia3_export.onnx.quantize import SHAPING
-from ia3_export.parity.runs.run_onnx import plain_stem
 
 #: ONNX's floating element types, by their names in safetensors.
 FLOATS = {"FLOAT": "F32", "FLOAT16": "F16", "DOUBLE": "F64", "BFLOAT16": "BF16"}

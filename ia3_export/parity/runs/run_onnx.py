@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ia3_export.errors import DamagedFile, NotFound, Unsupported, first_line
+from ia3_export.errors import DamagedFile, Unsupported, first_line
 from ia3_export.fold import Array
+from ia3_export.onnx.exported import CACHED, ENCODER, FIRST, MERGED, plain_stem
 from ia3_export.parity.runs.greedy import TOKENS, Decoded, SpecialTokens
 from ia3_export.parity.runs.inputs import Case
 from ia3_export.parity.runs.run_torch import attended
 
-_ENCODER, _MERGED, _FIRST, _CACHED = (
-    "encoder_model", "decoder_model_merged", "decoder_model", "decoder_with_past_model",
-)  # fmt: skip
-_STEMS = sorted(("model", _ENCODER, _MERGED, _FIRST, _CACHED), key=len, reverse=True)
 _PAST, _PRESENT = "past_key_values", "present"
 
 Cache = Mapping[str, Array]
@@ -35,62 +32,17 @@ class OnnxModel:
     @property
     def decoder(self) -> Any:
         """The session that gives the outputs at the first step."""
-        return next(self.sessions[stem] for stem in ("model", _MERGED, _FIRST) if stem in self.sessions)
+        return next(self.sessions[stem] for stem in ("model", MERGED, FIRST) if stem in self.sessions)
 
     @property
     def cached(self) -> bool:
         """Whether decoding is step by step, with a cache of keys and values."""
-        return _CACHED in self.sessions or any(i.name.startswith(_PAST) for i in self.decoder.get_inputs())
+        return CACHED in self.sessions or any(i.name.startswith(_PAST) for i in self.decoder.get_inputs())
 
     @property
     def provider(self) -> str:
         """The execution provider in use."""
         return str(self.decoder.get_providers()[0])
-
-
-def plain_stem(path: Path) -> str | None:
-    """``decoder_model_merged`` of ``decoder_model_merged_int8.onnx``: what a file of an exported folder is; None for other names."""
-    return next((s for s in _STEMS if path.stem == s or path.stem.startswith(f"{s}_")), None)
-
-
-def find_onnx(location: str | Path) -> list[tuple[Path, ...]]:
-    """The models in an exported folder, the plain one first, then its other precisions; each is one ``.onnx`` file, or encoder and
-    decoder(s). A single file is itself, with the other half of an encoder-decoder beside it.
-
-    Files that are links to each other count once. Raises `NotFound`.
-    """
-    path = Path(location)
-    if path.is_file():
-        groups = _groups(path.parent.glob("*.onnx"))
-        return [next((g for g in groups if len(g) > 1 and any(f.samefile(path) for f in g)), (path,))]
-    for folder in (path / "onnx", path):
-        groups = _groups(sorted(folder.glob("*.onnx")))
-        if groups:
-            return groups
-    raise NotFound(
-        f"{location} holds no onnx/model.onnx", hint="give the folder that ia3-export onnx wrote, or a file"
-    )
-
-
-def _groups(files: Iterable[Path]) -> list[tuple[Path, ...]]:
-    by_suffix: dict[str, dict[str, Path]] = {}
-    for file in files:
-        stem = plain_stem(file)
-        if stem is not None and file.is_file():
-            by_suffix.setdefault(file.stem.removeprefix(stem), {})[stem] = file
-    groups: list[tuple[Path, ...]] = []
-    for _, parts in sorted(by_suffix.items()):
-        if "model" in parts:
-            found: tuple[Path, ...] = (parts["model"],)
-        elif _ENCODER in parts and _MERGED in parts:
-            found = (parts[_ENCODER], parts[_MERGED])
-        elif _ENCODER in parts and _FIRST in parts:
-            found = tuple(parts[stem] for stem in (_ENCODER, _FIRST, _CACHED) if stem in parts)
-        else:
-            continue
-        if not any(found[-1].samefile(other[-1]) for other in groups):
-            groups.append(found)
-    return groups
 
 
 def open_model(paths: Sequence[Path], device: str = "cpu") -> OnnxModel:
@@ -148,7 +100,7 @@ def decode_onnx(model: OnnxModel, cases: Sequence[Case], special: SpecialTokens)
         tensors = {
             n: v.numpy() for n, v in case.tensors.items() if n not in ("decoder_input_ids", "position_ids")
         }
-        whole = _ENCODER in model.sessions
+        whole = ENCODER in model.sessions
         states = _encode(model, tensors) if whole else None
         batch = next(iter(tensors.values())).shape[0]
         ids = np.full((batch, 1), special.start, np.int64) if whole else tensors["input_ids"]
@@ -173,7 +125,7 @@ def decode_onnx(model: OnnxModel, cases: Sequence[Case], special: SpecialTokens)
 
 
 def _forward(model: OnnxModel, tensors: Mapping[str, Array], past: int) -> dict[str, Array]:
-    if _ENCODER in model.sessions:
+    if ENCODER in model.sessions:
         states, ids = _encode(model, tensors), tensors["decoder_input_ids"]
         mask = tensors.get("attention_mask")
         before: Cache = {}
@@ -192,7 +144,7 @@ def _forward(model: OnnxModel, tensors: Mapping[str, Array], past: int) -> dict[
 
 
 def _encode(model: OnnxModel, tensors: Mapping[str, Array]) -> Array:
-    encoder = model.sessions[_ENCODER]
+    encoder = model.sessions[ENCODER]
     return next(iter(_call(encoder, tensors).values()))
 
 
@@ -206,8 +158,8 @@ def _step(
 def _cross_step(
     model: OnnxModel, ids: Array, states: Array | None, mask: Array | None, cache: Cache
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    merged = model.sessions.get(_MERGED)
-    session = merged or model.sessions[_CACHED if cache and _CACHED in model.sessions else _FIRST]
+    merged = model.sessions.get(MERGED)
+    session = merged or model.sessions[CACHED if cache and CACHED in model.sessions else FIRST]
     feeds = {"input_ids": ids, "encoder_hidden_states": states, "use_cache_branch": np.array([bool(cache)])}
     if mask is not None:
         feeds["encoder_attention_mask"] = mask
