@@ -28,8 +28,14 @@ if TYPE_CHECKING:
     from ia3_export.commands.plot import plot_vectors
     from ia3_export.commands.unmerge import unmerge
     from ia3_export.commands.verify import verify
+    from ia3_export.parity.settings import RunSettings
+    from ia3_export.planning.recipe import Recipe
+    from ia3_export.writing.options import OutputOptions
 
 __all__ = [
+    "OutputOptions",
+    "Recipe",
+    "RunSettings",
     "bench",
     "combine",
     "compare",
@@ -48,6 +54,9 @@ __all__ = [
 ]
 
 _HOME = {
+    "OutputOptions": "ia3_export.writing.options",
+    "Recipe": "ia3_export.planning.recipe",
+    "RunSettings": "ia3_export.parity.settings",
     "bench": "ia3_export.benching.bench",
     "combine": "ia3_export.commands.convert",
     "compare": "ia3_export.commands.compare",

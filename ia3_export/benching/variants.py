@@ -29,6 +29,7 @@ from ia3_export.onnx.tasks import Task, choose_task
 from ia3_export.onnx.trace import trace
 from ia3_export.parity.runs.greedy import special_tokens
 from ia3_export.parity.runs.inputs import make_cases
+from ia3_export.writing.options import OutputOptions
 
 OPSET = 20
 _TRACED: tuple[Variant, ...] = ("base", "unmerged")
@@ -79,7 +80,7 @@ def prepare(
     wanted = precision_list(["fp32", *precisions])
     checkpoint, read = read_checkpoint(base), tuple(read_adapter(source) for source in adapters)
     say("merging")
-    merge(base, adapters, scratch / "merged", digests="none", reload_check=False)
+    merge(base, adapters, scratch / "merged", options=OutputOptions(digests="none", reload_check=False))
     merged = read_checkpoint(scratch / "merged")
     runtime = load_runtime_model(checkpoint.config or {}, read[0], checkpoint.tensors)
     # an adapter may have been trained below or above the head of the base

@@ -47,9 +47,7 @@ def bench_command(
     tokens: int,
     batch: int,
     rounds: int,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
+    out: Output,
 ) -> None:
     """Measure base, live adapter and merged model side by side, in PyTorch and in ONNX Runtime.
 
@@ -65,7 +63,6 @@ def bench_command(
     """
     from ia3_export.benching.bench import bench
 
-    out = Output(as_json, quiet, verbose)
     done = bench(
         base, adapters, task=task, precisions=precisions, threads=threads, length=length, tokens=tokens, batch=batch,
         rounds=rounds, on_step=out.text,

@@ -57,9 +57,7 @@ def onnx_command(
     opset: int,
     no_verify: bool,
     overwrite: bool,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
+    out: Output,
 ) -> None:
     """Export a model to ONNX: files that ONNX Runtime, transformers.js, optimum and onnxruntime-genai load as they are.
 
@@ -73,7 +71,6 @@ def onnx_command(
     from ia3_export.adapters import read_adapters
     from ia3_export.commands.export_onnx import export_onnx
 
-    out = Output(as_json, quiet, verbose)
     done = export_onnx(
         output, model=model, base=base, adapters=read_adapters(adapters, rules), task=task, precisions=precisions, targets=targets,
         decoder=decoder, opset=opset, check=not no_verify, overwrite=overwrite, on_step=out.text,  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ia3_export.adapters import read_adapter
-from ia3_export.adapters.combine import Combine, combine_extras, combine_sites, linear_warnings
+from ia3_export.adapters.combine import combine_extras, combine_sites, linear_warnings
 from ia3_export.adapters.mangled import may_be_damaged
 from ia3_export.adapters.model import Adapter, Site, TargetRules, second_key
 from ia3_export.adapters.writing import write_peft
@@ -19,7 +19,8 @@ from ia3_export.errors import Refused, UnusedVector, UsageError
 from ia3_export.planning.placement import Placement
 from ia3_export.planning.plan import check_weights, not_finite
 from ia3_export.planning.resolve import resolve
-from ia3_export.quantization.detection import dense_view, find_quantization
+from ia3_export.quantization.base import make_base
+from ia3_export.words import Combine
 from ia3_export.writing.execute import hash_file
 from ia3_export.writing.manifest import NAME, Manifest, list_files, tool
 from ia3_export.writing.stage import check_target, staged
@@ -136,8 +137,9 @@ def _fit(
     for problem in not_finite(adapter):
         raise problem
     if base is not None:
-        dense = dense_view(base, find_quantization(base))
-        found = resolve(adapter, dense, allow_missing=allow_missing, allow_unused=allow_unused)
+        found = resolve(
+            adapter, make_base(base).dense, allow_missing=allow_missing, allow_unused=allow_unused
+        )
         for problem in found.problems:
             raise problem
         extras = {name: found.adapter.extras[name] for name in found.extras}

@@ -30,11 +30,13 @@ from ia3_export.onnx.trace import OPSETS, trace
 from ia3_export.parity.facts import source_of
 from ia3_export.parity.runs.inputs import make_cases
 from ia3_export.parity.runs.run_torch import exact_matmul
+from ia3_export.parity.settings import RunSettings
 from ia3_export.report.model import Report, Step
 from ia3_export.writing.card import BASE_CARD
 from ia3_export.writing.dense import is_quantized, write_dense
 from ia3_export.writing.execute import hash_file
 from ia3_export.writing.manifest import NAME, list_files, tool
+from ia3_export.writing.options import OutputOptions
 from ia3_export.writing.stage import check_target, copy_file, scratch_folder, set_aside, staged
 
 SCHEMA = "ia3-export/onnx/2"
@@ -155,7 +157,8 @@ def export_onnx(
         source: str | Path = model or ""
         if base is not None:
             say("merging")
-            merge(base, adapters, scratch / "merged", digests="none", reload_check=False)
+            options = OutputOptions(digests="none", reload_check=False)
+            merge(base, adapters, scratch / "merged", options=options)
             source = scratch / "merged"
         checkpoint = read_checkpoint(source)
         location = (named or checkpoint).location  # what the user gave, not a copy in scratch
@@ -190,9 +193,8 @@ def export_onnx(
             say("verifying")
             # the float32 graphs are proven even where only other precisions of them were asked for
             places = [stage] if "fp32" in wanted else [plain, stage]
-            report = verify(
-                base or source, adapters, onnx=places, device="cpu", max_memory=_limit(checkpoint)
-            )
+            settings = RunSettings(device="cpu", max_memory=_limit(checkpoint))
+            report = verify(base or source, adapters, onnx=places, settings=settings)
             report = replace(report, base=source_of(location))
             _require(report, stage, target)
         return OnnxExport(target, chosen.name, opset, tuple(files), report)

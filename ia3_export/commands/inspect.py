@@ -11,10 +11,13 @@ import numpy as np
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.model import Adapter, Site
 from ia3_export.arguments import check_arguments
-from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
+from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.fold import FLOAT_DTYPES
-from ia3_export.planning.plan import Plan, Quantized, make_plan
+from ia3_export.planning.plan import Plan, make_plan
+from ia3_export.planning.recipe import Recipe
+from ia3_export.quantization.base import read_base
 from ia3_export.vectors.channels import count_channels, strongest_channels
+from ia3_export.words import Quantized
 from ia3_export.writing.manifest import describe_plan
 
 
@@ -83,15 +86,15 @@ def inspect(
     """
     check_arguments(inspect, locals())
     read = read_adapter(adapter)
-    plan = make_plan(read_checkpoint(base), [read], quantized=quantized) if base is not None else None
+    plan = make_plan(read_base(base), [read], Recipe(quantized=quantized)) if base is not None else None
     return Inspection(read, tuple(describe_vector(site) for site in read.sites.values()), plan)
 
 
 def summarize(plan: Plan) -> dict[str, Any]:
     """The plan's totals: parameters, tensors, bytes and shards, touched and in all."""
-    base = plan.base
+    base = plan.base.stored
     return {
-        "base_parameters": _parameters(plan.dense),
+        "base_parameters": _parameters(plan.base.dense),
         "adapter_parameters": sum(adapter.parameters for adapter in plan.adapters),
         "tensors_changed": len(plan.changes),
         "tensors": len(base.tensors),

@@ -21,6 +21,7 @@ from ia3_export.parity.metrics import (
 from ia3_export.parity.runs.forwards import Merged, Unmerged
 from ia3_export.parity.runs.greedy import Decoded, compare_decoded
 from ia3_export.parity.runs.run_torch import Run
+from ia3_export.parity.settings import Tolerance
 from ia3_export.report.model import (
     Distance,
     Gate,
@@ -33,18 +34,23 @@ from ia3_export.report.model import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Tolerance:
-    """``numpy.allclose`` tolerances that replace the gates."""
-
-    atol: float
-    rtol: float
-
-
 @dataclass(frozen=True, slots=True, eq=False)
+class Evidence:
+    """What is known of the weights: the `proofs` of artifacts, and modules with a vector → the stored tensors that it is folded
+    into (`sites`)."""
+
+    proofs: Sequence[WeightsProof]
+    sites: Mapping[str, Sequence[str]]
+
+    def proof_of(self, name: str) -> WeightsProof | None:
+        """The proof of the artifact called so."""
+        return next((proof for proof in self.proofs if proof.name == name), None)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Artifact:
     """One artifact's outputs and what is known of it: `weights` is the dtype its weights were rounded to, `cases` the
-    indices of the inputs it was run on."""
+    indices of the inputs it was run on, `decoded` its greedy decoding."""
 
     name: str
     kind: Kind
@@ -54,22 +60,20 @@ class Artifact:
     runs_on: str
     outputs: Outputs
     cases: Sequence[int]
+    decoded: Sequence[Decoded] | None = None
 
 
 def judge(
     artifact: Artifact,
     unmerged: Unmerged,
-    adapters: int,
     before: Outputs | None,
     merged: Merged | None,
-    decoded: Sequence[Decoded] | None,
-    proof: WeightsProof | None,
+    evidence: Evidence,
     tolerance: Tolerance | None,
-    sites: Mapping[str, Sequence[str]],
 ) -> Step:
     """Compare one artifact with the reference. `before` are the outputs of the step before it (on all inputs), `merged`
-    the merged model's runs, `decoded` the artifact's greedy decoding, `proof` what is known of the artifact's weights, `sites` the modules with a vector and the stored
-    tensors it is folded into."""
+    the merged model's runs."""
+    adapters = unmerged.adapters
     outputs = artifact.outputs
     reference = _part(unmerged.reference.outputs, outputs, artifact.cases)
     plain = _part(unmerged.plain.outputs, outputs, artifact.cases)
@@ -104,14 +108,16 @@ def judge(
         gates += _step_gates(artifact, outputs, merged, adapters)
     if artifact.kind == "merged" and merged is not None:
         layers = _layers(artifact, merged.run, unmerged, adapters)
-    if unmerged.decoded is not None and decoded is not None:
-        generation = compare_decoded(decoded, unmerged.decoded, bound)
+    if unmerged.decoded is not None and artifact.decoded is not None:
+        generation = compare_decoded(artifact.decoded, unmerged.decoded, bound)
         if tolerance is None and artifact.precision not in NUMERIC:
             value = generation.margin or 0.0
             gates.append(Gate("greedy decoding", value, "<=", 2 * bound, generation.excused))
     passed = all(gate.passed for gate in gates)
     if not passed:
-        location = _locate(layers, unmerged.reference.modules, proof, sites)
+        location = _locate(
+            layers, unmerged.reference.modules, evidence.proof_of(artifact.name), evidence.sites
+        )
     finding = "in parity" if passed else _finding(outputs, plain, reference, distance, share, location, gates)
     return Step(
         artifact.name, artifact.kind, artifact.file, artifact.precision, artifact.runs_on, passed, finding,

@@ -26,6 +26,7 @@ from ia3_export.fold import FLOAT_DTYPES, Workspace, check_block, count_zeros, f
 from ia3_export.planning.changes import Change
 from ia3_export.writing.layout import OutputFile
 from ia3_export.writing.schedule import Item, Queue, Sink, make_runs
+from ia3_export.writing.wording import describe_change
 
 _BLOCK = 1 << 19
 _COMPUTED = 1 << 21
@@ -294,6 +295,6 @@ def _block_elements(item: Item, itemsize: int) -> int:
 def _not_finite(change: Change, element: int) -> NotFinite:
     index = [int(i) for i in np.unravel_index(element, change.shape)] if change.shape else []
     return NotFinite(
-        f"{change.name}{index} is NaN or infinite in {change.dtype} after {'; '.join(change.folds) or 'the cast'}",
+        f"{change.name}{index} is NaN or infinite in {change.dtype} after {'; '.join(describe_change(change)) or 'the cast'}",
         hint="the value does not fit this dtype: try --dtype float32 or bfloat16, or look for it in the base",
     )

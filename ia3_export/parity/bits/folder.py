@@ -48,7 +48,7 @@ def prove_folder(
         for name, tensor in merged.tensors.items()
         if name not in rows
     ]
-    if plan.base.config is not None and merged.config is None and merged.location.path.is_dir():
+    if plan.base.stored.config is not None and merged.config is None and merged.location.path.is_dir():
         findings.append(TensorFinding("config.json", "missing", "without it no library loads the folder"))
     if merged.holds_adapter:
         detail = "transformers applies an adapter that lies in a model's folder: it would act twice"
@@ -78,8 +78,8 @@ def prove_folder(
 
 def _settings(plan: Plan, merged: Checkpoint) -> Iterator[TensorFinding]:
     """What stays quantized is read by its configuration: without the right one every library reads something else."""
-    wanted = plan.config if plan.config is not None else plan.base.config
-    if not plan.quantization.packed or plan.base.is_gguf or wanted is None or merged.config is None:
+    wanted = plan.config if plan.config is not None else plan.base.stored.config
+    if not plan.base.is_quantized or plan.base.stored.is_gguf or wanted is None or merged.config is None:
         return
     place = "quantization_config"
     if wanted.get(place) != merged.config.get(place):
@@ -100,10 +100,10 @@ def _notes(plan: Plan, merged: Checkpoint, findings: Sequence[TensorFinding]) ->
         yield "every tensor is the base's: the adapter is not in it"
     if len(findings) > _FINDINGS:
         yield f"{len(findings)} findings, of which {_FINDINGS} are listed"
-    if merged.location.path.is_dir() and not plan.base.is_gguf:
+    if merged.location.path.is_dir() and not plan.base.stored.is_gguf:
         for what in other_companions(plan.companions, merged.folder):
             yield f"the {what} differ{'s' if what == 'tokenizer' else ''} from what a merge writes"
-    wanted = plan.config if plan.config is not None else plan.base.config
+    wanted = plan.config if plan.config is not None else plan.base.stored.config
     if merged.config is not None and wanted is not None:
         ignored = ("transformers_version", "_name_or_path")
         names = sorted(

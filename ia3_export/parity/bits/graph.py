@@ -161,7 +161,7 @@ def _made_of(graph: Graph, float_graph: Graph | None) -> Callable[[str], Array |
 def _left_behind(graph: Graph, plan: Plan) -> Iterator[TensorFinding]:
     """Nodes named after adapter modules, and initializers that hold a vector."""
     # X-MOD and others have adapters of their own
-    words = [word for word in _ADAPTER_WORDS if not any(word in name for name in plan.base.tensors)]
+    words = [word for word in _ADAPTER_WORDS if not any(word in name for name in plan.base.stored.tensors)]
     for name in dict.fromkeys(graph.names):
         if any(word in name for word in words):
             yield TensorFinding(name, "adapter node", "the graph still applies an adapter at run time")
