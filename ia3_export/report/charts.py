@@ -12,9 +12,9 @@ from itertools import pairwise
 
 from markupsafe import Markup
 
-from ia3_export.report.formats import clean, compared, number, power, share
+from ia3_export.drawing.formats import clean, compared, number, power, share, tail
+from ia3_export.drawing.svg import anchor, decades, digits, draw, log_position, thin_out
 from ia3_export.report.model import LayerError, Reference, Step, WeightsProof
-from ia3_export.report.svg import anchor, decades, digits, draw, log_position, tail, thin_out
 
 #: A module or channel narrower than a pixel cannot be seen; 400 columns fill a desktop's chart.
 COLUMNS = 400

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
-from ia3_export.report.formats import compared, number, share
+from ia3_export.drawing.formats import compared, number, share
 from ia3_export.report.model import Distance, Gate, Report, Step, WeightsProof
 
 #: GitHub refuses comments of more than 65,536 characters.

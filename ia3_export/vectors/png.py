@@ -11,20 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from ia3_export.drawing.colours import NEGATIVE, NOT_FINITE
+from ia3_export.drawing.formats import clean, tail
+from ia3_export.drawing.svg import thin_out
 from ia3_export.errors import Unsupported
 from ia3_export.fold import Array
-from ia3_export.report.formats import clean
-from ia3_export.report.svg import tail, thin_out
-from ia3_export.vectors.numbers import (
-    LEVELS,
-    Strip,
-    agreement,
-    colour_edges,
-    colours,
-    factor_ticks,
-    shown,
-)
-from ia3_export.vectors.picture import Cell, Picture, Stack, most_changed
+from ia3_export.vectors.numbers import LEVELS, agreement, colours, factor_ticks, shown
+from ia3_export.vectors.picture import Cell, Picture, Stack, Strip, most_changed
 
 #: Colours of the codes -LEVELS..LEVELS, then negative and not finite: those of the HTML page in the light.
 _PALETTE = [
@@ -142,7 +135,7 @@ def _header(sheet: _Sheet, picture: Picture) -> None:
 
 
 def _legend(sheet: _Sheet, picture: Picture) -> None:
-    edges = colour_edges(picture.limit)
+    edges = picture.scale.edges()
     axes = sheet.axes(_MARGIN + 0.85, sheet.y, 4.0, 0.2)
     axes.imshow(
         [[_rgb(code) for code in range(-LEVELS, LEVELS + 1)]],
@@ -160,9 +153,9 @@ def _legend(sheet: _Sheet, picture: Picture) -> None:
     axes.spines[:].set_visible(False)
     sheet.text(_MARGIN, sheet.y + 0.01, "inhibits", color=_MUTED)
     sheet.text(_MARGIN + 4.95, sheet.y + 0.01, "amplifies", color=_MUTED)
-    marks: list[tuple[int | None, str]] = [(LEVELS + 1, "negative: flips the sign")]
+    marks: list[tuple[int | None, str]] = [(NEGATIVE, "negative: flips the sign")]
     if picture.not_finite:
-        marks.append((LEVELS + 2, "not finite"))
+        marks.append((NOT_FINITE, "not finite"))
     if picture.gaps:
         marks.append((None, "no vector"))
     for i, (code, text) in enumerate(marks):
@@ -247,7 +240,7 @@ def _heat(axes: Any, picture: Picture, stack: Stack, column: int, view: str, hei
     pixels = np.ones((n, width, 3))
     for row, strip in shown_cells:
         if len(strip.ranked):
-            codes = colours(strip.ranked, picture.limit)[np.arange(width) * len(strip.ranked) // width]
+            codes = colours(strip.ranked, picture.scale)[np.arange(width) * len(strip.ranked) // width]
             pixels[row] = _RGB[codes + LEVELS]
     axes.imshow(pixels, aspect="auto", interpolation="nearest", extent=(0, 1, n, 0))
     for row in set(range(n)) - {row for row, _ in shown_cells}:
@@ -302,7 +295,7 @@ def _bottom(sheet: _Sheet, picture: Picture) -> None:
     sheet.text(_MARGIN + 1.35, top + 0.02, about, color=_MUTED)
     axes = sheet.axes(left, top + 0.45, 6.6, 2.3)
     edges, counts = picture.histogram.edges, picture.histogram.counts
-    codes = colours(2.0 ** ((edges[:-1] + edges[1:]) / 2), picture.limit)
+    codes = colours(2.0 ** ((edges[:-1] + edges[1:]) / 2), picture.scale)
     bars = [_GHOST if code == 0 else _PALETTE[code + LEVELS] for code in codes]
     axes.bar(
         edges[:-1],

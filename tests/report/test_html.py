@@ -12,11 +12,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ia3_export.report import formats
+from ia3_export.drawing import formats
 from ia3_export.report.charts import error_axis, histogram, layer_plot
 from ia3_export.report.html import generation_in_words, reason, site_groups, to_html
 from ia3_export.report.model import Gate, Generation, LayerError, Report, SiteSummary
-from ia3_export.report.strips import heat_limit, strip
+from ia3_export.report.strips import colour_scale, strip
 from tests.report import sample
 
 REPORTS: dict[str, Callable[[], Report]] = {
@@ -303,7 +303,7 @@ def test_the_histogram_tells_every_count() -> None:
 
 def test_strips_tell_amplified_inhibited_and_negative_apart() -> None:
     site = replace(sample.good().sites[0], values=(0.4, 0.4, 1.0, 1.005, 2.5, -0.3, 0.98))
-    root = ElementTree.fromstring(str(strip(site, heat_limit([site]))))
+    root = ElementTree.fromstring(str(strip(site, colour_scale([site]))))
     runs = {e.get("class"): e.get("d") for e in root.iter("path")}
     assert runs == {"i4": "M0 .5h2", "a4": "M4 .5h1", "neg": "M5 .5h1", "i1": "M6 .5h1"}
 
@@ -359,29 +359,3 @@ def test_the_reason_is_the_first_failing_finding() -> None:
     )
     floats = replace(sample.good(), steps=sample.good().steps[:3])
     assert reason(floats) == "Every artifact is within the rounding of the live model"
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0.0, "0"), (1.0, "1"), (3.14159, "3.14"), (3.1e-06, "3.1e-06"), (12345.6, "12,300"), (0.999712, "0.999712"),
-     (0.99, "0.99"), (1 - 2e-13, "1 - 2e-13"), (None, "—"), (math.nan, "not finite"), (math.inf, "not finite")],
-)  # fmt: skip
-def test_numbers(value: float | None, text: str) -> None:
-    assert formats.number(value) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(1.0, "100 %"), (0.9999, "99.99 %"), (0.5, "50 %"), (-0.02, "-2 %"), (2.0, "200 %"), (None, "—")]
-)  # fmt: skip
-def test_shares(value: float | None, text: str) -> None:
-    assert formats.share(value) == text
-
-
-def test_a_value_beyond_its_limit_never_looks_equal_to_it() -> None:
-    assert formats.compared(0.12345, 0.12341) == ("0.1235", "0.1234")
-    assert formats.compared(0.5, 0.5) == ("0.5", "0.5")
-
-
-@pytest.mark.parametrize(("nbytes", "text"), [(0, "0 bytes"), (999, "999 bytes"), (90_868_376, "90.9 MB"), (2_200_119_864, "2.2 GB"), (999_999, "1 MB")])  # fmt: skip
-def test_sizes(nbytes: int, text: str) -> None:
-    assert formats.size(nbytes) == text

@@ -11,13 +11,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from ia3_export.drawing.colours import NEGATIVE, NOT_FINITE, ColourScale
 from ia3_export.errors import OutputError, Unsupported, UsageError
 from ia3_export.fold import Array
 from ia3_export.vectors.channels import Counts, count_channels
 from ia3_export.vectors.numbers import (
     LEVELS,
-    NEGATIVE,
-    NOT_FINITE,
     agreement,
     colours,
     factor_ticks,
@@ -25,10 +24,11 @@ from ia3_export.vectors.numbers import (
     make_strip,
     percent,
 )
-from ia3_export.vectors.picture import PlotSite, Stack, make_picture, write_plot
+from ia3_export.vectors.picture import PlotSite, Stack
+from ia3_export.vectors.plot import WRITERS, make_picture, write_plot
 
 HOSTILE = "\"'><script>alert('&')</script><img src=x onerror=y>{{ 7 * 7 }}</style>$\\frac{x"
-SUFFIXES = (".html", ".png")
+SUFFIXES = tuple(WRITERS)
 
 
 def vector(seed: int, size: int = 16, scale: float = 0.1) -> Array:
@@ -129,7 +129,7 @@ def test_comparing_gives_ratio_cosine_and_distance() -> None:
 
 def test_colours_follow_the_counting_rule() -> None:
     values = np.array([0.0, 0.25, 0.98, 0.99, 1, 1.01, 1.02, 4, -1, np.nan, np.inf])
-    codes = colours(values, 1.0)
+    codes = colours(values, ColourScale(LEVELS, 1.0))
     assert list(codes) == [-LEVELS, -LEVELS, -1, 0, 0, 0, 1, LEVELS, NEGATIVE, NOT_FINITE, NOT_FINITE]
 
 
