@@ -7,6 +7,7 @@ import math
 import textwrap
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,18 @@ _STYLE = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class _Font:
+    """Of a text; without a size or a color those of `_STYLE`."""
+
+    size: float | None = None
+    weight: str = "normal"
+    color: str | None = None
+
+
+_PLAIN, _NOTE, _HEAD = _Font(), _Font(color=_MUTED), _Font(13, "bold")
+
+
 class _Sheet:
     """A figure filled from the top: `y` is how far, in inches. The height is known only at the end, so that what is
     placed is kept in inches until then."""
@@ -64,24 +77,19 @@ class _Sheet:
         axes.tick_params(length=0, labelsize=10)
         return axes
 
-    def text(
-        self, x: float, y: float, text: str, *, size: float | None = None, weight: str = "normal",
-        color: Any = None, ha: str = "left",
-    ) -> None:  # fmt: skip
+    def text(self, x: float, y: float, text: str, font: _Font = _PLAIN, *, ha: str = "left") -> None:
         """`text` with its upper left corner (with `ha` right: its upper right one) at `x`, `y`."""
         axes = self.axes(x, y, 1, 1)
         axes.axis("off")
-        style = {"size": size, "weight": weight, "ha": ha, "va": "top"} | (
-            {} if color is None else {"color": color}
+        style = {"size": font.size, "weight": font.weight, "ha": ha, "va": "top"} | (
+            {} if font.color is None else {"color": font.color}
         )
         axes.text(0, 1, " ".join(clean(text).split()), style, transform=axes.transAxes)
 
-    def paragraph(
-        self, text: str, most: int, height: float, *, size: float, weight: str = "normal", color: Any = None
-    ) -> None:
+    def paragraph(self, text: str, most: int, height: float, font: _Font) -> None:
         """`text` in lines of at most `most` characters, below all that is there."""
         for line in textwrap.wrap(clean(text), most):
-            self.text(_MARGIN, self.y, line, size=size, weight=weight, color=color)
+            self.text(_MARGIN, self.y, line, font)
             self.y += height
 
     def finish(self) -> bytes:
@@ -125,10 +133,10 @@ def _header(sheet: _Sheet, picture: Picture) -> None:
     title = (
         f"IA3 adapter {names[0]}" if len(names) == 1 else f"IA3 adapters {names[0]} (A) and {names[1]} (B)"
     )
-    sheet.paragraph(title, 130, 0.3, size=12, color=_MUTED)
-    sheet.paragraph(picture.heading, 92, 0.42, size=20, weight="bold")
+    sheet.paragraph(title, 130, 0.3, _Font(12, color=_MUTED))
+    sheet.paragraph(picture.heading, 92, 0.42, _Font(20, "bold"))
     for remark in picture.remarks:
-        sheet.paragraph(remark, 150, 0.26, size=12)
+        sheet.paragraph(remark, 150, 0.26, _Font(12))
     sheet.y += 0.3
     _legend(sheet, picture)
     sheet.y += 0.55
@@ -151,8 +159,8 @@ def _legend(sheet: _Sheet, picture: Picture) -> None:
     axes.set_yticks([])
     axes.xaxis.tick_top()
     axes.spines[:].set_visible(False)
-    sheet.text(_MARGIN, sheet.y + 0.01, "inhibits", color=_MUTED)
-    sheet.text(_MARGIN + 4.95, sheet.y + 0.01, "amplifies", color=_MUTED)
+    sheet.text(_MARGIN, sheet.y + 0.01, "inhibits", _NOTE)
+    sheet.text(_MARGIN + 4.95, sheet.y + 0.01, "amplifies", _NOTE)
     marks: list[tuple[int | None, str]] = [(NEGATIVE, "negative: flips the sign")]
     if picture.not_finite:
         marks.append((NOT_FINITE, "not finite"))
@@ -166,12 +174,12 @@ def _legend(sheet: _Sheet, picture: Picture) -> None:
             _hatch(axes, 0)
         else:
             axes.set_facecolor(_rgb(code))
-        sheet.text(x + 0.28, sheet.y + 0.01, text, color=_MUTED)
+        sheet.text(x + 0.28, sheet.y + 0.01, text, _NOTE)
     sheet.text(
         _WIDTH - _MARGIN,
         sheet.y + 0.01,
         "each strip: a vector's channels, sorted by size",
-        color=_MUTED,
+        _NOTE,
         ha="right",
     )
 
@@ -205,7 +213,7 @@ def _band(sheet: _Sheet, picture: Picture, band: Sequence[Stack]) -> None:
                 if view == "B / A"
                 else picture.names["AB".index(view)]
             )
-            sheet.text(_MARGIN, sheet.y, f"{view}: {name}", size=13, weight="bold")
+            sheet.text(_MARGIN, sheet.y, f"{view}: {name}", _HEAD)
             sheet.y += 0.32
         if any(stack.label for stack in band):
             sheet.y += 0.3
@@ -213,20 +221,18 @@ def _band(sheet: _Sheet, picture: Picture, band: Sequence[Stack]) -> None:
         for stack, height in zip(band, tall, strict=True):
             left = x + labels
             if stack.label:
-                sheet.text(
-                    left, sheet.y - 0.3, stack.label[:1].upper() + stack.label[1:], size=13, weight="bold"
-                )
+                sheet.text(left, sheet.y - 0.3, stack.label[:1].upper() + stack.label[1:], _HEAD)
             for k, column in enumerate(stack.columns):
                 # long labels get smaller before they get shorter
                 size = min(11.0, max(8.0, 108 * width / len(column.label)))
                 most = max(4, int(106 * width / size))
-                sheet.text(left + 0.16, sheet.y, tail(column.label, most), size=size, weight="bold")
-                sheet.text(left - 0.01, sheet.y, "\u25cf", size=11, color=_KINDS[k % len(_KINDS)])
-                sheet.text(left, sheet.y + 0.2, column.channels, size=9.5, color=_MUTED)
+                sheet.text(left + 0.16, sheet.y, tail(column.label, most), _Font(size, "bold"))
+                sheet.text(left - 0.01, sheet.y, "\u25cf", _Font(11, color=_KINDS[k % len(_KINDS)]))
+                sheet.text(left, sheet.y + 0.2, column.channels, _Font(9.5, color=_MUTED))
                 _heat(sheet.axes(left, sheet.y + 0.42, width, height), picture, stack, k, view, height)
                 left += width + gap
             told = "cosine" if view == "B / A" else "l \u2212 1, rms"
-            sheet.text(left + 0.1, sheet.y, told, size=11, weight="bold")
+            sheet.text(left + 0.1, sheet.y, told, _Font(11, "bold"))
             _side(sheet.axes(left + 0.1, sheet.y + 0.42, side - 0.1, height), stack, view)
             x = left + side + between
         sheet.y += 0.42 + max(tall) + 0.42
@@ -290,9 +296,9 @@ def _side(axes: Any, stack: Stack, view: str) -> None:
 
 def _bottom(sheet: _Sheet, picture: Picture) -> None:
     top, left = sheet.y, _MARGIN + 0.75
-    sheet.text(_MARGIN, top, "All channels", size=13, weight="bold")
+    sheet.text(_MARGIN, top, "All channels", _HEAD)
     about = "by the size of their factor" + ("; bars A, line B" if len(picture.names) == 2 else "")
-    sheet.text(_MARGIN + 1.35, top + 0.02, about, color=_MUTED)
+    sheet.text(_MARGIN + 1.35, top + 0.02, about, _NOTE)
     axes = sheet.axes(left, top + 0.45, 6.6, 2.3)
     edges, counts = picture.histogram.edges, picture.histogram.counts
     codes = colours(2.0 ** ((edges[:-1] + edges[1:]) / 2), picture.scale)
@@ -323,22 +329,22 @@ def _bottom(sheet: _Sheet, picture: Picture) -> None:
 
 def _list(sheet: _Sheet, picture: Picture, x: float, y: float) -> None:
     compared = len(picture.names) == 2
-    sheet.text(x, y, "Where they differ most" if compared else "What changes most", size=13, weight="bold")
+    sheet.text(x, y, "Where they differ most" if compared else "What changes most", _HEAD)
     heads = ("B \u2212 A", "cosine") if compared else ("l \u2212 1, rms", "min", "max")
     ends = [_WIDTH - _MARGIN - 0.85 * k for k in reversed(range(len(heads)))]
     for end, head in zip(ends, heads, strict=True):
-        sheet.text(end, y + 0.3, head, size=10.5, color=_MUTED, ha="right")
+        sheet.text(end, y + 0.3, head, _Font(10.5, color=_MUTED), ha="right")
     most = int((ends[0] - 0.75 - x) * 11.8)
     for i, cell in enumerate(most_changed(picture.cells, 8)):
         line, first = y + 0.56 + 0.265 * i, cell.strips[0]
-        sheet.text(x, line, tail(cell.module, most), size=10.5)
+        sheet.text(x, line, tail(cell.module, most), _Font(10.5))
         if cell.difference:
             values = [shown(cell.difference.apart), agreement(cell.difference.cosine)]
         else:
             assert first is not None
             values = [shown(first.from_ones), shown(first.low), shown(first.high)]
         for end, value in zip(ends, values, strict=True):
-            sheet.text(end, line, value, size=10.5, ha="right")
+            sheet.text(end, line, value, _Font(10.5), ha="right")
 
 
 def _strip_of(cell: Cell, view: str) -> Strip | None:
