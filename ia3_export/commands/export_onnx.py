@@ -27,7 +27,7 @@ from ia3_export.onnx.precision import Coverage, convert
 from ia3_export.onnx.provenance import Origin, trace_origins
 from ia3_export.onnx.tasks import Task, choose_task, load_model
 from ia3_export.onnx.trace import OPSETS, trace
-from ia3_export.parity.facts import source_of
+from ia3_export.parity.facts import model_id
 from ia3_export.parity.runs.inputs import make_cases
 from ia3_export.parity.runs.run_torch import exact_matmul
 from ia3_export.report.model import Report, Step
@@ -193,7 +193,7 @@ def export_onnx(
             report = verify(
                 base or source, adapters, onnx=places, device="cpu", max_memory=_limit(checkpoint)
             )
-            report = replace(report, base=source_of(location))
+            report = replace(report, base=model_id(location))
             _require(report, stage, target)
         return OnnxExport(target, chosen.name, opset, tuple(files), report)
 

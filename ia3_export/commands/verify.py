@@ -23,8 +23,8 @@ from ia3_export.parity.facts import (
     digests,
     environment,
     merge_options,
+    model_id,
     sites_of,
-    source_of,
     summarize_sites,
 )
 from ia3_export.planning.base_match import folded_before
@@ -162,12 +162,18 @@ def verify(
     if overridden and not proven:
         warnings.append("the weights are not bit for bit what a merge gives; --atol and --rtol decide alone")
     return Report(
-        (proven or (overridden and not weights_only)) and all(step.passed for step in steps),
-        source_of(checkpoint.location), tuple(source_of(a.location) for a in read), tuple(proofs), reference,
-        tuple(steps), summarize_sites(read), _shown_options(how, seed, atol, rtol, tf32),
-        environment(),
-        digests(checkpoint, read, shipped, [path for _, graph in graphs for path in graph.paths]), tuple(dict.fromkeys(warnings)),
-    )  # fmt: skip
+        in_parity=(proven or (overridden and not weights_only)) and all(step.passed for step in steps),
+        base=model_id(checkpoint.location),
+        adapters=tuple(model_id(a.location) for a in read),
+        weights=tuple(proofs),
+        reference=reference,
+        steps=tuple(steps),
+        sites=summarize_sites(read),
+        options=_shown_options(how, seed, atol, rtol, tf32),
+        environment=environment(),
+        digests=digests(checkpoint, read, shipped, [path for _, graph in graphs for path in graph.paths]),
+        warnings=tuple(dict.fromkeys(warnings)),
+    )
 
 
 def _is_foreign(base: Checkpoint, merged: Checkpoint) -> bool:

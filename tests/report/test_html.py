@@ -47,6 +47,18 @@ def section(html: str, name: str) -> ElementTree.Element | None:
     return next((e for e in parse(html).iter("section") if e.get("id") == name), None)
 
 
+def layer(
+    module: str,
+    *,
+    scale: float = 1.0,
+    unmerged: float = 1e-7,
+    error: float = 1e-7,
+    bound: float = 1e-6,
+    passed: bool = True,
+) -> LayerError:
+    return LayerError(module=module, scale=scale, unmerged=unmerged, error=error, bound=bound, passed=passed)
+
+
 @every_report
 def test_the_page_loads_nothing_and_runs_nothing(report: Report) -> None:
     html = to_html(report)
@@ -234,11 +246,11 @@ def test_two_thousand_modules_and_three_hundred_sites_make_a_page_of_sane_size()
 
 
 def test_thinning_keeps_the_worst_module_and_every_failing_stretch() -> None:
-    layers = [LayerError(f"m.{i}", 1.0, 1e-7, 1e-7, 1e-6, True) for i in range(4001)]
-    layers[1234] = LayerError("m.1234", 1.0, 1e-7, 5e-7, 1e-6, True)
+    layers = [layer(f"m.{i}") for i in range(4001)]
+    layers[1234] = layer("m.1234", error=5e-7)
     # fails with a smaller error than a passing neighbour
-    layers[3000] = LayerError("m.3000", 1.0, 1e-9, 2e-7, 1e-8, False)
-    layers[3001] = LayerError("m.3001", 1.0, 1e-7, 9e-7, 1e-6, True)
+    layers[3000] = layer("m.3000", unmerged=1e-9, error=2e-7, bound=1e-8, passed=False)
+    layers[3001] = layer("m.3001", error=9e-7)
     plot = str(layer_plot(layers, "m.3000"))
     assert len(re.findall('class="hover"', plot)) == 400
     assert "m.1234\n" in plot and plot.count('class="cross"') == 1 and "m.3000 OUT OF BOUND" in plot
@@ -269,9 +281,9 @@ def test_no_number_breaks_a_chart() -> None:
     assert report.reference is not None
     step = report.steps[0]
     assert step.distance is not None
-    nothing = LayerError("zero", 0.0, 0.0, 0.0, 0.0, True)
-    infinite = LayerError("broken", 0.0, 0.0, math.inf, 1e-3, False)
-    undefined = LayerError("nan", 1.0, math.nan, math.nan, 1e-3, False)
+    nothing = layer("zero", scale=0.0, unmerged=0.0, error=0.0, bound=0.0)
+    infinite = layer("broken", scale=0.0, unmerged=0.0, error=math.inf, bound=1e-3, passed=False)
+    undefined = layer("nan", unmerged=math.nan, error=math.nan, bound=1e-3, passed=False)
     for error in (0.0, math.inf, math.nan, 1e-320, 1e300):
         distance = replace(step.distance, max_error=error)
         odd = replace(
