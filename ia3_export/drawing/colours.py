@@ -10,7 +10,8 @@ from markupsafe import Markup
 
 from ia3_export.fold import Array
 
-#: A channel whose factor is this near to one counts as unchanged, a magnitude below as inhibited, above as amplified.
+#: A channel whose factor is this near to one counts as unchanged, a magnitude below as inhibited, above as
+#: amplified.
 UNCHANGED = 0.01
 #: Codes of `ColourScale.codes` beyond those of every scale: the sign flips, and there is no number.
 NEGATIVE, NOT_FINITE = 7, 8
@@ -20,15 +21,20 @@ _NEUTRAL = math.log2(1 + UNCHANGED)
 
 @dataclass(frozen=True, slots=True)
 class ColourScale:
-    """`levels` (at most 6) colours on each side of one, evenly spaced in log2. `limit` is the log2 from which a factor has
-    the strongest."""
+    """`levels` (at most 6) colours on each side of one, evenly spaced in log2.
+
+    `limit` is the log2 from which a factor has the strongest.
+    """
 
     levels: int
     limit: float
 
     def codes(self, factors: Array) -> Array:
-        """Colours of `factors` (float64), as int of the same shape: 0 for those that 1 + `UNCHANGED` or its inverse bound,
-        from there to -`levels` below and `levels` above, `NEGATIVE`, `NOT_FINITE`."""
+        """Colours of `factors` (float64), as int of the same shape.
+
+        0 up to 1 + `UNCHANGED` and down to its inverse, from there to `levels` above and -`levels` below; or
+        `NEGATIVE`, `NOT_FINITE`.
+        """
         with np.errstate(all="ignore"):
             log = np.log2(np.abs(factors))
             level = np.ceil((np.abs(log) - _NEUTRAL) / (self.limit - _NEUTRAL) * self.levels)
@@ -43,14 +49,14 @@ class ColourScale:
 
 
 def css_class(code: int) -> str:
-    """The style sheet's name of a colour: ``i1`` (inhibited) and on, ``a1`` (amplified) and on, ``zero``, ``neg``, ``nan``."""
+    """The style sheet's name of a colour: from ``i1`` (below one) or ``a1`` on; ``zero``, ``neg``, ``nan``."""
     if code in (0, NEGATIVE, NOT_FINITE):
         return {0: "zero", NEGATIVE: "neg", NOT_FINITE: "nan"}[code]
     return f"{'i' if code < 0 else 'a'}{abs(code)}"
 
 
 def runs(codes: Array, y: str) -> Markup:
-    """A row of cells of width 1 at height `y` as one SVG path per colour; the background shows where a cell has code 0."""
+    """A row of cells of width 1 at height `y` as one SVG path per colour. Cells of code 0 are not painted."""
     if not len(codes):
         return Markup()
     paths: dict[int, list[str]] = {}

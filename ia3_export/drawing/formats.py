@@ -63,7 +63,7 @@ def power(exponent: int) -> str:
 
 
 def span(values: Iterable[int]) -> str:
-    """Smallest to largest of `values`, of which there is one at least: ``384 to 1,536``, or the one that all are."""
+    """Smallest to largest of `values` (one at least): ``384 to 1,536``, or ``384`` where all are that."""
     known = set(values)
     low, high = min(known), max(known)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"

@@ -11,7 +11,7 @@ from ia3_export.drawing.formats import clean
 def render(
     template: Traversable, filters: Mapping[str, Callable[..., object]], values: Mapping[str, object]
 ) -> str:
-    """The Jinja `template` filled with `values`. Text in them is escaped and cleaned, `Markup` stays as it is.
+    """The Jinja `template` with `values`. Text in them is escaped and cleaned, `Markup` stays as it is.
 
     Raises `jinja2.UndefinedError` for a name that neither `values` nor the template itself has.
     """

@@ -17,7 +17,7 @@ def decades(values: Iterable[float]) -> tuple[int, int]:
 
 
 def log_position(low: int, high: int) -> Callable[[float], float]:
-    """Place of a number on a logarithmic axis from 10^`low` to 10^`high`, in percent; NaN lies beyond every bound."""
+    """Place of a number on an axis from 10^`low` to 10^`high`, in percent; NaN lies beyond every bound."""
 
     def at(value: float) -> float:
         if not value > 0:

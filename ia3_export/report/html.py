@@ -34,7 +34,7 @@ _SHARES = frozenset({"top1", "top5", "perplexity_change"})
 
 @dataclass(frozen=True, slots=True)
 class SiteRow:
-    """A vector with what its row is labelled: the layer number, shown on some rows only where there are many."""
+    """A vector and the label of its row: the layer number, on some rows only where there are many."""
 
     site: SiteSummary
     layer: str
@@ -54,11 +54,20 @@ class SiteGroup:
 def to_html(report: Report) -> str:
     """`report` as a page that stands alone. Whatever names the report holds appear as text only."""
     filters: dict[str, Callable[..., object]] = {
-        "number": formats.number, "factor": formats.factor, "share": formats.share, "size": formats.size,
-        "generation": generation_in_words, "error_axis": charts.error_axis, "layer_plot": charts.layer_plot,
-        "histogram": charts.histogram, "gauge": charts.effect_gauge, "strip": strips.strip,
-        "weights_bar": charts.weights_bar, "gate_in_words": _gate_in_words, "error_and_bound": _error_and_bound,
-    }  # fmt: skip
+        "number": formats.number,
+        "factor": formats.factor,
+        "share": formats.share,
+        "size": formats.size,
+        "generation": generation_in_words,
+        "gate_in_words": _gate_in_words,
+        "error_and_bound": _error_and_bound,
+        "error_axis": charts.error_axis,
+        "layer_plot": charts.layer_plot,
+        "histogram": charts.histogram,
+        "gauge": charts.effect_gauge,
+        "weights_bar": charts.weights_bar,
+        "strip": strips.strip,
+    }
     scale = strips.colour_scale(report.sites)
     values = {
         "report": report,
@@ -148,7 +157,7 @@ def _gate_in_words(gate: Gate) -> tuple[str, str]:
 
 def _error_and_bound(step: Step) -> tuple[str, str]:
     """Largest error and its bound, the latter empty without such a gate."""
-    bound = charts.bound_of(step)
+    bound = step.bound
     if step.distance is None:
         return "no value", "" if bound is None else formats.number(bound)
     error = step.distance.max_error

@@ -117,6 +117,11 @@ class Step:
     layers: tuple[LayerError, ...] = ()
     location: FaultLocation | None = None
 
+    @property
+    def bound(self) -> float | None:
+        """Limit of the gate ``max error``; None where other gates judge."""
+        return next((gate.limit for gate in self.gates if gate.name == "max error"), None)
+
 
 @dataclass(frozen=True, slots=True)
 class TensorFinding:

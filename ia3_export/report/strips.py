@@ -28,9 +28,9 @@ def strip(site: SiteSummary, scale: ColourScale) -> Markup:
     codes = scale.codes(np.array(site.values))
     codes[codes == NOT_FINITE] = NEGATIVE
     text = (
-        f"{clean(site.module)}: min {number(site.minimum)}, mean {number(site.mean)}, max {number(site.maximum)}; "
-        f"of {site.size:,} channels {site.amplified:,} amplified, {site.inhibited:,} inhibited, "
-        f"{site.negative:,} negative"
+        f"{clean(site.module)}: min {number(site.minimum)}, mean {number(site.mean)}, "
+        f"max {number(site.maximum)}; of {site.size:,} channels {site.amplified:,} amplified, "
+        f"{site.inhibited:,} inhibited, {site.negative:,} negative"
     )
     return Markup(
         '<svg class="strip" role="img" aria-label="{text}" viewBox="0 0 {n} 1" preserveAspectRatio="none">'

@@ -41,7 +41,7 @@ def count_channels(values: Array) -> Counts:
 
 
 def strongest_channels(vector: Array, most: int = 5) -> tuple[list[int], list[int]]:
-    """Indices of the channels that are inhibited most (factor nearest to zero first), and of those amplified most."""
+    """Indices of the channels that are inhibited most (nearest to 0 first), and of those amplified most."""
     magnitude = np.abs(vector.astype("<f8"))
     order = np.argsort(magnitude, kind="stable")
     inhibited = [int(i) for i in order[:most] if magnitude[i] < 1 - UNCHANGED]

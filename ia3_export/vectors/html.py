@@ -83,8 +83,8 @@ def _told(strip: Strip) -> str:
     return (
         f"min {shown(strip.low)}, mean {shown(strip.mean)}, max {shown(strip.high)}, "
         f"from one {shown(strip.from_ones)}\n"
-        f"of {c.channels:,} channels {c.inhibited:,} inhibited, {c.amplified:,} amplified, {c.unchanged:,} unchanged, "
-        f"{c.negative:,} negative{broken}\nstrongest: {channel_list(strip)}"
+        f"of {c.channels:,} channels {c.inhibited:,} inhibited, {c.amplified:,} amplified, "
+        f"{c.unchanged:,} unchanged, {c.negative:,} negative{broken}\nstrongest: {channel_list(strip)}"
     )
 
 
@@ -118,7 +118,7 @@ def _farthest(stack: Stack) -> float:
 
 
 def _profile(stack: Stack) -> Markup:
-    """How far from one every site is, a line per kind (dashed for the second adapter), layers downward as in the table."""
+    """How far from one every site is: a line per kind, dashed for the second adapter, layers downward."""
     far = _farthest(stack)
     parts, told = [], []
     for k, column in enumerate(stack.columns):
@@ -209,19 +209,26 @@ def _histogram(histogram: Histogram, picture: Picture) -> Markup:
         text = f"{count:,} channels{' of A' if len(picture.names) > 1 else ''} {span}"
         if count:
             parts.append(
-                Markup('<rect class="bar {c}" x="{x}%" width="{w}%" y="{y}%" height="{h}%"><title>{t}</title></rect>').format(
-                    c=css_class(int(code)), x=digits(100 * k / bars), w=digits(92 / bars),
-                    y=digits(100 - tall(int(count))), h=digits(tall(int(count))), t=text,
+                Markup(
+                    '<rect class="bar {c}" x="{x}%" width="{w}%" y="{y}%" height="{h}%">'
+                    "<title>{t}</title></rect>"
+                ).format(
+                    c=css_class(int(code)),
+                    x=digits(100 * k / bars),
+                    w=digits(92 / bars),
+                    y=digits(100 - tall(int(count))),
+                    h=digits(tall(int(count))),
+                    t=text,
                 )
-            )  # fmt: skip
+            )
     for counts in histogram.counts[1:]:
         steps = "".join(
             f"H{digits(100 * k / bars)}V{digits(100 - tall(int(c)))}" for k, c in enumerate(counts)
         )
         parts.append(
             Markup(
-                '<svg viewBox="0 0 100 100" preserveAspectRatio="none" width="100%" height="100%" overflow="visible">'
-                '<path class="outline" d="M0 100{}H100V100"/></svg>'
+                '<svg viewBox="0 0 100 100" preserveAspectRatio="none" width="100%" height="100%" '
+                'overflow="visible"><path class="outline" d="M0 100{}H100V100"/></svg>'
             ).format(steps)
         )
     parts.append(Markup('<line class="base" x1="0" x2="100%" y1="100%" y2="100%"/>'))
@@ -233,7 +240,8 @@ def _histogram(histogram: Histogram, picture: Picture) -> Markup:
         for tick, text in factor_ticks(low, high)
     ]
     label = "Channels by the size of their factor: " + "; ".join(
-        f"{name}: {counts.inhibited:,} inhibited, {counts.unchanged:,} unchanged, {counts.amplified:,} amplified, {counts.negative:,} negative"
+        f"{name}: {counts.inhibited:,} inhibited, {counts.unchanged:,} unchanged, "
+        f"{counts.amplified:,} amplified, {counts.negative:,} negative"
         for name, counts in zip(picture.names, picture.totals, strict=True)
     )
     return draw("histogram", 170, formats.clean(label), parts)

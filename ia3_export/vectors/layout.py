@@ -1,4 +1,4 @@
-"""Where vectors stand in a picture: layers as rows, kinds of module as columns, stacks such as encoder and decoder."""
+"""Where vectors stand in a picture: layers as rows, kinds of module as columns, stacks such as a decoder."""
 
 from __future__ import annotations
 
@@ -46,8 +46,11 @@ def make_stacks(sites: Sequence[PlotSite], cells: Sequence[Cell]) -> tuple[Stack
 
 
 def _layer_places(paths: Sequence[tuple[str, ...]]) -> list[tuple[int, ...]]:
-    """Where in each path the number of its layer is: the one that differs between paths that are alike but for numbers
-    (``layer.0`` of T5's blocks does not), several for experts, the first where nothing differs."""
+    """Where in each path the number of its layer is.
+
+    It is the one that differs between paths that are alike but for numbers (``layer.0`` of T5's blocks does
+    not), several for experts, the first where nothing differs.
+    """
 
     def starred(path: tuple[str, ...]) -> tuple[str, ...]:
         return tuple("*" if re.fullmatch("[0-9]+", part) else part for part in path)
@@ -64,7 +67,7 @@ def _layer_places(paths: Sequence[tuple[str, ...]]) -> list[tuple[int, ...]]:
 
 
 def _stack_labels(prefixes: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
-    """What differs between the paths before the layer number: ``encoder``, ``decoder``; nothing where there is one."""
+    """What differs between the paths before the layer number (``decoder``); nothing where there is one."""
     known = list(dict.fromkeys(prefix for prefix in prefixes if prefix))
     if len(known) < 2:
         return dict.fromkeys(known, "") | {(): "outside of the layers" if known else ""}

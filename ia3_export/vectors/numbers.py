@@ -58,8 +58,10 @@ def make_difference(first: Array, second: Array, bins: int) -> Difference:
 
 
 def colours(values: Array, scale: ColourScale) -> Array:
-    """Codes of the colours of `values` (see `ColourScale.codes`). Those that count as unchanged have none, 0.99 too, which is
-    farther from 1 in log2 than 1.01."""
+    """Codes of the colours of `values` (see `ColourScale.codes`).
+
+    What counts as unchanged is grey: 0.99 too, which is farther from 1 in log2 than 1.01.
+    """
     codes = scale.codes(values)
     codes[unchanged(values)] = 0
     return codes
@@ -110,7 +112,7 @@ def factor_ticks(low: float, high: float) -> list[tuple[float, str]]:
 
 
 def _strength(values: Array) -> Array:
-    """How far from 1 each channel is, in log2; a changed sign and what is not finite exceed every magnitude."""
+    """How far from 1 each channel is, in log2; a flipped sign and what is not finite exceed all others."""
     with np.errstate(all="ignore"):
         log = np.minimum(np.abs(np.log2(np.abs(values))), 5000.0)
     strength: Array = np.where(np.isfinite(values), log + 10_000.0 * (values < 0), 20_000.0)
@@ -126,14 +128,17 @@ def magnitudes_of(vectors: Sequence[Array]) -> Array:
 
 
 def colour_scale(magnitudes: Sequence[Array]) -> ColourScale:
-    """The scale of which 99 of 100 channels stay below the strongest colour; `magnitudes` are log2, an array per adapter."""
+    """The scale of which 99 of 100 channels stay below the strongest colour.
+
+    `magnitudes` are log2, an array per adapter.
+    """
     every = np.abs(np.concatenate(magnitudes))
     at = float(np.quantile(every, 0.99)) if every.size else 0.0
     return ColourScale(LEVELS, min(4.0, max(math.log2(1.05), at)))
 
 
 def histogram_of(magnitudes: Sequence[Array]) -> Histogram:
-    """`magnitudes` (log2, an array per adapter) counted in at most 65 bins, from 1/16 to 16 at the farthest."""
+    """`magnitudes` (log2, an array per adapter) in at most 65 bins, from 1/16 to 16 at the farthest."""
     every = np.concatenate(magnitudes)
     low, high = (float(every.min()), float(every.max())) if every.size else (0.0, 0.0)
     low, high = max(-4.0, min(-0.1, low)), min(4.0, max(0.1, high))

@@ -1,4 +1,4 @@
-"""A picture of the vectors of one adapter, or of two compared, as data. Every writer (HTML, PNG) draws this one picture."""
+"""A picture of the vectors of one adapter, or of two compared, as data: what every writer draws."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from ia3_export.vectors.channels import Counts
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlotSite:
-    """One place that vectors scale. `module` is untrusted text, `direction` ``in`` or ``out``; `vectors` are 1-D float32
-    or float64, one per adapter, None where that adapter has none."""
+    """One place that vectors scale. `module` is untrusted text, `direction` ``in`` or ``out``.
+
+    `vectors` are 1-D float32 or float64, one per adapter, None where that adapter has none.
+    """
 
     module: str
     direction: str
@@ -24,9 +26,10 @@ class PlotSite:
 class Strip:
     """One vector as it is shown. Numbers are of its finite channels, NaN where it has none.
 
-    `from_ones` is the root mean square of ``l - 1``; `strongest` are (channel, value) of the channels farthest from 1,
-    those that flip the sign first. `ordered` has one value per stretch of channels, the strongest in it; `ranked` are as many
-    values from the smallest to the largest channel, both included. Both are float64.
+    `from_ones` is the root mean square of ``l - 1``; `strongest` are (channel, value) of the channels
+    farthest from 1, those that flip the sign first. `ordered` has one value per stretch of channels, the
+    strongest in it; `ranked` are as many values from the smallest to the largest channel, both included. Both
+    are float64.
     """
 
     counts: Counts
@@ -41,8 +44,11 @@ class Strip:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Difference:
-    """Second adapter beside the first on one site: the channels' `ratio`, the `cosine` of both ``l - 1`` (None where one
-    of them is all ones) and the root mean square of their difference, `apart`."""
+    """Second adapter beside the first on one site.
+
+    The channels' `ratio`, the `cosine` of both ``l - 1`` (None where one of them is all ones) and the root
+    mean square of their difference, `apart`.
+    """
 
     ratio: Strip
     cosine: float | None
@@ -51,7 +57,10 @@ class Difference:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Histogram:
-    """Channels by log2 of their magnitude: `edges` (n + 1), `counts` per adapter (n); what lies outside is in the end bins."""
+    """Channels by log2 of their magnitude: `edges` (n + 1), `counts` per adapter (n).
+
+    What lies outside is in the end bins.
+    """
 
     edges: Array
     counts: tuple[Array, ...]
@@ -75,7 +84,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A kind of module: the shortest end of its paths that tells it apart, and how many channels its vectors have."""
+    """A kind of module: the shortest end of its paths that tells it apart, and its vectors' channels."""
 
     label: str
     channels: str

@@ -33,10 +33,10 @@ _LONGEST_NAME = 160
 
 
 def write_plot(sites: Sequence[PlotSite], names: Sequence[str], file: Path) -> None:
-    """Draw `sites` of the adapters `names` (one or two) to `file`, whose suffix is one of `WRITERS`: whole or not at all.
+    """Draw `sites` of the adapters `names` (one or two) to `file`, whole or not at all.
 
-    The same input gives the same bytes. Raises `UsageError` for another suffix, `OutputError`, and for ``.png`` without
-    matplotlib `Unsupported`.
+    The same input gives the same bytes. Raises `UsageError` for a suffix that is none of `WRITERS`,
+    `OutputError`, and for ``.png`` without matplotlib `Unsupported`.
     """
     writer = WRITERS.get(file.suffix.lower())
     if writer is None:

@@ -43,10 +43,18 @@ _TEXT, _MUTED, _LINE, _GHOST = "#1b1f24", "#59636e", "#dbdfe5", "#8a94a0"
 _WIDTH, _MARGIN, _DPI = 16.0, 0.45, 100
 _COLUMNS = 9
 _STYLE = {
-    "font.family": "DejaVu Sans", "font.size": 11, "text.color": _TEXT, "axes.edgecolor": _LINE, "xtick.color": _MUTED,
-    "ytick.color": _MUTED, "axes.linewidth": 0.8, "text.parse_math": False, "axes.unicode_minus": True,
-    "hatch.color": _GHOST, "axes.axisbelow": True,
-}  # fmt: skip
+    "font.family": "DejaVu Sans",
+    "font.size": 11,
+    "text.color": _TEXT,
+    "text.parse_math": False,
+    "axes.edgecolor": _LINE,
+    "axes.linewidth": 0.8,
+    "axes.unicode_minus": True,
+    "axes.axisbelow": True,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "hatch.color": _GHOST,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +70,10 @@ _PLAIN, _NOTE, _HEAD = _Font(), _Font(color=_MUTED), _Font(13, "bold")
 
 
 class _Sheet:
-    """A figure filled from the top: `y` is how far, in inches. The height is known only at the end, so that what is
-    placed is kept in inches until then."""
+    """A figure filled from the top: `y` is how far, in inches.
+
+    The height is known only at the end, so that what is placed is kept in inches until then.
+    """
 
     def __init__(self, figure: Any) -> None:
         self.figure = figure
@@ -275,8 +285,13 @@ def _side(axes: Any, stack: Stack, view: str) -> None:
             if view == "B / A":
                 style |= {"linewidth": 0.6, "markersize": 4.2}
             axes.plot(*zip(*points, strict=True), **style, clip_on=False)
-    every = [v for k in range(len(stack.columns)) for _, c in stack.series(k) for i in range(len(c.strips))
-             if (v := _value_of(c, "AB"[i])) is not None]  # fmt: skip
+    every = [
+        v
+        for k in range(len(stack.columns))
+        for _, cell in stack.series(k)
+        for letter, _ in zip("AB", cell.strips, strict=False)
+        if (v := _value_of(cell, letter)) is not None
+    ]
     far = max(every, default=0.0) or 1.0
     ticks = (-1, 0, 1) if view == "B / A" else (0, far)
     axes.set(xlim=(ticks[0], ticks[-1]), ylim=(n, 0), yticks=[])

@@ -22,14 +22,16 @@ def words_of_one(
         strip = cell.strips[0]
         assert strip is not None
         remarks.append(
-            f"Strongest vector: {cell.module}, whose channels are {shown(strip.from_ones)} from 1 (root mean square)."
+            f"Strongest vector: {cell.module}, whose channels are {shown(strip.from_ones)} from 1 "
+            "(root mean square)."
         )
     known = [(strip, cell) for cell in cells if (strip := cell.strips[0]) and not math.isnan(strip.low)]
     if known:
         low = min(known, key=lambda pair: pair[0].low)
         high = max(known, key=lambda pair: pair[0].high)
         remarks.append(
-            f"Smallest factor {shown(low[0].low)} in {low[1].module}, largest {shown(high[0].high)} in {high[1].module}."
+            f"Smallest factor {shown(low[0].low)} in {low[1].module}, "
+            f"largest {shown(high[0].high)} in {high[1].module}."
         )
     return heading, tuple(remarks)
 
@@ -41,7 +43,8 @@ def words_of_two(
     shared = [cell.difference for cell in cells if cell.difference]
     ratio = sum((d.ratio.counts for d in shared), Counts())
     cosines = [d.cosine for d in shared if d.cosine is not None]
-    told = f"{percent(ratio.channels - ratio.unchanged, ratio.channels)} of {ratio.channels:,} channels differ by more than 1\u00a0%"
+    differ = percent(ratio.channels - ratio.unchanged, ratio.channels)
+    told = f"{differ} of {ratio.channels:,} channels differ by more than 1\u00a0%"
     median = f", median cosine {agreement(float(np.median(cosines)))}" if cosines else ""
     heading = (
         f"{_vectors(len(shared))} in both: {told}{median}"
@@ -52,7 +55,8 @@ def words_of_two(
     for cell in most_changed(cells, 1):
         assert cell.difference is not None
         remarks.append(
-            f"Most different: {cell.module}, whose channels are {shown(cell.difference.apart)} apart (root mean square)."
+            f"Most different: {cell.module}, whose channels are {shown(cell.difference.apart)} apart "
+            "(root mean square)."
         )
     for i, name in enumerate(names):
         own = sum(cell.strips[i] is not None for cell in cells)
@@ -66,12 +70,12 @@ def words_of_two(
 
 
 def _sentence(counts: Counts) -> str:
-    told = f"{percent(counts.inhibited, counts.channels)} inhibited, {percent(counts.amplified, counts.channels)} amplified"
+    inhibited, amplified = (percent(n, counts.channels) for n in (counts.inhibited, counts.amplified))
     flips = {0: "none flips sign", 1: "1 channel flips sign"}.get(
         counts.negative, f"{counts.negative:,} channels flip sign"
     )
     broken = f", {counts.not_finite:,} not finite" if counts.not_finite else ""
-    return f"{told}, {flips}{broken}"
+    return f"{inhibited} inhibited, {amplified} amplified, {flips}{broken}"
 
 
 def _vectors(count: int) -> str:
