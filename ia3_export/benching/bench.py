@@ -19,7 +19,7 @@ from ia3_export.benching.results import Benchmark, Row, Timing, time_rounds
 from ia3_export.benching.variants import Prepared, prepare
 from ia3_export.errors import UsageError
 from ia3_export.models.model_class import quiet
-from ia3_export.parity.facts import environment, source_of
+from ia3_export.parity.facts import environment, model_id
 from ia3_export.writing.stage import scratch_folder
 
 #: Pools of threads go on spinning for a while after their work is done.
@@ -89,7 +89,7 @@ def bench(
             )
             measured = [result for v in setup.variants for result in _run([v.job], rounds, scratch)]
     return Benchmark(
-        source_of(setup.base.location), tuple(source_of(a.location) for a in setup.adapters), setup.task.name,
+        model_id(setup.base.location), tuple(model_id(a.location) for a in setup.adapters), setup.task.name,
         {name: value.shape for name, value in setup.inputs.items()}, setup.variants[0].job.tokens, rounds, used,
         together, busy, _machine(), _rows(setup.variants, measured, batch),
     )  # fmt: skip

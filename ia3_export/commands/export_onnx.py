@@ -27,7 +27,7 @@ from ia3_export.onnx.precision import Coverage, convert
 from ia3_export.onnx.provenance import Origin, trace_origins
 from ia3_export.onnx.tasks import Task, choose_task, load_model
 from ia3_export.onnx.trace import OPSETS, trace
-from ia3_export.parity.facts import source_of
+from ia3_export.parity.facts import model_id
 from ia3_export.parity.runs.inputs import make_cases
 from ia3_export.parity.runs.run_torch import exact_matmul
 from ia3_export.parity.settings import RunSettings
@@ -195,7 +195,7 @@ def export_onnx(
             places = [stage] if "fp32" in wanted else [plain, stage]
             settings = RunSettings(device="cpu", max_memory=_limit(checkpoint))
             report = verify(base or source, adapters, onnx=places, settings=settings)
-            report = replace(report, base=source_of(location))
+            report = replace(report, base=model_id(location))
             _require(report, stage, target)
         return OnnxExport(target, chosen.name, opset, tuple(files), report)
 

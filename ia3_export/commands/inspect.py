@@ -21,7 +21,7 @@ from ia3_export.words import Quantized
 from ia3_export.writing.manifest import describe_plan
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SiteStatistics:
     """One vector. ``from_ones`` is the root mean square of ``l - 1``: 0 for a vector that changes nothing.
 
@@ -115,8 +115,18 @@ def describe_vector(site: Site) -> SiteStatistics:
     counts, (inhibited, amplified) = count_channels(values), strongest_channels(values)
     with np.errstate(invalid="ignore", over="ignore"):
         return SiteStatistics(
-            site.module, site.direction, len(values), site.dtype,
-            float(values.min()), float(values.max()), float(values.mean()),
-            float(np.sqrt(np.mean((values - 1.0) ** 2))), int(np.sum(~np.isfinite(values))),
-            counts.inhibited, counts.amplified, counts.negative, tuple(inhibited), tuple(amplified),
-        )  # fmt: skip
+            module=site.module,
+            direction=site.direction,
+            length=len(values),
+            dtype=site.dtype,
+            min=float(values.min()),
+            max=float(values.max()),
+            mean=float(values.mean()),
+            from_ones=float(np.sqrt(np.mean((values - 1.0) ** 2))),
+            not_finite=counts.not_finite,
+            inhibited=counts.inhibited,
+            amplified=counts.amplified,
+            negative=counts.negative,
+            most_inhibited=tuple(inhibited),
+            most_amplified=tuple(amplified),
+        )

@@ -19,8 +19,8 @@ from ia3_export.parity.bits.graph_files import Graph, read_graphs
 from ia3_export.parity.facts import (
     digests,
     environment,
+    model_id,
     sites_of,
-    source_of,
     summarize_sites,
 )
 from ia3_export.parity.settings import DEFAULT_SETTINGS, RunSettings
@@ -134,12 +134,23 @@ def verify(
     if overridden and not proven:
         warnings.append("the weights are not bit for bit what a merge gives; --atol and --rtol decide alone")
     return Report(
-        (proven or overridden) and all(step.passed for step in steps),
-        source_of(whole.stored.location), tuple(source_of(a.location) for a in read), tuple(proofs), reference,
-        tuple(steps), summarize_sites(read), _shown_options(how, settings),
-        environment(),
-        digests(whole.stored, read, shipped.stored if shipped is not None else None, [path for _, graph in graphs for path in graph.paths]), tuple(dict.fromkeys(warnings)),
-    )  # fmt: skip
+        in_parity=(proven or overridden) and all(step.passed for step in steps),
+        base=model_id(whole.stored.location),
+        adapters=tuple(model_id(a.location) for a in read),
+        weights=tuple(proofs),
+        reference=reference,
+        steps=tuple(steps),
+        sites=summarize_sites(read),
+        options=_shown_options(how, settings),
+        environment=environment(),
+        digests=digests(
+            whole.stored,
+            read,
+            shipped.stored if shipped is not None else None,
+            [path for _, graph in graphs for path in graph.paths],
+        ),
+        warnings=tuple(dict.fromkeys(warnings)),
+    )
 
 
 def _is_foreign(base: Base, merged: Base) -> bool:

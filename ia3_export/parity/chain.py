@@ -252,9 +252,16 @@ def _reference(unmerged: Unmerged, dtype: str, device: str) -> Reference:
     outputs = unmerged.reference.outputs
     effect = compare(unmerged.plain.outputs, outputs, "float64").max_error
     return Reference(
-        unmerged.applied_by, unmerged.class_name, unmerged.precision, dtype, _torch_on(device),
-        tuple(case.name for case in unmerged.cases), unmerged_distance(unmerged, dtype), effect, largest(outputs),
-    )  # fmt: skip
+        applied_by=unmerged.applied_by,
+        model_class=unmerged.class_name,
+        precision=unmerged.precision,
+        dtype=dtype,
+        runs_on=_torch_on(device),
+        inputs=tuple(case.name for case in unmerged.cases),
+        unmerged=unmerged_distance(unmerged, dtype),
+        effect=effect,
+        scale=largest(outputs),
+    )
 
 
 def _weak(reference: Reference, steps: Sequence[Step]) -> list[str]:

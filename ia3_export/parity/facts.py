@@ -15,7 +15,7 @@ from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.hub import Location
 from ia3_export.planning.plan import Plan
-from ia3_export.report.model import SiteSummary, Source
+from ia3_export.report.model import ModelId, SiteSummary
 from ia3_export.vectors.channels import count_channels
 from ia3_export.writing.execute import hash_file
 from ia3_export.writing.manifest import NAME
@@ -51,15 +51,23 @@ def _summarize(adapter: str, module: str, direction: Any, values: Any) -> SiteSu
     rows = padded.reshape(-1, stretch)
     farthest = np.abs(rows - 1).argmax(axis=1)
     return SiteSummary(
-        adapter, module, direction, len(values), float(values.min()), float(values.max()), float(values.mean()),
-        counts.amplified, counts.inhibited, counts.negative,
-        tuple(rows[np.arange(len(rows)), farthest].tolist()),
-    )  # fmt: skip
+        adapter=adapter,
+        module=module,
+        direction=direction,
+        size=len(values),
+        minimum=float(values.min()),
+        maximum=float(values.max()),
+        mean=float(values.mean()),
+        amplified=counts.amplified,
+        inhibited=counts.inhibited,
+        negative=counts.negative,
+        values=tuple(rows[np.arange(len(rows)), farthest].tolist()),
+    )
 
 
-def source_of(location: Location) -> Source:
+def model_id(location: Location) -> ModelId:
     """The hub id, or the last part of the path."""
-    return Source(location.name, location.revision)
+    return ModelId(location.name, location.revision)
 
 
 def environment() -> dict[str, str]:

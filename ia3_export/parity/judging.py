@@ -24,11 +24,11 @@ from ia3_export.parity.runs.run_torch import Run
 from ia3_export.parity.settings import Tolerance
 from ia3_export.report.model import (
     Distance,
+    FaultLocation,
     Gate,
     Generation,
     Kind,
     LayerError,
-    Location,
     Step,
     WeightsProof,
 )
@@ -98,7 +98,7 @@ def judge(
     bound = _bound(artifact, unmerged, reference, adapters)
     generation: Generation | None = None
     layers: tuple[LayerError, ...] = ()
-    location: Location | None = None
+    location: FaultLocation | None = None
     if tolerance is not None:
         gates = [at_most("max error beyond rtol", beyond(outputs, reference, tolerance.rtol), tolerance.atol)]
     elif artifact.precision in NUMERIC:
@@ -120,9 +120,23 @@ def judge(
         )
     finding = "in parity" if passed else _finding(outputs, plain, reference, distance, share, location, gates)
     return Step(
-        artifact.name, artifact.kind, artifact.file, artifact.precision, artifact.runs_on, passed, finding,
-        tuple(gates), distance, loss, library, share, generation, error_histogram(outputs, reference), layers, location,
-    )  # fmt: skip
+        name=artifact.name,
+        kind=artifact.kind,
+        file=artifact.file,
+        precision=artifact.precision,
+        runs_on=artifact.runs_on,
+        passed=passed,
+        finding=finding,
+        gates=tuple(gates),
+        distance=distance,
+        loss=loss,
+        library=library,
+        effect_present=share,
+        generation=generation,
+        error_histogram=error_histogram(outputs, reference),
+        layers=layers,
+        location=location,
+    )
 
 
 def unmerged_distance(unmerged: Unmerged, dtype: str) -> Distance:
@@ -134,8 +148,14 @@ def unmerged_distance(unmerged: Unmerged, dtype: str) -> Distance:
 def failed_step(name: str, kind: Kind, file: str, precision: str, runs_on: str, finding: str) -> Step:
     """An artifact that could not be run."""
     return Step(
-        name, kind, file, precision, runs_on, False, finding, (), None, None, None, None, None, (), (), None
-    )  # fmt: skip
+        name=name,
+        kind=kind,
+        file=file,
+        precision=precision,
+        runs_on=runs_on,
+        passed=False,
+        finding=finding,
+    )
 
 
 def _failed(artifact: Artifact, finding: str) -> Step:
@@ -200,7 +220,11 @@ def _layers(artifact: Artifact, run: Run, unmerged: Unmerged, adapters: int) -> 
         scale = float(np.abs(exact).max(initial=0.0))
         error, live = (_largest_error(values, exact) for values in (mine, theirs))
         bound = rounding_bound(live, scale, dtype, adapters, layer=True)
-        rows.append(LayerError(module, scale, live, error, bound, error <= bound))
+        rows.append(
+            LayerError(
+                module=module, scale=scale, unmerged=live, error=error, bound=bound, passed=error <= bound
+            )
+        )
     return tuple(rows)
 
 
@@ -214,7 +238,7 @@ def _locate(
     order: Mapping[str, Array],
     proof: WeightsProof | None,
     sites: Mapping[str, Sequence[str]],
-) -> Location | None:
+) -> FaultLocation | None:
     """The first module out of its bound; its site is the last one executed up to there whose weights are wrong, else the last."""
     first = next((layer.module for layer in layers if not layer.passed), None)
     if first is None:
@@ -225,12 +249,14 @@ def _locate(
     wrong = next((module for module in before if findings.keys() & sites[module]), None)
     site = wrong or next(iter(before), None)
     if proof is None:
-        return Location(first, site, "its weights were not compared")
+        return FaultLocation(first, site, "its weights were not compared")
     if not findings:
-        return Location(first, site, "every tensor is what it must be")
+        return FaultLocation(first, site, "every tensor is what it must be")
     chosen = findings.keys() & sites[wrong] if wrong is not None else findings.keys()
     finding = next(finding for name, finding in findings.items() if name in chosen)
-    return Location(first, site if wrong else None, f"{finding.tensor}: {finding.what}; {finding.detail}")
+    return FaultLocation(
+        first, site if wrong else None, f"{finding.tensor}: {finding.what}; {finding.detail}"
+    )
 
 
 def _finding(
@@ -239,7 +265,7 @@ def _finding(
     reference: Outputs,
     distance: Distance,
     share: float | None,
-    location: Location | None,
+    location: FaultLocation | None,
     gates: Sequence[Gate],
 ) -> str:
     effect = compare(plain, reference, "float64").max_error

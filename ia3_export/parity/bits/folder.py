@@ -70,10 +70,16 @@ def prove_folder(
     bad = {finding.tensor for finding in findings}
     good = [row for row, _ in pairs if row.name not in bad]
     return WeightsProof(
-        "merged", "merged", merged.location.path.resolve().name, not findings,
-        sum(row.changed for row in good), sum(not row.changed for row in good), 0,
-        sum(tensor.nbytes for _, tensor in pairs), tuple(findings[:_FINDINGS]), tuple(_notes(plan, merged, findings)),
-    )  # fmt: skip
+        name="merged",
+        kind="merged",
+        file=merged.location.path.resolve().name,
+        passed=not findings,
+        changed=sum(row.changed for row in good),
+        unchanged=sum(not row.changed for row in good),
+        nbytes=sum(tensor.nbytes for _, tensor in pairs),
+        findings=tuple(findings[:_FINDINGS]),
+        notes=tuple(_notes(plan, merged, findings)),
+    )
 
 
 def _settings(plan: Plan, merged: Checkpoint) -> Iterator[TensorFinding]:

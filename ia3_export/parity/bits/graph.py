@@ -120,10 +120,18 @@ def prove_graph(
         if not other:
             notes.append(f"the {sum(graph.operators.values())} operators are those of the base's export")
     return WeightsProof(
-        name, "onnx", graph.file, not findings, sum(row.changed for row in matches.values()),
-        sum(not row.changed for row in matches.values()), len(computed),
-        sum(tensor.nbytes for tensor in graph.initializers.values()), tuple(findings), tuple(notes), len(unproven),
-    )  # fmt: skip
+        name=name,
+        kind="onnx",
+        file=graph.file,
+        passed=not findings,
+        changed=sum(row.changed for row in matches.values()),
+        unchanged=sum(not row.changed for row in matches.values()),
+        computed=len(computed),
+        nbytes=sum(tensor.nbytes for tensor in graph.initializers.values()),
+        findings=tuple(findings),
+        notes=tuple(notes),
+        unproven=len(unproven),
+    )
 
 
 def _scales_codes(name: str, graph: Graph) -> bool:
