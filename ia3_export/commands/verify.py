@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from ia3_export.parity.facts import (
     summarize_sites,
 )
 from ia3_export.parity.settings import DEFAULT_SETTINGS, RunSettings
-from ia3_export.planning.base_match import folded_before
 from ia3_export.planning.plan import Plan, make_plan
 from ia3_export.planning.recipe import Recipe
 from ia3_export.planning.recorded import find_recipe
@@ -89,9 +88,6 @@ def verify(
     planned.raise_problems()  # what is refused has no unmerged forward either
     plan = None if foreign else planned
     read = list(planned.adapters)
-    for problem in (folded_before(adapter, whole.stored) for adapter in read):
-        if problem is not None:
-            raise problem
     graphs = _name_graphs([read_graphs(paths) for location in onnx for paths in find_onnx(location)])
     base_graph = read_graphs(find_onnx(base_onnx)[0]) if base_onnx is not None else None
     overridden = settings is not None and settings.tolerance is not None
@@ -110,11 +106,7 @@ def verify(
             warnings += plan.warnings
             if compared is not None and judged:
                 proofs.append(prove_folder(plan, compared.stored, on_progress=on_progress))
-            plain = next((graph for _, graph in graphs if graph.precision == "float32"), None)
-            proofs += [
-                prove_graph(plan, graph, name, base_graph, float_graph=plain, alone=settings is None)
-                for name, graph in graphs
-            ]
+            proofs += _prove_graphs(plan, graphs, base_graph, alone=settings is None)
         reference: Reference | None = None
         steps: tuple[Step, ...] = ()
         if settings is not None:
@@ -151,6 +143,14 @@ def verify(
         ),
         warnings=tuple(dict.fromkeys(warnings)),
     )
+
+
+def _prove_graphs(
+    plan: Plan, graphs: Sequence[tuple[str, Graph]], base_graph: Graph | None, *, alone: bool
+) -> Iterator[WeightsProof]:
+    plain = next((graph for _, graph in graphs if graph.precision == "float32"), None)
+    for name, graph in graphs:
+        yield prove_graph(plan, graph, name, base_graph, float_graph=plain, alone=alone)
 
 
 def _is_foreign(base: Base, merged: Base) -> bool:

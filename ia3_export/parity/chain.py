@@ -266,7 +266,7 @@ def _reference(unmerged: Unmerged, dtype: str, device: str) -> Reference:
 
 def _weak(reference: Reference, steps: Sequence[Step]) -> list[str]:
     """Where the control says that the forwards could not have told the artifact from the base."""
-    limits = {step.name: gate.limit for step in steps for gate in step.gates if gate.name == "max error"}
+    limits = {step.name: step.bound for step in steps if step.bound is not None}
     return [
         f"the adapters change the outputs by {reference.effect:.3g} only, hardly more than the bound {limit:.3g} of "
         f"{name}: its forwards could not tell it from the base, only the weights proof can"

@@ -89,7 +89,7 @@ def make_plan(base: Base, adapters: Sequence[Adapter], recipe: Recipe) -> Plan:
         resolve(a, base.dense, allow_missing=recipe.allow_missing, allow_unused=recipe.allow_unused)
         for a in adapters
     ]
-    problems, warnings = _findings(base, resolutions, recipe)
+    problems, warnings = _findings(base, adapters, resolutions, recipe)
     ledger = Ledger(base.dense, recipe.dtype, recipe.cast)
     dropped: frozenset[str] = frozenset()
     kept: Kept | None = None
@@ -140,14 +140,14 @@ def make_plan(base: Base, adapters: Sequence[Adapter], recipe: Recipe) -> Plan:
 
 
 def _findings(
-    base: Base, resolutions: Sequence[Resolution], recipe: Recipe
+    base: Base, adapters: Sequence[Adapter], resolutions: Sequence[Resolution], recipe: Recipe
 ) -> tuple[list[IA3ExportError], list[str]]:
     """Refusals and warnings that hold whatever is folded."""
-    adapters = [r.adapter for r in resolutions]
+    laid = [r.adapter for r in resolutions]
     problems = [*base.quantization.problems, *(p for r in resolutions for p in r.problems)]
     problems += [p for adapter in adapters for p in not_finite(adapter)]
-    problems += [p for adapter in adapters if (p := folded_before(adapter, base.stored)) is not None]
-    warnings = linear_warnings(adapters, recipe.weights) if recipe.combine == "linear" else []
+    problems += [p for adapter in laid if (p := folded_before(adapter, base.stored)) is not None]
+    warnings = linear_warnings(laid, recipe.weights) if recipe.combine == "linear" else []
     warnings += merge_warnings(base.stored)
     warnings += [w for a in adapters for w in base_warnings(a, base.stored, base.quantization)]
     warnings += [*base.quantization.warnings, *(w for r in resolutions for w in r.warnings)]

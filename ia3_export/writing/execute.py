@@ -8,7 +8,6 @@ file descriptors.
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -102,7 +101,7 @@ def write_outputs(
     paths = [folder / file.name for folder, files in outputs for file in files]
     queue = Queue(make_runs(sinks), to_hash=paths if digests else [])
     meter = _Meter(queue.nbytes, on_progress)
-    workers = max(1, min(os.cpu_count() or 1, 8, queue.length))
+    workers = ranges.worker_count(queue.length)
     with ThreadPoolExecutor(workers) as pool:
         futures = [
             pool.submit(_work, queue, results, sha256 if digests else None, meter) for _ in range(workers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from typing import Any
 
 from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.hub import Location
+from ia3_export.checkpoint.ranges import worker_count
 from ia3_export.checkpoint.record import MANIFEST, Folded
 from ia3_export.ordering import natural
 from ia3_export.planning.plan import Plan
@@ -157,7 +157,7 @@ def _table(folder: Path, names: Sequence[str], known: Mapping[str, str], *, hash
     table: dict[str, dict[str, Any]] = {name: {"size": (folder / name).stat().st_size} for name in names}
     if hashed:
         missing = [name for name in names if name not in known]
-        with ThreadPoolExecutor(max(1, min(os.cpu_count() or 1, 8))) as pool:
+        with ThreadPoolExecutor(worker_count()) as pool:
             digests = pool.map(hash_file, [folder / name for name in missing])
             for name, digest in (*known.items(), *zip(missing, digests, strict=True)):
                 table[name]["sha256"] = digest

@@ -7,7 +7,6 @@ is not.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 
 from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint
 from ia3_export.checkpoint.header import StoredTensor
+from ia3_export.checkpoint.ranges import worker_count
 from ia3_export.parity.bits.diagnosis import diagnose
 from ia3_export.parity.bits.expected import (
     BLOCK,
@@ -159,7 +159,7 @@ def _compare_all(
                     if on_progress is not None:
                         on_progress(Progress(done, total))
 
-    workers = max(1, min(os.cpu_count() or 1, 8, len(pieces)))
+    workers = worker_count(len(pieces))
     with ThreadPoolExecutor(workers) as pool:
         for future in [pool.submit(work) for _ in range(workers)]:
             future.result()
