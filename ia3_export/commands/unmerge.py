@@ -31,7 +31,7 @@ from ia3_export.planning.recorded import find_recipe
 from ia3_export.quantization.base import make_base, read_base
 from ia3_export.writing.card import BASE_CARD
 from ia3_export.writing.execute import Progress, write_outputs
-from ia3_export.writing.layout import INDEX, lay_out, make_index
+from ia3_export.writing.layout import INDEX, OutputFile, lay_out, make_index
 from ia3_export.writing.manifest import NAME, Manifest, list_files, tool
 from ia3_export.writing.stage import check_target, copy_file, staged
 from ia3_export.writing.wording import describe_fold
@@ -102,6 +102,8 @@ def unmerge(
     Tensors that the adapters brought (heads, embeddings) stay, as does ``config.json``: what was there before is not in the
     merged model.
 
+    More than seven parameters: each but the last is an input, or what the command line asks of it.
+
     Raises `Refused` for a zero in a vector (what it multiplied is lost), `Unsupported` for a quantized model, and what `merge`
     raises.
     """
@@ -117,12 +119,7 @@ def unmerge(
             hint="merge adapters of your choice into the original base instead",
         )
     warnings += _compare_record(checkpoint, read)
-    warnings += [
-        f"{adapter.name} brought {', '.join(sorted(adapter.extras)[:3])}{' ...' if len(adapter.extras) > 3 else ''}: they stay, "
-        "since the model does not hold what they replaced"
-        for adapter in read
-        if adapter.extras
-    ]
+    warnings += _staying(read)
     left = [folded for folded in checkpoint.folded if not any(is_of(folded, adapter) for adapter in read)]
     plan = make_plan(
         make_base(replace(checkpoint, folded=())),
@@ -146,13 +143,7 @@ def unmerge(
         files = lay_out(inverse)
         write_outputs([(stage, files)], link=False, digests=False, on_progress=on_progress)
         _copy_side_files(checkpoint, stage, make_index(inverse, files))
-        places = {
-            piece.change.name: (stage / file.name, piece.position)
-            for file in files
-            for piece in file.pieces
-            if piece.change is not None
-        }
-        tensors = tuple(_settle(plan, inverse, original, places, how.dtype == "auto"))
+        tensors = tuple(_settle(plan, inverse, original, _places(stage, files), how.dtype == "auto"))
         warnings += [said for adapter in plan.adapters for said in adapter.warnings]
         warnings += _found(tensors) if how.dtype == "auto" else []
         content = {
@@ -168,6 +159,19 @@ def unmerge(
         }
         (stage / NAME).write_text(Manifest(target, content).to_json(), encoding="utf-8")
     return Unmerged(target, tensors, content, tuple(warnings))
+
+
+def _staying(adapters: Sequence[Adapter]) -> Iterator[str]:
+    for adapter in adapters:
+        if adapter.extras:
+            names = ", ".join(sorted(adapter.extras)[:3]) + (" ..." if len(adapter.extras) > 3 else "")
+            yield f"{adapter.name} brought {names}: they stay, since the model does not hold what they replaced"
+
+
+def _places(stage: Path, files: Sequence[OutputFile]) -> dict[str, tuple[Path, int]]:
+    """File and byte of every changed tensor that was written."""
+    pieces = ((file, piece) for file in files for piece in file.pieces)
+    return {p.change.name: (stage / file.name, p.position) for file, p in pieces if p.change is not None}
 
 
 def _compare_record(model: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[str]:

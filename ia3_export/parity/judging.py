@@ -73,52 +73,46 @@ def judge(
 ) -> Step:
     """Compare one artifact with the reference. `before` are the outputs of the step before it (on all inputs), `merged`
     the merged model's runs."""
-    adapters = unmerged.adapters
-    outputs = artifact.outputs
-    reference = _part(unmerged.reference.outputs, outputs, artifact.cases)
-    plain = _part(unmerged.plain.outputs, outputs, artifact.cases)
+    outputs, cases = artifact.outputs, artifact.cases
+    reference = _part(unmerged.reference.outputs, outputs, cases)
+    plain = _part(unmerged.plain.outputs, outputs, cases)
     if not all(reference):
-        return _failed(
-            artifact,
-            f"it has the outputs {sorted(outputs[0])}, the model {sorted(unmerged.reference.outputs[0])}",
-        )
+        theirs = sorted(unmerged.reference.outputs[0])
+        return _failed(artifact, f"it has the outputs {sorted(outputs[0])}, the model {theirs}")
     numeric = NUMERIC.get(artifact.precision, artifact.precision)
+
+    def apart(others: Outputs) -> Distance:
+        return _distance(outputs, _part(others, outputs, cases), numeric, unmerged, cases)
+
     try:
-        distance = _distance(outputs, reference, numeric, unmerged, artifact.cases)
+        distance = apart(unmerged.reference.outputs)
     except ValueError as error:
         return _failed(artifact, str(error))
-    share = effect_present(outputs, reference, plain) if adapters else None
-    loss = None
-    if before is not None:
-        loss = _distance(outputs, _part(before, outputs, artifact.cases), numeric, unmerged, artifact.cases)
-    library = None
-    if unmerged.library is not None:
-        theirs = _part(unmerged.library.outputs, outputs, artifact.cases)
-        library = _distance(outputs, theirs, numeric, unmerged, artifact.cases)
-    bound = _bound(artifact, unmerged, reference, adapters)
+    share = effect_present(outputs, reference, plain) if unmerged.adapters else None
+    bound = _bound(artifact, unmerged, reference)
     generation: Generation | None = None
-    layers: tuple[LayerError, ...] = ()
-    location: FaultLocation | None = None
+    if unmerged.decoded is not None and artifact.decoded is not None:
+        generation = compare_decoded(artifact.decoded, unmerged.decoded, bound)
     if tolerance is not None:
         gates = [at_most("max error beyond rtol", beyond(outputs, reference, tolerance.rtol), tolerance.atol)]
     elif artifact.precision in NUMERIC:
         gates = list(quantized_gates(artifact.precision, distance, share))
     else:
         gates = [at_most("max error", distance.max_error, bound)]
-        gates += _step_gates(artifact, outputs, merged, adapters)
-    if artifact.kind == "merged" and merged is not None:
-        layers = _layers(artifact, merged.run, unmerged, adapters)
-    if unmerged.decoded is not None and artifact.decoded is not None:
-        generation = compare_decoded(artifact.decoded, unmerged.decoded, bound)
-        if tolerance is None and artifact.precision not in NUMERIC:
+        gates += _step_gates(artifact, merged, unmerged.adapters)
+        if generation is not None:
             value = generation.margin or 0.0
             gates.append(Gate("greedy decoding", value, "<=", 2 * bound, generation.excused))
-    passed = all(gate.passed for gate in gates)
+    layers: tuple[LayerError, ...] = ()
+    if artifact.kind == "merged" and merged is not None:
+        layers = _layers(artifact, merged.run, unmerged)
+    passed, finding = all(gate.passed for gate in gates), "in parity"
+    location: FaultLocation | None = None
     if not passed:
         location = _locate(
             layers, unmerged.reference.modules, evidence.proof_of(artifact.name), evidence.sites
         )
-    finding = "in parity" if passed else _finding(outputs, plain, reference, distance, share, location, gates)
+        finding = _finding(_Effect(outputs, plain, reference, share), distance, location, gates)
     return Step(
         name=artifact.name,
         kind=artifact.kind,
@@ -129,8 +123,8 @@ def judge(
         finding=finding,
         gates=tuple(gates),
         distance=distance,
-        loss=loss,
-        library=library,
+        loss=apart(before) if before is not None else None,
+        library=apart(unmerged.library.outputs) if unmerged.library is not None else None,
         effect_present=share,
         generation=generation,
         error_histogram=error_histogram(outputs, reference),
@@ -189,27 +183,28 @@ def _distance(
     return replace(distance, perplexity_change=mine / theirs - 1)
 
 
-def _bound(artifact: Artifact, unmerged: Unmerged, reference: Outputs, adapters: int) -> float:
+def _bound(artifact: Artifact, unmerged: Unmerged, reference: Outputs) -> float:
     dtype = coarser(NUMERIC.get(artifact.precision, artifact.precision), artifact.weights)
     run = _part(unmerged.runs[dtype].outputs, reference, artifact.cases)
     own = compare(run, reference, dtype).max_error
-    return rounding_bound(own, largest(reference), dtype, adapters, runtime=artifact.kind == "onnx")
+    return rounding_bound(own, largest(reference), dtype, unmerged.adapters, runtime=artifact.kind == "onnx")
 
 
-def _step_gates(artifact: Artifact, outputs: Outputs, merged: Merged | None, adapters: int) -> list[Gate]:
+def _step_gates(artifact: Artifact, merged: Merged | None, adapters: int) -> list[Gate]:
     """Where a graph computes in float32 with weights that were rounded to 16 bits, the bound above is as wide as that
     rounding; beside the merged weights themselves, widened, the graph must be as exact as float32 is."""
     if artifact.kind != "onnx" or merged is None or merged.single is None or merged.double is None:
         return []
     if artifact.precision != "float32":
         return []
+    outputs = artifact.outputs
     exact = _part(merged.double.outputs, outputs, artifact.cases)
     own = compare(_part(merged.single.outputs, exact, artifact.cases), exact, "float32").max_error
     limit = rounding_bound(own, largest(exact), "float32", adapters, runtime=True)
     return [at_most("max error to the merged weights", compare(outputs, exact, "float32").max_error, limit)]
 
 
-def _layers(artifact: Artifact, run: Run, unmerged: Unmerged, adapters: int) -> tuple[LayerError, ...]:
+def _layers(artifact: Artifact, run: Run, unmerged: Unmerged) -> tuple[LayerError, ...]:
     dtype = coarser(artifact.precision, artifact.weights)
     own = unmerged.runs[dtype].modules
     rows = []
@@ -219,7 +214,7 @@ def _layers(artifact: Artifact, run: Run, unmerged: Unmerged, adapters: int) -> 
             continue
         scale = float(np.abs(exact).max(initial=0.0))
         error, live = (_largest_error(values, exact) for values in (mine, theirs))
-        bound = rounding_bound(live, scale, dtype, adapters, layer=True)
+        bound = rounding_bound(live, scale, dtype, unmerged.adapters, layer=True)
         rows.append(
             LayerError(
                 module=module, scale=scale, unmerged=live, error=error, bound=bound, passed=error <= bound
@@ -259,23 +254,27 @@ def _locate(
     )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Effect:
+    """Outputs of an artifact, of the base and of the reference, and the `share` of the adapters' effect that is in the first."""
+
+    outputs: Outputs
+    plain: Outputs
+    reference: Outputs
+    share: float | None
+
+
 def _finding(
-    outputs: Outputs,
-    plain: Outputs,
-    reference: Outputs,
-    distance: Distance,
-    share: float | None,
-    location: FaultLocation | None,
-    gates: Sequence[Gate],
+    effect: _Effect, distance: Distance, location: FaultLocation | None, gates: Sequence[Gate]
 ) -> str:
-    effect = compare(plain, reference, "float64").max_error
-    text = f"off by {distance.max_error / effect:.2g} of the adapters' effect" if effect else "not in parity"
+    whole, share = compare(effect.plain, effect.reference, "float64").max_error, effect.share
+    text = f"off by {distance.max_error / whole:.2g} of the adapters' effect" if whole else "not in parity"
     broken = [gate for gate in gates if not gate.passed and gate.value is not None]
     if broken and broken[0].name != "max error":
         text = (
             f"{broken[0].name} is {broken[0].value:.3g}, must be {broken[0].relation} {broken[0].limit:.3g}"
         )
-    if effect and compare(outputs, plain, "float64").max_error < 0.1 * effect:
+    if whole and compare(effect.outputs, effect.plain, "float64").max_error < 0.1 * whole:
         text = "it computes the base: the adapter is not in it"
     elif share is not None and np.isfinite(share) and not EFFECT[0] <= share <= EFFECT[1]:
         text += f", it shows {share:.0%} of it"
