@@ -12,7 +12,7 @@ from ia3_export.models.sentence import read_sentence_head
 from ia3_export.onnx.contract import plan_graphs
 from ia3_export.onnx.tasks import Task
 from ia3_export.parity.runs.inputs import make_cases
-from ia3_export.parity.runs.live import FineTune, Placement, fit_class, load_live, load_plain
+from ia3_export.parity.runs.live import FineTune, RunDevice, fit_class, load_live, load_plain
 from ia3_export.quantization.base import read_base
 
 
@@ -21,7 +21,7 @@ def load_variant(variant: Variant, sources: Sources, task: Task) -> Any:
 
     Live vectors are PEFT's (or hooks, where PEFT leaves one out). Raises `Unsupported` when it cannot be loaded.
     """
-    cpu = Placement("cpu")
+    cpu = RunDevice("cpu")
     if variant == "merged":
         model = load_live(FineTune(read_base(sources.merged)), "float32", cpu).inner
     else:

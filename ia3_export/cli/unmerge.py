@@ -19,7 +19,7 @@ from ia3_export.cli.options import (
 from ia3_export.cli.output import Output
 
 if TYPE_CHECKING:
-    from ia3_export.commands.unmerge import Unmerged
+    from ia3_export.commands.unmerge import UnmergedModel
 
 
 @click.command("unmerge")
@@ -76,7 +76,7 @@ def unmerge_command(
     out.document(done.content)
 
 
-def _show(out: Output, done: Unmerged) -> None:
+def _show(out: Output, done: UnmergedModel) -> None:
     rows = done.tensors if out.verbose else done.tensors[:8]
     out.table(
         ("tensor", "dtype", "elements", "certain", "ambiguous", "does not fold back", "as in the base", "apart (ulp)"),

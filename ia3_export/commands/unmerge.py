@@ -64,7 +64,7 @@ class Exactness:
 
 
 @dataclass(frozen=True, slots=True)
-class Unmerged:
+class UnmergedModel:
     """What `unmerge` wrote. `content` lies in the folder as ``ia3_export.json``."""
 
     folder: Path
@@ -83,7 +83,7 @@ def unmerge(
     allow_missing: bool = False,
     overwrite: bool = False,
     on_progress: Callable[[Progress], None] = lambda _: None,
-) -> Unmerged:
+) -> UnmergedModel:
     """Divide the vectors of `adapters` out of a merged `model`.
 
     Every element becomes ``round_to_dtype(W / l)``, the quotient in float64, the last adapter first, or the neighbour of that which
@@ -158,7 +158,7 @@ def unmerge(
             "files": list_files(stage, known={}, hashed=True),
         }
         (stage / NAME).write_text(Manifest(target, content).to_json(), encoding="utf-8")
-    return Unmerged(target, tensors, content, tuple(warnings))
+    return UnmergedModel(target, tensors, content, tuple(warnings))
 
 
 def _staying(adapters: Sequence[Adapter]) -> Iterator[str]:

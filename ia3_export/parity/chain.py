@@ -16,10 +16,10 @@ from ia3_export.parity.bits.graph_files import Graph
 from ia3_export.parity.gates import NUMERIC, coarser
 from ia3_export.parity.judging import Artifact, Evidence, failed_step, judge, unmerged_distance
 from ia3_export.parity.metrics import Outputs, compare, largest
-from ia3_export.parity.runs.forwards import Merged, Unmerged, Wanted, run_merged, run_unmerged
+from ia3_export.parity.runs.forwards import MergedRuns, UnmergedRuns, Wanted, run_merged, run_unmerged
 from ia3_export.parity.runs.greedy import prompts
 from ia3_export.parity.runs.inputs import Case, make_cases
-from ia3_export.parity.runs.live import FineTune, Placement
+from ia3_export.parity.runs.live import FineTune, RunDevice
 from ia3_export.parity.runs.own_inputs import fit_text, has_tokenizer, read_inputs, read_texts
 from ia3_export.parity.runs.run_onnx import decode_onnx, open_model, run_onnx
 from ia3_export.parity.runs.run_torch import exact_matmul
@@ -68,7 +68,7 @@ def run_chain(
     if merged is not None:
         merged.raise_problems()
     with quiet(), exact_matmul(settings.tf32):
-        where = _placement(trained.base.dense, place, scratch, settings.max_memory, warnings)
+        where = _run_device(trained.base.dense, place, scratch, settings.max_memory, warnings)
         dtypes = _dtypes(trained.base, subject, settings.dtype)
         numeric = [NUMERIC.get(graph.precision, graph.precision) for _, graph in graphs]
         needed = [coarser(dtypes.used, dtypes.written)] if merged is not None and subject.judged else []
@@ -87,7 +87,7 @@ def run_chain(
             )
         before: Outputs = unmerged.runs[dtypes.working].outputs
         steps: list[Step] = []
-        runs: Merged | None = None
+        runs: MergedRuns | None = None
         if merged is not None:
             half = dtypes.written in ("float16", "bfloat16")
             widened = half and "float32" in numeric and where.offload is None
@@ -130,7 +130,7 @@ def _not_run(merged: Base, written: str, device: str, error: Exception) -> Step:
     return failed_step("merged", "merged", file, written, _torch_on(device), f"it cannot be run: {error}")
 
 
-def _merged_artifact(merged: Base, runs: Merged, dtypes: _Dtypes, device: str) -> Artifact:
+def _merged_artifact(merged: Base, runs: MergedRuns, dtypes: _Dtypes, device: str) -> Artifact:
     outputs = runs.run.outputs
     return Artifact(
         name="merged",
@@ -168,7 +168,7 @@ def _sentence_head(base: Base, graphs: Sequence[tuple[str, Graph]]) -> SentenceH
     return read_sentence_head(base.stored.folder) if wanted else None
 
 
-def _run_graph(name: str, graph: Graph, written: str, device: str, unmerged: Unmerged) -> Artifact:
+def _run_graph(name: str, graph: Graph, written: str, device: str, unmerged: UnmergedRuns) -> Artifact:
     model = open_model(graph.paths, device)
     usable = [i for i, case in enumerate(unmerged.cases) if model.cached or not case.past]
     outputs = run_onnx(model, [unmerged.cases[i] for i in usable])
@@ -224,9 +224,9 @@ def _torch_on(device: str) -> str:
     return f"PyTorch on {device}" + (f" ({torch.cuda.get_device_name(device)})" if device != "cpu" else "")
 
 
-def _placement(
+def _run_device(
     dense: Checkpoint, device: str, scratch: Path, max_memory: int | None, warnings: list[str]
-) -> Placement:
+) -> RunDevice:
     """In memory if it fits in float64; with less, float32 and layer by layer."""
     import psutil
 
@@ -238,17 +238,17 @@ def _placement(
     limit = free if max_memory is None else max_memory
     elements = sum(tensor.size for tensor in dense.tensors.values())
     if 8 * elements * _HEADROOM <= limit:
-        return Placement(device)
+        return RunDevice(device)
     if 4 * elements * _HEADROOM <= limit:
         warnings.append("the reference is float32: float64 does not fit into memory")
-        return Placement(device, None, 0, "float32")
+        return RunDevice(device, None, 0, "float32")
     warnings.append(
         "the model does not fit into memory: it ran layer by layer, the reference in float32, without greedy decoding"
     )
-    return Placement(device, scratch / "offload", int(limit / _HEADROOM), "float32")
+    return RunDevice(device, scratch / "offload", int(limit / _HEADROOM), "float32")
 
 
-def _reference(unmerged: Unmerged, dtype: str, device: str) -> Reference:
+def _reference(unmerged: UnmergedRuns, dtype: str, device: str) -> Reference:
     outputs = unmerged.reference.outputs
     effect = compare(unmerged.plain.outputs, outputs, "float64").max_error
     return Reference(

@@ -18,9 +18,9 @@ from ia3_export.parity.metrics import (
     largest,
     perplexity,
 )
-from ia3_export.parity.runs.forwards import Merged, Unmerged
+from ia3_export.parity.runs.forwards import MergedRuns, UnmergedRuns
 from ia3_export.parity.runs.greedy import Decoded, compare_decoded
-from ia3_export.parity.runs.run_torch import Run
+from ia3_export.parity.runs.run_torch import ForwardOutputs
 from ia3_export.parity.settings import Tolerance
 from ia3_export.report.model import (
     Distance,
@@ -65,9 +65,9 @@ class Artifact:
 
 def judge(
     artifact: Artifact,
-    unmerged: Unmerged,
+    unmerged: UnmergedRuns,
     before: Outputs | None,
-    merged: Merged | None,
+    merged: MergedRuns | None,
     evidence: Evidence,
     tolerance: Tolerance | None,
 ) -> Step:
@@ -133,7 +133,7 @@ def judge(
     )
 
 
-def unmerged_distance(unmerged: Unmerged, dtype: str) -> Distance:
+def unmerged_distance(unmerged: UnmergedRuns, dtype: str) -> Distance:
     """How far the live model in `dtype` is from the reference."""
     every = range(len(unmerged.cases))
     return _distance(unmerged.runs[dtype].outputs, unmerged.reference.outputs, dtype, unmerged, every)
@@ -167,7 +167,7 @@ def _part(whole: Outputs, outputs: Outputs, cases: Sequence[int]) -> list[dict[s
 
 
 def _distance(
-    outputs: Outputs, reference: Outputs, dtype: str, unmerged: Unmerged, cases: Sequence[int]
+    outputs: Outputs, reference: Outputs, dtype: str, unmerged: UnmergedRuns, cases: Sequence[int]
 ) -> Distance:
     distance = compare(outputs, reference, dtype)
     if not unmerged.causal:
@@ -183,14 +183,14 @@ def _distance(
     return replace(distance, perplexity_change=mine / theirs - 1)
 
 
-def _bound(artifact: Artifact, unmerged: Unmerged, reference: Outputs) -> float:
+def _bound(artifact: Artifact, unmerged: UnmergedRuns, reference: Outputs) -> float:
     dtype = coarser(NUMERIC.get(artifact.precision, artifact.precision), artifact.weights)
     run = _part(unmerged.runs[dtype].outputs, reference, artifact.cases)
     own = compare(run, reference, dtype).max_error
     return rounding_bound(own, largest(reference), dtype, unmerged.adapters, runtime=artifact.kind == "onnx")
 
 
-def _step_gates(artifact: Artifact, merged: Merged | None, adapters: int) -> list[Gate]:
+def _step_gates(artifact: Artifact, merged: MergedRuns | None, adapters: int) -> list[Gate]:
     """Where a graph computes in float32 with weights that were rounded to 16 bits, the bound above is as wide as that
     rounding; beside the merged weights themselves, widened, the graph must be as exact as float32 is."""
     if artifact.kind != "onnx" or merged is None or merged.single is None or merged.double is None:
@@ -204,7 +204,7 @@ def _step_gates(artifact: Artifact, merged: Merged | None, adapters: int) -> lis
     return [at_most("max error to the merged weights", compare(outputs, exact, "float32").max_error, limit)]
 
 
-def _layers(artifact: Artifact, run: Run, unmerged: Unmerged) -> tuple[LayerError, ...]:
+def _layers(artifact: Artifact, run: ForwardOutputs, unmerged: UnmergedRuns) -> tuple[LayerError, ...]:
     dtype = coarser(artifact.precision, artifact.weights)
     own = unmerged.runs[dtype].modules
     rows = []

@@ -20,13 +20,13 @@ from ia3_export.parity.runs.live import (
     FineTune,
     FittedClass,
     LiveModel,
-    Placement,
+    RunDevice,
     load_as_library_runs_it,
     load_live,
     load_plain,
 )
 from ia3_export.parity.runs.quantized import is_bitsandbytes
-from ia3_export.parity.runs.run_torch import Run, rounding_noise, run_torch
+from ia3_export.parity.runs.run_torch import ForwardOutputs, rounding_noise, run_torch
 from ia3_export.quantization.base import Base
 
 _LARGE = 64 << 20
@@ -42,7 +42,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Unmerged:
+class UnmergedRuns:
     """Base + live adapters (so many `adapters`): the `reference` in `precision`, the runs in coarser dtypes, and the base alone
     (`plain`). `refused` is what PEFT said where hooks applied the adapters instead.
 
@@ -58,32 +58,32 @@ class Unmerged:
     cases: Sequence[Case]
     causal: bool
     precision: str
-    reference: Run
-    runs: Mapping[str, Run]
-    plain: Run
+    reference: ForwardOutputs
+    runs: Mapping[str, ForwardOutputs]
+    plain: ForwardOutputs
     decoded: Sequence[Decoded] | None
     special: SpecialTokens
-    library: Run | None
+    library: ForwardOutputs | None
     library_failure: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Merged:
+class MergedRuns:
     """The merged model's run in the working dtype, and where another runtime widens 16-bit weights, in float32 and 64."""
 
-    run: Run
+    run: ForwardOutputs
     decoded: Sequence[Decoded] | None
-    single: Run | None
-    double: Run | None
+    single: ForwardOutputs | None
+    double: ForwardOutputs | None
 
 
 def run_unmerged(
     trained: FineTune,
     dtypes: Sequence[str],
-    where: Placement,
+    where: RunDevice,
     make_cases: Callable[[Any], Sequence[Case]],
     wanted: Wanted,
-) -> Unmerged:
+) -> UnmergedRuns:
     """Run base + live adapters in each of `dtypes` (the first is the one it is loaded in), then in the reference
     precision, then without the adapters. A run in the reference's own dtype is made with `rounding_noise`; `make_cases`
     gives the inputs for the loaded model.
@@ -126,7 +126,7 @@ def run_unmerged(
             library = None if quantized is None else run_torch(quantized, cases, hidden=wanted.hidden)
         except Unsupported as error:  # a comparison more than the proof needs
             failure = str(error)
-    return Unmerged(
+    return UnmergedRuns(
         class_name=class_name,
         adapters=len(trained.adapters),
         applied_by=by,
@@ -145,11 +145,11 @@ def run_unmerged(
     )
 
 
-def _traced(model: Any, cases: Sequence[Case], wanted: Wanted) -> Run:
+def _traced(model: Any, cases: Sequence[Case], wanted: Wanted) -> ForwardOutputs:
     return run_torch(model, cases, hidden=wanted.hidden, sentence=wanted.sentence, trace=True)
 
 
-def _finite(reference: Run, precision: str) -> list[int]:
+def _finite(reference: ForwardOutputs, precision: str) -> list[int]:
     """The inputs on which the reference itself is finite: with padding on the left, some models divide zero by zero at the
     padded positions and carry that on."""
     finite = [i for i, output in enumerate(reference.outputs) if np.isfinite(largest([output]))]
@@ -161,7 +161,9 @@ def _finite(reference: Run, precision: str) -> list[int]:
     return finite
 
 
-def run_merged(merged: Base, unmerged: Unmerged, dtype: str, where: Placement, *, widened: bool) -> Merged:
+def run_merged(
+    merged: Base, unmerged: UnmergedRuns, dtype: str, where: RunDevice, *, widened: bool
+) -> MergedRuns:
     """Run the merged checkpoint on the same inputs in `dtype`, and if `widened` in float32 and float64 as well."""
     if merged.stored.holds_adapter:
         raise Refused(
@@ -181,10 +183,12 @@ def run_merged(merged: Base, unmerged: Unmerged, dtype: str, where: Placement, *
             double = run_torch(_cast(model, "float64"), unmerged.cases, hidden=hidden, sentence=sentence)
     del model
     _free(merged.stored)
-    return Merged(run, decoded, single, double)
+    return MergedRuns(run, decoded, single, double)
 
 
-def _widest(live: LiveModel, cases: Sequence[Case], wanted: Wanted, precision: str) -> tuple[str, Run]:
+def _widest(
+    live: LiveModel, cases: Sequence[Case], wanted: Wanted, precision: str
+) -> tuple[str, ForwardOutputs]:
     if precision == "float64":
         with suppress(Unsupported):  # an operator without a float64 kernel
             return precision, _traced(_cast(live.model, precision), cases, wanted)

@@ -29,7 +29,7 @@ from ia3_export.quantization.base import Base
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class RunDevice:
     """Where a model lives: on `device`, or, with an `offload` folder, layer by layer: at most `max_memory` bytes in
     memory (on the GPU: what it has free), the rest on disk (accelerate). `precision` is the reference's."""
 
@@ -83,7 +83,7 @@ class LiveModel:
             yield
 
 
-def load_live(trained: FineTune, dtype: str, where: Placement) -> LiveModel:
+def load_live(trained: FineTune, dtype: str, where: RunDevice) -> LiveModel:
     """Load the base in `dtype` with every adapter live. Raises `Unsupported` without a transformers class."""
     base, adapters, recipe = trained.base, trained.adapters, trained.recipe
     config = base.stored.config
@@ -133,7 +133,7 @@ def fit_class(base: Checkpoint, adapters: Sequence[Adapter]) -> FittedClass:
 
 
 def load_plain(
-    base: Base, fitted: FittedClass, dtype: str, where: Placement, *, quantized: bool = False
+    base: Base, fitted: FittedClass, dtype: str, where: RunDevice, *, quantized: bool = False
 ) -> Any:
     """The checkpoint as a transformers model of the `fitted` class, in eval mode; seeded where a head is made anew.
 
@@ -239,7 +239,7 @@ def _fill(state: Mapping[str, Any], name: str, tensor: StoredTensor) -> None:
         state[name].copy_(torch.from_numpy(read_values(tensor)))
 
 
-def load_as_library_runs_it(trained: FineTune, class_name: str, where: Placement) -> Any | None:
+def load_as_library_runs_it(trained: FineTune, class_name: str, where: RunDevice) -> Any | None:
     """A quantized base with PEFT's live adapters on its own library's layers; None where PEFT leaves out a vector or the head has
     another size."""
     model = load_plain(trained.base, FittedClass(class_name), "float32", where, quantized=True)
