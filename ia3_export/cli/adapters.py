@@ -61,6 +61,9 @@ def convert_command(
     \b
       ia3-export convert t03b_ia3_finish.pt --output t-few --task-type SEQ_2_SEQ_LM
       ia3-export convert vectors.pt --map '(.+)\\.ia3_scale=output' --output mine
+
+    \f
+    More than seven parameters: one an option.
     """
     from ia3_export.adapters import read_adapters
     from ia3_export.commands.convert import convert
@@ -101,6 +104,9 @@ def combine_command(
       ia3-export combine --adapter a --adapter b --output a-then-b
       ia3-export combine --adapter a --adapter b --weights 0.7,0.3 --output sum
       ia3-export combine --adapter a --adapter b --combine delta --weights 0.7,0.3 --output mix
+
+    \f
+    More than seven parameters: one an option.
     """
     from ia3_export.adapters import read_adapters
     from ia3_export.commands.convert import combine as combine_adapters

@@ -126,6 +126,9 @@ def merge_command(
     \b
       ia3-export merge --base my-base --adapter my-adapter --output merged
       ia3-export merge --base org/model@main --adapter a --adapter b --combine linear --weights 0.7,0.3 --output ab
+
+    \f
+    More than seven parameters: one an option.
     """  # fmt: skip
     if not dry_run and (output is None) == (output_per_adapter is None):
         raise click.UsageError("give either --output or --output-per-adapter")

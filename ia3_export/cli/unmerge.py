@@ -56,6 +56,9 @@ def unmerge_command(
 
     \b
       ia3-export unmerge --model merged --adapter my-adapter --output base-again
+
+    \f
+    More than seven parameters: one an option.
     """
     from ia3_export.adapters import read_adapters
     from ia3_export.commands.unmerge import unmerge

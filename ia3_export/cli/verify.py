@@ -114,6 +114,9 @@ def verify_command(
       ia3-export verify --base my-base --adapter my-adapter --merged merged --onnx exported --html report.html
 
     In GitHub Actions the Markdown report also goes to $GITHUB_STEP_SUMMARY.
+
+    \f
+    More than seven parameters: one an option.
     """
     from ia3_export.adapters import read_adapters
     from ia3_export.cli.report_text import show_report

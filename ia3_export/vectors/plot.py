@@ -8,9 +8,10 @@ from pathlib import Path
 from ia3_export.drawing.files import write_whole
 from ia3_export.drawing.formats import tail
 from ia3_export.errors import OutputError, UsageError
+from ia3_export.vectors.captions import words_of_one, words_of_two
 from ia3_export.vectors.channels import Counts
+from ia3_export.vectors.grid import make_stacks
 from ia3_export.vectors.html import to_html
-from ia3_export.vectors.layout import make_stacks
 from ia3_export.vectors.numbers import (
     colour_scale,
     histogram_of,
@@ -20,7 +21,6 @@ from ia3_export.vectors.numbers import (
 )
 from ia3_export.vectors.picture import Cell, Picture, PlotSite
 from ia3_export.vectors.png import to_png
-from ia3_export.vectors.words import words_of_one, words_of_two
 
 #: What draws a picture, by the suffix of the file.
 WRITERS: Mapping[str, Callable[[Picture], bytes]] = {
