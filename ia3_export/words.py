@@ -11,6 +11,10 @@ Combine = Literal["product", "linear", "delta"]
 Cast = Literal["peft", "peft-low-mem"]
 #: Dtype of an output; ``auto`` keeps what is stored.
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+#: Dtype in which PyTorch runs a model; ``auto`` is the stored one.
+RunDtype = Literal["auto", "float64", "float32", "float16", "bfloat16"]
+#: Who applied the vectors of a live model.
+AppliedBy = Literal["peft", "hooks", "none"]
 #: What becomes of a quantized base: dense; its scales folded, or refused; its scales folded, dense where that fails.
 Quantized = Literal["dequantize", "keep", "keep-or-dense"]
 #: Whose tokenizer, generation and processor settings an output gets.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import click
 
 from ia3_export.cli.options import (
     adapters_option,
+    choice,
     output_option,
     output_options,
     overwrite_option,
@@ -16,6 +17,7 @@ from ia3_export.cli.options import (
     weights_option,
 )
 from ia3_export.cli.output import Output
+from ia3_export.words import Combine
 
 if TYPE_CHECKING:
     from ia3_export.commands.convert import TaskType, WrittenAdapter
@@ -81,7 +83,7 @@ def convert_command(
 @output_option
 @click.option(
     "--combine",
-    type=click.Choice(["product", "linear", "delta"]),
+    type=choice(Combine),
     help="Product of the vectors, PEFT's sum of w*l, or 1 + sum of w*(l-1). Default: linear with --weights, product without.",
 )
 @weights_option
@@ -92,7 +94,7 @@ def combine_command(
     adapters: tuple[str, ...],
     rules: tuple[str, ...],
     output: Path,
-    combine: Literal["product", "linear", "delta"] | None,
+    combine: Combine | None,
     weights: tuple[float, ...],
     base: str | None,
     overwrite: bool,

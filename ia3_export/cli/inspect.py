@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ia3_export.cli.options import output_options, rules_option
+from ia3_export.cli.options import choice, output_options, rules_option
 from ia3_export.cli.output import Output, human_bytes
 from ia3_export.ordering import natural
+from ia3_export.words import Quantized
 
 if TYPE_CHECKING:
     from ia3_export.commands.inspect import Inspection
     from ia3_export.planning.plan import Plan
-    from ia3_export.words import Quantized
 
 
 _OUTCOMES = ("exact", "rounded", "moved", "dense", "refused")
@@ -39,7 +39,7 @@ _HOW = {
 @click.option("--base", metavar="BASE", help="Plan the merge into this base: folder, file or hub id.")
 @click.option(
     "--quantized",
-    type=click.Choice(["dequantize", "keep", "keep-or-dense"]),
+    type=choice(Quantized),
     default="keep-or-dense",
     show_default=True,
     help="How a quantized base would be merged; the default shows which vectors its scales can take.",

@@ -11,6 +11,7 @@ from ia3_export.cli.inspect import show_left_out, show_plan, show_quantization
 from ia3_export.cli.options import (
     adapters_option,
     base_option,
+    choice,
     gathered,
     output_options,
     overwrite_option,
@@ -20,6 +21,7 @@ from ia3_export.cli.options import (
 )
 from ia3_export.cli.output import Output, human_bytes
 from ia3_export.planning.recipe import Recipe
+from ia3_export.words import Cast, Combine, Digests, Dtype, Quantized, TokenizerChoice
 from ia3_export.writing.options import OutputOptions
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--combine",
-    type=click.Choice(["product", "linear", "delta"]),
+    type=choice(Combine),
     default="product",
     show_default=True,
     help="Several adapters: one after the other, sum of w*l, or 1 + sum of w*(l-1).",
@@ -47,21 +49,21 @@ if TYPE_CHECKING:
 @weights_option
 @click.option(
     "--dtype",
-    type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+    type=choice(Dtype),
     default="auto",
     show_default=True,
     help="Dtype of the output; auto keeps what is stored.",
 )
 @click.option(
     "--quantized",
-    type=click.Choice(["dequantize", "keep", "keep-or-dense"]),
+    type=choice(Quantized),
     default="dequantize",
     show_default=True,
     help="A quantized base: written dense, its scales folded (or refused), or folded with dense weights where it must be.",
 )
 @click.option(
     "--cast",
-    type=click.Choice(["peft", "peft-low-mem"]),
+    type=choice(Cast),
     default="peft",
     show_default=True,
     help="peft-low-mem rounds the vector to the base's dtype first, as PEFT's low-memory loading does.",
@@ -83,7 +85,7 @@ if TYPE_CHECKING:
 @click.option("--allow-unused", is_flag=True, help="Drop vectors and tensors that have no place in the base.")
 @click.option(
     "--tokenizer",
-    type=click.Choice(["auto", "base", "adapter"]),
+    type=choice(TokenizerChoice),
     default="auto",
     show_default=True,
     help="Tokenizer, chat template, generation and processor settings: the adapter's where they differ and fit, the base's, "
@@ -91,7 +93,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--digests",
-    type=click.Choice(["full", "output", "none"]),
+    type=choice(Digests),
     default="output",
     show_default=True,
     help="SHA-256 of inputs and outputs, of outputs, or none.",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
 import click
 
@@ -40,6 +40,11 @@ def _remember_json(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
 def _remember_verbose(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
     ctx.find_root().meta["ia3_export.verbose"] = value
     return value
+
+
+def choice(words: Any) -> click.Choice[str]:
+    """The words of a ``Literal``, in its order."""
+    return click.Choice(get_args(words))
 
 
 base_option = click.option(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import click
 
 from ia3_export.cli.options import (
     adapters_option,
+    choice,
     output_option,
     output_options,
     overwrite_option,
@@ -17,6 +18,7 @@ from ia3_export.cli.options import (
     weights_option,
 )
 from ia3_export.cli.output import Output
+from ia3_export.words import Combine
 
 if TYPE_CHECKING:
     from ia3_export.commands.unmerge import UnmergedModel
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 @click.option("--base", metavar="BASE", help="The original, if it is at hand: compare the result with it.")
 @click.option(
     "--combine",
-    type=click.Choice(["product", "linear", "delta"]),
+    type=choice(Combine),
     help="How several adapters were merged; default: what the model's manifest says.",
 )
 @weights_option
@@ -43,7 +45,7 @@ def unmerge_command(
     rules: tuple[str, ...],
     output: Path,
     base: str | None,
-    combine: Literal["product", "linear", "delta"] | None,
+    combine: Combine | None,
     weights: tuple[float, ...],
     allow_missing: bool,
     overwrite: bool,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ia3_export.cli.options import (
     adapters_option,
     base_option,
+    choice,
     gathered,
     output_options,
     parse_size,
@@ -19,9 +20,7 @@ from ia3_export.cli.options import (
 )
 from ia3_export.cli.output import Output
 from ia3_export.parity.settings import RunSettings
-
-if TYPE_CHECKING:
-    from ia3_export.words import Combine
+from ia3_export.words import Combine, RunDtype
 
 _FILE = click.Path(path_type=Path)
 
@@ -46,7 +45,7 @@ _FILE = click.Path(path_type=Path)
 )
 @click.option(
     "--combine",
-    type=click.Choice(["product", "linear", "delta"]),
+    type=choice(Combine),
     help="As in merge; default: what the manifest says.",
 )
 @weights_option
@@ -66,7 +65,7 @@ _FILE = click.Path(path_type=Path)
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where the forwards run."
 )
 @click.option(
-    "--dtype", type=click.Choice(["auto", "float64", "float32", "float16", "bfloat16"]), default="auto",
+    "--dtype", type=choice(RunDtype), default="auto",
     show_default=True, help="In which PyTorch runs the live and the merged model; auto: as stored.",
 )  # fmt: skip
 @click.option("--tf32", is_flag=True, help="Let CUDA use TF32 in float32 products.")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
 
 from ia3_export.arguments import check_arguments
 from ia3_export.errors import UsageError
+from ia3_export.words import RunDtype
 
 _SEEDS = 2**63
 
@@ -42,7 +42,7 @@ class RunSettings:
     inputs: str | Path | None = None
     text: str | Path | None = None
     device: str = "auto"
-    dtype: Literal["auto", "float64", "float32", "float16", "bfloat16"] = "auto"
+    dtype: RunDtype = "auto"
     tf32: bool = False
     atol: float | None = None
     rtol: float | None = None

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from ia3_export.words import AppliedBy
+
 SCHEMA = "ia3-export/report/1"
 Kind = Literal["merged", "onnx"]
 
@@ -196,7 +198,7 @@ class Reference:
     how far the live model itself is from that in the stored `dtype`; `effect` is the largest change that
     the adapters make to the base's outputs, `scale` the largest reference output."""
 
-    applied_by: Literal["peft", "hooks", "none"]
+    applied_by: AppliedBy
     model_class: str
     precision: str
     dtype: str

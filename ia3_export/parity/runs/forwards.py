@@ -6,7 +6,7 @@ import gc
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from ia3_export.parity.runs.live import (
 from ia3_export.parity.runs.quantized import is_bitsandbytes
 from ia3_export.parity.runs.run_torch import ForwardOutputs, rounding_noise, run_torch
 from ia3_export.quantization.base import Base
+from ia3_export.words import AppliedBy
 
 _LARGE = 64 << 20
 
@@ -52,7 +53,7 @@ class UnmergedRuns:
 
     class_name: str
     adapters: int
-    applied_by: Literal["peft", "hooks", "none"]
+    applied_by: AppliedBy
     refused: str
     wanted: Wanted
     cases: Sequence[Case]

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from ia3_export.models.model_class import load_runtime_model, make_config
 from ia3_export.parity.runs.quantized import load_dense, widen
 from ia3_export.planning.recipe import DEFAULT_RECIPE, Recipe
 from ia3_export.quantization.base import Base
+from ia3_export.words import AppliedBy
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ class LiveModel:
 
     model: Any
     class_name: str
-    by: Literal["peft", "hooks", "none"]
+    by: AppliedBy
     hooks: tuple[Any, ...]
     refused: str = ""
 
