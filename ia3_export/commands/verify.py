@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,24 +82,52 @@ def verify(
         raise UsageError("no adapter given", hint="give at least one --adapter")
     whole = read_base(base)
     read = [read_adapter(source) for source in adapters]
-    shipped = read_base(merged) if merged is not None else None
-    how, warnings = find_recipe(whole, shipped, len(read), recipe, "the manifest, or from the weights' dtype")
-    foreign = shipped is not None and settings is not None and _is_foreign(whole, shipped)
-    planned = make_plan(whole, read, how)
-    planned.raise_problems()  # what is refused has no unmerged forward either
-    plan = None if foreign else planned
-    read = list(planned.adapters)
-    graphs = _name_graphs([read_graphs(paths) for location in onnx for paths in find_onnx(location)])
+    other = read_base(merged) if merged is not None else None
+    how, said = find_recipe(whole, other, len(read), recipe, "the manifest, or from the weights' dtype")
+    plan = make_plan(whole, read, how)
+    plan.raise_problems()  # what is refused has no unmerged forward either
     base_graph = read_graphs(find_onnx(base_onnx)[0]) if base_onnx is not None else None
-    overridden = settings is not None and settings.tolerance is not None
+    shipped = Shipped(
+        other, tuple(graph for location in onnx for graph in read_exported(location)), base_graph
+    )
+    report = prove(plan, shipped, settings, on_progress=on_progress)
+    return replace(report, warnings=tuple(dict.fromkeys([*said, *report.warnings])))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shipped:
+    """What shall compute what was trained: a `merged` folder, `graphs` in the order of the chain, and the base's own export."""
+
+    merged: Base | None
+    graphs: tuple[Graph, ...]
+    base_graph: Graph | None = None
+
+
+def read_exported(location: str | Path) -> list[Graph]:
+    """The graphs of an exported folder, the plain one first, or of one file. Raises what reading them raises."""
+    return [read_graphs(paths) for paths in find_onnx(location)]
+
+
+def prove(
+    plan: Plan,
+    shipped: Shipped,
+    settings: RunSettings | None,
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Report:
+    """`verify` of what is read already: `shipped` beside what `plan` makes, and beside the live model that it was made of."""
+    graphs = _name_graphs(shipped.graphs)
+    foreign = shipped.merged is not None and settings is not None and _is_foreign(plan.base, shipped.merged)
+    warnings: list[str] = []
     with scratch_folder() as scratch:
-        compared = shipped
-        if shipped is None and settings is not None and (not graphs or _widened(whole.stored, graphs)):
+        compared = shipped.merged
+        if compared is None and settings is not None and (not graphs or _widened(plan.base.stored, graphs)):
             # without an adapter there is nothing to merge: the checkpoint itself is what the graphs must compute
-            compared = _merge(planned, scratch / "merged") if read else whole
-        judged = shipped is not None or not graphs  # a merge made for an ONNX file's sake is no artifact
+            compared = _merge(plan, scratch / "merged") if plan.adapters else plan.base
+        # a merge made for an ONNX file's sake is no artifact
+        judged = shipped.merged is not None or not graphs
         proofs: list[WeightsProof] = []
-        if plan is None:
+        if foreign:
             warnings.append(
                 "the base is quantized and another tool merged into it, with roundings of its own: only forwards are compared"
             )
@@ -106,7 +135,7 @@ def verify(
             warnings += plan.warnings
             if compared is not None and judged:
                 proofs.append(prove_folder(plan, compared.stored, on_progress=on_progress))
-            proofs += _prove_graphs(plan, graphs, base_graph, alone=settings is None)
+            proofs += _prove_graphs(plan, graphs, shipped.base_graph, alone=settings is None)
         reference: Reference | None = None
         steps: tuple[Step, ...] = ()
         if settings is not None:
@@ -114,33 +143,32 @@ def verify(
             from ia3_export.parity.judging import Evidence
             from ia3_export.parity.runs.live import FineTune
 
+            known = None if foreign else plan
             reference, steps, more = run_chain(
-                FineTune(whole, tuple(read), how),
-                Subject(compared, judged, _rounded(plan), graphs),
-                Evidence(proofs, sites_of(plan, read)),
+                FineTune(plan.base, plan.adapters, plan.recipe),
+                Subject(compared, judged, _rounded(known), graphs),
+                Evidence(proofs, sites_of(known, plan.adapters)),
                 settings,
                 scratch,
             )
             warnings += more
+    overridden = settings is not None and settings.tolerance is not None
     proven = all(proof.passed for proof in proofs)
     if overridden and not proven:
         warnings.append("the weights are not bit for bit what a merge gives; --atol and --rtol decide alone")
+    merged = shipped.merged.stored if shipped.merged is not None else None
+    paths = [path for graph in shipped.graphs for path in graph.paths]
     return Report(
         in_parity=(proven or overridden) and all(step.passed for step in steps),
-        base=model_id(whole.stored.location),
-        adapters=tuple(model_id(a.location) for a in read),
+        base=model_id(plan.base.stored.location),
+        adapters=tuple(model_id(a.location) for a in plan.adapters),
         weights=tuple(proofs),
         reference=reference,
         steps=tuple(steps),
-        sites=summarize_sites(read),
-        options=_shown_options(how, settings),
+        sites=summarize_sites(plan.adapters),
+        options=_shown_options(plan.recipe, settings),
         environment=environment(),
-        digests=digests(
-            whole.stored,
-            read,
-            shipped.stored if shipped is not None else None,
-            [path for _, graph in graphs for path in graph.paths],
-        ),
+        digests=digests(plan.base.stored, plan.adapters, merged, paths),
         warnings=tuple(dict.fromkeys(warnings)),
     )
 
