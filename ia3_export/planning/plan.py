@@ -83,8 +83,8 @@ def make_plan(base: Base, adapters: Sequence[Adapter], recipe: Recipe) -> Plan:
     """
     check_weights(adapters, recipe.combine, recipe.weights)
     stored = base.stored
-    if stored.is_gguf and recipe.quantized == "dequantize":
-        recipe = replace(recipe, quantized="keep")  # GGUF in, GGUF out
+    if stored.is_gguf and (recipe.quantized, recipe.dtype) == ("dequantize", "auto"):
+        recipe = replace(recipe, quantized="keep")  # GGUF in, GGUF out; of another dtype it is refused below
     resolutions = [
         resolve(a, base.dense, allow_missing=recipe.allow_missing, allow_unused=recipe.allow_unused)
         for a in adapters

@@ -430,13 +430,15 @@ def test_the_plan_imports_no_framework(adapters: Callable[[Path], Path], tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_options_that_gguf_cannot_take(adapters: Callable[[Path], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "option", [("--quantized", "keep", "--shard-size", "1MB"), ("--dtype", "float32")], ids=" ".join
+)
+def test_options_that_gguf_cannot_take(
+    option: tuple[str, ...], adapters: Callable[[Path], Path], tmp_path: Path
+) -> None:
     base = _file("gguf-q8_0")
-    ran = run(
-        "merge", "--base", base, "--adapter", adapters(base), "--output", tmp_path / "out", "--quantized", "keep",
-        "--shard-size", "1MB",
-    )  # fmt: skip
-    only_complaint(ran, 2, "--shard-size", "GGUF")
+    ran = run("merge", "--base", base, "--adapter", adapters(base), "--output", tmp_path / "out", *option)
+    only_complaint(ran, 2, option[-2], "GGUF")
     assert not (tmp_path / "out").exists()
 
 
