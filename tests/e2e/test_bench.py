@@ -170,7 +170,7 @@ def test_both_runtimes_time_the_same_computation(tmp_path: Path, name: str) -> N
     with torch.no_grad():
         state, other = ours.forward(), theirs.forward()
         for _ in range(6):
-            np.testing.assert_allclose(other[0].numpy(), state[0].numpy(), atol=1e-4)
+            np.testing.assert_allclose(other.outputs["logits"].numpy(), state[0].numpy(), atol=1e-4)
             state, other = ours.step(state), theirs.step(other)
     assert state[1].get_seq_length() == (ids.shape[1] if name == "gpt2" else 1) + 6
 
@@ -210,6 +210,23 @@ def endless(tmp_path: Path) -> Job:
     )
 
 
+LOADED = """
+import json, sys
+from ia3_export.benching.worker import _import, read_job
+job = read_job(sys.argv[1])
+_import(job)(job)
+print(json.dumps(sorted(sys.modules)))
+"""
+
+
+def test_the_process_of_a_graph_imports_neither_torch_nor_transformers(endless: Job) -> None:
+    command = [sys.executable, "-c", LOADED, json.dumps(asdict(endless))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    modules = {name.partition(".")[0] for name in json.loads(done.stdout)}
+    assert "onnxruntime" in modules
+    assert modules.isdisjoint({"torch", "transformers", "peft", "optimum"})
+
+
 def test_a_graph_that_does_not_load_is_named_by_its_worker(tmp_path: Path, endless: Job) -> None:
     broken = tmp_path / "model_int8.onnx"
     broken.write_bytes(b"not a graph")
@@ -217,8 +234,9 @@ def test_a_graph_that_does_not_load_is_named_by_its_worker(tmp_path: Path, endle
         assert worker.answer()["resident"] > 0
         with pytest.raises(
             DamagedFile, match=r"^ONNX Runtime base int8: ONNX Runtime cannot load model_int8.onnx"
-        ):
+        ) as caught:
             worker.ask("load")
+    assert str(tmp_path) not in str(caught.value) and "--precision" in caught.value.hint
 
 
 def test_a_worker_that_is_killed_is_reported(tmp_path: Path, endless: Job) -> None:
