@@ -19,6 +19,7 @@ from ia3_export import errors
 if TYPE_CHECKING:
     from ia3_export.adapters import read_adapter
     from ia3_export.benching.bench import bench
+    from ia3_export.benching.settings import BenchSettings
     from ia3_export.checkpoint.folder import read_checkpoint
     from ia3_export.commands.compare import compare
     from ia3_export.commands.convert import combine, convert
@@ -28,8 +29,11 @@ if TYPE_CHECKING:
     from ia3_export.commands.plot import plot_vectors
     from ia3_export.commands.unmerge import unmerge
     from ia3_export.commands.verify import verify
+    from ia3_export.onnx.options import GraphOptions
 
 __all__ = [
+    "BenchSettings",
+    "GraphOptions",
     "bench",
     "combine",
     "compare",
@@ -48,6 +52,8 @@ __all__ = [
 ]
 
 _HOME = {
+    "BenchSettings": "ia3_export.benching.settings",
+    "GraphOptions": "ia3_export.onnx.options",
     "bench": "ia3_export.benching.bench",
     "combine": "ia3_export.commands.convert",
     "compare": "ia3_export.commands.compare",

@@ -1,7 +1,8 @@
-"""All that is asked of optimum: which task a word means, which one a class was made for, and the class to load for a task.
+"""All that is asked of optimum: which task a word means, which one a class was made for, and the class to
+load for a task.
 
-``TasksManager`` is used as it is; beside each answer stands what it lacks. (``optimum.exporters.tasks`` imports ``requests`` without
-declaring it: ``pyproject.toml`` does.)
+``TasksManager`` is used as it is; beside each answer stands what it lacks. (``optimum.exporters.tasks``
+imports ``requests`` without declaring it: ``pyproject.toml`` does.)
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import Any
 #: Tasks with a cache have this ending; our graphs of these tasks always have it.
 _CACHED = "-with-past"
 
-#: By the ends of their names, classes that it does not list: T5EncoderModel, DeiTForImageClassification, LayoutLMForQuestionAnswering.
+#: By the ends of their names, classes that it does not list: T5EncoderModel, DeiTForImageClassification,
+#: LayoutLMForQuestionAnswering.
 _UNLISTED = {
     "ForCausalLM": "text-generation", "ForMaskedLM": "fill-mask", "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification", "ForQuestionAnswering": "question-answering",

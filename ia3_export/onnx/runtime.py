@@ -1,6 +1,8 @@
-"""Exported graphs in ONNX Runtime: the files of a model opened, and its decoder driven with its cache from step to step.
+"""Exported graphs in ONNX Runtime: the files of a model opened, and its decoder driven with its cache from
+step to step.
 
-Neither torch nor transformers is imported, and what goes from step to step stays with ONNX Runtime: `bench` measures with this.
+Neither torch nor transformers is imported, and what goes from step to step stays with ONNX Runtime: `bench`
+measures with this.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ Values = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OnnxGraph:
-    """One open file: the shapes of its `inputs`, the numpy types of those that are `floats`, the names of its `outputs`, and by which
-    name the next step takes those that are its `cache`. All is read once, since what a step costs is measured."""
+    """One open file: the shapes of its `inputs`, the numpy types of those that are `floats`, the names of its
+    `outputs`, and by which name the next step takes those that are its `cache`. All is read once, since what
+    a step costs is measured."""
 
     session: Any
     inputs: Mapping[str, tuple[int | str | None, ...]]
@@ -65,9 +68,9 @@ class OnnxModel:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecoderStep:
-    """What a decoder gave for the tokens of a step, as values of ONNX Runtime: its `outputs` beside the cache, and the `cache`,
-    under the names by which the next step takes it. `mask` is int64 (batch, tokens so far), an encoder-decoder's that of its
-    encoder, whose `states` it has, too."""
+    """What a decoder gave for the tokens of a step, as values of ONNX Runtime: its `outputs` beside the
+    cache, and the `cache`, under the names by which the next step takes it. `mask` is int64 (batch, tokens so
+    far), an encoder-decoder's that of its encoder, whose `states` it has, too."""
 
     outputs: Values
     cache: Values
@@ -76,7 +79,8 @@ class DecoderStep:
 
 
 def open_model(paths: Sequence[Path], *, device: str = "cpu", threads: int | None = None) -> OnnxModel:
-    """Open the files of one model (`find_onnx`), each with its operators in so many `threads` (None: ONNX Runtime's choice).
+    """Open the files of one model (`find_onnx`), each with its operators in so many `threads` (None: ONNX
+    Runtime's choice).
 
     Raises `Unsupported` without ONNX Runtime, `DamagedFile` for a file it cannot load.
     """
@@ -116,7 +120,8 @@ def _open(path: Path, device: str, threads: int | None) -> OnnxGraph:
 
 
 def ort_values(arrays: Mapping[str, Array]) -> dict[str, Any]:
-    """`arrays` as values of ONNX Runtime, which no call converts again. On a CPU they share the memory of the arrays."""
+    """`arrays` as values of ONNX Runtime, which no call converts again. On a CPU they share the memory of the
+    arrays."""
     return {name: _ort_value(array) for name, array in arrays.items()}
 
 
@@ -127,8 +132,8 @@ def _ort_value(array: Array, dtype: str | None = None) -> Any:
 
 
 def call(graph: OnnxGraph, inputs: Values) -> dict[str, Any]:
-    """All outputs by name, as values of ONNX Runtime. Of `inputs` the graph takes those that it has and that are not None, arrays of
-    floats in its own type; ``token_type_ids`` are zeros where they are missing.
+    """All outputs by name, as values of ONNX Runtime. Of `inputs` the graph takes those that it has and that
+    are not None, arrays of floats in its own type; ``token_type_ids`` are zeros where they are missing.
 
     Raises what ONNX Runtime does, for missing inputs, too.
     """
@@ -150,8 +155,8 @@ def encode(model: OnnxModel, inputs: Values) -> DecoderStep:
 
 
 def first_step(model: OnnxModel, inputs: Values, ids: Array) -> DecoderStep:
-    """The first step: all tokens `ids` (batch, length), those of an encoder-decoder's decoder after `inputs` of its encoder.
-    Of a decoder's `inputs` the ``attention_mask`` counts (all ones by default)."""
+    """The first step: all tokens `ids` (batch, length), those of an encoder-decoder's decoder after `inputs`
+    of its encoder. Of a decoder's `inputs` the ``attention_mask`` counts (all ones by default)."""
     if ENCODER in model.graphs:
         return cross_step(model, ids, encode(model, inputs))
     mask = inputs.get("attention_mask", np.ones(ids.shape, np.int64))
@@ -173,14 +178,15 @@ def positions_of(mask: Array) -> Array:
 
 
 def self_step(model: OnnxModel, ids: Array, mask: Array, positions: Array, cache: Values) -> DecoderStep:
-    """A step of a decoder alone: `ids` and `positions` are those of the new tokens, `mask` that of all. An empty `cache` is the
-    beginning of the texts."""
+    """A step of a decoder alone: `ids` and `positions` are those of the new tokens, `mask` that of all. An
+    empty `cache` is the beginning of the texts."""
     feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     return _step(model.decoder, {**feeds, **(cache or _no_cache(model.decoder, len(ids)))}, mask)
 
 
 def cross_step(model: OnnxModel, ids: Array, before: DecoderStep) -> DecoderStep:
-    """A step of an encoder-decoder's decoder, after `before`: the encoder's states and mask, and the cache if there is one."""
+    """A step of an encoder-decoder's decoder, after `before`: the encoder's states and mask, and the cache if
+    there is one."""
     cache, merged = before.cache, model.graphs.get(MERGED)
     graph = merged or model.graphs[CACHED if cache and CACHED in model.graphs else FIRST]
     feeds = {

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from ia3_export.checkpoint.folder import architectures
 from ia3_export.errors import Unsupported, UsageError, first_line
+from ia3_export.models.sentence import SentenceHead, read_sentence_head
 from ia3_export.onnx.optimum_tasks import class_for_task, task_name, task_of_class
 
 Form = Literal["encoder", "decoder", "encoder-decoder"]
@@ -60,6 +62,11 @@ def choose_task(config: Mapping[str, Any], *, asked: str | None, sentence: bool)
     if found == "feature-extraction" and sentence:
         found = "sentence-similarity"
     return _fitting(found, config)
+
+
+def sentence_head(folder: Path, task: Task) -> SentenceHead | None:
+    """The pooling of a sentence-transformers model in `folder`, for the task whose outputs it makes."""
+    return read_sentence_head(folder) if task.name == "sentence-similarity" else None
 
 
 def load_model(folder: Any, task: Task, config: Mapping[str, Any]) -> Any:

@@ -164,7 +164,18 @@ def test_both_runtimes_time_the_same_computation(tmp_path: Path, name: str) -> N
     ids = np.arange(3, 13).reshape(2, 5)
     np.savez(tmp_path / "inputs.npz", input_ids=ids, attention_mask=np.ones_like(ids))
     sources, inputs = Sources("", (), str(base)), str(tmp_path / "inputs.npz")
-    job = Job("PyTorch", "merged", "fp32", sources, graphs, TASKS[exported.task], inputs, 0, 1, 5)
+    job = Job(
+        runtime="PyTorch",
+        variant="merged",
+        precision="fp32",
+        sources=sources,
+        graphs=graphs,
+        task=TASKS[exported.task],
+        inputs=inputs,
+        start=0,
+        threads=1,
+        tokens=5,
+    )
     ours, theirs = load_torch(job), load_onnx(job)
     assert ours.step is not None and theirs.step is not None
     with torch.no_grad():
@@ -194,19 +205,17 @@ def endless(tmp_path: Path) -> Job:
 
     onnx.save(onnx.parser.parse_model(ENDLESS), tmp_path / "endless.onnx")
     np.savez(tmp_path / "inputs.npz", input_ids=np.zeros(1, np.float32))
-    graphs = (str(tmp_path / "endless.onnx"),)
-    sources = Sources("", (), "")
     return Job(
-        "ONNX Runtime",
-        "base",
-        "fp32",
-        sources,
-        graphs,
-        TASKS["fill-mask"],
-        str(tmp_path / "inputs.npz"),
-        -1,
-        1,
-        0,
+        runtime="ONNX Runtime",
+        variant="base",
+        precision="fp32",
+        sources=Sources("", (), ""),
+        graphs=(str(tmp_path / "endless.onnx"),),
+        task=TASKS["fill-mask"],
+        inputs=str(tmp_path / "inputs.npz"),
+        start=-1,
+        threads=1,
+        tokens=0,
     )
 
 

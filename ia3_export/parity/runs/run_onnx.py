@@ -1,4 +1,5 @@
-"""Exported graphs on the inputs of a proof: one forward a case, with the cache where there is one, and greedy decoding."""
+"""Exported graphs on the inputs of a proof: one forward a case, with the cache where there is one, and greedy
+decoding."""
 
 from __future__ import annotations
 
