@@ -30,10 +30,16 @@ if TYPE_CHECKING:
     from ia3_export.commands.unmerge import unmerge
     from ia3_export.commands.verify import verify
     from ia3_export.onnx.options import GraphOptions
+    from ia3_export.parity.settings import RunSettings
+    from ia3_export.planning.recipe import Recipe
+    from ia3_export.writing.options import OutputOptions
 
 __all__ = [
     "BenchSettings",
     "GraphOptions",
+    "OutputOptions",
+    "Recipe",
+    "RunSettings",
     "bench",
     "combine",
     "compare",
@@ -54,6 +60,9 @@ __all__ = [
 _HOME = {
     "BenchSettings": "ia3_export.benching.settings",
     "GraphOptions": "ia3_export.onnx.options",
+    "OutputOptions": "ia3_export.writing.options",
+    "Recipe": "ia3_export.planning.recipe",
+    "RunSettings": "ia3_export.parity.settings",
     "bench": "ia3_export.benching.bench",
     "combine": "ia3_export.commands.convert",
     "compare": "ia3_export.commands.compare",

@@ -106,7 +106,8 @@ def _words(rule: Any) -> list[str]:
         Path: "a path",
         NoneType: "None",
     }
-    return [names.get(rule, f"an {getattr(rule, '__name__', rule)}")]
+    name = getattr(rule, "__name__", str(rule))
+    return [names.get(rule, f"{'an' if name[0] in 'AEIO' else 'a'} {name}")]
 
 
 def _shown(value: object) -> str:

@@ -8,34 +8,38 @@ from typing import Any
 import pytest
 
 import ia3_export
+from ia3_export import OutputOptions, Recipe, RunSettings
 from ia3_export.errors import IA3ExportError, UsageError
 
 A, B, OUT = "base", "adapter", "out"
 
 WRONG: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
-    ("merge", (A, [B], OUT), {"combine": "banana"}, "'product', 'linear', 'delta'"),
-    ("merge", (A, [B], OUT), {"quantized": "yes"}, "'dequantize', 'keep', 'keep-or-dense'"),
-    ("merge", (A, [B], OUT), {"digests": "sha1"}, "'full', 'output', 'none'"),
-    ("merge", (A, [B], OUT), {"dtype": "fp16"}, "'float16'"),
-    ("merge", (A, [B], OUT), {"cast": None}, "'peft', 'peft-low-mem'"),
-    ("merge", (A, [B], OUT), {"tokenizer": "mine"}, "'auto', 'base', 'adapter'"),
+    ("Recipe", (), {"combine": "banana"}, "'product', 'linear', 'delta'"),
+    ("Recipe", (), {"quantized": "yes"}, "'dequantize', 'keep', 'keep-or-dense'"),
+    ("OutputOptions", (), {"digests": "sha1"}, "'full', 'output', 'none'"),
+    ("Recipe", (), {"dtype": "fp16"}, "'float16'"),
+    ("Recipe", (), {"cast": None}, "'peft', 'peft-low-mem'"),
+    ("Recipe", (), {"tokenizer": "mine"}, "'auto', 'base', 'adapter'"),
     ("merge", (A, B, OUT), {}, "adapters=['adapter']"),
     ("merge", (A, Path(B), OUT), {}, "give a list"),
     ("merge", (A, [B, 7], OUT), {}, "a text"),
-    ("merge", (A, [B], OUT), {"weights": "0.5"}, "weights=['0.5']"),
-    ("merge", (A, [B], OUT), {"weights": ["0.5"]}, "a number"),
-    ("merge", (A, [B], OUT), {"weights": 0.5}, "weights=[0.5]"),
-    ("merge", (A, [B], OUT), {"overwrite": "no"}, "True or False"),
-    ("merge", (A, [B], OUT), {"shard_size": "5GB"}, "a whole number"),
+    ("Recipe", (), {"weights": "0.5"}, "weights=['0.5']"),
+    ("Recipe", (), {"weights": ["0.5"]}, "a number"),
+    ("Recipe", (), {"weights": 0.5}, "weights=[0.5]"),
+    ("OutputOptions", (), {"overwrite": "no"}, "True or False"),
+    ("OutputOptions", (), {"shard_size": "5GB"}, "a whole number"),
     ("merge", (None, [B], OUT), {}, "a path"),
-    ("merge", (A, [B], OUT), {"weights": {0.5, 1.0}}, "weights=["),
+    ("Recipe", (), {"weights": {0.5, 1.0}}, "weights=["),
     ("merge", (A, {B}, OUT), {}, "adapters=['adapter']"),
     ("merge", (A, [B], OUT), {"on_progress": 7}, "a function"),
     ("merge", (A, [B], "a\0b"), {}, "a path"),
     ("merge", (A, [B], Path("a\ud800")), {}, "a path"),
+    ("merge", (A, [B], OUT), {"recipe": "linear"}, "a Recipe"),
+    ("merge", (A, [B], OUT), {"options": Recipe()}, "an OutputOptions"),
+    ("verify", (A, [B]), {"settings": "cpu"}, "a RunSettings"),
     ("merge_each", (A, B, OUT), {}, "adapters=['adapter']"),
-    ("merge_each", (A, [B], OUT), {"dtype": "half"}, "'float16'"),
-    ("plan_merge", (A, [B]), {"combine": "Product"}, "'product'"),
+    ("Recipe", (), {"dtype": "half"}, "'float16'"),
+    ("Recipe", (), {"combine": "Product"}, "'product'"),
     ("plan_merge", (A, B), {}, "give a list"),
     ("inspect", (B,), {"quantized": True}, "'keep'"),
     ("GraphOptions", (), {"precisions": "fp32"}, "precisions=['fp32']"),
@@ -43,19 +47,21 @@ WRONG: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("GraphOptions", (), {"decoder": "both"}, "'merged', 'separate', 'if'"),
     ("export_onnx", (OUT,), {"base": A, "adapters": B}, "adapters=['adapter']"),
     ("GraphOptions", (), {"opset": "20"}, "a whole number"),
+    ("export_onnx", (OUT,), {"model": A, "graphs": "fp32"}, "a GraphOptions"),
+    ("bench", (A, [B]), {"settings": 5}, "a BenchSettings"),
     ("verify", (A, B), {}, "adapters=['adapter']"),
     ("verify", (A, [B]), {"onnx": "exported"}, "onnx=['exported']"),
-    ("verify", (A, [B]), {"dtype": "fp32"}, "'float64'"),
-    ("verify", (A, [B]), {"combine": "sum"}, "'linear'"),
-    ("verify", (A, [B]), {"atol": "1e-4"}, "a number"),
-    ("verify", (A, [B]), {"seed": 0.5}, "a whole number"),
+    ("RunSettings", (), {"dtype": "fp32"}, "'float64'"),
+    ("Recipe", (), {"combine": "sum"}, "'linear'"),
+    ("RunSettings", (), {"atol": "1e-4"}, "a number"),
+    ("RunSettings", (), {"seed": 0.5}, "a whole number"),
     ("verify", (A, [B]), {"on_progress": "x"}, "a function"),
     ("export_onnx", (OUT,), {"model": A, "on_step": 7}, "a function"),
     ("convert", (B, OUT), {"task_type": "classification"}, "'SEQ_CLS'"),
     ("combine", ("ab", OUT), {}, "adapters=['ab']"),
     ("combine", ([B, B], OUT), {"combine": "mean"}, "'delta'"),
     ("unmerge", (A, B, OUT), {}, "give a list"),
-    ("unmerge", (A, [B], OUT), {"combine": ""}, "'product'"),
+    ("unmerge", (A, [B], OUT), {"recipe": {}}, "a Recipe"),
     ("bench", (A, B), {}, "give a list"),
     ("BenchSettings", (), {"precisions": "int8"}, "precisions=['int8']"),
     ("BenchSettings", (), {"threads": "two"}, "a whole number"),
@@ -87,25 +93,24 @@ def test_numbers_and_paths_of_every_kind_are_taken(tmp_path: Path, weights: Any)
     adapters = (path for path in (tmp_path / "a", str(tmp_path / "b")))
     with pytest.raises(IA3ExportError, match="does not exist"):
         ia3_export.merge(
-            tmp_path, adapters, "out", combine="linear", weights=weights, overwrite=False, link=True
+            tmp_path,
+            adapters,
+            "out",
+            recipe=Recipe(combine="linear", weights=weights),
+            options=OutputOptions(overwrite=False, link=True),
         )  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("wrong", [{"shard_size": 0}, {"shard_size": -5}])
-def test_a_shard_of_nothing_is_wrong_usage(wrong: dict[str, int], tmp_path: Path) -> None:
-    from tests.support import zoo
-
-    kind = zoo.by_name("llama")
-    zoo.build(kind).save_pretrained(tmp_path / "base")
-    zoo.adapt(zoo.build(kind), kind, seed=1).save_pretrained(tmp_path / "adapter")
+@pytest.mark.parametrize("size", [0, -5])
+def test_a_shard_of_nothing_is_wrong_usage(size: int) -> None:
     with pytest.raises(UsageError, match="holds nothing"):
-        ia3_export.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", **wrong)  # type: ignore[arg-type]
+        OutputOptions(shard_size=size)
 
 
 @pytest.mark.parametrize("wrong", [{"atol": -1.0}, {"rtol": -1e-9}, {"seed": 2**63}, {"seed": -1}])
-def test_numbers_that_the_command_line_refuses_are_wrong_usage(wrong: dict[str, Any], tmp_path: Path) -> None:
+def test_numbers_that_the_command_line_refuses_are_wrong_usage(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
-        ia3_export.verify(tmp_path, [tmp_path], **wrong)
+        RunSettings(**wrong)
 
 
 def test_a_merged_model_is_exported_without_adapter(tmp_path: Path) -> None:
@@ -125,8 +130,12 @@ def test_numbers_of_numpy_and_of_generators_count(tmp_path: Path) -> None:
         zoo.adapt(zoo.build(kind), kind, seed=seed).save_pretrained(folder)
     written = []
     for i, weights in enumerate(([0.25, 0.5], np.float32([0.25, 0.5]), (x for x in (0.25, 0.5)))):
-        ia3_export.merge(tmp_path / "base", adapters, tmp_path / f"{i}", combine="linear", weights=weights)  # type: ignore[arg-type]
+        ia3_export.merge(
+            tmp_path / "base", adapters, tmp_path / f"{i}", recipe=Recipe(combine="linear", weights=weights)
+        )  # type: ignore[arg-type]
         written.append((tmp_path / f"{i}" / "model.safetensors").read_bytes())
     assert written[0] == written[1] == written[2]
     with pytest.raises(UsageError, match="finite"):
-        ia3_export.merge(tmp_path / "base", adapters, tmp_path / "x", combine="linear", weights=[10**400, 1])
+        ia3_export.merge(
+            tmp_path / "base", adapters, tmp_path / "x", recipe=Recipe(combine="linear", weights=[10**400, 1])
+        )

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from ia3_export import merge, verify
+from ia3_export import RunSettings, merge, verify
 from tests.e2e.command import edit_json
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -111,7 +111,12 @@ def test_names_of_any_time_merge_to_the_live_model_and_verify(
     with torch.no_grad():
         torch.testing.assert_close(merged.eval()(**inputs).logits, live, rtol=1e-5, atol=1e-5)
     np.savez(tmp_path / "inputs.npz", **{name: value.numpy() for name, value in inputs.items()})
-    proof = verify(folder / base, [folder / adapter], merged=tmp_path / "out", inputs=tmp_path / "inputs.npz")
+    proof = verify(
+        folder / base,
+        [folder / adapter],
+        merged=tmp_path / "out",
+        settings=RunSettings(inputs=tmp_path / "inputs.npz"),
+    )
     assert proof.verdict == "in parity", proof
 
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from ia3_export import Recipe
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 PAGE = ROOT / "docs" / "formats.md"
@@ -54,7 +56,9 @@ def row(case: str) -> tuple[str, ...]:
     quantization = find_quantization(base)
     with tempfile.TemporaryDirectory() as scratch:
         adapter = write_adapter(Path(scratch) / "adapter", dict(base.config or {}))
-        manifest = merge(source, [adapter], Path(scratch) / "out", quantized="keep-or-dense").content
+        manifest = merge(
+            source, [adapter], Path(scratch) / "out", recipe=Recipe(quantized="keep-or-dense")
+        ).content
         sites = manifest["quantization"]["sites"]
         output = next(Path(scratch, "out").glob("*.gguf"), Path(scratch, "out"))
         found, wanted = logits(dense_model(output)), unmerged_logits(source, adapter)

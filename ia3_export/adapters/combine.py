@@ -8,7 +8,6 @@ the plain sum of weight times vector, in which a missing vector counts as zero. 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 
@@ -16,8 +15,7 @@ from ia3_export.adapters.model import Adapter, Site
 from ia3_export.checkpoint.header import StoredTensor, same_bytes
 from ia3_export.errors import NotFinite, Refused, ShapeMismatch
 from ia3_export.fold import Array, round_vector
-
-Combine = Literal["product", "linear", "delta"]
+from ia3_export.words import Combine
 
 
 def combine_vectors(

@@ -45,6 +45,18 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True)
+class Fold:
+    """A vector folded into a tensor: whose (``0.7 a + 0.3 b`` where several are combined), of which module, and on which side.
+
+    Without a `direction` it stands for the vectors of all experts in the fused parameter `module`.
+    """
+
+    adapter: str
+    module: str
+    direction: Direction | None
+
+
+@dataclass(frozen=True, slots=True)
 class TargetRules:
     """Which modules an adapter covers, matched as PEFT matches them (``check_target_module_exists``).
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +19,45 @@ from ia3_export.checkpoint.header import StoredTensor, read_bytes, write_header
 from ia3_export.fold import from_float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigFacts:
+    """What ``adapter_config.json`` says beside the modules: PEFT's task, the base's name, the transformers class, and the
+    modules of which a copy is trained."""
+
+    task_type: str | None = None
+    base_model: str | None = None
+    class_name: str | None = None
+    to_save: Collection[str] = ()
+
+
 def write_peft(
     folder: Path,
     sites: Iterable[Site],
     extras: Mapping[str, StoredTensor],
-    rules: TargetRules | None = None,
-    *,
-    task_type: str | None,
-    class_name: str | None = None,
-    base_model: str | None,
-    to_save: Iterable[str],
+    rules: TargetRules | None,
+    facts: ConfigFacts,
 ) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into `folder`.
 
-    `rules` say the target modules, and unless None the feed-forward ones, instead of lists of `sites`; `class_name` is the
-    transformers class. Vectors keep their dtype and become (n, 1), (1, n) or (1, n, 1, 1[, 1]). At most one site a module. The
+    `rules` say the target modules, and unless None the feed-forward ones, instead of lists of `sites`. Vectors keep their dtype and become (n, 1), (1, n) or (1, n, 1, 1[, 1]). At most one site a module. The
     same input gives the same bytes.
     """
     ordered = sorted(sites, key=lambda site: site.module)
     config: dict[str, Any] = {
-        "auto_mapping": {"base_model_class": class_name, "parent_library": "transformers"}
-        if class_name
+        "auto_mapping": {"base_model_class": facts.class_name, "parent_library": "transformers"}
+        if facts.class_name
         else None,
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": facts.base_model,
         "feedforward_modules": _feedforward(ordered)
         if rules is None or rules.feedforward is None
         else _plain(rules.feedforward),
         "inference_mode": True,
         "init_ia3_weights": True,
-        "modules_to_save": sorted(to_save) or None,
+        "modules_to_save": sorted(facts.to_save) or None,
         "peft_type": "IA3",
         "revision": None,
         "target_modules": [site.module for site in ordered] if rules is None else _plain(rules.target),
-        "task_type": task_type,
+        "task_type": facts.task_type,
     }
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")

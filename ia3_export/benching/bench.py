@@ -19,7 +19,7 @@ from ia3_export.benching.settings import DEFAULT_SETTINGS, BenchSettings
 from ia3_export.benching.variants import Prepared, prepare
 from ia3_export.errors import UsageError
 from ia3_export.models.model_class import quiet
-from ia3_export.parity.facts import environment, source_of
+from ia3_export.parity.facts import environment, model_id
 from ia3_export.writing.stage import scratch_folder
 
 #: Pools of threads go on spinning for a while after their work is done.
@@ -69,8 +69,8 @@ def bench(
             )
             measured = [result for job in jobs for result in _run([job], settings.rounds, scratch)]
     return Benchmark(
-        base=source_of(setup.base.location),
-        adapters=tuple(source_of(adapter.location) for adapter in setup.adapters),
+        base=model_id(setup.base.location),
+        adapters=tuple(model_id(adapter.location) for adapter in setup.adapters),
         task=setup.task.name,
         inputs={name: value.shape for name, value in setup.inputs.items()},
         tokens=jobs[0].tokens,

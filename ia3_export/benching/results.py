@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ia3_export.benching.jobs import Runtime, Variant
-from ia3_export.report.model import Source
+from ia3_export.report.model import ModelId
 
 SCHEMA = "ia3-export/bench/1"
 Measure = Literal["forward", "token"]
@@ -62,8 +62,8 @@ class Benchmark:
     `interleaved`: the variants took turns, round by round; otherwise each ran by itself. `busy` is how much of the CPU others took
     shortly before, in percent."""
 
-    base: Source
-    adapters: tuple[Source, ...]
+    base: ModelId
+    adapters: tuple[ModelId, ...]
     task: str
     inputs: Mapping[str, tuple[int, ...]]
     tokens: int

@@ -7,12 +7,12 @@ from typing import Any
 
 from ia3_export.adapters import read_adapter
 from ia3_export.benching.jobs import Job, Runnable, Sources, Variant
-from ia3_export.checkpoint.folder import read_checkpoint
 from ia3_export.libraries import cache_argument, returned_cache
 from ia3_export.onnx.contract import plan_graphs
 from ia3_export.onnx.tasks import Task, sentence_head
 from ia3_export.parity.runs.inputs import sample_inputs
-from ia3_export.parity.runs.live import Placement, fit_class, load_live, load_plain
+from ia3_export.parity.runs.live import FineTune, RunDevice, fit_class, load_live, load_plain
+from ia3_export.quantization.base import read_base
 
 
 def load_variant(variant: Variant, sources: Sources, task: Task) -> Any:
@@ -20,17 +20,16 @@ def load_variant(variant: Variant, sources: Sources, task: Task) -> Any:
 
     Live vectors are PEFT's (or hooks, where PEFT leaves one out). Raises `Unsupported` when it cannot be loaded.
     """
-    cpu = Placement("cpu")
+    cpu = RunDevice("cpu")
     if variant == "merged":
-        model = load_live(read_checkpoint(sources.merged), (), "product", (), "float32", cpu).inner
+        model = load_live(FineTune(read_base(sources.merged)), "float32", cpu).inner
     else:
-        base = read_checkpoint(sources.base)
-        adapters = [read_adapter(source) for source in sources.adapters]
+        base = read_base(sources.base)
+        adapters = tuple(read_adapter(source) for source in sources.adapters)
         if variant == "unmerged":
-            model = load_live(base, adapters, "product", (), "float32", cpu).inner
+            model = load_live(FineTune(base, adapters), "float32", cpu).inner
         else:
-            class_name, config, brought = fit_class(base, adapters)
-            model = load_plain(base, class_name, config, "float32", cpu, brought=brought)
+            model = load_plain(base, fit_class(base.stored, adapters), "float32", cpu)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation(None)  # the default: the references of parity run experts one by one
     return model if any(name.endswith("logits") for name in task.outputs) else model.base_model

@@ -29,6 +29,7 @@ from ia3_export.onnx.options import DEFAULT_GRAPHS, GraphOptions
 from ia3_export.onnx.tasks import Task, choose_task, sentence_head
 from ia3_export.parity.runs.greedy import special_tokens
 from ia3_export.parity.runs.inputs import make_cases, sample_inputs
+from ia3_export.writing.options import OutputOptions
 
 _TRACED: tuple[Variant, ...] = ("base", "unmerged")
 _GENERATED = ("input_ids", "attention_mask")
@@ -71,7 +72,7 @@ def prepare(
     """
     checkpoint, read = read_checkpoint(base), tuple(read_adapter(source) for source in adapters)
     say("merging")
-    merge(base, adapters, scratch / "merged", digests="none", reload_check=False)
+    merge(base, adapters, scratch / "merged", options=OutputOptions(digests="none", reload_check=False))
     merged = read_checkpoint(scratch / "merged")
     runtime = load_runtime_model(checkpoint.config or {}, read[0], checkpoint.tensors)
     # an adapter may have been trained below or above the head of the base

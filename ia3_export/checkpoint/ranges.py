@@ -21,6 +21,11 @@ class ReadError(Exception):
     """The system cannot read an input; an `OSError` here would not say that it was no output."""
 
 
+def worker_count(tasks: int = 8) -> int:
+    """Threads that so many `tasks` of reading and writing gain from: as many as cores, eight at most."""
+    return max(1, min(os.cpu_count() or 1, 8, tasks))
+
+
 def fast_paths() -> bool:
     """Whether kernel-side copying may be tried here."""
     return hasattr(os, "copy_file_range") and os.environ.get("IA3_EXPORT_PLAIN_IO", "0") in ("", "0")

@@ -51,9 +51,7 @@ def convert_command(
     allow_missing: bool,
     allow_unused: bool,
     overwrite: bool,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
+    out: Output,
 ) -> None:
     """Rewrite an adapter of any format in PEFT's layout.
 
@@ -67,7 +65,6 @@ def convert_command(
     from ia3_export.adapters import read_adapters
     from ia3_export.commands.convert import convert
 
-    out = Output(as_json, quiet, verbose)
     read = read_adapters([adapter], rules)[0]
     done = convert(
         read, output, base=base, task_type=task_type, allow_missing=allow_missing, allow_unused=allow_unused, overwrite=overwrite
@@ -96,9 +93,7 @@ def combine_command(
     weights: tuple[float, ...],
     base: str | None,
     overwrite: bool,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
+    out: Output,
 ) -> None:
     """Make one adapter of several, in PEFT's layout.
 
@@ -110,7 +105,6 @@ def combine_command(
     from ia3_export.adapters import read_adapters
     from ia3_export.commands.convert import combine as combine_adapters
 
-    out = Output(as_json, quiet, verbose)
     read = read_adapters(adapters, rules)
     _show(
         out, combine_adapters(read, output, combine=combine, weights=weights, base=base, overwrite=overwrite)

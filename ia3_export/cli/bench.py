@@ -47,9 +47,7 @@ def bench_command(
     tokens: int,
     batch: int,
     rounds: int,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
+    out: Output,
 ) -> None:
     """Measure base, live adapter and merged model side by side, in PyTorch and in ONNX Runtime.
 
@@ -66,7 +64,6 @@ def bench_command(
     from ia3_export.benching.bench import bench
     from ia3_export.benching.settings import BenchSettings
 
-    out = Output(as_json, quiet, verbose)
     settings = BenchSettings(
         task=task,
         precisions=precisions,

@@ -14,7 +14,8 @@ from ia3_export.ordering import natural
 
 if TYPE_CHECKING:
     from ia3_export.commands.inspect import Inspection
-    from ia3_export.planning.plan import Plan, Quantized
+    from ia3_export.planning.plan import Plan
+    from ia3_export.words import Quantized
 
 
 _OUTCOMES = ("exact", "rounded", "moved", "dense", "refused")
@@ -51,9 +52,7 @@ def inspect_command(
     plot: Path | None,
     base: str | None,
     quantized: Quantized,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
+    out: Output,
 ) -> None:
     """Show what an adapter is and, with --base, what a merge would change; with --compare, how two differ.
 
@@ -73,7 +72,6 @@ def inspect_command(
     from ia3_export.adapters import read_adapters
     from ia3_export.commands.inspect import inspect
 
-    out = Output(as_json, quiet, verbose)
     read = read_adapters(adapters, rules)
     if plot is not None:
         from ia3_export.commands.plot import plot_vectors
@@ -162,6 +160,7 @@ def show_plan(out: Output, plan: Plan) -> None:
     """The plan for people: totals, rows (all with --verbose), edits, warnings, refusals."""
     from ia3_export.commands.inspect import summarize
     from ia3_export.writing.manifest import describe_quantization
+    from ia3_export.writing.wording import describe_change
 
     total = summarize(plan)
     share = total["adapter_parameters"] / max(1, total["base_parameters"])
@@ -176,14 +175,14 @@ def show_plan(out: Output, plan: Plan) -> None:
     if shown:
         out.table(
             ("tensor", "how", "dtype", "shape", "from"),
-            [(c.name, c.how, c.dtype, list(c.shape), "; ".join(c.folds)) for c in shown],
+            [(c.name, c.how, c.dtype, list(c.shape), "; ".join(describe_change(c))) for c in shown],
             optional=("from", "dtype"),
         )
     if len(shown) < len(rows):
         out.text(f"... and {len(rows) - len(shown)} more tensors (--verbose shows all)")
     for edit in plan.config_edits:
         out.text(f"config.json: {edit}")
-    show_left_out(out, plan.base.left_out)
+    show_left_out(out, plan.base.stored.left_out)
     for warning in plan.warnings:
         out.text(f"warning: {warning}")
     for problem in plan.problems:

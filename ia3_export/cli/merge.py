@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +11,7 @@ from ia3_export.cli.inspect import show_left_out, show_plan, show_quantization
 from ia3_export.cli.options import (
     adapters_option,
     base_option,
+    gathered,
     output_options,
     overwrite_option,
     parse_size,
@@ -18,6 +19,8 @@ from ia3_export.cli.options import (
     weights_option,
 )
 from ia3_export.cli.output import Output, human_bytes
+from ia3_export.planning.recipe import Recipe
+from ia3_export.writing.options import OutputOptions
 
 if TYPE_CHECKING:
     from ia3_export.writing.manifest import Manifest
@@ -103,30 +106,18 @@ if TYPE_CHECKING:
     help="Of a quantized base: open the output through transformers or gguf and compare every weight.",
 )
 @output_options
+@gathered(Recipe, "recipe")
+@gathered(OutputOptions, "options")
 def merge_command(
     base: str,
     adapters: tuple[str, ...],
     rules: tuple[str, ...],
     output: Path | None,
     output_per_adapter: Path | None,
-    combine: Literal["product", "linear", "delta"],
-    weights: tuple[float, ...],
-    dtype: Literal["auto", "float32", "float16", "bfloat16"],
-    quantized: Literal["dequantize", "keep", "keep-or-dense"],
-    cast: Literal["peft", "peft-low-mem"],
-    shard_size: int | None,
-    link: bool,
     dry_run: bool,
-    overwrite: bool,
-    allow_missing: bool,
-    allow_unused: bool,
-    tokenizer: Literal["auto", "base", "adapter"],
-    digests: Literal["full", "output", "none"],
-    flush: bool,
-    reload_check: bool,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
+    recipe: Recipe,
+    options: OutputOptions,
+    out: Output,
 ) -> None:
     """Fold IA3 adapters into a base model.
 
@@ -138,42 +129,28 @@ def merge_command(
     """  # fmt: skip
     if not dry_run and (output is None) == (output_per_adapter is None):
         raise click.UsageError("give either --output or --output-per-adapter")
-    if output_per_adapter is not None and (combine != "product" or weights):
+    if output_per_adapter is not None and (recipe.combine != "product" or recipe.weights):
         raise click.UsageError("--output-per-adapter merges each adapter alone: no --combine, no --weights")
     from ia3_export.adapters import read_adapters
     from ia3_export.commands.merge import merge, merge_each, plan_merge
 
-    out = Output(as_json, quiet, verbose)
     read = read_adapters(adapters, rules)
     if dry_run:
         from ia3_export.commands.inspect import summarize
         from ia3_export.writing.manifest import describe_plan
 
-        plan = plan_merge(
-            base, read, combine=combine, weights=weights, cast=cast, dtype=dtype, quantized=quantized,
-            allow_missing=allow_missing, allow_unused=allow_unused, tokenizer=tokenizer,
-        )  # fmt: skip
+        plan = plan_merge(base, read, recipe)
         show_plan(out, plan)
         plan.raise_problems()
         out.document(describe_plan(plan) | summarize(plan))
         return
     with out.progress("merging") as report:
         if output_per_adapter is not None:
-            manifests = merge_each(
-                base, read, output_per_adapter, cast=cast, dtype=dtype, quantized=quantized,
-                shard_size=shard_size, link=link, overwrite=overwrite, allow_missing=allow_missing, allow_unused=allow_unused, tokenizer=tokenizer, digests=digests,
-                flush=flush, reload_check=reload_check, on_progress=report,
-            )  # fmt: skip
+            manifests = merge_each(base, read, output_per_adapter, recipe, options, on_progress=report)
             out.document({"manifests": [manifest.content for manifest in manifests]})
         else:
             assert output is not None
-            manifests = [
-                merge(
-                    base, read, output, combine=combine, weights=weights, cast=cast, dtype=dtype,
-                    quantized=quantized, shard_size=shard_size, link=link, overwrite=overwrite, allow_missing=allow_missing,
-                    allow_unused=allow_unused, tokenizer=tokenizer, digests=digests, flush=flush, reload_check=reload_check, on_progress=report,
-                )
-            ]  # fmt: skip
+            manifests = [merge(base, read, output, recipe, options, on_progress=report)]
             out.document(manifests[0].content)
     for manifest in manifests:
         _show(out, manifest)

@@ -57,9 +57,7 @@ def onnx_command(
     opset: int,
     no_verify: bool,
     overwrite: bool,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
+    out: Output,
 ) -> None:
     """Export a model to ONNX: files that ONNX Runtime, transformers.js, optimum and onnxruntime-genai load as they are.
 
@@ -74,7 +72,6 @@ def onnx_command(
     from ia3_export.commands.export_onnx import export_onnx
     from ia3_export.onnx.options import GraphOptions
 
-    out = Output(as_json, quiet, verbose)
     graphs = GraphOptions(
         task=task,
         precisions=precisions,

@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
+from ia3_export.cli.output import Output
+from ia3_export.errors import UsageError
+from ia3_export.planning.recipe import Recipe
+from ia3_export.words import Combine
+
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def gathered(record: type, name: str) -> Callable[[F], F]:
+    """The options of a command that are fields of `record`, as one argument `name`: a record is made once, here."""
+
+    def decorate(function: F) -> F:
+        @wraps(function)
+        def command(*arguments: Any, **options: Any) -> Any:
+            values = {f.name: options.pop(f.name) for f in fields(record) if f.name in options}
+            return function(*arguments, **options, **{name: record(**values)})
+
+        return cast(F, command)
+
+    return decorate
 
 
 def _remember_json(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
@@ -42,7 +63,8 @@ overwrite_option = click.option(
 
 
 def output_options(function: F) -> F:
-    """``--json``, ``--quiet`` and ``--verbose``."""
+    """``--json``, ``--quiet`` and ``--verbose``, as the argument ``out``."""
+    function = gathered(Output, "out")(function)
     function = click.option(
         "--json", "as_json", is_flag=True, callback=_remember_json, help="One JSON document on stdout."
     )(function)
@@ -63,6 +85,15 @@ def parse_weights(_: click.Context, __: click.Parameter, value: str | None) -> t
 weights_option = click.option(
     "--weights", callback=parse_weights, metavar="W,W,...", help="One per adapter, for linear and delta."
 )
+
+
+def said_recipe(combine: Combine | None, weights: tuple[float, ...]) -> Recipe | None:
+    """``--combine`` and ``--weights`` of a merge that was made before; None where its manifest shall say."""
+    if combine is not None:
+        return Recipe(combine=combine, weights=weights)
+    if weights:
+        raise UsageError("--weights needs --combine", hint="say how the adapters were merged")
+    return None
 
 
 def parse_words(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:

@@ -69,7 +69,7 @@ def _row(step: Step) -> tuple[str, ...]:
     verdict = "ok" if step.passed else "FAILED"
     if step.distance is None:
         return step.name, "", "", "", "", verdict
-    bound = next((f"{gate.limit:.2e}" for gate in step.gates if gate.name == "max error"), "")
+    bound = "" if step.bound is None else f"{step.bound:.2e}"
     error, top1 = f"{step.distance.max_error:.2e}", _share(step.distance.top1)
     return step.name, error, bound, _share(step.effect_present), top1, verdict
 

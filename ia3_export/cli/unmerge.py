@@ -13,12 +13,13 @@ from ia3_export.cli.options import (
     output_options,
     overwrite_option,
     rules_option,
+    said_recipe,
     weights_option,
 )
 from ia3_export.cli.output import Output
 
 if TYPE_CHECKING:
-    from ia3_export.commands.unmerge import Unmerged
+    from ia3_export.commands.unmerge import UnmergedModel
 
 
 @click.command("unmerge")
@@ -46,9 +47,7 @@ def unmerge_command(
     weights: tuple[float, ...],
     allow_missing: bool,
     overwrite: bool,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
+    out: Output,
 ) -> None:
     """Divide an adapter's vectors out of a merged model again, and say how far from exact that is.
 
@@ -61,17 +60,23 @@ def unmerge_command(
     from ia3_export.adapters import read_adapters
     from ia3_export.commands.unmerge import unmerge
 
-    out = Output(as_json, quiet, verbose)
     read = read_adapters(adapters, rules)
     with out.progress("unmerging") as report:
         done = unmerge(
-            model, read, output, base=base, combine=combine, weights=weights, allow_missing=allow_missing, overwrite=overwrite, on_progress=report
-        )  # fmt: skip
+            model,
+            read,
+            output,
+            base=base,
+            recipe=said_recipe(combine, weights),
+            allow_missing=allow_missing,
+            overwrite=overwrite,
+            on_progress=report,
+        )
     _show(out, done)
     out.document(done.content)
 
 
-def _show(out: Output, done: Unmerged) -> None:
+def _show(out: Output, done: UnmergedModel) -> None:
     rows = done.tensors if out.verbose else done.tensors[:8]
     out.table(
         ("tensor", "dtype", "elements", "certain", "ambiguous", "does not fold back", "as in the base", "apart (ulp)"),

@@ -10,16 +10,18 @@ import click
 from ia3_export.cli.options import (
     adapters_option,
     base_option,
+    gathered,
     output_options,
     parse_size,
     rules_option,
+    said_recipe,
     weights_option,
 )
 from ia3_export.cli.output import Output
+from ia3_export.parity.settings import RunSettings
 
 if TYPE_CHECKING:
-    from ia3_export.adapters.combine import Combine
-    from ia3_export.commands.verify import Dtype
+    from ia3_export.words import Combine
 
 _FILE = click.Path(path_type=Path)
 
@@ -83,6 +85,7 @@ _FILE = click.Path(path_type=Path)
 @click.option("--junit", type=_FILE, metavar="FILE", help="Write it as JUnit XML.")
 @click.option("--html", type=_FILE, metavar="FILE", help="Write it as one self-contained page.")
 @output_options
+@gathered(RunSettings, "settings")
 @click.pass_context
 def verify_command(
     ctx: click.Context,
@@ -95,22 +98,12 @@ def verify_command(
     weights_only: bool,
     combine: Combine | None,
     weights: tuple[float, ...],
-    inputs: Path | None,
-    text: Path | None,
-    seed: int,
-    device: str,
-    dtype: Dtype,
-    tf32: bool,
-    atol: float | None,
-    rtol: float | None,
-    max_memory: int | None,
+    settings: RunSettings,
     report: Path | None,
     markdown: Path | None,
     junit: Path | None,
     html: Path | None,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
+    out: Output,
 ) -> None:
     """Prove artifacts equal to the unmerged forward. Exit 0 when in parity, 1 when not.
 
@@ -129,15 +122,23 @@ def verify_command(
 
     given: dict[str, Any] = {"report": report, "markdown": markdown, "junit": junit, "html": html}
     targets = {kind: path for kind, path in given.items() if path is not None}
-    places = [Path(p) for p in (base, *adapters, merged, *onnx, base_onnx, inputs, text) if p is not None]
+    places = [
+        Path(p)
+        for p in (base, *adapters, merged, *onnx, base_onnx, settings.inputs, settings.text)
+        if p is not None
+    ]
     check_targets(targets, places)
-    out = Output(as_json, quiet, verbose)
     with out.progress("comparing weights") as on_progress:
         result = verify(
-            base, read_adapters(adapters, rules), merged=merged, onnx=onnx, base_onnx=base_onnx, weights_only=weights_only, combine=combine,
-            weights=weights, inputs=inputs, text=text, device=device, dtype=dtype, tf32=tf32, atol=atol, rtol=rtol,
-            max_memory=max_memory, seed=seed, on_progress=on_progress,
-        )  # fmt: skip
+            base,
+            read_adapters(adapters, rules),
+            merged=merged,
+            onnx=onnx,
+            base_onnx=base_onnx,
+            recipe=said_recipe(combine, weights),
+            settings=None if weights_only else settings,
+            on_progress=on_progress,
+        )
     show_report(out, result)
     out.document(result.to_json())
     write_reports(result, targets)

@@ -18,7 +18,7 @@ from ia3_export.ordering import natural
 from ia3_export.vectors.channels import cosine, kinds_of
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SiteComparison:
     """One module of two adapters, ``a`` and ``b``.
 
@@ -40,7 +40,7 @@ class SiteComparison:
     agreeing: int | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Comparison:
     """What `compare` returns: the adapters, every site of either, most different first, and their further tensors: equal in
     both, or different or in one only."""
@@ -85,9 +85,13 @@ def compare(a: str | Path | Adapter, b: str | Path | Adapter) -> Comparison:
         if n in one.extras and n in other.extras and same_bytes(one.extras[n], other.extras[n])
     }  # fmt: skip
     return Comparison(
-        one, other, tuple(sorted(sites, key=_order)),
-        cosine(*changes), tuple(n for n in names if n in equal), tuple(n for n in names if n not in equal),
-    )  # fmt: skip
+        a=one,
+        b=other,
+        sites=tuple(sorted(sites, key=_order)),
+        cosine=cosine(*changes),
+        extras_equal=tuple(n for n in names if n in equal),
+        extras_different=tuple(n for n in names if n not in equal),
+    )
 
 
 def _order(site: SiteComparison) -> tuple[bool, float, tuple[str | tuple[int, str], ...]]:
@@ -100,18 +104,25 @@ def _compare(a: Site | None, b: Site | None) -> SiteComparison:
     one, other = (describe_vector(site) if site is not None else None for site in (a, b))
     if a is None or b is None:
         module = (a or b).module  # type: ignore[union-attr]
-        return SiteComparison(module, "a" if b is None else "b", one, other)
+        return SiteComparison(module=module, where="a" if b is None else "b", a=one, b=other)
     if a.direction != b.direction:
-        return SiteComparison(a.module, "sides", one, other)
+        return SiteComparison(module=a.module, where="sides", a=one, b=other)
     if len(a.vector) != len(b.vector):
-        return SiteComparison(a.module, "lengths", one, other)
+        return SiteComparison(module=a.module, where="lengths", a=one, b=other)
     x, y = a.vector.astype("<f8"), b.vector.astype("<f8")
     apart, kinds = np.abs(x - y), (kinds_of(x), kinds_of(y))
     return SiteComparison(
-        a.module, "both", one, other, cosine(x - 1, y - 1),
-        float(np.sqrt(np.mean(apart**2))), float(apart.max()), int(apart.argmax()),
-        int(np.sum(kinds[0] * kinds[1] == -1)), int(np.sum((kinds[0] == kinds[1]) & (np.sign(x) == np.sign(y)))),
-    )  # fmt: skip
+        module=a.module,
+        where="both",
+        a=one,
+        b=other,
+        cosine=cosine(x - 1, y - 1),
+        distance=float(np.sqrt(np.mean(apart**2))),
+        largest=float(apart.max()),
+        channel=int(apart.argmax()),
+        opposite=int(np.sum(kinds[0] * kinds[1] == -1)),
+        agreeing=int(np.sum((kinds[0] == kinds[1]) & (np.sign(x) == np.sign(y)))),
+    )
 
 
 def _describe(adapter: Adapter) -> dict[str, Any]:

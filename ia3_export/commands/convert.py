@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ia3_export.adapters import read_adapter
-from ia3_export.adapters.combine import Combine, combine_extras, combine_sites, linear_warnings
+from ia3_export.adapters.combine import combine_extras, combine_sites, linear_warnings
 from ia3_export.adapters.mangled import may_be_damaged
 from ia3_export.adapters.model import Adapter, Site, TargetRules, second_key
-from ia3_export.adapters.writing import write_peft
+from ia3_export.adapters.writing import ConfigFacts, write_peft
 from ia3_export.arguments import check_arguments, real
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.errors import Refused, UnusedVector, UsageError
 from ia3_export.planning.placement import Placement
 from ia3_export.planning.plan import check_weights, not_finite
 from ia3_export.planning.resolve import resolve
-from ia3_export.quantization.detection import dense_view, find_quantization
+from ia3_export.quantization.base import make_base
+from ia3_export.words import Combine
 from ia3_export.writing.execute import hash_file
 from ia3_export.writing.manifest import NAME, Manifest, list_files, tool
 from ia3_export.writing.stage import check_target, staged
@@ -76,9 +77,8 @@ def convert(
     rules = None if base is not None or read.rules.exclude is not None else read.rules
     if rules is not None and read.format != "peft":
         rules = TargetRules(rules.target, None)
-    return _write(
-        [read], list(read.sites.values()), rules, Path(output), warnings, "convert", {}, task_type, overwrite, checkpoint
-    )  # fmt: skip
+    draft = _Draft("convert", [read], list(read.sites.values()), warnings, rules=rules, task_type=task_type)
+    return _write(draft, Path(output), checkpoint, overwrite=overwrite)
 
 
 def combine(
@@ -124,9 +124,8 @@ def combine(
         warnings += linear_warnings(read, weights)
     sites = combine_sites(read, weights, how)
     options = {"combine": how, "weights": list(weights)}
-    return _write(
-        read, list(sites.values()), None, Path(output), warnings, "combine", options, None, overwrite, checkpoint
-    )  # fmt: skip
+    draft = _Draft("combine", read, list(sites.values()), warnings, options=options)
+    return _write(draft, Path(output), checkpoint, overwrite=overwrite)
 
 
 def _fit(
@@ -136,8 +135,9 @@ def _fit(
     for problem in not_finite(adapter):
         raise problem
     if base is not None:
-        dense = dense_view(base, find_quantization(base))
-        found = resolve(adapter, dense, allow_missing=allow_missing, allow_unused=allow_unused)
+        found = resolve(
+            adapter, make_base(base).dense, allow_missing=allow_missing, allow_unused=allow_unused
+        )
         for problem in found.problems:
             raise problem
         extras = {name: found.adapter.extras[name] for name in found.extras}
@@ -163,18 +163,23 @@ def _fit(
     return replace(adapter, extras=extras), warnings
 
 
-def _write(
-    adapters: Sequence[Adapter],
-    sites: Sequence[Site],
-    rules: TargetRules | None,
-    target: Path,
-    warnings: Sequence[str],
-    command: str,
-    options: Mapping[str, Any],
-    task_type: str | None,
-    overwrite: bool,
-    base: Checkpoint | None,
-) -> WrittenAdapter:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Draft:
+    """An adapter that is to be written: the `command` that makes it (with these `options`) of `adapters`, its vectors, and what
+    PEFT's configuration shall say where the adapters do not."""
+
+    command: str
+    adapters: Sequence[Adapter]
+    sites: Sequence[Site]
+    warnings: Sequence[str]
+    _: KW_ONLY
+    options: Mapping[str, Any] = field(default_factory=dict)
+    rules: TargetRules | None = None
+    task_type: str | None = None
+
+
+def _write(draft: _Draft, target: Path, base: Checkpoint | None, *, overwrite: bool) -> WrittenAdapter:
+    adapters, sites = draft.adapters, draft.sites
     inputs = [path for adapter in adapters for path in adapter.location.inputs]
     inputs += base.location.inputs if base is not None else []
     check_target(target, inputs, overwrite=overwrite)
@@ -188,18 +193,18 @@ def _write(
     # the head of another format may have been left out
     kept = _has_head(said, extras) or all(a.format == "peft" for a in adapters)
     with staged(target, overwrite=overwrite) as stage:
-        write_peft(
-            stage, sites, extras, rules,
-            task_type=task_type or (said if kept else None),
+        facts = ConfigFacts(
+            task_type=draft.task_type or (said if kept else None),
             base_model=_agreed(a.config.get("base_model_name_or_path") for a in adapters),
             class_name=_agreed(a.class_name for a in adapters),
             to_save={name for adapter in adapters for name in adapter.rules.to_save},
-        )  # fmt: skip
+        )
+        write_peft(stage, sites, extras, draft.rules, facts)
         content = {
             "schema": SCHEMA,
-            "command": command,
+            "command": draft.command,
             "tool": tool(),
-            "options": dict(options),
+            "options": dict(draft.options),
             "sources": [
                 {
                     "name": a.name, "format": a.format, "id": a.location.name,
@@ -213,11 +218,11 @@ def _write(
             "problem_type": _agreed(a.config.get("problem_type") for a in adapters),
             "vectors": len(sites),
             "parameters": sum(len(site.vector) for site in sites),
-            "warnings": list(warnings),
+            "warnings": list(draft.warnings),
             "files": list_files(stage, known={}, hashed=True),
         }  # fmt: skip
         (stage / NAME).write_text(Manifest(target, content).to_json(), encoding="utf-8")
-    return WrittenAdapter(target, content, tuple(warnings))
+    return WrittenAdapter(target, content, tuple(draft.warnings))
 
 
 def _has_head(task_type: str | None, extras: Collection[str]) -> bool:

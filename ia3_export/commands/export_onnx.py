@@ -28,14 +28,16 @@ from ia3_export.onnx.options import DEFAULT_GRAPHS, GraphOptions
 from ia3_export.onnx.package import package
 from ia3_export.onnx.precision import Coverage, convert_precision
 from ia3_export.onnx.tasks import Task, choose_task, load_model, sentence_head
-from ia3_export.parity.facts import source_of
+from ia3_export.parity.facts import model_id
 from ia3_export.parity.runs.inputs import sample_inputs
 from ia3_export.parity.runs.run_torch import exact_matmul
+from ia3_export.parity.settings import RunSettings
 from ia3_export.report.model import Report, Step
 from ia3_export.writing.card import BASE_CARD
 from ia3_export.writing.dense import is_quantized, write_dense
 from ia3_export.writing.execute import hash_file
 from ia3_export.writing.manifest import NAME, list_files, tool
+from ia3_export.writing.options import OutputOptions
 from ia3_export.writing.stage import check_target, copy_file, scratch_folder, set_aside, staged
 
 SCHEMA = "ia3-export/onnx/2"
@@ -130,11 +132,11 @@ def export_onnx(
         given += [path for a in adapters if isinstance(a, Adapter) for path in a.location.inputs]
         check_target(target, [path for path in given if path.exists()], overwrite=overwrite)
         if base is not None:
-            subject = _fold(base, adapters, scratch, say)
+            source = _fold(base, adapters, scratch, say)
         else:
             assert model is not None
-            subject = _read_model(model, scratch, say)
-        checkpoint = subject.checkpoint
+            source = _read_model(model, scratch, say)
+        checkpoint = source.checkpoint
         task = _task(checkpoint, graphs)
         stage = stack.enter_context(staged(target, overwrite=overwrite))
         plain = stage / "onnx" if "fp32" in graphs.precisions else scratch / "onnx"
@@ -149,17 +151,16 @@ def export_onnx(
             say("verifying")
             # the float32 graphs are proven even where only other precisions of them were asked for
             places = [stage] if "fp32" in graphs.precisions else [plain, stage]
-            report = verify(
-                subject.reference, adapters, onnx=places, device="cpu", max_memory=_limit(checkpoint)
-            )
-            report = replace(report, base=source_of(subject.named))
+            settings = RunSettings(device="cpu", max_memory=_limit(checkpoint))
+            report = verify(source.reference, adapters, onnx=places, settings=settings)
+            report = replace(report, base=model_id(source.named))
             _require(report, stage, target)
             done = replace(done, report=report)
         return done
 
 
 @dataclass(frozen=True, slots=True)
-class _Subject:
+class _Source:
     """What is exported (`checkpoint`), what it is compared with (`reference`), and what the user `named`,
     which may be neither."""
 
@@ -170,21 +171,22 @@ class _Subject:
 
 def _fold(
     base: str | Path, adapters: Sequence[str | Path | Adapter], scratch: Path, say: Callable[[str], None]
-) -> _Subject:
+) -> _Source:
     """Base and adapters, merged into `scratch`."""
     named = read_checkpoint(base)
     if named.is_gguf:
         say("dequantizing")
         base = write_dense(named, scratch / "dense")
     say("merging")
-    merge(base, adapters, scratch / "merged", digests="none", reload_check=False)
-    return _Subject(read_checkpoint(scratch / "merged"), base, named.location)
+    options = OutputOptions(digests="none", reload_check=False)
+    merge(base, adapters, scratch / "merged", options=options)
+    return _Source(read_checkpoint(scratch / "merged"), base, named.location)
 
 
-def _read_model(model: str | Path, scratch: Path, say: Callable[[str], None]) -> _Subject:
+def _read_model(model: str | Path, scratch: Path, say: Callable[[str], None]) -> _Source:
     """A merged model; dense, in `scratch`, where it stays quantized."""
     checkpoint = read_checkpoint(model)
-    given = _Subject(checkpoint, model, checkpoint.location)
+    given = _Source(checkpoint, model, checkpoint.location)
     if checkpoint.holds_adapter:
         raise Refused(
             f"{model} holds a model and an adapter ({ADAPTER_CONFIG}): transformers would apply it to these weights",

@@ -11,14 +11,17 @@ import numpy as np
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.model import Adapter, Site
 from ia3_export.arguments import check_arguments
-from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
+from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.fold import FLOAT_DTYPES
-from ia3_export.planning.plan import Plan, Quantized, make_plan
+from ia3_export.planning.plan import Plan, make_plan
+from ia3_export.planning.recipe import Recipe
+from ia3_export.quantization.base import read_base
 from ia3_export.vectors.channels import count_channels, strongest_channels
+from ia3_export.words import Quantized
 from ia3_export.writing.manifest import describe_plan
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SiteStatistics:
     """One vector. ``from_ones`` is the root mean square of ``l - 1``: 0 for a vector that changes nothing.
 
@@ -83,15 +86,15 @@ def inspect(
     """
     check_arguments(inspect, locals())
     read = read_adapter(adapter)
-    plan = make_plan(read_checkpoint(base), [read], quantized=quantized) if base is not None else None
+    plan = make_plan(read_base(base), [read], Recipe(quantized=quantized)) if base is not None else None
     return Inspection(read, tuple(describe_vector(site) for site in read.sites.values()), plan)
 
 
 def summarize(plan: Plan) -> dict[str, Any]:
     """The plan's totals: parameters, tensors, bytes and shards, touched and in all."""
-    base = plan.base
+    base = plan.base.stored
     return {
-        "base_parameters": _parameters(plan.dense),
+        "base_parameters": _parameters(plan.base.dense),
         "adapter_parameters": sum(adapter.parameters for adapter in plan.adapters),
         "tensors_changed": len(plan.changes),
         "tensors": len(base.tensors),
@@ -112,8 +115,18 @@ def describe_vector(site: Site) -> SiteStatistics:
     counts, (inhibited, amplified) = count_channels(values), strongest_channels(values)
     with np.errstate(invalid="ignore", over="ignore"):
         return SiteStatistics(
-            site.module, site.direction, len(values), site.dtype,
-            float(values.min()), float(values.max()), float(values.mean()),
-            float(np.sqrt(np.mean((values - 1.0) ** 2))), int(np.sum(~np.isfinite(values))),
-            counts.inhibited, counts.amplified, counts.negative, tuple(inhibited), tuple(amplified),
-        )  # fmt: skip
+            module=site.module,
+            direction=site.direction,
+            length=len(values),
+            dtype=site.dtype,
+            min=float(values.min()),
+            max=float(values.max()),
+            mean=float(values.mean()),
+            from_ones=float(np.sqrt(np.mean((values - 1.0) ** 2))),
+            not_finite=counts.not_finite,
+            inhibited=counts.inhibited,
+            amplified=counts.amplified,
+            negative=counts.negative,
+            most_inhibited=tuple(inhibited),
+            most_amplified=tuple(amplified),
+        )

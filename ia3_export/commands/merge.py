@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from ia3_export.adapters import read_adapter
-from ia3_export.adapters.combine import Combine
 from ia3_export.adapters.model import Adapter
-from ia3_export.arguments import check_arguments, real
+from ia3_export.arguments import check_arguments
 from ia3_export.checkpoint import ranges
-from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
+from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.errors import CheckFailed, OutputError, UsageError
-from ia3_export.planning.changes import Cast, Dtype
-from ia3_export.planning.companions import TokenizerChoice
-from ia3_export.planning.plan import Plan, Quantized, make_plan
+from ia3_export.planning.plan import Plan, make_plan
+from ia3_export.planning.recipe import DEFAULT_RECIPE, Recipe
+from ia3_export.quantization.base import read_base
 from ia3_export.quantization.settings import SIDE_FILES
 from ia3_export.writing.card import BASE_CARD, make_card
 from ia3_export.writing.execute import Progress, write_outputs
 from ia3_export.writing.layout import INDEX, OutputFile, lay_out, make_index
-from ia3_export.writing.manifest import NAME, Digests, Manifest, make_manifest
+from ia3_export.writing.manifest import NAME, Manifest, make_manifest
+from ia3_export.writing.options import DEFAULT_OPTIONS, OutputOptions
 from ia3_export.writing.stage import check_target, copy_file, set_aside, space_hint, staged
 
 
@@ -32,52 +32,26 @@ def ignore_progress(_: Progress) -> None:
 
 
 def plan_merge(
-    base: str | Path,
-    adapters: Sequence[str | Path | Adapter],
-    *,
-    combine: Combine = "product",
-    weights: Sequence[float] = (),
-    cast: Cast = "peft",
-    dtype: Dtype = "auto",
-    quantized: Quantized = "dequantize",
-    allow_missing: bool = False,
-    allow_unused: bool = False,
-    tokenizer: TokenizerChoice = "auto",
+    base: str | Path, adapters: Sequence[str | Path | Adapter], recipe: Recipe = DEFAULT_RECIPE
 ) -> Plan:
     """What `merge` with the same arguments would do (``--dry-run``). Refusals are in ``Plan.problems``.
 
     Raises `IA3ExportError` for inputs that cannot be read.
     """
     check_arguments(plan_merge, locals())
-    weights = real(weights)
     if not adapters:
         raise UsageError("no adapter given", hint="give at least one --adapter")
     read = [read_adapter(source) for source in adapters]
-    return make_plan(
-        read_checkpoint(base), read, combine=combine, weights=weights, cast=cast, dtype=dtype, quantized=quantized,
-        allow_missing=allow_missing, allow_unused=allow_unused, tokenizer=tokenizer,
-    )  # fmt: skip
+    return make_plan(read_base(base), read, recipe)
 
 
 def merge(
     base: str | Path,
     adapters: Sequence[str | Path | Adapter],
     output: str | Path,
+    recipe: Recipe = DEFAULT_RECIPE,
+    options: OutputOptions = DEFAULT_OPTIONS,
     *,
-    combine: Combine = "product",
-    weights: Sequence[float] = (),
-    cast: Cast = "peft",
-    dtype: Dtype = "auto",
-    quantized: Quantized = "dequantize",
-    shard_size: int | None = None,
-    link: bool = False,
-    overwrite: bool = False,
-    allow_missing: bool = False,
-    allow_unused: bool = False,
-    tokenizer: TokenizerChoice = "auto",
-    digests: Digests = "output",
-    flush: bool = False,
-    reload_check: bool = True,
     on_progress: Callable[[Progress], None] = ignore_progress,
 ) -> Manifest:
     """Fold IA3 `adapters` into `base` and write a complete checkpoint folder.
@@ -89,63 +63,32 @@ def merge(
 
     Args:
         base: folder, weight file or hub id ``org/name[@revision]`` of the base model, quantized or not.
-        adapters: folders, files or hub ids of IA3 adapters in any format of `READERS`, or what `read_adapter` returned, in the
-            order in which they are folded.
+        adapters: folders, files or hub ids of IA3 adapters in any format of `READERS`, or what `read_adapter`
+            returned, in the order in which they are folded.
         output: folder to create.
-        combine: ``product`` folds one adapter after the other; ``linear`` is PEFT's ``add_weighted_adapter``
-            (``sum w l``); ``delta`` is ``1 + sum w (l - 1)``.
-        weights: one number an adapter, for ``linear`` and ``delta``.
-        cast: ``peft`` multiplies with the vector as saved; ``peft-low-mem`` rounds it to the base's dtype first.
-        dtype: ``auto`` keeps every tensor's stored dtype (of dequantized ones the dtype that the checkpoint computes in);
-            others convert all floating tensors, rounding once.
-        quantized: of a quantized base. ``dequantize`` writes it dense; ``keep`` folds the vectors into the stored scales and
-            leaves every code alone, or refuses; ``keep-or-dense`` writes the weights dense for which that is impossible.
-        shard_size: largest shard in bytes; None keeps the base's shards and names.
-        link: hard-link shards that no vector touches instead of copying them.
-        overwrite: replace an output folder that a command of ours wrote, and in which nothing else lies.
-        allow_missing: leave targeted modules without a vector as they are.
-        allow_unused: drop vectors and tensors that have no place in the base.
-        tokenizer: whose tokenizer, chat template, generation and processor settings the output gets: ``auto`` an adapter's where
-            they differ from the base's and their ids fit the vocabulary, ``base``, or ``adapter``.
-        digests: SHA-256 of all input and output files (``full``), of outputs (``output``), or ``none``.
-        flush: sync everything to disk before the final rename.
-        reload_check: of a quantized base, open the output through transformers (bitsandbytes, compressed-tensors) or gguf
-            and compare every weight, where they are installed and memory allows it.
+        recipe: how the adapters are folded.
+        options: how the output is written.
         on_progress: called with bytes done and in total, from several threads, one at a time.
 
     Returns the manifest that was written as ``ia3_export.json``.
 
     Raises `IA3ExportError`: `NotFound`, `DamagedFile`, `Unsupported`, `Refused` and its kinds for inputs,
-    `UsageError` for options, `OutputError` for the output, `CheckFailed` when the reload check fails. Nothing is left behind in any of these cases.
+    `UsageError` for options, `OutputError` for the output, `CheckFailed` when the reload check fails. Nothing is left
+    behind in any of these cases.
     """
     check_arguments(merge, locals())
-    weights = real(weights)
-    target = Path(output)
-    plan = plan_merge(
-        base, adapters, combine=combine, weights=weights, cast=cast, dtype=dtype, quantized=quantized,
-        allow_missing=allow_missing, allow_unused=allow_unused, tokenizer=tokenizer,
-    )  # fmt: skip
+    plan = plan_merge(base, adapters, recipe)
     plan.raise_problems()
-    return _write([(plan, target)], shard_size, link, overwrite, digests, flush, reload_check, on_progress)[0]
+    return write_merges([(plan, Path(output))], options, on_progress)[0]
 
 
 def merge_each(
     base: str | Path,
     adapters: Sequence[str | Path | Adapter],
     directory: str | Path,
+    recipe: Recipe = DEFAULT_RECIPE,
+    options: OutputOptions = DEFAULT_OPTIONS,
     *,
-    cast: Cast = "peft",
-    dtype: Dtype = "auto",
-    quantized: Quantized = "dequantize",
-    shard_size: int | None = None,
-    link: bool = False,
-    overwrite: bool = False,
-    allow_missing: bool = False,
-    allow_unused: bool = False,
-    tokenizer: TokenizerChoice = "auto",
-    digests: Digests = "output",
-    flush: bool = False,
-    reload_check: bool = True,
     on_progress: Callable[[Progress], None] = ignore_progress,
 ) -> list[Manifest]:
     """One merged model for each adapter alone, as ``directory/<adapter name>``, reading the base once.
@@ -163,55 +106,44 @@ def merge_each(
             f"several adapters are called {', '.join(sorted(twice))}",
             hint="rename their folders, or merge them apart",
         )
-    checkpoint = read_checkpoint(base)
-    jobs = []
+    whole = read_base(base)
+    merges = []
     for adapter in read:
-        plan = make_plan(
-            checkpoint,
-            [adapter],
-            cast=cast,
-            dtype=dtype,
-            quantized=quantized,
-            allow_missing=allow_missing,
-            allow_unused=allow_unused,
-            tokenizer=tokenizer,
-        )
+        plan = make_plan(whole, [adapter], recipe)
         plan.raise_problems()
-        jobs.append((plan, Path(directory) / adapter.name))
-    return _write(jobs, shard_size, link, overwrite, digests, flush, reload_check, on_progress)
+        merges.append((plan, Path(directory) / adapter.name))
+    return write_merges(merges, options, on_progress)
 
 
-def _write(
-    jobs: Sequence[tuple[Plan, Path]],
-    shard_size: int | None,
-    link: bool,
-    overwrite: bool,
-    digests: Digests,
-    flush: bool,
-    reload_check: bool,
-    on_progress: Callable[[Progress], None],
+def write_merges(
+    merges: Sequence[tuple[Plan, Path]],
+    options: OutputOptions,
+    on_progress: Callable[[Progress], None] = ignore_progress,
 ) -> list[Manifest]:
-    if shard_size is not None and shard_size <= 0:
-        raise UsageError(
-            f"a shard of {shard_size} bytes holds nothing", hint="for example shard_size=5_000_000_000"
-        )
-    for plan, target in jobs:
+    """Carry out plans of one base, each into a folder of its own, reading the base once.
+
+    All folders are put in place, or none. Raises `OutputError`, and `CheckFailed` when the reload check fails.
+    """
+    for plan, target in merges:
         inputs = [
-            *plan.base.location.inputs, *(path for a in plan.adapters for path in a.location.inputs)
-        ]  # fmt: skip
-        check_target(target, inputs, overwrite=overwrite)
-    with ExitStack() as stack:
-        outputs = [
-            (stack.enter_context(staged(target, overwrite=overwrite, flush=flush)), lay_out(plan, shard_size))
-            for plan, target in jobs
+            *plan.base.stored.location.inputs,
+            *(path for a in plan.adapters for path in a.location.inputs),
         ]
-        _check_space(outputs, jobs[0][0].base, link)
-        written = write_outputs(outputs, link=link, digests=digests != "none", on_progress=on_progress)
+        check_target(target, inputs, overwrite=options.overwrite)
+    with ExitStack() as stack:
+        outputs = []
+        for plan, target in merges:
+            stage = stack.enter_context(staged(target, overwrite=options.overwrite, flush=options.flush))
+            outputs.append((stage, lay_out(plan, options.shard_size)))
+        _check_space(outputs, merges[0][0].base.stored, options.link)
+        written = write_outputs(
+            outputs, link=options.link, digests=options.digests != "none", on_progress=on_progress
+        )
         manifests = []
-        for (plan, target), (stage, files), done in zip(jobs, outputs, written, strict=True):
+        for (plan, target), (stage, files), done in zip(merges, outputs, written, strict=True):
             _write_side_files(plan, stage, files)
-            reload = _reload(plan, stage, target) if reload_check else None
-            manifest = make_manifest(plan, stage, target, done, digests, reload)
+            reload = _reload(plan, stage, target) if options.reload_check else None
+            manifest = make_manifest(plan, stage, target, done, options.digests, reload)
             (stage / NAME).write_text(manifest.to_json(), encoding="utf-8")
             manifests.append(manifest)
     return manifests
@@ -219,7 +151,7 @@ def _write(
 
 def _reload(plan: Plan, stage: Path, target: Path) -> Mapping[str, Any] | None:
     """Open the output of a quantized base through its users' library; one that is not what was written is kept aside."""
-    if not plan.quantization.packed:
+    if not plan.base.is_quantized:
         return None
     from ia3_export.parity.reload_check import check_output
 
@@ -256,7 +188,7 @@ def _write_side_files(plan: Plan, stage: Path, files: Sequence[OutputFile]) -> N
             _write_json(target, plan.settings_files[relative])
         else:
             copy_file(source, target)
-    if plan.config is not None and not plan.base.is_gguf:
+    if plan.config is not None and not plan.base.stored.is_gguf:
         _write_json(stage / "config.json", plan.config)
     index = make_index(plan, files)
     if index is not None:

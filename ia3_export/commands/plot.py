@@ -9,7 +9,8 @@ from ia3_export.adapters import read_adapter
 from ia3_export.adapters.model import Adapter
 from ia3_export.arguments import check_arguments
 from ia3_export.errors import UsageError
-from ia3_export.vectors.picture import PlotSite, write_plot
+from ia3_export.vectors.picture import PlotSite
+from ia3_export.vectors.plot import write_plot
 
 
 def plot_vectors(adapters: Sequence[str | Path | Adapter], file: str | Path) -> None:

@@ -16,24 +16,25 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ia3_export.adapters import read_adapter
-from ia3_export.adapters.combine import Combine
-from ia3_export.adapters.model import Adapter
-from ia3_export.arguments import check_arguments, real
+from ia3_export.adapters.model import Adapter, Fold
+from ia3_export.arguments import check_arguments
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.checkpoint.header import StoredTensor
-from ia3_export.errors import Refused, ShapeMismatch, Unsupported, UsageError
+from ia3_export.errors import Refused, ShapeMismatch, Unsupported
 from ia3_export.fold import Array, Scale, fold_block, storage_dtype
 from ia3_export.parity.bits.expected import Expected, Reader, expected_blocks
-from ia3_export.parity.facts import merge_options
 from ia3_export.planning.base_match import is_of
 from ia3_export.planning.changes import Change
 from ia3_export.planning.plan import Plan, make_plan
-from ia3_export.quantization.detection import find_quantization
+from ia3_export.planning.recipe import Recipe
+from ia3_export.planning.recorded import find_recipe
+from ia3_export.quantization.base import make_base, read_base
 from ia3_export.writing.card import BASE_CARD
 from ia3_export.writing.execute import Progress, write_outputs
-from ia3_export.writing.layout import INDEX, lay_out, make_index
+from ia3_export.writing.layout import INDEX, OutputFile, lay_out, make_index
 from ia3_export.writing.manifest import NAME, Manifest, list_files, tool
 from ia3_export.writing.stage import check_target, copy_file, staged
+from ia3_export.writing.wording import describe_fold
 
 SCHEMA = "ia3-export/unmerge/1"
 #: Share of a tensor's elements that may not fold back, since several adapters round several times.
@@ -63,7 +64,7 @@ class Exactness:
 
 
 @dataclass(frozen=True, slots=True)
-class Unmerged:
+class UnmergedModel:
     """What `unmerge` wrote. `content` lies in the folder as ``ia3_export.json``."""
 
     folder: Path
@@ -78,12 +79,11 @@ def unmerge(
     output: str | Path,
     *,
     base: str | Path | None = None,
-    combine: Combine | None = None,
-    weights: Sequence[float] = (),
+    recipe: Recipe | None = None,
     allow_missing: bool = False,
     overwrite: bool = False,
     on_progress: Callable[[Progress], None] = lambda _: None,
-) -> Unmerged:
+) -> UnmergedModel:
     """Divide the vectors of `adapters` out of a merged `model`.
 
     Every element becomes ``round_to_dtype(W / l)``, the quotient in float64, the last adapter first, or the neighbour of that which
@@ -94,7 +94,7 @@ def unmerge(
         adapters: what was folded into it, in the same order.
         output: folder to create.
         base: the original, if it is at hand: the result is then compared with it.
-        combine, weights: how several adapters were merged; by default what the model's manifest says.
+        recipe: how several adapters were merged (``combine`` and ``weights``); by default what the model's manifest says.
         allow_missing: accept targeted modules without a vector.
         overwrite: replace an output folder that a command of ours wrote, and in which nothing else lies.
         on_progress: called with bytes done and in total.
@@ -102,34 +102,30 @@ def unmerge(
     Tensors that the adapters brought (heads, embeddings) stay, as does ``config.json``: what was there before is not in the
     merged model.
 
+    More than seven parameters: each but the last is an input, or what the command line asks of it.
+
     Raises `Refused` for a zero in a vector (what it multiplied is lost), `Unsupported` for a quantized model, and what `merge`
     raises.
     """
     check_arguments(unmerge, locals())
-    weights = real(weights)
-    checkpoint = read_checkpoint(model)
+    whole = read_base(model)
+    checkpoint = whole.stored
     read = [read_adapter(source) for source in adapters]
-    if weights and combine is None:
-        raise UsageError("--weights needs --combine", hint="say how the adapters were merged")
-    how, warnings = merge_options(checkpoint, checkpoint, len(read), combine, weights, "the model's manifest")
+    how, warnings = find_recipe(whole, whole, len(read), recipe, "the model's manifest")
     how = replace(how, allow_missing=how.allow_missing or allow_missing)
-    if find_quantization(checkpoint).packed:
+    if whole.is_quantized:
         raise Unsupported(
             f"{checkpoint.location.given} is quantized, and vectors are not divided out of scales",
             hint="merge adapters of your choice into the original base instead",
         )
     warnings += _compare_record(checkpoint, read)
-    warnings += [
-        f"{adapter.name} brought {', '.join(sorted(adapter.extras)[:3])}{' ...' if len(adapter.extras) > 3 else ''}: they stay, "
-        "since the model does not hold what they replaced"
-        for adapter in read
-        if adapter.extras
-    ]
+    warnings += _staying(read)
     left = [folded for folded in checkpoint.folded if not any(is_of(folded, adapter) for adapter in read)]
     plan = make_plan(
-        replace(checkpoint, folded=()), [replace(a, extras={}, vectors_only=True) for a in read], combine=how.combine,
-        weights=how.weights, cast=how.cast, allow_missing=how.allow_missing, allow_unused=how.allow_unused, tokenizer="base",
-    )  # fmt: skip
+        make_base(replace(checkpoint, folded=())),
+        [replace(a, extras={}, vectors_only=True) for a in read],
+        replace(how, dtype="auto", quantized="dequantize", tokenizer="base"),
+    )
     plan.raise_problems()
     original = read_checkpoint(base) if base is not None else None
     if how.dtype != "auto":
@@ -147,13 +143,7 @@ def unmerge(
         files = lay_out(inverse)
         write_outputs([(stage, files)], link=False, digests=False, on_progress=on_progress)
         _copy_side_files(checkpoint, stage, make_index(inverse, files))
-        places = {
-            piece.change.name: (stage / file.name, piece.position)
-            for file in files
-            for piece in file.pieces
-            if piece.change is not None
-        }
-        tensors = tuple(_settle(plan, inverse, original, places, how.dtype == "auto"))
+        tensors = tuple(_settle(plan, inverse, original, _places(stage, files), how.dtype == "auto"))
         warnings += [said for adapter in plan.adapters for said in adapter.warnings]
         warnings += _found(tensors) if how.dtype == "auto" else []
         content = {
@@ -168,7 +158,20 @@ def unmerge(
             "files": list_files(stage, known={}, hashed=True),
         }
         (stage / NAME).write_text(Manifest(target, content).to_json(), encoding="utf-8")
-    return Unmerged(target, tensors, content, tuple(warnings))
+    return UnmergedModel(target, tensors, content, tuple(warnings))
+
+
+def _staying(adapters: Sequence[Adapter]) -> Iterator[str]:
+    for adapter in adapters:
+        if adapter.extras:
+            names = ", ".join(sorted(adapter.extras)[:3]) + (" ..." if len(adapter.extras) > 3 else "")
+            yield f"{adapter.name} brought {names}: they stay, since the model does not hold what they replaced"
+
+
+def _places(stage: Path, files: Sequence[OutputFile]) -> dict[str, tuple[Path, int]]:
+    """File and byte of every changed tensor that was written."""
+    pieces = ((file, piece) for file in files for piece in file.pieces)
+    return {p.change.name: (stage / file.name, p.position) for file, p in pieces if p.change is not None}
 
 
 def _compare_record(model: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[str]:
@@ -204,11 +207,11 @@ def _invert(change: Change) -> Change:
     )
 
 
-def _reciprocal(scale: Scale, fold: str) -> Scale:
+def _reciprocal(scale: Scale, fold: Fold) -> Scale:
     zeros = np.flatnonzero(scale.factors == 0)
     if len(zeros):
         raise Refused(
-            f"the vector of {fold} is zero at element {zeros[0]} ({len(zeros)} such elements): what it multiplied is lost",
+            f"the vector of {describe_fold(fold)} is zero at element {zeros[0]} ({len(zeros)} such elements): what it multiplied is lost",
             hint="merging cannot be undone for these channels; keep the original base",
         )
     with np.errstate(over="ignore"):
@@ -239,7 +242,7 @@ def _settle(
 
     Nothing is certain of a merge that did not keep the `same_dtype`.
     """
-    if original is not None and not original.tensors.keys() & plan.base.tensors.keys():
+    if original is not None and not original.tensors.keys() & plan.base.stored.tensors.keys():
         raise ShapeMismatch(
             f"{original.location.given} has none of the model's tensors, such as {min(plan.changes)}",
             hint="--base is not the merge's base",

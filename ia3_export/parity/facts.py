@@ -2,124 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
-from ia3_export.adapters.combine import Combine
 from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.hub import Location
-from ia3_export.errors import Refused
-from ia3_export.planning.changes import Cast, Dtype
-from ia3_export.planning.companions import TokenizerChoice
-from ia3_export.planning.plan import Plan, Quantized
-from ia3_export.quantization.detection import find_quantization
-from ia3_export.report.model import SiteSummary, Source
+from ia3_export.planning.plan import Plan
+from ia3_export.report.model import ModelId, SiteSummary
 from ia3_export.vectors.channels import count_channels
 from ia3_export.writing.execute import hash_file
 from ia3_export.writing.manifest import NAME
 
 _LIBRARIES = ("torch", "transformers", "peft", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu")
 _SHOWN = 128
-_NAMES: Mapping[str, Dtype] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-@dataclass(frozen=True, slots=True)
-class MergeOptions:
-    """How adapters were folded, as `merge` takes it."""
-
-    combine: Combine = "product"
-    weights: tuple[float, ...] = ()
-    cast: Cast = "peft"
-    dtype: Dtype = "auto"
-    quantized: Quantized = "dequantize"
-    allow_missing: bool = False
-    allow_unused: bool = False
-    tokenizer: TokenizerChoice = "auto"
-
-
-def recorded_options(base: Checkpoint, merged: Checkpoint | None) -> MergeOptions:
-    """The options in the manifest of `merged`; without one, the defaults and the dtype that the weights have."""
-    if merged is None:
-        return MergeOptions()
-    try:
-        options = json.loads((merged.folder / NAME).read_text(encoding="utf-8"))["options"]
-        made = MergeOptions(
-            options["combine"], tuple(float(w) for w in options["weights"]), options["cast"], options["dtype"],
-            options.get("quantized", "dequantize"), bool(options.get("allow_missing")), bool(options.get("allow_unused")),
-            options.get("tokenizer", "auto"),
-        )  # fmt: skip
-        known = made.combine in get_args(Combine) and made.cast in get_args(Cast)
-        if (
-            known
-            and made.dtype in get_args(Dtype)
-            and made.quantized in get_args(Quantized)
-            and made.tokenizer in get_args(TokenizerChoice)
-        ):
-            return made
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
-    quantized = find_quantization(base)
-    if quantized.packed:
-        kept = bool(find_quantization(merged).packed)
-        return MergeOptions(quantized="keep-or-dense" if kept else "dequantize")
-    if merged.main_dtype != base.main_dtype and merged.main_dtype in _NAMES:
-        return MergeOptions(dtype=_NAMES[merged.main_dtype])
-    return MergeOptions()
-
-
-def merge_options(
-    base: Checkpoint,
-    merged: Checkpoint | None,
-    adapters: int,
-    combine: Combine | None,
-    weights: Sequence[float],
-    source: str,
-) -> tuple[MergeOptions, list[str]]:
-    """How `merged` was made: `recorded_options`, with `combine` and `weights` in their place where the user says them; and what
-    was taken from the record (which people know as `source`), in words. Raises `Refused` as `check_recorded`."""
-    how = recorded_options(base, merged)
-    if combine is not None:
-        return replace(how, combine=combine, weights=tuple(weights)), []
-    if how == MergeOptions():
-        return how, []
-    check_recorded(how, adapters)
-    return how, [f"taken from {source}: {describe_options(how)}"]
-
-
-def check_recorded(options: MergeOptions, adapters: int) -> None:
-    """Raise `Refused` for recorded options by which an artifact could excuse itself: an adapter that counts for nothing."""
-    odd = options.combine != "product" and (adapters == 1 or 0.0 in options.weights)
-    if odd or len(options.weights) not in (0, adapters):
-        raise Refused(
-            f"the manifest of the merged folder says {describe_options(options)}, for {adapters} adapters",
-            hint="if that is what you merged, say so with --combine and --weights",
-        )
-
-
-def describe_options(options: MergeOptions) -> str:
-    """The options that are not the defaults, in words."""
-    default = MergeOptions()
-    shown = {f.name: getattr(options, f.name) for f in fields(options)}
-    return ", ".join(f"{name} {value}" for name, value in shown.items() if value != getattr(default, name))
 
 
 def sites_of(plan: Plan | None, adapters: Sequence[Adapter]) -> dict[str, list[str]]:
     """Modules with a vector, and the stored tensors that it is folded into (none known without a plan)."""
     sites: dict[str, list[str]] = {module: [] for adapter in adapters for module in adapter.modules}
     for name, change in plan.changes.items() if plan is not None else ():
-        for fold in change.folds:  # "adapter: module (output)"
-            module = fold.partition(": ")[2].rpartition(" (")[0]
-            if module in sites:
-                sites[module].append(name)
+        for fold in change.folds:
+            if fold.module in sites:
+                sites[fold.module].append(name)
     return sites
 
 
@@ -140,15 +51,23 @@ def _summarize(adapter: str, module: str, direction: Any, values: Any) -> SiteSu
     rows = padded.reshape(-1, stretch)
     farthest = np.abs(rows - 1).argmax(axis=1)
     return SiteSummary(
-        adapter, module, direction, len(values), float(values.min()), float(values.max()), float(values.mean()),
-        counts.amplified, counts.inhibited, counts.negative,
-        tuple(rows[np.arange(len(rows)), farthest].tolist()),
-    )  # fmt: skip
+        adapter=adapter,
+        module=module,
+        direction=direction,
+        size=len(values),
+        minimum=float(values.min()),
+        maximum=float(values.max()),
+        mean=float(values.mean()),
+        amplified=counts.amplified,
+        inhibited=counts.inhibited,
+        negative=counts.negative,
+        values=tuple(rows[np.arange(len(rows)), farthest].tolist()),
+    )
 
 
-def source_of(location: Location) -> Source:
+def model_id(location: Location) -> ModelId:
     """The hub id, or the last part of the path."""
-    return Source(location.name, location.revision)
+    return ModelId(location.name, location.revision)
 
 
 def environment() -> dict[str, str]:

@@ -18,33 +18,39 @@ from ia3_export.parity.metrics import (
     largest,
     perplexity,
 )
-from ia3_export.parity.runs.forwards import Merged, Unmerged
+from ia3_export.parity.runs.forwards import MergedRuns, UnmergedRuns
 from ia3_export.parity.runs.greedy import Decoded, compare_decoded
-from ia3_export.parity.runs.run_torch import Run
+from ia3_export.parity.runs.run_torch import ForwardOutputs
+from ia3_export.parity.settings import Tolerance
 from ia3_export.report.model import (
     Distance,
+    FaultLocation,
     Gate,
     Generation,
     Kind,
     LayerError,
-    Location,
     Step,
     WeightsProof,
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Tolerance:
-    """``numpy.allclose`` tolerances that replace the gates."""
-
-    atol: float
-    rtol: float
-
-
 @dataclass(frozen=True, slots=True, eq=False)
+class Evidence:
+    """What is known of the weights: the `proofs` of artifacts, and modules with a vector → the stored tensors that it is folded
+    into (`sites`)."""
+
+    proofs: Sequence[WeightsProof]
+    sites: Mapping[str, Sequence[str]]
+
+    def proof_of(self, name: str) -> WeightsProof | None:
+        """The proof of the artifact called so."""
+        return next((proof for proof in self.proofs if proof.name == name), None)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Artifact:
     """One artifact's outputs and what is known of it: `weights` is the dtype its weights were rounded to, `cases` the
-    indices of the inputs it was run on."""
+    indices of the inputs it was run on, `decoded` its greedy decoding."""
 
     name: str
     kind: Kind
@@ -54,72 +60,80 @@ class Artifact:
     runs_on: str
     outputs: Outputs
     cases: Sequence[int]
+    decoded: Sequence[Decoded] | None = None
 
 
 def judge(
     artifact: Artifact,
-    unmerged: Unmerged,
-    adapters: int,
+    unmerged: UnmergedRuns,
     before: Outputs | None,
-    merged: Merged | None,
-    decoded: Sequence[Decoded] | None,
-    proof: WeightsProof | None,
+    merged: MergedRuns | None,
+    evidence: Evidence,
     tolerance: Tolerance | None,
-    sites: Mapping[str, Sequence[str]],
 ) -> Step:
     """Compare one artifact with the reference. `before` are the outputs of the step before it (on all inputs), `merged`
-    the merged model's runs, `decoded` the artifact's greedy decoding, `proof` what is known of the artifact's weights, `sites` the modules with a vector and the stored
-    tensors it is folded into."""
-    outputs = artifact.outputs
-    reference = _part(unmerged.reference.outputs, outputs, artifact.cases)
-    plain = _part(unmerged.plain.outputs, outputs, artifact.cases)
+    the merged model's runs."""
+    outputs, cases = artifact.outputs, artifact.cases
+    reference = _part(unmerged.reference.outputs, outputs, cases)
+    plain = _part(unmerged.plain.outputs, outputs, cases)
     if not all(reference):
-        return _failed(
-            artifact,
-            f"it has the outputs {sorted(outputs[0])}, the model {sorted(unmerged.reference.outputs[0])}",
-        )
+        theirs = sorted(unmerged.reference.outputs[0])
+        return _failed(artifact, f"it has the outputs {sorted(outputs[0])}, the model {theirs}")
     numeric = NUMERIC.get(artifact.precision, artifact.precision)
+
+    def apart(others: Outputs) -> Distance:
+        return _distance(outputs, _part(others, outputs, cases), numeric, unmerged, cases)
+
     try:
-        distance = _distance(outputs, reference, numeric, unmerged, artifact.cases)
+        distance = apart(unmerged.reference.outputs)
     except ValueError as error:
         return _failed(artifact, str(error))
-    share = effect_present(outputs, reference, plain) if adapters else None
-    loss = None
-    if before is not None:
-        loss = _distance(outputs, _part(before, outputs, artifact.cases), numeric, unmerged, artifact.cases)
-    library = None
-    if unmerged.library is not None:
-        theirs = _part(unmerged.library.outputs, outputs, artifact.cases)
-        library = _distance(outputs, theirs, numeric, unmerged, artifact.cases)
-    bound = _bound(artifact, unmerged, reference, adapters)
+    share = effect_present(outputs, reference, plain) if unmerged.adapters else None
+    bound = _bound(artifact, unmerged, reference)
     generation: Generation | None = None
-    layers: tuple[LayerError, ...] = ()
-    location: Location | None = None
+    if unmerged.decoded is not None and artifact.decoded is not None:
+        generation = compare_decoded(artifact.decoded, unmerged.decoded, bound)
     if tolerance is not None:
         gates = [at_most("max error beyond rtol", beyond(outputs, reference, tolerance.rtol), tolerance.atol)]
     elif artifact.precision in NUMERIC:
         gates = list(quantized_gates(artifact.precision, distance, share))
     else:
         gates = [at_most("max error", distance.max_error, bound)]
-        gates += _step_gates(artifact, outputs, merged, adapters)
-    if artifact.kind == "merged" and merged is not None:
-        layers = _layers(artifact, merged.run, unmerged, adapters)
-    if unmerged.decoded is not None and decoded is not None:
-        generation = compare_decoded(decoded, unmerged.decoded, bound)
-        if tolerance is None and artifact.precision not in NUMERIC:
+        gates += _step_gates(artifact, merged, unmerged.adapters)
+        if generation is not None:
             value = generation.margin or 0.0
             gates.append(Gate("greedy decoding", value, "<=", 2 * bound, generation.excused))
-    passed = all(gate.passed for gate in gates)
+    layers: tuple[LayerError, ...] = ()
+    if artifact.kind == "merged" and merged is not None:
+        layers = _layers(artifact, merged.run, unmerged)
+    passed, finding = all(gate.passed for gate in gates), "in parity"
+    location: FaultLocation | None = None
     if not passed:
-        location = _locate(layers, unmerged.reference.modules, proof, sites)
-    finding = "in parity" if passed else _finding(outputs, plain, reference, distance, share, location, gates)
+        location = _locate(
+            layers, unmerged.reference.modules, evidence.proof_of(artifact.name), evidence.sites
+        )
+        finding = _finding(_Effect(outputs, plain, reference, share), distance, location, gates)
     return Step(
-        artifact.name, artifact.kind, artifact.file, artifact.precision, artifact.runs_on, passed, finding,
-        tuple(gates), distance, loss, library, share, generation, error_histogram(outputs, reference), layers, location,
-    )  # fmt: skip
+        name=artifact.name,
+        kind=artifact.kind,
+        file=artifact.file,
+        precision=artifact.precision,
+        runs_on=artifact.runs_on,
+        passed=passed,
+        finding=finding,
+        gates=tuple(gates),
+        distance=distance,
+        loss=apart(before) if before is not None else None,
+        library=apart(unmerged.library.outputs) if unmerged.library is not None else None,
+        effect_present=share,
+        generation=generation,
+        error_histogram=error_histogram(outputs, reference),
+        layers=layers,
+        location=location,
+    )
 
 
-def unmerged_distance(unmerged: Unmerged, dtype: str) -> Distance:
+def unmerged_distance(unmerged: UnmergedRuns, dtype: str) -> Distance:
     """How far the live model in `dtype` is from the reference."""
     every = range(len(unmerged.cases))
     return _distance(unmerged.runs[dtype].outputs, unmerged.reference.outputs, dtype, unmerged, every)
@@ -128,8 +142,14 @@ def unmerged_distance(unmerged: Unmerged, dtype: str) -> Distance:
 def failed_step(name: str, kind: Kind, file: str, precision: str, runs_on: str, finding: str) -> Step:
     """An artifact that could not be run."""
     return Step(
-        name, kind, file, precision, runs_on, False, finding, (), None, None, None, None, None, (), (), None
-    )  # fmt: skip
+        name=name,
+        kind=kind,
+        file=file,
+        precision=precision,
+        runs_on=runs_on,
+        passed=False,
+        finding=finding,
+    )
 
 
 def _failed(artifact: Artifact, finding: str) -> Step:
@@ -147,7 +167,7 @@ def _part(whole: Outputs, outputs: Outputs, cases: Sequence[int]) -> list[dict[s
 
 
 def _distance(
-    outputs: Outputs, reference: Outputs, dtype: str, unmerged: Unmerged, cases: Sequence[int]
+    outputs: Outputs, reference: Outputs, dtype: str, unmerged: UnmergedRuns, cases: Sequence[int]
 ) -> Distance:
     distance = compare(outputs, reference, dtype)
     if not unmerged.causal:
@@ -163,27 +183,28 @@ def _distance(
     return replace(distance, perplexity_change=mine / theirs - 1)
 
 
-def _bound(artifact: Artifact, unmerged: Unmerged, reference: Outputs, adapters: int) -> float:
+def _bound(artifact: Artifact, unmerged: UnmergedRuns, reference: Outputs) -> float:
     dtype = coarser(NUMERIC.get(artifact.precision, artifact.precision), artifact.weights)
     run = _part(unmerged.runs[dtype].outputs, reference, artifact.cases)
     own = compare(run, reference, dtype).max_error
-    return rounding_bound(own, largest(reference), dtype, adapters, runtime=artifact.kind == "onnx")
+    return rounding_bound(own, largest(reference), dtype, unmerged.adapters, runtime=artifact.kind == "onnx")
 
 
-def _step_gates(artifact: Artifact, outputs: Outputs, merged: Merged | None, adapters: int) -> list[Gate]:
+def _step_gates(artifact: Artifact, merged: MergedRuns | None, adapters: int) -> list[Gate]:
     """Where a graph computes in float32 with weights that were rounded to 16 bits, the bound above is as wide as that
     rounding; beside the merged weights themselves, widened, the graph must be as exact as float32 is."""
     if artifact.kind != "onnx" or merged is None or merged.single is None or merged.double is None:
         return []
     if artifact.precision != "float32":
         return []
+    outputs = artifact.outputs
     exact = _part(merged.double.outputs, outputs, artifact.cases)
     own = compare(_part(merged.single.outputs, exact, artifact.cases), exact, "float32").max_error
     limit = rounding_bound(own, largest(exact), "float32", adapters, runtime=True)
     return [at_most("max error to the merged weights", compare(outputs, exact, "float32").max_error, limit)]
 
 
-def _layers(artifact: Artifact, run: Run, unmerged: Unmerged, adapters: int) -> tuple[LayerError, ...]:
+def _layers(artifact: Artifact, run: ForwardOutputs, unmerged: UnmergedRuns) -> tuple[LayerError, ...]:
     dtype = coarser(artifact.precision, artifact.weights)
     own = unmerged.runs[dtype].modules
     rows = []
@@ -193,8 +214,12 @@ def _layers(artifact: Artifact, run: Run, unmerged: Unmerged, adapters: int) -> 
             continue
         scale = float(np.abs(exact).max(initial=0.0))
         error, live = (_largest_error(values, exact) for values in (mine, theirs))
-        bound = rounding_bound(live, scale, dtype, adapters, layer=True)
-        rows.append(LayerError(module, scale, live, error, bound, error <= bound))
+        bound = rounding_bound(live, scale, dtype, unmerged.adapters, layer=True)
+        rows.append(
+            LayerError(
+                module=module, scale=scale, unmerged=live, error=error, bound=bound, passed=error <= bound
+            )
+        )
     return tuple(rows)
 
 
@@ -208,7 +233,7 @@ def _locate(
     order: Mapping[str, Array],
     proof: WeightsProof | None,
     sites: Mapping[str, Sequence[str]],
-) -> Location | None:
+) -> FaultLocation | None:
     """The first module out of its bound; its site is the last one executed up to there whose weights are wrong, else the last."""
     first = next((layer.module for layer in layers if not layer.passed), None)
     if first is None:
@@ -219,31 +244,37 @@ def _locate(
     wrong = next((module for module in before if findings.keys() & sites[module]), None)
     site = wrong or next(iter(before), None)
     if proof is None:
-        return Location(first, site, "its weights were not compared")
+        return FaultLocation(first, site, "its weights were not compared")
     if not findings:
-        return Location(first, site, "every tensor is what it must be")
+        return FaultLocation(first, site, "every tensor is what it must be")
     chosen = findings.keys() & sites[wrong] if wrong is not None else findings.keys()
     finding = next(finding for name, finding in findings.items() if name in chosen)
-    return Location(first, site if wrong else None, f"{finding.tensor}: {finding.what}; {finding.detail}")
+    return FaultLocation(
+        first, site if wrong else None, f"{finding.tensor}: {finding.what}; {finding.detail}"
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Effect:
+    """Outputs of an artifact, of the base and of the reference, and the `share` of the adapters' effect that is in the first."""
+
+    outputs: Outputs
+    plain: Outputs
+    reference: Outputs
+    share: float | None
 
 
 def _finding(
-    outputs: Outputs,
-    plain: Outputs,
-    reference: Outputs,
-    distance: Distance,
-    share: float | None,
-    location: Location | None,
-    gates: Sequence[Gate],
+    effect: _Effect, distance: Distance, location: FaultLocation | None, gates: Sequence[Gate]
 ) -> str:
-    effect = compare(plain, reference, "float64").max_error
-    text = f"off by {distance.max_error / effect:.2g} of the adapters' effect" if effect else "not in parity"
+    whole, share = compare(effect.plain, effect.reference, "float64").max_error, effect.share
+    text = f"off by {distance.max_error / whole:.2g} of the adapters' effect" if whole else "not in parity"
     broken = [gate for gate in gates if not gate.passed and gate.value is not None]
     if broken and broken[0].name != "max error":
         text = (
             f"{broken[0].name} is {broken[0].value:.3g}, must be {broken[0].relation} {broken[0].limit:.3g}"
         )
-    if effect and compare(outputs, plain, "float64").max_error < 0.1 * effect:
+    if whole and compare(effect.outputs, effect.plain, "float64").max_error < 0.1 * whole:
         text = "it computes the base: the adapter is not in it"
     elif share is not None and np.isfinite(share) and not EFFECT[0] <= share <= EFFECT[1]:
         text += f", it shows {share:.0%} of it"

@@ -51,10 +51,20 @@ def compare(outputs: Outputs, reference: Outputs, dtype: str) -> Distance:
         for got, must in zip(outputs, reference, strict=True)
         if "logits" in must and must["logits"].shape[-1] > 1
     ]
+    kl, max_kl, top1, top5 = _of_logits(logits)
     return Distance(
-        worst, total / max(1, count), float(all_relative.max(initial=0.0)), _mean(all_relative),
-        float(all_places.max(initial=0.0)), _mean(all_places), cosine, *_of_logits(logits),
-    )  # fmt: skip
+        max_error=worst,
+        mean_error=total / max(1, count),
+        max_relative=float(all_relative.max(initial=0.0)),
+        mean_relative=_mean(all_relative),
+        max_ulp=float(all_places.max(initial=0.0)),
+        mean_ulp=_mean(all_places),
+        cosine=cosine,
+        kl=kl,
+        max_kl=max_kl,
+        top1=top1,
+        top5=top5,
+    )
 
 
 def last_place(values: Array, dtype: str) -> Array:

@@ -18,14 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from ia3_export.checkpoint.folder import Checkpoint, adapterless, architectures, read_checkpoint
+from ia3_export.checkpoint.folder import Checkpoint, adapterless, architectures
 from ia3_export.checkpoint.header import StoredTensor, read_values
 from ia3_export.errors import CheckFailed, kind_and_line
 from ia3_export.fold import FLOAT_DTYPES, Array, from_float, to_float
 from ia3_export.models.conversions import loading_rules, state_entry
 from ia3_export.models.model_class import quiet
-from ia3_export.quantization.detection import Quantization, dense_view, find_quantization
+from ia3_export.quantization.base import Base, read_base
+from ia3_export.quantization.detection import Quantization
 from ia3_export.quantization.gguf import reload_weights
+from ia3_export.words import STORED_NAMES
 
 #: Largest relative difference (Frobenius norm) of a weight: rounding of libraries that compute in 16 bits.
 TOLERANCE = {"bitsandbytes": 1e-6, "gguf": 0.0, "dense": 0.0}
@@ -35,7 +37,6 @@ _PACKAGES = {
     "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_tensors", "fp8": "", "torchao": "torchao",
     "mxfp4": "",
 }  # fmt: skip
-_DTYPES = {"float64": "F64", "float16": "F16", "bfloat16": "BF16"}
 #: Copies of the dense weights that loading and comparing take.
 _COPIES = 3.0
 _REPORT = "please report it with the base's name; --no-reload-check writes the output all the same"
@@ -56,15 +57,14 @@ class Reload:
         return asdict(self)
 
 
-def check_reload(folder: Path, base: Checkpoint | None = None) -> Reload:
+def check_reload(folder: Path, base: Base | None = None) -> Reload:
     """Open the checkpoint in `folder`, a merge of `base`, through its users' library and compare every weight that both have,
     as the library's dtype holds it.
 
     Raises `CheckFailed` when the library cannot load it, misses or invents a tensor, or reads other weights.
     """
-    written = read_checkpoint(folder)
-    quantization = find_quantization(written)
-    dense = dense_view(written, quantization)
+    written = read_base(folder)
+    quantization, dense = written.quantization, written.dense
     reason = _impossible(dense, quantization)
     if reason:
         return Reload("", 0, 0.0, reason)
@@ -104,7 +104,7 @@ def _difference(found: Array, wanted: Array) -> float:
     return float(np.linalg.norm(found.astype("<f4") - wanted)) / scale
 
 
-def check_output(folder: Path, base: Checkpoint, *, dense: bool) -> Reload:
+def check_output(folder: Path, base: Base, *, dense: bool) -> Reload:
     """`check_reload` of a merge of `base` in `folder`, which is `dense` or still quantized.
 
     Where a library reads the base itself wrongly, what it makes of the output says nothing of the merge.
@@ -115,7 +115,7 @@ def check_output(folder: Path, base: Checkpoint, *, dense: bool) -> Reload:
         if dense:
             raise
         try:
-            check_reload(base.location.path)
+            check_reload(base.stored.location.path)
         except CheckFailed as of_base:
             said = str(of_base).replace("the output", "the base")
             return Reload("", 0, 0.0, f"the base itself is read wrongly: {said}")
@@ -161,7 +161,7 @@ def _library(quantization: Quantization) -> str:
 
 
 def _load(
-    dense: Checkpoint, quantization: Quantization, base: Checkpoint | None
+    dense: Checkpoint, quantization: Quantization, base: Base | None
 ) -> Iterator[tuple[str, Array, str]]:
     """The weights by stored name as the library reads them, dequantized, and the dtype in which it holds them. Raises `CheckFailed`
     when it cannot."""
@@ -206,18 +206,20 @@ def _load(
         for key, tensor in model.state_dict().items():
             name = stored.get(key, key)
             if key not in dequantized and tensor.is_floating_point() and not _is_code(name, quantization):
-                yield name, _plain(tensor), _DTYPES.get(str(tensor.dtype).removeprefix("torch."), "F32")
+                yield name, _plain(tensor), STORED_NAMES.get(str(tensor.dtype).removeprefix("torch."), "F32")
         for key, values in dequantized.items():
             yield stored.get(key, key), values, "F32"
 
 
-def _harmless(unexpected: Collection[str], dense: Checkpoint, base: Checkpoint | None) -> set[str]:
+def _harmless(unexpected: Collection[str], dense: Checkpoint, base: Base | None) -> set[str]:
     """Tensors of the base that the output's class does not have and does not need: the head of the class that it was, and biases
     of zeros, which AutoGPTQ writes for projections without one."""
     zero = {name for name in unexpected if name in dense.tensors and _is_zero(dense.tensors[name])}
-    if base is None or (dense.config or {}).get("architectures") == (base.config or {}).get("architectures"):
+    if base is None or (dense.config or {}).get("architectures") == (base.stored.config or {}).get(
+        "architectures"
+    ):
         return zero
-    return zero | (set(unexpected) & (base.tensors.keys() | find_quantization(base).packed.keys()))
+    return zero | (set(unexpected) & (base.stored.tensors.keys() | base.quantization.packed.keys()))
 
 
 def _is_zero(tensor: StoredTensor) -> bool:

@@ -3,43 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
-from ia3_export.adapters.combine import Combine, combine_vectors
+from ia3_export.adapters.combine import combine_vectors
+from ia3_export.adapters.model import Fold
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.header import StoredTensor, count_elements, read_bytes, same_bytes, tensor_bytes
 from ia3_export.errors import Refused, Unsupported, UsageError
-from ia3_export.fold import FLOAT_DTYPES, Array, Scale, make_scale, round_vector, storage_dtype
+from ia3_export.fold import FLOAT_DTYPES, Array, Direction, Scale, make_scale, round_vector, storage_dtype
 from ia3_export.ordering import natural
 from ia3_export.planning.config_edits import can_untie
 from ia3_export.planning.placement import Placement, Resolution
 from ia3_export.quantization.detection import Quantization
+from ia3_export.words import STORED_NAMES, Cast, Combine, Dtype
 
-Cast = Literal["peft", "peft-low-mem"]
-Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 How = Literal["fold", "replace", "add", "untie", "cast", "dequantize", "rewrite"]
 
-#: Stored dtypes by the names of ``--dtype``.
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Where the bytes of a tensor come from that is not the base's own: `what` the `adapter` brings, or without one a copy of the
+    base's tensor `what`."""
+
+    adapter: str | None
+    what: str
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Change:
     """One tensor of the output that is not byte for byte the base's.
 
-    `source` holds the bytes to start from (the base's or the adapter's), `scales` are folded into them in order.
-    `folds` names them for people: ``adapter: module (output)``.
+    `source` holds the bytes to start from (the base's or the adapter's, `taken` says whence), `scales` are folded into them in
+    order, and `folds` are the vectors in these.
     """
 
     name: str
     how: How
     dtype: str
     source: StoredTensor
-    scales: tuple[Scale, ...]
-    folds: tuple[str, ...]
+    scales: tuple[Scale, ...] = ()
+    folds: tuple[Fold, ...] = ()
+    taken: Taken | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -51,21 +58,51 @@ class Change:
         """Bytes in the output."""
         return tensor_bytes(self.dtype, self.shape)
 
-    def with_folds(self, scales: Sequence[Scale], folds: Sequence[str]) -> Change:
+    def with_folds(self, scales: Sequence[Scale], folds: Sequence[Fold]) -> Change:
         """The change with further vectors, folded in after its own."""
         return replace(self, scales=(*self.scales, *scales), folds=(*self.folds, *folds))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Ledger:
+    """The changes decided so far, by name, for a dense `base` under the ``--dtype`` and ``--cast`` of a recipe."""
+
+    base: Checkpoint
+    dtype: Dtype
+    cast: Cast
+    changes: dict[str, Change] = field(default_factory=dict)
+
+    def take(self, name: str, how: How, tensor: StoredTensor, kept: str, taken: Taken) -> None:
+        """`tensor` in the place of `name`, in the dtype in which a tensor stored as `kept` is written."""
+        dtype = written_dtype(kept, self.dtype)
+        self.changes[name] = Change(name=name, how=how, dtype=dtype, source=tensor, taken=taken)
+
+    def fold(self, name: str, source: StoredTensor, scale: Scale, fold: Fold, kept: str) -> None:
+        """Fold `scale` into what becomes of `name`, or else into `source`, in the dtype in which one stored as `kept` is written. A
+        name that the base does not have leaves a tie."""
+        before = self.changes.get(name)
+        if before is None:
+            how: How = "fold" if name in self.base.tensors else "untie"
+            before = Change(name=name, how=how, dtype=written_dtype(kept, self.dtype), source=source)
+        self.changes[name] = before.with_folds((scale,), (fold,))
+
+    def factors(self, vector: Array, stored: str) -> Array:
+        """The vector in the precision that PEFT folds it in into a tensor stored as `stored` (see `Recipe.cast`)."""
+        if self.cast == "peft-low-mem":
+            return round_vector(vector, stored)
+        with np.errstate(over="ignore", under="ignore"):
+            return vector.astype("<f8" if stored == "F64" else "<f4")
+
+
 def written_dtype(stored: str, dtype: Dtype) -> str:
     """The dtype in which a tensor stored as `stored` is written under the ``--dtype`` policy."""
-    return stored if dtype == "auto" or stored not in FLOAT_DTYPES else DTYPES[dtype]
+    return stored if dtype == "auto" or stored not in FLOAT_DTYPES else STORED_NAMES[dtype]
 
 
-def replace_tensors(
-    resolutions: Sequence[Resolution], base: Checkpoint, changes: dict[str, Change], dtype: Dtype
-) -> None:
+def replace_tensors(resolutions: Sequence[Resolution], ledger: Ledger) -> None:
     """Heads, embeddings and other tensors that the adapters bring, in the dtype of what they replace."""
     owners: dict[str, Resolution] = {}
+    base, changes = ledger.base, ledger.changes
     for result in resolutions:
         for name, target in result.extras.items():
             tensor = result.adapter.extras[name]
@@ -78,16 +115,12 @@ def replace_tensors(
             kept = stored.kept if stored is not None else base.main_dtype
             if tensor.dtype not in FLOAT_DTYPES or kept not in FLOAT_DTYPES:
                 kept = tensor.dtype
-            how: How = "replace" if stored is not None else "add"
             owners[target] = result
-            changes[target] = Change(
-                target, how, written_dtype(kept, dtype), tensor, (), (f"{result.adapter.name}: {name}",)
-            )
-        for name, tensor, note in (*_stored_twice(result), *_resized(result, base)):
-            kept = written_dtype(base.tensors[name].kept, dtype)
-            changes.setdefault(
-                name, Change(name, "replace", kept, tensor, (), (f"{result.adapter.name}: {note}",))
-            )
+            how: How = "replace" if stored is not None else "add"
+            ledger.take(target, how, tensor, kept, Taken(result.adapter.name, name))
+        for name, tensor, why in (*_stored_twice(result), *_resized(result, base)):
+            if name not in changes:
+                ledger.take(name, "replace", tensor, base.tensors[name].kept, Taken(result.adapter.name, why))
 
 
 def _stored_twice(result: Resolution) -> Iterator[tuple[str, StoredTensor, str]]:
@@ -130,20 +163,14 @@ def _resized(result: Resolution, base: Checkpoint) -> Iterator[tuple[str, Stored
 
 
 def fold_vectors(
-    resolutions: Sequence[Resolution],
-    base: Checkpoint,
-    changes: dict[str, Change],
-    combine: Combine,
-    weights: Sequence[float],
-    cast: Cast,
-    dtype: Dtype,
+    resolutions: Sequence[Resolution], ledger: Ledger, combine: Combine, weights: Sequence[float]
 ) -> None:
     """The vectors of every adapter, one after the other (``product``) or combined, over the tensors they multiply."""
     shared = _shared(resolutions)
     if combine == "product":
         for result in resolutions:
             vectors = {key: p.site.vector for key, p in result.placements.items()}
-            _lay(result, vectors, result.placements, base, changes, shared, cast, dtype, result.adapter.name)
+            _lay(_VectorSet(result, result.adapter.name, vectors, result.placements), shared, ledger)
         return
     union: dict[str, Placement] = {}
     for result in resolutions:
@@ -156,14 +183,14 @@ def fold_vectors(
                 )
     vectors = {}
     for key, placement in union.items():
-        weight = base.tensors.get(placement.parts[0].source)
-        stored = weight.kept if weight is not None else base.main_dtype
+        weight = ledger.base.tensors.get(placement.parts[0].source)
+        stored = weight.kept if weight is not None else ledger.base.main_dtype
         if weight is not None and weight.computed is not None:
             stored = "F32"  # PEFT rounds vectors to the dtype of 16-bit weights, and codes have none
         parts = [r.placements[key].site.vector if key in r.placements else None for r in resolutions]
         vectors[key] = combine_vectors(parts, weights, combine, stored)
     label = " + ".join(f"{w:g} {r.adapter.name}" for w, r in zip(weights, resolutions, strict=True))
-    _lay(resolutions[0], vectors, union, base, changes, shared, cast, dtype, label)
+    _lay(_VectorSet(resolutions[0], label, vectors, union), shared, ledger)
 
 
 def _shared(resolutions: Sequence[Resolution]) -> dict[str, StoredTensor]:
@@ -171,106 +198,78 @@ def _shared(resolutions: Sequence[Resolution]) -> dict[str, StoredTensor]:
     return {source: tensor for result in resolutions for source, tensor in result.shared.items()}
 
 
-def _lay(
-    result: Resolution,
-    vectors: Mapping[str, Array],
-    placements: Mapping[str, Placement],
-    base: Checkpoint,
-    changes: dict[str, Change],
-    shared: Mapping[str, StoredTensor],
-    cast: Cast,
-    dtype: Dtype,
-    label: str,
-) -> None:
-    """Append the scales of one adapter (or of one combination) to the rows of the plan."""
-    experts: dict[str, tuple[Array, str]] = {}
-    for key, placement in placements.items():
-        site, vector = placement.site, vectors[key]
+@dataclass(frozen=True, slots=True, eq=False)
+class _VectorSet:
+    """One adapter, or one combination of several called `label`: vectors and placements by the same keys."""
+
+    result: Resolution
+    label: str
+    vectors: Mapping[str, Array]
+    placements: Mapping[str, Placement]
+
+
+def _lay(group: _VectorSet, shared: Mapping[str, StoredTensor], ledger: Ledger) -> None:
+    """Fold one adapter (or one combination) into the tensors that its modules are made of."""
+    experts: dict[str, tuple[Array, Direction]] = {}
+    runtime, tensors = group.result.runtime, ledger.base.tensors
+    for key, placement in group.placements.items():
+        site, vector = placement.site, group.vectors[key]
+        fold = Fold(group.label, site.module, site.direction)
         for part in placement.parts:
-            note = f"{label}: {site.module} ({site.direction}put)"
             if part.kind == "expert":
                 experts[site.module] = (vector, site.direction)
             elif part.kind == "converted":
-                stored = result.runtime.converted[part.tensor][0] if result.runtime else part.tensor
-                factors = _factors(vector, base.tensors[stored].kept, cast)
+                stored = runtime.converted[part.tensor][0] if runtime else part.tensor
+                factors = ledger.factors(vector, tensors[stored].kept)
                 laid = make_scale(factors, part.shape, site.direction, part.layout)
-                _spread(result, part.tensor, _expand(laid, part.shape), base, changes, dtype, note)
+                _spread(group.result, part.tensor, _expand(laid, part.shape), fold, ledger)
             else:
-                source = base.tensors[part.source]
-                if part.tensor in changes:
-                    source = changes[part.tensor].source
-                elif result.runtime is not None:  # a name that leaves its tie has none of its own yet
-                    source = shared.get(result.runtime.ties.get(part.tensor, part.tensor), source)
-                factors = _factors(vector, base.tensors[part.source].kept, cast)
-                scale = make_scale(factors, part.shape, site.direction, part.layout)
-                how: How = "fold" if part.tensor in base.tensors else "untie"
-                _append(changes, part.tensor, how, base.tensors[part.source].kept, source, scale, note, dtype)
-    if experts and result.runtime is not None:
-        from ia3_export.models.conversions import fused_multipliers
-
-        left = set(experts)
-        for entry, multiplier, modules in fused_multipliers(result.runtime.rules, experts):
-            left -= set(modules)
-            stored = (result.runtime.converted.get(entry) or (result.runtime.stored[entry],))[0]
-            multiplier = _factors(multiplier.reshape(-1), base.tensors[stored].kept, cast)
-            multiplier = multiplier.reshape(result.runtime.shapes[entry])
-            _spread(result, entry, multiplier, base, changes, dtype, f"{label}: experts of {entry}")
-        if left:
-            raise Unsupported(
-                f"{min(left, key=natural)} is part of a fused expert parameter whose packing is not understood",
-                hint="save the base with its experts apart (transformers 4 layout), and merge into that",
-            )
+                source, kept = tensors[part.source], tensors[part.source].kept
+                if part.tensor in ledger.changes:
+                    source = ledger.changes[part.tensor].source
+                elif runtime is not None:  # a name that leaves its tie has none of its own yet
+                    source = shared.get(runtime.ties.get(part.tensor, part.tensor), source)
+                scale = make_scale(ledger.factors(vector, kept), part.shape, site.direction, part.layout)
+                ledger.fold(part.tensor, source, scale, fold, kept)
+    if experts:
+        _lay_experts(group, experts, ledger)
 
 
-def _spread(
-    result: Resolution,
-    entry: str,
-    multiplier: Array,
-    base: Checkpoint,
-    changes: dict[str, Change],
-    dtype: Dtype,
-    note: str,
-) -> None:
+def _lay_experts(group: _VectorSet, experts: Mapping[str, tuple[Array, Direction]], ledger: Ledger) -> None:
+    """The vectors of single experts (by module), over the parameters in which transformers fuses them."""
+    from ia3_export.models.conversions import fused_multipliers
+
+    runtime = group.result.runtime
+    if runtime is None:
+        return
+    left = set(experts)
+    for entry, multiplier, modules in fused_multipliers(runtime.rules, experts):
+        left -= set(modules)
+        stored = (runtime.converted.get(entry) or (runtime.stored[entry],))[0]
+        factors = ledger.factors(multiplier.reshape(-1), ledger.base.tensors[stored].kept)
+        factors = factors.reshape(runtime.shapes[entry])
+        _spread(group.result, entry, factors, Fold(group.label, entry, None), ledger)
+    if left:
+        raise Unsupported(
+            f"{min(left, key=natural)} is part of a fused expert parameter whose packing is not understood",
+            hint="save the base with its experts apart (transformers 4 layout), and merge into that",
+        )
+
+
+def _spread(result: Resolution, entry: str, multiplier: Array, fold: Fold, ledger: Ledger) -> None:
+    """A multiplier of the parameter `entry` over the stored tensors that it is made of, where it is not one."""
     from ia3_export.models.conversions import spread
 
-    runtime = result.runtime
+    runtime, tensors = result.runtime, ledger.base.tensors
     assert runtime is not None
     if entry in runtime.stored:
         parts = {runtime.stored[entry]: multiplier.reshape(-1)}
     else:
-        sources = runtime.converted[entry]
-        parts = spread(runtime.rules, entry, sources, multiplier, base.tensors)
+        parts = spread(runtime.rules, entry, runtime.converted[entry], multiplier, tensors)
     for stored, factors in parts.items():
         if (factors != 1).any():
-            tensor = base.tensors[stored]
-            source = changes[stored].source if stored in changes else tensor
-            scale = _as_vector(factors, tensor.shape)
-            _append(changes, stored, "fold", tensor.kept, source, scale, note, dtype)
-
-
-def _append(
-    changes: dict[str, Change],
-    name: str,
-    how: How,
-    kept: str,
-    source: StoredTensor,
-    scale: Scale,
-    note: str,
-    dtype: Dtype,
-) -> None:
-    before = changes.get(name)
-    if before is None:
-        changes[name] = Change(name, how, written_dtype(kept, dtype), source, (scale,), (note,))
-    else:
-        changes[name] = before.with_folds((scale,), (note,))
-
-
-def _factors(vector: Array, stored: str, cast: Cast) -> Array:
-    """The vector in the precision that PEFT folds it in (see `Plan.cast`)."""
-    if cast == "peft-low-mem":
-        return round_vector(vector, stored)
-    with np.errstate(over="ignore", under="ignore"):
-        return vector.astype("<f8" if stored == "F64" else "<f4")
+            tensor = tensors[stored]
+            ledger.fold(stored, tensor, _as_vector(factors, tensor.shape), fold, tensor.kept)
 
 
 def _as_vector(factors: Array, shape: tuple[int, ...]) -> Scale:
@@ -289,17 +288,12 @@ def _expand(scale: Scale, shape: tuple[int, ...]) -> Array:
     return scale.factors[element // scale.inner % len(scale.factors)].reshape(shape)
 
 
-def write_ties(
-    resolutions: Sequence[Resolution],
-    base: Checkpoint,
-    changes: dict[str, Change],
-    dtype: Dtype,
-    warnings: list[str],
-) -> None:
+def write_ties(resolutions: Sequence[Resolution], ledger: Ledger) -> list[str]:
     """Where a tensor leaves a tie, every other name of the tie that the file lacks is written, since without the tie
     transformers would look for it: with what the adapters bring for it, or what its tied partner becomes, else the base's
-    own bytes."""
-    shared = _shared(resolutions)
+    own bytes. Returns what users should know."""
+    shared, warnings = _shared(resolutions), []
+    base, changes = ledger.base, ledger.changes
     for result in resolutions:
         if not result.untied or result.runtime is None:
             continue
@@ -313,24 +307,18 @@ def write_ties(
                 continue
             if not apart and source not in result.untied:
                 continue  # it stays tied to what its partner becomes
-            tensor = shared.get(source, base.tensors[stored])
-            changes[name] = Change(
-                name,
-                "untie",
-                written_dtype(base.tensors[stored].kept, dtype),
-                tensor,
-                (),
-                (f"copy of {stored}",),
-            )
+            tensor = base.tensors[stored]
+            ledger.take(name, "untie", shared.get(source, tensor), tensor.kept, Taken(None, stored))
+    return warnings
 
 
-def cast_rest(base: Checkpoint, changes: dict[str, Change], dtype: Dtype) -> None:
+def cast_rest(ledger: Ledger) -> None:
     """What no vector touches and is written in another dtype than it is stored in, dequantized weights among it."""
-    for name, tensor in base.tensors.items():
-        written = written_dtype(tensor.kept, dtype)
-        if name not in changes and (written != tensor.dtype or tensor.computed is not None):
+    for name, tensor in ledger.base.tensors.items():
+        written = written_dtype(tensor.kept, ledger.dtype)
+        if name not in ledger.changes and (written != tensor.dtype or tensor.computed is not None):
             how: How = "cast" if tensor.computed is None else "dequantize"
-            changes[name] = Change(name, how, written, tensor, (), ())
+            ledger.changes[name] = Change(name=name, how=how, dtype=written, source=tensor)
 
 
 def check_gguf(

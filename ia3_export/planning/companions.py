@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.folder import Checkpoint, check_contained
@@ -30,10 +30,9 @@ from ia3_export.checkpoint.tokenizers import (
     read_tokenizer,
 )
 from ia3_export.errors import IA3ExportError, NotFound, Refused, first_line
+from ia3_export.words import TokenizerChoice
 
 T = TypeVar("T")
-#: Whose tokenizer, chat template, generation and processor settings: an adapter's where they differ and fit, or always one side's.
-TokenizerChoice = Literal["auto", "base", "adapter"]
 
 
 @dataclass(frozen=True, slots=True)

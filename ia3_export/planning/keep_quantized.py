@@ -13,11 +13,13 @@ from typing import Literal
 
 import numpy as np
 
+from ia3_export.adapters.model import Fold
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.fold import Array, Layout, Scale, from_float, make_scale, to_float
-from ia3_export.planning.changes import Change
+from ia3_export.planning.changes import Change, How
 from ia3_export.quantization.activations import cache_scales, grow, input_scales, largest, off_center
+from ia3_export.quantization.base import Base
 from ia3_export.quantization.detection import Quantization
 from ia3_export.quantization.feed_forward import activation_of, find_feeder, move_vector, self_check
 from ia3_export.quantization.packed import (
@@ -29,10 +31,10 @@ from ia3_export.quantization.packed import (
     read_flat,
     split_vectors,
 )
+from ia3_export.words import TORCH_NAMES
 
 Outcome = Literal["exact", "rounded", "moved", "dense", "refused"]
 
-_NAMES = {"F16": "float16", "BF16": "bfloat16"}
 #: Largest relative error of a scale: beyond it, it has overflowed, or is subnormal and has lost its bits.
 _COARSEST = 2.0**-7
 #: That of one rounding to float16 in its normal range.
@@ -58,7 +60,7 @@ class KeptSite:
     tensors: tuple[str, ...]
     error: float
     reason: str
-    folds: tuple[str, ...]
+    folds: tuple[Fold, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,7 +69,7 @@ class Folds:
 
     packed: Packed
     scales: tuple[Scale, ...]
-    notes: tuple[str, ...]
+    notes: tuple[Fold, ...]
     refused: str = ""
 
 
@@ -90,10 +92,10 @@ class _Laid:
     the scales are written."""
 
     factors: Array
-    notes: tuple[str, ...]
+    notes: tuple[Fold, ...]
     dtypes: tuple[str, ...] = ()
 
-    def times(self, factors: Array, notes: tuple[str, ...]) -> _Laid:
+    def times(self, factors: Array, notes: tuple[Fold, ...]) -> _Laid:
         return _Laid(self.factors * factors, tuple(dict.fromkeys((*self.notes, *notes))))
 
 
@@ -108,21 +110,20 @@ class _Context:
     cache_scales: Mapping[str, str]
     rows: dict[str, _Laid] = field(default_factory=dict)
     columns: dict[str, _Laid] = field(default_factory=dict)
-    others: dict[str, list[tuple[Scale, tuple[str, ...]]]] = field(default_factory=dict)
+    others: dict[str, list[tuple[Scale, tuple[Fold, ...]]]] = field(default_factory=dict)
 
 
-def keep_codes(
-    folds: Iterable[Folds], base: Checkpoint, dense: Checkpoint, quantization: Quantization, *, or_dense: bool
-) -> Kept:
-    """Find the scales that take the vectors of `folds`; `dense` is the dequantized view of `base`.
+def keep_codes(folds: Iterable[Folds], base: Base, *, or_dense: bool) -> Kept:
+    """Find the scales that take the vectors of `folds`.
 
     Reads scales that are stored in 16 bits, to say how much they are rounded. With `or_dense` a weight that cannot be kept
     becomes dense, else it is listed as refused.
     """
+    stored, dense, quantization = base.stored, base.dense, base.quantization
     layout: Layout = "conv1d" if any(packed.conv1d for packed in quantization.packed.values()) else "linear"
     turned = {n for n, t in dense.tensors.items() if layout == "conv1d" and len(t.shape) == 2}
     shapes = {n: t.shape[::-1] if n in turned else t.shape for n, t in dense.tensors.items()}
-    context = _Context(base, dense, quantization, layout, shapes, cache_scales(base))
+    context = _Context(stored, dense, quantization, layout, shapes, cache_scales(stored))
     kept = Kept()
     for fold in folds:
         site = _decide(fold, context)
@@ -141,7 +142,7 @@ def keep_codes(
     for name, laid in context.columns.items():
         _emit(quantization.packed[name].on_input, laid, kept)
     for name, parts in context.others.items():
-        tensor = base.tensors.get(name) or dense.tensors[name]
+        tensor = stored.tensors.get(name) or dense.tensors[name]
         kept.changes[name] = _change(
             tensor,
             tensor.dtype,
@@ -208,7 +209,7 @@ def _decide(fold: Folds, context: _Context) -> KeptSite:
 
 
 def _lay(
-    how: Foldable, packed: Packed, vector: Array, notes: tuple[str, ...], laid: Mapping[str, _Laid]
+    how: Foldable, packed: Packed, vector: Array, notes: tuple[Fold, ...], laid: Mapping[str, _Laid]
 ) -> tuple[_Laid, float] | str:
     """The factors on `packed` with `vector` among them, and the rounding error of its scales; or why they do not fit."""
     before = laid.get(packed.name, _Laid(np.ones(len(vector)), ()))
@@ -236,7 +237,7 @@ class _Moved:
 
 
 def _move(
-    packed: Packed, vector: Array, notes: tuple[str, ...], reason: str, context: _Context
+    packed: Packed, vector: Array, notes: tuple[Fold, ...], reason: str, context: _Context
 ) -> _Moved | str:
     """Lay an input vector over the rows of the projection that feeds the weight, and over its bias."""
     shapes = context.shapes
@@ -316,7 +317,7 @@ def _written(scale: ScaleTensor, factors: Array, packed: Packed) -> tuple[str, f
         error = float(np.abs(rounded[nonzero] / scaled[nonzero] - 1).max(initial=0.0))
         if error <= (_COARSEST if dtype == choices[-1] else _HALF):
             return dtype, error
-    return f"a scale times the vector leaves the range of {_NAMES[stored.dtype]} (it would be off by {error:.1e})"
+    return f"a scale times the vector leaves the range of {TORCH_NAMES[stored.dtype]} (it would be off by {error:.1e})"
 
 
 def _for(scale: ScaleTensor, factors: Array) -> Array:
@@ -324,9 +325,12 @@ def _for(scale: ScaleTensor, factors: Array) -> Array:
 
 
 def _change(
-    source: StoredTensor, dtype: str, scales: Sequence[Scale] = (), notes: Sequence[str] = ()
+    source: StoredTensor, dtype: str, scales: Sequence[Scale] = (), notes: Sequence[Fold] = ()
 ) -> Change:
-    return Change(source.name, "fold" if notes else "rewrite", dtype, source, tuple(scales), tuple(notes))
+    how: How = "fold" if notes else "rewrite"
+    return Change(
+        name=source.name, how=how, dtype=dtype, source=source, scales=tuple(scales), folds=tuple(notes)
+    )
 
 
 def _emit(how: Foldable | str, laid: _Laid, kept: Kept) -> None:

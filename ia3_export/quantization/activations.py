@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ia3_export.adapters.model import Fold
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.fold import Array
@@ -63,7 +64,7 @@ class Output:
     """The product of the vectors on the output of a module, an element a row, and their names."""
 
     factors: Array
-    notes: tuple[str, ...]
+    notes: tuple[Fold, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class Growth:
 
     tensor: str
     factor: float
-    notes: tuple[str, ...]
+    notes: tuple[Fold, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,23 +13,30 @@ from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import DamagedFile, IA3ExportError, Unsupported
 from ia3_export.fold import FLOAT_DTYPES, Array
 from ia3_export.models.modules import CONV1D_MODEL_TYPES, model_types
-from ia3_export.quantization import bitsandbytes, gguf, hqq, mxfp4, quanto
-from ia3_export.quantization import compressed_tensors as packed_integers
-from ia3_export.quantization import eight_bits as scaled
-from ia3_export.quantization import gptq_awq as integers
+from ia3_export.quantization import (
+    bitsandbytes,
+    compressed_tensors,
+    eight_bits,
+    gguf,
+    gptq_awq,
+    hqq,
+    mxfp4,
+    quanto,
+)
 from ia3_export.quantization.activations import cache_tensors
 from ia3_export.quantization.packed import READER_ERRORS, Packed
 from ia3_export.quantization.settings import check_expressions, read_settings
+from ia3_export.words import STORED_NAMES
 
 Finder = Callable[[Mapping[str, StoredTensor], Mapping[str, Any]], Iterator[Packed]]
 
 #: All formats at one look.
 FORMATS: Mapping[str, Finder] = {
     "bitsandbytes": bitsandbytes.find,
-    "GPTQ, AWQ": integers.find,
-    "packed integers, NVFP4, MXFP4": packed_integers.find,
-    "int8, FP8, MXFP8": scaled.find,
-    "torchao": scaled.find_torchao,
+    "GPTQ, AWQ": gptq_awq.find,
+    "packed integers, NVFP4, MXFP4": compressed_tensors.find,
+    "int8, FP8, MXFP8": eight_bits.find,
+    "torchao": eight_bits.find_torchao,
     "quanto": quanto.find,
     "HQQ": hqq.find,
     "MXFP4 experts": mxfp4.find,
@@ -51,7 +58,6 @@ _COMPANIONS = (
     ".weight_scale_inv", ".weight_zero_point", ".weight_global_scale", ".codebooks", ".codes", ".W_q", "_blocks",
     ".weight_scales", ".pre_quant_scale", "._weight_qdata", ".weight._data", ".weight._scale", ".trellis",
 )  # fmt: skip
-_FLOAT_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,7 +132,7 @@ def find_quantization(base: Checkpoint) -> Quantization:
                     hint="tensors or quantization_config are damaged; fetch the files again",
                 )
             )
-    packed = dict(integers.scale_activations(packed, base.tensors))
+    packed = dict(gptq_awq.scale_activations(packed, base.tensors))
     result = Quantization(packed, settings, _kept(base))
     if not problems:
         problems += _left_over(base, result)
@@ -163,8 +169,8 @@ def _kept(base: Checkpoint) -> str:
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in ("dtype", "torch_dtype"):
             name = str(part.get(key, "")).removeprefix("torch.")
-            if name in _FLOAT_NAMES:
-                return _FLOAT_NAMES[name]
+            if name in STORED_NAMES:
+                return STORED_NAMES[name]
     return base.main_dtype
 
 

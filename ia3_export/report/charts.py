@@ -12,9 +12,9 @@ from itertools import pairwise
 
 from markupsafe import Markup
 
-from ia3_export.report.formats import clean, compared, number, power, share
+from ia3_export.drawing.formats import clean, compared, number, power, share, tail
+from ia3_export.drawing.svg import anchor, decades, digits, draw, log_position, thin_out
 from ia3_export.report.model import LayerError, Reference, Step, WeightsProof
-from ia3_export.report.svg import anchor, decades, digits, draw, log_position, tail, thin_out
 
 #: A module or channel narrower than a pixel cannot be seen; 400 columns fill a desktop's chart.
 COLUMNS = 400
@@ -24,15 +24,10 @@ _SPAN = 18
 _GAP = 2.2
 
 
-def bound_of(step: Step) -> float | None:
-    """Limit of the step's gate ``max error``."""
-    return next((gate.limit for gate in step.gates if gate.name == "max error"), None)
-
-
 def error_axis(steps: Sequence[Step], reference: Reference) -> Markup:
     """Every step's largest error against its bound, the adapters' effect and the live model's own rounding."""
     errors = [step.distance.max_error if step.distance else math.inf for step in steps]
-    bounds = [bound_of(step) for step in steps]
+    bounds = [step.bound for step in steps]
     own = reference.unmerged.max_error
     low, high = decades([*errors, *(b for b in bounds if b is not None), own, reference.effect])
     at = log_position(low, high)
@@ -222,7 +217,7 @@ def weights_bar(proof: WeightsProof) -> Markup:
 
 
 def _bound_place(step: Step, reference: Reference | None) -> float:
-    bound = bound_of(step)
+    bound = step.bound
     if bound is None or reference is None or not (0 < bound < math.inf and 0 < reference.scale < math.inf):
         return math.inf
     return math.log10(bound / reference.scale)

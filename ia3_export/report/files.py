@@ -1,12 +1,12 @@
-"""Report files: which formats there are, and putting them in place whole or not at all."""
+"""Report files: which formats there are, and where they may be put."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
+from ia3_export.drawing.files import write_whole
 from ia3_export.errors import OutputError, UsageError
 from ia3_export.report.model import Report, to_text
 
@@ -51,23 +51,6 @@ def write_reports(report: Report, targets: Mapping[str, Path]) -> None:
     """Write `report` to each of `targets` (a kind of `render` → file); new folders are made. Raises `OutputError`."""
     for kind, path in targets.items():
         write_whole(path, render(report, kind).encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all; its folder is made. Raises `OutputError`."""
-    target = path.resolve()  # a link stays a link
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        if target.exists() and not target.is_file():  # /dev/stdout, a named pipe: nothing to replace
-            target.write_bytes(content)
-            return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(target)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {error.strerror}", hint="give another place") from None
 
 
 def append_step_summary(report: Report, variable: str = "GITHUB_STEP_SUMMARY") -> None:

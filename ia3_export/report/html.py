@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from importlib.resources import files
-from typing import Any
 
-from ia3_export.report import charts, formats, strips
+from ia3_export.drawing import formats, page
+from ia3_export.ordering import natural
+from ia3_export.report import charts, strips
 from ia3_export.report.model import Distance, Gate, Generation, Report, SiteSummary, Step, WeightsProof
 
 #: Above so many vectors their strips become a few pixels high and their numbers fold away.
@@ -33,7 +34,7 @@ _SHARES = frozenset({"top1", "top5", "perplexity_change"})
 
 @dataclass(frozen=True, slots=True)
 class SiteRow:
-    """A vector with what its row is labelled: the layer number, shown on some rows only where there are many."""
+    """A vector and the label of its row: the layer number, on some rows only where there are many."""
 
     site: SiteSummary
     layer: str
@@ -52,35 +53,37 @@ class SiteGroup:
 
 def to_html(report: Report) -> str:
     """`report` as a page that stands alone. Whatever names the report holds appear as text only."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_clean
-    )  # fmt: skip
-    environment.filters |= {
-        "number": formats.number, "factor": formats.factor, "share": formats.share, "size": formats.size, "generation": generation_in_words,
-        "error_axis": charts.error_axis, "layer_plot": charts.layer_plot, "histogram": charts.histogram,
-        "gauge": charts.effect_gauge, "strip": strips.strip, "weights_bar": charts.weights_bar,
-        "gate_in_words": _gate_in_words, "error_and_bound": _error_and_bound,
-    }  # fmt: skip
-    template = environment.from_string(
-        files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
-    )
-    limit = strips.heat_limit(report.sites)
-    return template.render(
-        report=report,
-        reason=reason(report),
-        metrics=_metric_rows(report),
-        groups=site_groups(report.sites),
-        roomy=len(report.sites) <= _ROOMY,
-        heat_limit=limit,
-        legend=strips.heat_legend(limit),
-        histogram_range=charts.histogram_range(report.steps, report.reference),
-        watched=any(step.layers for step in report.steps),
-        located=any(step.location for step in report.steps),
-        generated=[step for step in report.steps if step.generation],
-        counted=[step for step in report.steps if step.error_histogram],
-    )
+    filters: dict[str, Callable[..., object]] = {
+        "number": formats.number,
+        "factor": formats.factor,
+        "share": formats.share,
+        "size": formats.size,
+        "generation": generation_in_words,
+        "gate_in_words": _gate_in_words,
+        "error_and_bound": _error_and_bound,
+        "error_axis": charts.error_axis,
+        "layer_plot": charts.layer_plot,
+        "histogram": charts.histogram,
+        "gauge": charts.effect_gauge,
+        "weights_bar": charts.weights_bar,
+        "strip": strips.strip,
+    }
+    scale = strips.colour_scale(report.sites)
+    values = {
+        "report": report,
+        "reason": reason(report),
+        "metrics": _metric_rows(report),
+        "groups": site_groups(report.sites),
+        "roomy": len(report.sites) <= _ROOMY,
+        "scale": scale,
+        "legend": strips.legend(scale),
+        "histogram_range": charts.histogram_range(report.steps, report.reference),
+        "watched": any(step.layers for step in report.steps),
+        "located": any(step.location for step in report.steps),
+        "generated": [step for step in report.steps if step.generation],
+        "counted": [step for step in report.steps if step.error_histogram],
+    }
+    return page.render(files(__package__).joinpath("report.html.j2"), filters, values)
 
 
 def reason(report: Report) -> str:
@@ -125,38 +128,25 @@ def site_groups(sites: Sequence[SiteSummary]) -> list[SiteGroup]:
     every = 1 if len(sites) <= _ROOMY else 5
     groups = []
     for (adapter, projection), members in grouped.items():
-        members.sort(key=lambda site: _natural(site.module))
+        members.sort(key=lambda site: natural(site.module))
         rows = tuple(SiteRow(site, _layer(site.module), i % every == 0) for i, site in enumerate(members))
-        low, high = min(site.size for site in members), max(site.size for site in members)
         directions = " and ".join(sorted({f"{site.direction}put" for site in members}))
-        channels = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+        channels = formats.span(site.size for site in members)
         groups.append(SiteGroup(adapter, projection, f"{directions}, {channels} channels", rows))
     return groups
 
 
 def _projections(modules: Iterable[str]) -> dict[str, str]:
-    """The last part of every module path, and as many before it as tell BERT's two ``output.dense`` apart."""
+    """What tells the kinds of modules apart, layers and experts aside."""
     patterns = {
         module: tuple(re.sub(r"^\d+$", "*", part) for part in module.split(".")) for module in modules
     }
-    distinct = set(patterns.values())
-
-    def shortest(pattern: tuple[str, ...]) -> str:
-        for length in range(1, len(pattern)):
-            if sum(other[-length:] == pattern[-length:] for other in distinct) == 1:
-                return ".".join(pattern[-length:])
-        return ".".join(pattern)
-
-    names = {pattern: shortest(pattern) for pattern in distinct}
+    names = formats.shortest_ends(patterns.values())
     return {module: names[pattern] for module, pattern in patterns.items()}
 
 
 def _layer(module: str) -> str:
     return ".".join(re.findall(r"(?<![^.])\d+(?![^.])", module)) or "—"
-
-
-def _natural(module: str) -> list[tuple[int, int, str]]:
-    return [(0, int(p), "") if p.isascii() and p.isdigit() else (1, 0, p) for p in module.split(".")]
 
 
 def _gate_in_words(gate: Gate) -> tuple[str, str]:
@@ -167,7 +157,7 @@ def _gate_in_words(gate: Gate) -> tuple[str, str]:
 
 def _error_and_bound(step: Step) -> tuple[str, str]:
     """Largest error and its bound, the latter empty without such a gate."""
-    bound = charts.bound_of(step)
+    bound = step.bound
     if step.distance is None:
         return "no value", "" if bound is None else formats.number(bound)
     error = step.distance.max_error
@@ -203,8 +193,3 @@ def _first_finding(proof: WeightsProof) -> str:
         return "its weights are not what they must be"
     finding = proof.findings[0]
     return f"{finding.tensor} {finding.what}: {finding.detail}"
-
-
-def _clean(value: Any) -> Any:
-    # Markup is a str too, and holds text that the charts cleaned themselves
-    return formats.clean(value) if type(value) is str else value

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
-from ia3_export.report.formats import compared, number, share
+from ia3_export.drawing.formats import compared, number, share
 from ia3_export.report.model import Distance, Gate, Report, Step, WeightsProof
 
 #: GitHub refuses comments of more than 65,536 characters.
@@ -82,17 +82,13 @@ def _reason(report: Report) -> str:
 def _why_in_parity(steps: Sequence[Step]) -> str:
     # integers are held to what their precision may cost, and --atol replaces the bound altogether
     others = [
-        _code(step.name) for step in steps if step.precision in _INTEGER_PRECISIONS or _bound(step) is None
+        _code(step.name) for step in steps if step.precision in _INTEGER_PRECISIONS or step.bound is None
     ]
     if not others:
         return "Everything is within the rounding of the live model."
     if len(others) == len(steps):
         return "Everything is within the limits of its gates."
     return f"Everything is within the rounding of the live model, {', '.join(others)} within the limits of its gates."
-
-
-def _bound(step: Step) -> float | None:
-    return next((gate.limit for gate in step.gates if gate.name == "max error"), None)
 
 
 def _subject(report: Report) -> str:
@@ -130,7 +126,7 @@ def _chain(report: Report) -> str:
         distance = step.distance
         error = None if distance is None else distance.max_error
         rows.append((
-            _code(step.name), _sentence(step.precision), _sentence(step.runs_on), *_pair(error, _bound(step)),
+            _code(step.name), _sentence(step.precision), _sentence(step.runs_on), *_pair(error, step.bound),
             number(None if distance is None else distance.kl), share(None if distance is None else distance.top1),
             share(step.effect_present), _mark(step.passed),
         ))  # fmt: skip

@@ -17,7 +17,7 @@ SCHEMA = "ia3-export/report/1"
 Kind = Literal["merged", "onnx"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Distance:
     """How far one set of outputs is from another, over all inputs.
 
@@ -65,7 +65,7 @@ class Generation:
     excused: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerError:
     """Output of one module, in execution order: largest absolute `error` of the artifact, that of the `unmerged` model,
     and the `bound` (all against the reference, on the first input); `scale` is the largest reference value."""
@@ -79,7 +79,7 @@ class LayerError:
 
 
 @dataclass(frozen=True, slots=True)
-class Location:
+class FaultLocation:
     """The first module whose output leaves its bound, the site nearest to it (a module with a vector), and what the
     weights proof says of that site."""
 
@@ -88,7 +88,7 @@ class Location:
     weights: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """One artifact of the chain against the reference.
 
@@ -107,15 +107,20 @@ class Step:
     runs_on: str
     passed: bool
     finding: str
-    gates: tuple[Gate, ...]
-    distance: Distance | None
-    loss: Distance | None
-    library: Distance | None
-    effect_present: float | None
-    generation: Generation | None
-    error_histogram: tuple[tuple[int, int], ...]
-    layers: tuple[LayerError, ...]
-    location: Location | None
+    gates: tuple[Gate, ...] = ()
+    distance: Distance | None = None
+    loss: Distance | None = None
+    library: Distance | None = None
+    effect_present: float | None = None
+    generation: Generation | None = None
+    error_histogram: tuple[tuple[int, int], ...] = ()
+    layers: tuple[LayerError, ...] = ()
+    location: FaultLocation | None = None
+
+    @property
+    def bound(self) -> float | None:
+        """Limit of the gate ``max error``; None where other gates judge."""
+        return next((gate.limit for gate in self.gates if gate.name == "max error"), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +133,7 @@ class TensorFinding:
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightsProof:
     """The weights of one artifact, without any forward.
 
@@ -144,10 +149,10 @@ class WeightsProof:
     passed: bool
     changed: int
     unchanged: int
-    computed: int
+    computed: int = 0
     nbytes: int
-    findings: tuple[TensorFinding, ...]
-    notes: tuple[str, ...]
+    findings: tuple[TensorFinding, ...] = ()
+    notes: tuple[str, ...] = ()
     unproven: int = 0
 
     @property
@@ -158,7 +163,7 @@ class WeightsProof:
         return f"proven but for {self.unproven:,} initializers of codes" if self.unproven else "proven"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SiteSummary:
     """One learned vector. `amplified`, `inhibited` count elements above and below 1 by more than 1 %, `inhibited` in
     magnitude; `negative` flips signs. `values` are at most 128: the element farthest from 1 of each stretch of channels.
@@ -178,14 +183,14 @@ class SiteSummary:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ModelId:
     """A base or an adapter: the hub id or the last part of its path."""
 
     id: str
     revision: str | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
     """What the steps are compared with: vectors applied live by ``peft`` or by ``hooks``, in `precision`. `unmerged` is
     how far the live model itself is from that in the stored `dtype`; `effect` is the largest change that
@@ -202,13 +207,13 @@ class Reference:
     scale: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """Everything that `verify` found. `reference` is None and `steps` empty for ``--weights-only``."""
 
     in_parity: bool
-    base: Source
-    adapters: tuple[Source, ...]
+    base: ModelId
+    adapters: tuple[ModelId, ...]
     weights: tuple[WeightsProof, ...]
     reference: Reference | None
     steps: tuple[Step, ...]

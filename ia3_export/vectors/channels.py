@@ -7,13 +7,11 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from ia3_export.drawing.colours import UNCHANGED
 from ia3_export.fold import Array
 
-#: A channel whose factor is this near to one counts as unchanged, a magnitude below as inhibited, above as amplified.
-UNCHANGED = 0.01
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
     """Channels by what a vector does to them. A negative channel counts by its magnitude as well."""
 
@@ -25,7 +23,7 @@ class Counts:
     not_finite: int = 0
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        return Counts(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
 
 def count_channels(values: Array) -> Counts:
@@ -33,17 +31,17 @@ def count_channels(values: Array) -> Counts:
     finite = values[np.isfinite(values)]
     kinds = kinds_of(finite)
     return Counts(
-        values.size,
-        int(np.sum(unchanged(finite))),
-        int(np.sum(kinds < 0)),
-        int(np.sum(kinds > 0)),
-        int(np.sum(finite < 0)),
-        values.size - finite.size,
+        channels=values.size,
+        unchanged=int(np.sum(unchanged(finite))),
+        inhibited=int(np.sum(kinds < 0)),
+        amplified=int(np.sum(kinds > 0)),
+        negative=int(np.sum(finite < 0)),
+        not_finite=values.size - finite.size,
     )
 
 
 def strongest_channels(vector: Array, most: int = 5) -> tuple[list[int], list[int]]:
-    """Indices of the channels that are inhibited most (factor nearest to zero first), and of those amplified most."""
+    """Indices of the channels that are inhibited most (nearest to 0 first), and of those amplified most."""
     magnitude = np.abs(vector.astype("<f8"))
     order = np.argsort(magnitude, kind="stable")
     inhibited = [int(i) for i in order[:most] if magnitude[i] < 1 - UNCHANGED]

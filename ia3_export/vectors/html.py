@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
-import numpy as np
 from markupsafe import Markup
 
-from ia3_export.fold import Array
-from ia3_export.report import formats
-from ia3_export.report.svg import digits, draw, thin_out
-from ia3_export.vectors.numbers import (
-    LEVELS,
-    NEGATIVE,
-    NOT_FINITE,
-    Histogram,
-    Strip,
-    agreement,
-    channel_list,
-    colour_edges,
-    colours,
-    factor_ticks,
-    shown,
-)
-from ia3_export.vectors.picture import Cell, Picture, Stack, most_changed
+from ia3_export.drawing import formats, page
+from ia3_export.drawing.colours import ColourScale, css_class, runs
+from ia3_export.drawing.svg import digits, draw, thin_out
+from ia3_export.vectors.numbers import LEVELS, agreement, channel_list, colours, factor_ticks, shown
+from ia3_export.vectors.picture import Cell, Histogram, Picture, Stack, Strip, most_changed
 
 _TOP = 8
 _KINDS = 8
@@ -40,45 +27,43 @@ class Legend:
     label: str
 
 
-def to_html(picture: Picture) -> str:
-    """`picture` as a page that stands alone. Names appear as text only."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_clean
-    )  # fmt: skip
-    environment.filters |= {"number": shown, "cosine": agreement, "channels": channel_list, "factor": _factor}
-    template = environment.from_string(
-        files(__package__).joinpath("picture.html.j2").read_text(encoding="utf-8")
-    )
-    return template.render(
-        picture=picture,
-        compared=len(picture.names) == 2,
-        strip=lambda cell, i: _strip(cell, i, picture.limit),
-        ratio=lambda cell: _ratio(cell, picture.limit),
-        profile=_profile,
-        agreement=_cosines,
-        farthest=_farthest,
-        legend=_legend(picture.limit),
-        histogram=_histogram(picture.histogram, picture),
-        top=most_changed(picture.cells, _TOP),
-        odd=[cell for cell in picture.cells if cell.remark],
-        row_height=_row_height,
-        every=lambda stack: thin_out(len(stack.rows), 30),
-        kinds=_KINDS,
-    )
+def to_html(picture: Picture) -> bytes:
+    """`picture` as a page that stands alone, in UTF-8. Names appear as text only."""
+    filters: dict[str, Callable[..., object]] = {
+        "number": shown,
+        "cosine": agreement,
+        "channels": channel_list,
+        "factor": _factor,
+    }
+    values = {
+        "picture": picture,
+        "compared": len(picture.names) == 2,
+        "strip": lambda cell, i: _strip(cell, i, picture.scale),
+        "ratio": lambda cell: _ratio(cell, picture.scale),
+        "profile": _profile,
+        "agreement": _cosines,
+        "farthest": _farthest,
+        "legend": _legend(picture.scale),
+        "histogram": _histogram(picture.histogram, picture),
+        "top": most_changed(picture.cells, _TOP),
+        "odd": [cell for cell in picture.cells if cell.remark],
+        "row_height": _row_height,
+        "every": lambda stack: thin_out(len(stack.rows), 30),
+        "kinds": _KINDS,
+    }
+    return page.render(files(__package__).joinpath("picture.html.j2"), filters, values).encode()
 
 
-def _strip(cell: Cell, adapter: int, limit: float) -> Markup:
+def _strip(cell: Cell, adapter: int, scale: ColourScale) -> Markup:
     strip = cell.strips[adapter]
     if strip is None:
         return Markup('<span class="none" title="{}">none</span>').format(f"{cell.module}: {cell.remark}")
     mark = f"{'AB'[adapter]}: " if len(cell.strips) > 1 else ""
     text = f"{mark}{cell.module} ({cell.direction}put)\n{_told(strip)}"
-    return _picture_of(strip, limit, text)
+    return _picture_of(strip, scale, text)
 
 
-def _ratio(cell: Cell, limit: float) -> Markup:
+def _ratio(cell: Cell, scale: ColourScale) -> Markup:
     if cell.difference is None:
         short = f"only {'A' if cell.strips[0] else 'B'}" if "only" in cell.remark else "lengths"
         return Markup('<span class="none" title="{}">{}</span>').format(
@@ -89,7 +74,7 @@ def _ratio(cell: Cell, limit: float) -> Markup:
         f"B / A: {cell.module} ({cell.direction}put)\ncosine {agreement(cell.difference.cosine)}, "
         f"root mean square of B \u2212 A {shown(cell.difference.apart)}\nratios: {_told(ratio)}"
     )
-    return _picture_of(ratio, limit, text)
+    return _picture_of(ratio, scale, text)
 
 
 def _told(strip: Strip) -> str:
@@ -98,37 +83,17 @@ def _told(strip: Strip) -> str:
     return (
         f"min {shown(strip.low)}, mean {shown(strip.mean)}, max {shown(strip.high)}, "
         f"from one {shown(strip.from_ones)}\n"
-        f"of {c.channels:,} channels {c.inhibited:,} inhibited, {c.amplified:,} amplified, {c.unchanged:,} unchanged, "
-        f"{c.negative:,} negative{broken}\nstrongest: {channel_list(strip)}"
+        f"of {c.channels:,} channels {c.inhibited:,} inhibited, {c.amplified:,} amplified, "
+        f"{c.unchanged:,} unchanged, {c.negative:,} negative{broken}\nstrongest: {channel_list(strip)}"
     )
 
 
-def _picture_of(strip: Strip, limit: float, text: str) -> Markup:
-    n = max(1, len(strip.ranked))
+def _picture_of(strip: Strip, scale: ColourScale, text: str) -> Markup:
+    ranked, ordered = (runs(colours(values, scale), "0") for values in (strip.ranked, strip.ordered))
     return Markup(
         '<svg class="strip" role="img" viewBox="0 -.5 {n} 1" preserveAspectRatio="none"><title>{text}</title>'
         '<g class="ranked">{ranked}</g><g class="ordered">{ordered}</g></svg>'
-    ).format(
-        n=n, text=text, ranked=_runs(strip.ranked, limit), ordered=_runs(strip.ordered, limit)
-    )  # fmt: skip
-
-
-def _runs(values: Array, limit: float) -> Markup:
-    codes = colours(values, limit)
-    runs: dict[int, list[str]] = {}
-    if not len(codes):
-        return Markup()
-    starts = np.flatnonzero(np.diff(codes, prepend=99))
-    for start, end in zip(starts, [*starts[1:], len(codes)], strict=True):
-        runs.setdefault(int(codes[start]), []).append(f"M{start} 0h{end - start}")
-    parts = (Markup('<path class="{}" d="{}"/>').format(_kind(c), "".join(d)) for c, d in runs.items() if c)
-    return Markup("").join(parts)
-
-
-def _kind(code: int) -> str:
-    if code in (0, NEGATIVE, NOT_FINITE):
-        return {0: "zero", NEGATIVE: "neg", NOT_FINITE: "nan"}[code]
-    return f"{'i' if code < 0 else 'a'}{abs(code)}"
+    ).format(n=max(1, len(strip.ranked)), text=text, ranked=ranked, ordered=ordered)
 
 
 def _row_height(stack: Stack) -> int:
@@ -153,7 +118,7 @@ def _farthest(stack: Stack) -> float:
 
 
 def _profile(stack: Stack) -> Markup:
-    """How far from one every site is, a line per kind (dashed for the second adapter), layers downward as in the table."""
+    """How far from one every site is: a line per kind, dashed for the second adapter, layers downward."""
     far = _farthest(stack)
     parts, told = [], []
     for k, column in enumerate(stack.columns):
@@ -212,13 +177,14 @@ def _side(stack: Stack, label: str, parts: Sequence[Markup], grid: Sequence[int]
     ).format(label=formats.clean(label), n=n, lines=lines, parts=Markup("").join(parts))
 
 
-def _legend(limit: float) -> list[Legend]:
-    edges = colour_edges(limit)
+def _legend(scale: ColourScale) -> list[Legend]:
+    edges = scale.edges()
     down = [
-        Legend(f"i{k + 1}", f"{1 / edges[k]:.2f}" if k in (2, 4) else "") for k in reversed(range(LEVELS))
+        Legend(css_class(-k - 1), f"{1 / edges[k]:.2f}" if k in (2, 4) else "")
+        for k in reversed(range(LEVELS))
     ]
-    up = [Legend(f"a{k + 1}", f"{edges[k]:.2f}" if k in (2, 4) else "") for k in range(LEVELS)]
-    return [*down, Legend("zero", ""), *up]
+    up = [Legend(css_class(k + 1), f"{edges[k]:.2f}" if k in (2, 4) else "") for k in range(LEVELS)]
+    return [*down, Legend(css_class(0), ""), *up]
 
 
 def _histogram(histogram: Histogram, picture: Picture) -> Markup:
@@ -236,26 +202,33 @@ def _histogram(histogram: Histogram, picture: Picture) -> Markup:
         for power in range(math.floor(top) + 1)
     ]
     middles = 2.0 ** ((edges[:-1] + edges[1:]) / 2)
-    for k, (code, count) in enumerate(zip(colours(middles, picture.limit), histogram.counts[0], strict=True)):
+    for k, (code, count) in enumerate(zip(colours(middles, picture.scale), histogram.counts[0], strict=True)):
         low, high = 2.0 ** edges[k], 2.0 ** edges[k + 1]
         end = f" to {high:.3g}" if k < bars - 1 else ""
         span = f"up to {high:.3g}" if k == 0 else f"from {low:.3g}{end}"
         text = f"{count:,} channels{' of A' if len(picture.names) > 1 else ''} {span}"
         if count:
             parts.append(
-                Markup('<rect class="bar {c}" x="{x}%" width="{w}%" y="{y}%" height="{h}%"><title>{t}</title></rect>').format(
-                    c=_kind(int(code)), x=digits(100 * k / bars), w=digits(92 / bars),
-                    y=digits(100 - tall(int(count))), h=digits(tall(int(count))), t=text,
+                Markup(
+                    '<rect class="bar {c}" x="{x}%" width="{w}%" y="{y}%" height="{h}%">'
+                    "<title>{t}</title></rect>"
+                ).format(
+                    c=css_class(int(code)),
+                    x=digits(100 * k / bars),
+                    w=digits(92 / bars),
+                    y=digits(100 - tall(int(count))),
+                    h=digits(tall(int(count))),
+                    t=text,
                 )
-            )  # fmt: skip
+            )
     for counts in histogram.counts[1:]:
         steps = "".join(
             f"H{digits(100 * k / bars)}V{digits(100 - tall(int(c)))}" for k, c in enumerate(counts)
         )
         parts.append(
             Markup(
-                '<svg viewBox="0 0 100 100" preserveAspectRatio="none" width="100%" height="100%" overflow="visible">'
-                '<path class="outline" d="M0 100{}H100V100"/></svg>'
+                '<svg viewBox="0 0 100 100" preserveAspectRatio="none" width="100%" height="100%" '
+                'overflow="visible"><path class="outline" d="M0 100{}H100V100"/></svg>'
             ).format(steps)
         )
     parts.append(Markup('<line class="base" x1="0" x2="100%" y1="100%" y2="100%"/>'))
@@ -267,7 +240,8 @@ def _histogram(histogram: Histogram, picture: Picture) -> Markup:
         for tick, text in factor_ticks(low, high)
     ]
     label = "Channels by the size of their factor: " + "; ".join(
-        f"{name}: {counts.inhibited:,} inhibited, {counts.unchanged:,} unchanged, {counts.amplified:,} amplified, {counts.negative:,} negative"
+        f"{name}: {counts.inhibited:,} inhibited, {counts.unchanged:,} unchanged, "
+        f"{counts.amplified:,} amplified, {counts.negative:,} negative"
         for name, counts in zip(picture.names, picture.totals, strict=True)
     )
     return draw("histogram", 170, formats.clean(label), parts)
@@ -275,8 +249,3 @@ def _histogram(histogram: Histogram, picture: Picture) -> Markup:
 
 def _factor(value: float) -> str:
     return "—" if math.isnan(value) else formats.factor(value).replace("-", "\u2212")
-
-
-def _clean(value: object) -> object:
-    # Markup is a str too, and holds text that was cleaned where it was drawn
-    return formats.clean(value) if type(value) is str else value

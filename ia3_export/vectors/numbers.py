@@ -1,61 +1,22 @@
-"""The numbers behind a picture of IA3 vectors: what is counted, how a vector becomes a strip, the scale of colours."""
+"""The numbers behind a picture of IA3 vectors: what is counted, and how a vector becomes a strip."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from ia3_export.drawing.colours import ColourScale
+from ia3_export.drawing.formats import number
 from ia3_export.fold import Array
-from ia3_export.report.formats import number
-from ia3_export.vectors.channels import UNCHANGED, Counts, cosine, count_channels, unchanged
+from ia3_export.vectors.channels import cosine, count_channels, unchanged
+from ia3_export.vectors.picture import Difference, Histogram, Strip
 
 #: Colours on each side of 1.
 LEVELS = 6
-#: Codes of `colours` besides -LEVELS..LEVELS.
-NEGATIVE, NOT_FINITE = LEVELS + 1, LEVELS + 2
 
-_NEUTRAL = math.log2(1 + UNCHANGED)
 _BARS = 64
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Strip:
-    """One vector as it is shown. Numbers are of its finite channels, NaN where it has none.
-
-    `from_ones` is the root mean square of ``l - 1``; `strongest` are (channel, value) of the channels farthest from 1,
-    those that flip the sign first. `ordered` has one value per stretch of channels, the strongest in it; `ranked` are as many
-    values from the smallest to the largest channel, both included. Both are float64.
-    """
-
-    counts: Counts
-    low: float
-    mean: float
-    high: float
-    from_ones: float
-    strongest: tuple[tuple[int, float], ...]
-    ordered: Array
-    ranked: Array
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Difference:
-    """Second adapter beside the first on one site: the channels' `ratio`, the `cosine` of both ``l - 1`` (None where one
-    of them is all ones) and the root mean square of their difference, `apart`."""
-
-    ratio: Strip
-    cosine: float | None
-    apart: float
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Histogram:
-    """Channels by log2 of their magnitude: `edges` (n + 1), `counts` per adapter (n); what lies outside is in the end bins."""
-
-    edges: Array
-    counts: tuple[Array, ...]
 
 
 def make_strip(vector: Array, bins: int) -> Strip:
@@ -72,10 +33,15 @@ def make_strip(vector: Array, bins: int) -> Strip:
     ordered = np.array([values[part[np.argmax(strength[part])]] for part in stretches])
     places = np.rint(np.linspace(0, values.size - 1, count)).astype(int)
     return Strip(
-        count_channels(values),
-        float(finite.min()) if finite.size else math.nan, mean, float(finite.max()) if finite.size else math.nan,
-        from_ones, tuple((int(i), float(values[i])) for i in first), ordered, np.sort(values)[places],
-    )  # fmt: skip
+        counts=count_channels(values),
+        low=float(finite.min()) if finite.size else math.nan,
+        mean=mean,
+        high=float(finite.max()) if finite.size else math.nan,
+        from_ones=from_ones,
+        strongest=tuple((int(i), float(values[i])) for i in first),
+        ordered=ordered,
+        ranked=np.sort(values)[places],
+    )
 
 
 def make_difference(first: Array, second: Array, bins: int) -> Difference:
@@ -91,20 +57,14 @@ def make_difference(first: Array, second: Array, bins: int) -> Difference:
     return Difference(make_strip(ratio, bins), cosine(a - 1, b - 1), apart)
 
 
-def colours(values: Array, limit: float) -> Array:
-    """Codes of colours: 0 within `UNCHANGED` of 1, to -`LEVELS` below and `LEVELS` above, `NEGATIVE`, `NOT_FINITE`."""
-    with np.errstate(all="ignore"):
-        log = np.log2(np.abs(values))
-        level = np.clip(np.ceil((np.abs(log) - _NEUTRAL) / (limit - _NEUTRAL) * LEVELS), 1, LEVELS)
-        codes = np.where(unchanged(values), 0, np.sign(log) * level)
-    codes = np.where(values < 0, NEGATIVE, codes)
-    every: Array = np.where(np.isfinite(values), codes, NOT_FINITE).astype(int)
-    return every
+def colours(values: Array, scale: ColourScale) -> Array:
+    """Codes of the colours of `values` (see `ColourScale.codes`).
 
-
-def colour_edges(limit: float) -> list[float]:
-    """Factors above 1 at which the colour changes: `LEVELS` of them, the first 1 + `UNCHANGED`."""
-    return [2.0 ** (_NEUTRAL + (limit - _NEUTRAL) * k / LEVELS) for k in range(LEVELS)]
+    What counts as unchanged is grey: 0.99 too, which is farther from 1 in log2 than 1.01.
+    """
+    codes = scale.codes(values)
+    codes[unchanged(values)] = 0
+    return codes
 
 
 def percent(part: int, whole: int) -> str:
@@ -152,7 +112,7 @@ def factor_ticks(low: float, high: float) -> list[tuple[float, str]]:
 
 
 def _strength(values: Array) -> Array:
-    """How far from 1 each channel is, in log2; a changed sign and what is not finite exceed every magnitude."""
+    """How far from 1 each channel is, in log2; a flipped sign and what is not finite exceed all others."""
     with np.errstate(all="ignore"):
         log = np.minimum(np.abs(np.log2(np.abs(values))), 5000.0)
     strength: Array = np.where(np.isfinite(values), log + 10_000.0 * (values < 0), 20_000.0)
@@ -167,15 +127,18 @@ def magnitudes_of(vectors: Sequence[Array]) -> Array:
     return log.clip(-1075.0)
 
 
-def colour_limit(magnitudes: Sequence[Array]) -> float:
-    """log2 from which a channel gets the strongest colour: 99 of 100 are nearer to 1."""
+def colour_scale(magnitudes: Sequence[Array]) -> ColourScale:
+    """The scale of which 99 of 100 channels stay below the strongest colour.
+
+    `magnitudes` are log2, an array per adapter.
+    """
     every = np.abs(np.concatenate(magnitudes))
     at = float(np.quantile(every, 0.99)) if every.size else 0.0
-    return min(4.0, max(math.log2(1.05), at))
+    return ColourScale(LEVELS, min(4.0, max(math.log2(1.05), at)))
 
 
 def histogram_of(magnitudes: Sequence[Array]) -> Histogram:
-    """`magnitudes` (log2, an array per adapter) counted in at most 65 bins, from 1/16 to 16 at the farthest."""
+    """`magnitudes` (log2, an array per adapter) in at most 65 bins, from 1/16 to 16 at the farthest."""
     every = np.concatenate(magnitudes)
     low, high = (float(every.min()), float(every.max())) if every.size else (0.0, 0.0)
     low, high = max(-4.0, min(-0.1, low)), min(4.0, max(0.1, high))

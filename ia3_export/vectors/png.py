@@ -7,24 +7,18 @@ import math
 import textwrap
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ia3_export.drawing.colours import NEGATIVE, NOT_FINITE
+from ia3_export.drawing.formats import clean, tail
+from ia3_export.drawing.svg import thin_out
 from ia3_export.errors import Unsupported
 from ia3_export.fold import Array
-from ia3_export.report.formats import clean
-from ia3_export.report.svg import tail, thin_out
-from ia3_export.vectors.numbers import (
-    LEVELS,
-    Strip,
-    agreement,
-    colour_edges,
-    colours,
-    factor_ticks,
-    shown,
-)
-from ia3_export.vectors.picture import Cell, Picture, Stack, most_changed
+from ia3_export.vectors.numbers import LEVELS, agreement, colours, factor_ticks, shown
+from ia3_export.vectors.picture import Cell, Picture, Stack, Strip, most_changed
 
 #: Colours of the codes -LEVELS..LEVELS, then negative and not finite: those of the HTML page in the light.
 _PALETTE = [
@@ -49,15 +43,37 @@ _TEXT, _MUTED, _LINE, _GHOST = "#1b1f24", "#59636e", "#dbdfe5", "#8a94a0"
 _WIDTH, _MARGIN, _DPI = 16.0, 0.45, 100
 _COLUMNS = 9
 _STYLE = {
-    "font.family": "DejaVu Sans", "font.size": 11, "text.color": _TEXT, "axes.edgecolor": _LINE, "xtick.color": _MUTED,
-    "ytick.color": _MUTED, "axes.linewidth": 0.8, "text.parse_math": False, "axes.unicode_minus": True,
-    "hatch.color": _GHOST, "axes.axisbelow": True,
-}  # fmt: skip
+    "font.family": "DejaVu Sans",
+    "font.size": 11,
+    "text.color": _TEXT,
+    "text.parse_math": False,
+    "axes.edgecolor": _LINE,
+    "axes.linewidth": 0.8,
+    "axes.unicode_minus": True,
+    "axes.axisbelow": True,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "hatch.color": _GHOST,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Font:
+    """Of a text; without a size or a color those of `_STYLE`."""
+
+    size: float | None = None
+    weight: str = "normal"
+    color: str | None = None
+
+
+_PLAIN, _NOTE, _HEAD = _Font(), _Font(color=_MUTED), _Font(13, "bold")
 
 
 class _Sheet:
-    """A figure filled from the top: `y` is how far, in inches. The height is known only at the end, so that what is
-    placed is kept in inches until then."""
+    """A figure filled from the top: `y` is how far, in inches.
+
+    The height is known only at the end, so that what is placed is kept in inches until then.
+    """
 
     def __init__(self, figure: Any) -> None:
         self.figure = figure
@@ -71,24 +87,19 @@ class _Sheet:
         axes.tick_params(length=0, labelsize=10)
         return axes
 
-    def text(
-        self, x: float, y: float, text: str, *, size: float | None = None, weight: str = "normal",
-        color: Any = None, ha: str = "left",
-    ) -> None:  # fmt: skip
+    def text(self, x: float, y: float, text: str, font: _Font = _PLAIN, *, ha: str = "left") -> None:
         """`text` with its upper left corner (with `ha` right: its upper right one) at `x`, `y`."""
         axes = self.axes(x, y, 1, 1)
         axes.axis("off")
-        style = {"size": size, "weight": weight, "ha": ha, "va": "top"} | (
-            {} if color is None else {"color": color}
+        style = {"size": font.size, "weight": font.weight, "ha": ha, "va": "top"} | (
+            {} if font.color is None else {"color": font.color}
         )
         axes.text(0, 1, " ".join(clean(text).split()), style, transform=axes.transAxes)
 
-    def paragraph(
-        self, text: str, most: int, height: float, *, size: float, weight: str = "normal", color: Any = None
-    ) -> None:
+    def paragraph(self, text: str, most: int, height: float, font: _Font) -> None:
         """`text` in lines of at most `most` characters, below all that is there."""
         for line in textwrap.wrap(clean(text), most):
-            self.text(_MARGIN, self.y, line, size=size, weight=weight, color=color)
+            self.text(_MARGIN, self.y, line, font)
             self.y += height
 
     def finish(self) -> bytes:
@@ -132,17 +143,17 @@ def _header(sheet: _Sheet, picture: Picture) -> None:
     title = (
         f"IA3 adapter {names[0]}" if len(names) == 1 else f"IA3 adapters {names[0]} (A) and {names[1]} (B)"
     )
-    sheet.paragraph(title, 130, 0.3, size=12, color=_MUTED)
-    sheet.paragraph(picture.heading, 92, 0.42, size=20, weight="bold")
+    sheet.paragraph(title, 130, 0.3, _Font(12, color=_MUTED))
+    sheet.paragraph(picture.heading, 92, 0.42, _Font(20, "bold"))
     for remark in picture.remarks:
-        sheet.paragraph(remark, 150, 0.26, size=12)
+        sheet.paragraph(remark, 150, 0.26, _Font(12))
     sheet.y += 0.3
     _legend(sheet, picture)
     sheet.y += 0.55
 
 
 def _legend(sheet: _Sheet, picture: Picture) -> None:
-    edges = colour_edges(picture.limit)
+    edges = picture.scale.edges()
     axes = sheet.axes(_MARGIN + 0.85, sheet.y, 4.0, 0.2)
     axes.imshow(
         [[_rgb(code) for code in range(-LEVELS, LEVELS + 1)]],
@@ -158,11 +169,11 @@ def _legend(sheet: _Sheet, picture: Picture) -> None:
     axes.set_yticks([])
     axes.xaxis.tick_top()
     axes.spines[:].set_visible(False)
-    sheet.text(_MARGIN, sheet.y + 0.01, "inhibits", color=_MUTED)
-    sheet.text(_MARGIN + 4.95, sheet.y + 0.01, "amplifies", color=_MUTED)
-    marks: list[tuple[int | None, str]] = [(LEVELS + 1, "negative: flips the sign")]
+    sheet.text(_MARGIN, sheet.y + 0.01, "inhibits", _NOTE)
+    sheet.text(_MARGIN + 4.95, sheet.y + 0.01, "amplifies", _NOTE)
+    marks: list[tuple[int | None, str]] = [(NEGATIVE, "negative: flips the sign")]
     if picture.not_finite:
-        marks.append((LEVELS + 2, "not finite"))
+        marks.append((NOT_FINITE, "not finite"))
     if picture.gaps:
         marks.append((None, "no vector"))
     for i, (code, text) in enumerate(marks):
@@ -173,12 +184,12 @@ def _legend(sheet: _Sheet, picture: Picture) -> None:
             _hatch(axes, 0)
         else:
             axes.set_facecolor(_rgb(code))
-        sheet.text(x + 0.28, sheet.y + 0.01, text, color=_MUTED)
+        sheet.text(x + 0.28, sheet.y + 0.01, text, _NOTE)
     sheet.text(
         _WIDTH - _MARGIN,
         sheet.y + 0.01,
         "each strip: a vector's channels, sorted by size",
-        color=_MUTED,
+        _NOTE,
         ha="right",
     )
 
@@ -212,7 +223,7 @@ def _band(sheet: _Sheet, picture: Picture, band: Sequence[Stack]) -> None:
                 if view == "B / A"
                 else picture.names["AB".index(view)]
             )
-            sheet.text(_MARGIN, sheet.y, f"{view}: {name}", size=13, weight="bold")
+            sheet.text(_MARGIN, sheet.y, f"{view}: {name}", _HEAD)
             sheet.y += 0.32
         if any(stack.label for stack in band):
             sheet.y += 0.3
@@ -220,20 +231,18 @@ def _band(sheet: _Sheet, picture: Picture, band: Sequence[Stack]) -> None:
         for stack, height in zip(band, tall, strict=True):
             left = x + labels
             if stack.label:
-                sheet.text(
-                    left, sheet.y - 0.3, stack.label[:1].upper() + stack.label[1:], size=13, weight="bold"
-                )
+                sheet.text(left, sheet.y - 0.3, stack.label[:1].upper() + stack.label[1:], _HEAD)
             for k, column in enumerate(stack.columns):
                 # long labels get smaller before they get shorter
                 size = min(11.0, max(8.0, 108 * width / len(column.label)))
                 most = max(4, int(106 * width / size))
-                sheet.text(left + 0.16, sheet.y, tail(column.label, most), size=size, weight="bold")
-                sheet.text(left - 0.01, sheet.y, "\u25cf", size=11, color=_KINDS[k % len(_KINDS)])
-                sheet.text(left, sheet.y + 0.2, column.channels, size=9.5, color=_MUTED)
+                sheet.text(left + 0.16, sheet.y, tail(column.label, most), _Font(size, "bold"))
+                sheet.text(left - 0.01, sheet.y, "\u25cf", _Font(11, color=_KINDS[k % len(_KINDS)]))
+                sheet.text(left, sheet.y + 0.2, column.channels, _Font(9.5, color=_MUTED))
                 _heat(sheet.axes(left, sheet.y + 0.42, width, height), picture, stack, k, view, height)
                 left += width + gap
             told = "cosine" if view == "B / A" else "l \u2212 1, rms"
-            sheet.text(left + 0.1, sheet.y, told, size=11, weight="bold")
+            sheet.text(left + 0.1, sheet.y, told, _Font(11, "bold"))
             _side(sheet.axes(left + 0.1, sheet.y + 0.42, side - 0.1, height), stack, view)
             x = left + side + between
         sheet.y += 0.42 + max(tall) + 0.42
@@ -247,7 +256,7 @@ def _heat(axes: Any, picture: Picture, stack: Stack, column: int, view: str, hei
     pixels = np.ones((n, width, 3))
     for row, strip in shown_cells:
         if len(strip.ranked):
-            codes = colours(strip.ranked, picture.limit)[np.arange(width) * len(strip.ranked) // width]
+            codes = colours(strip.ranked, picture.scale)[np.arange(width) * len(strip.ranked) // width]
             pixels[row] = _RGB[codes + LEVELS]
     axes.imshow(pixels, aspect="auto", interpolation="nearest", extent=(0, 1, n, 0))
     for row in set(range(n)) - {row for row, _ in shown_cells}:
@@ -276,8 +285,13 @@ def _side(axes: Any, stack: Stack, view: str) -> None:
             if view == "B / A":
                 style |= {"linewidth": 0.6, "markersize": 4.2}
             axes.plot(*zip(*points, strict=True), **style, clip_on=False)
-    every = [v for k in range(len(stack.columns)) for _, c in stack.series(k) for i in range(len(c.strips))
-             if (v := _value_of(c, "AB"[i])) is not None]  # fmt: skip
+    every = [
+        v
+        for k in range(len(stack.columns))
+        for _, cell in stack.series(k)
+        for letter, _ in zip("AB", cell.strips, strict=False)
+        if (v := _value_of(cell, letter)) is not None
+    ]
     far = max(every, default=0.0) or 1.0
     ticks = (-1, 0, 1) if view == "B / A" else (0, far)
     axes.set(xlim=(ticks[0], ticks[-1]), ylim=(n, 0), yticks=[])
@@ -297,12 +311,12 @@ def _side(axes: Any, stack: Stack, view: str) -> None:
 
 def _bottom(sheet: _Sheet, picture: Picture) -> None:
     top, left = sheet.y, _MARGIN + 0.75
-    sheet.text(_MARGIN, top, "All channels", size=13, weight="bold")
+    sheet.text(_MARGIN, top, "All channels", _HEAD)
     about = "by the size of their factor" + ("; bars A, line B" if len(picture.names) == 2 else "")
-    sheet.text(_MARGIN + 1.35, top + 0.02, about, color=_MUTED)
+    sheet.text(_MARGIN + 1.35, top + 0.02, about, _NOTE)
     axes = sheet.axes(left, top + 0.45, 6.6, 2.3)
     edges, counts = picture.histogram.edges, picture.histogram.counts
-    codes = colours(2.0 ** ((edges[:-1] + edges[1:]) / 2), picture.limit)
+    codes = colours(2.0 ** ((edges[:-1] + edges[1:]) / 2), picture.scale)
     bars = [_GHOST if code == 0 else _PALETTE[code + LEVELS] for code in codes]
     axes.bar(
         edges[:-1],
@@ -330,22 +344,22 @@ def _bottom(sheet: _Sheet, picture: Picture) -> None:
 
 def _list(sheet: _Sheet, picture: Picture, x: float, y: float) -> None:
     compared = len(picture.names) == 2
-    sheet.text(x, y, "Where they differ most" if compared else "What changes most", size=13, weight="bold")
+    sheet.text(x, y, "Where they differ most" if compared else "What changes most", _HEAD)
     heads = ("B \u2212 A", "cosine") if compared else ("l \u2212 1, rms", "min", "max")
     ends = [_WIDTH - _MARGIN - 0.85 * k for k in reversed(range(len(heads)))]
     for end, head in zip(ends, heads, strict=True):
-        sheet.text(end, y + 0.3, head, size=10.5, color=_MUTED, ha="right")
+        sheet.text(end, y + 0.3, head, _Font(10.5, color=_MUTED), ha="right")
     most = int((ends[0] - 0.75 - x) * 11.8)
     for i, cell in enumerate(most_changed(picture.cells, 8)):
         line, first = y + 0.56 + 0.265 * i, cell.strips[0]
-        sheet.text(x, line, tail(cell.module, most), size=10.5)
+        sheet.text(x, line, tail(cell.module, most), _Font(10.5))
         if cell.difference:
             values = [shown(cell.difference.apart), agreement(cell.difference.cosine)]
         else:
             assert first is not None
             values = [shown(first.from_ones), shown(first.low), shown(first.high)]
         for end, value in zip(ends, values, strict=True):
-            sheet.text(end, line, value, size=10.5, ha="right")
+            sheet.text(end, line, value, _Font(10.5), ha="right")
 
 
 def _strip_of(cell: Cell, view: str) -> Strip | None:

@@ -25,8 +25,8 @@ def make_card(plan: Plan) -> str:
     """Markdown of the card. ``base_model`` holds hub ids or is left out: a local path would be a broken link."""
     import yaml
 
-    base_card = plan.base.folder / "README.md"
-    kept = _read_front_matter(base_card) if "README.md" in plan.base.side_files else {}
+    base_card = plan.base.stored.folder / "README.md"
+    kept = _read_front_matter(base_card) if "README.md" in plan.base.stored.side_files else {}
     front: dict[str, Any] = {key: kept[key] for key in _KEPT if key in kept}
     if any(edit.startswith("architectures:") for edit in plan.config_edits):
         # the head is another one, so the base's pipeline and library are no longer the model's
@@ -36,14 +36,14 @@ def make_card(plan: Plan) -> str:
             (tag for end, tag in _PIPELINES.items() if (plan.model_class or "").endswith(end)), None
         )
         front |= {"pipeline_tag": pipeline} if pipeline else {}
-    if not plan.base.is_gguf:
+    if not plan.base.stored.is_gguf:
         front.setdefault("library_name", "transformers")
     base_id = _base_id(plan)
     if base_id is not None:
         front["base_model"] = [base_id]
         front["base_model_relation"] = "merge"
     front["tags"] = ["ia3", "merge"]
-    location = plan.base.location
+    location = plan.base.stored.location
     title = f"{location.name} + {' + '.join(a.name for a in plan.adapters)}"
     lines = [
         "---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {title}", "",
@@ -62,22 +62,22 @@ def make_card(plan: Plan) -> str:
     changed = sum(change.nbytes for change in plan.changes.values())
     lines += [
         "",
-        f"{len(plan.changes)} of {len(plan.base.tensors)} tensors changed ({changed:,} bytes); combined by "
-        f"`{plan.combine}`"
-        + (f" with weights {', '.join(f'{w:g}' for w in plan.weights)}" if plan.weights else "")
-        + f", cast `{plan.cast}`, dtype `{plan.dtype}`. {_quantization(plan)}Every other tensor is byte for byte the base's.",
+        f"{len(plan.changes)} of {len(plan.base.stored.tensors)} tensors changed ({changed:,} bytes); combined by "
+        f"`{plan.recipe.combine}`"
+        + (f" with weights {', '.join(f'{w:g}' for w in plan.recipe.weights)}" if plan.recipe.weights else "")
+        + f", cast `{plan.recipe.cast}`, dtype `{plan.recipe.dtype}`. {_quantization(plan)}Every other tensor is byte for byte the base's.",
         "",
         "`ia3_export.json` lists every changed tensor and the digests of all files."
-        + (f" The base's own card is `{BASE_CARD}`." if "README.md" in plan.base.side_files else ""),
+        + (f" The base's own card is `{BASE_CARD}`." if "README.md" in plan.base.stored.side_files else ""),
         "",
     ]
     return "\n".join(lines)
 
 
 def _quantization(plan: Plan) -> str:
-    if not plan.quantization.packed:
+    if not plan.base.is_quantized:
         return ""
-    formats = ", ".join(f"{count} {name}" for name, count in plan.quantization.formats.items())
+    formats = ", ".join(f"{count} {name}" for name, count in plan.base.quantization.formats.items())
     if plan.dequantizes:
         return f"The base's quantized weights ({formats}) were dequantized. "
     dense = sum(site.outcome == "dense" for site in plan.kept)
@@ -87,8 +87,8 @@ def _quantization(plan: Plan) -> str:
 
 
 def _base_id(plan: Plan) -> str | None:
-    if plan.base.location.hub_id is not None:
-        return plan.base.location.hub_id
+    if plan.base.stored.location.hub_id is not None:
+        return plan.base.stored.location.hub_id
     named = {adapter.config.get("base_model_name_or_path") for adapter in plan.adapters}
     name = named.pop() if len(named) == 1 else None
     return name if isinstance(name, str) and is_hub_id(name) else None

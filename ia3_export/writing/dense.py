@@ -10,7 +10,7 @@ import numpy as np
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.header import StoredTensor, tensor_bytes, write_header
 from ia3_export.fold import FLOAT_DTYPES
-from ia3_export.quantization.detection import dense_view, find_quantization
+from ia3_export.quantization.base import make_base
 from ia3_export.quantization.packed import read_flat
 from ia3_export.quantization.settings import SIDE_FILES, without_settings
 from ia3_export.writing.stage import copy_file
@@ -21,7 +21,7 @@ _BLOCK = 1 << 21
 
 def is_quantized(checkpoint: Checkpoint) -> bool:
     """Whether transformers does not load the checkpoint as a dense model: some weights are quantized, or it is a GGUF file."""
-    return checkpoint.is_gguf or bool(find_quantization(checkpoint).packed)
+    return checkpoint.is_gguf or make_base(checkpoint).is_quantized
 
 
 def write_dense(checkpoint: Checkpoint, folder: Path) -> Path:
@@ -29,10 +29,9 @@ def write_dense(checkpoint: Checkpoint, folder: Path) -> Path:
 
     Raises the reason why a weight cannot be read.
     """
-    quantization = find_quantization(checkpoint)
-    for problem in quantization.problems:
-        raise problem
-    dense = dense_view(checkpoint, quantization)
+    base = make_base(checkpoint)
+    base.raise_problems()
+    dense = base.dense
     tensors = {name: tensor for name, tensor in dense.tensors.items() if tensor.dtype in FLOAT_DTYPES}
     prefix, offsets = write_header(((n, t.dtype, t.shape) for n, t in tensors.items()), {"format": "pt"})
     folder.mkdir(parents=True)

@@ -8,7 +8,6 @@ file descriptors.
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -26,6 +25,7 @@ from ia3_export.fold import FLOAT_DTYPES, Workspace, check_block, count_zeros, f
 from ia3_export.planning.changes import Change
 from ia3_export.writing.layout import OutputFile
 from ia3_export.writing.schedule import Item, Queue, Sink, make_runs
+from ia3_export.writing.wording import describe_change
 
 _BLOCK = 1 << 19
 _COMPUTED = 1 << 21
@@ -101,7 +101,7 @@ def write_outputs(
     paths = [folder / file.name for folder, files in outputs for file in files]
     queue = Queue(make_runs(sinks), to_hash=paths if digests else [])
     meter = _Meter(queue.nbytes, on_progress)
-    workers = max(1, min(os.cpu_count() or 1, 8, queue.length))
+    workers = ranges.worker_count(queue.length)
     with ThreadPoolExecutor(workers) as pool:
         futures = [
             pool.submit(_work, queue, results, sha256 if digests else None, meter) for _ in range(workers)
@@ -294,6 +294,6 @@ def _block_elements(item: Item, itemsize: int) -> int:
 def _not_finite(change: Change, element: int) -> NotFinite:
     index = [int(i) for i in np.unravel_index(element, change.shape)] if change.shape else []
     return NotFinite(
-        f"{change.name}{index} is NaN or infinite in {change.dtype} after {'; '.join(change.folds) or 'the cast'}",
+        f"{change.name}{index} is NaN or infinite in {change.dtype} after {'; '.join(describe_change(change)) or 'the cast'}",
         hint="the value does not fit this dtype: try --dtype float32 or bfloat16, or look for it in the base",
     )

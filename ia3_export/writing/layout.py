@@ -53,9 +53,9 @@ def lay_out(plan: Plan, shard_size: int | None = None) -> tuple[OutputFile, ...]
     What is dequantized stays where its codes were, other added tensors go into the last shard. ``.bin`` shards become
     safetensors of the matching name, a GGUF file stays one. Raises `UsageError` and `Refused` for what GGUF cannot hold.
     """
-    if plan.base.is_gguf:
-        check_gguf(plan.quantization, plan.changes, plan.dtype, shard_size)
-        return (_lay_gguf(plan.base.shards[0], _rows(plan)[0]),)
+    if plan.base.stored.is_gguf:
+        check_gguf(plan.base.quantization, plan.changes, plan.recipe.dtype, shard_size)
+        return (_lay_gguf(plan.base.stored.shards[0], _rows(plan)[0]),)
     if shard_size is not None:
         return _reshard(plan, shard_size)
     # four bits become sixteen: what was a shard of 5 GB would be one of 13
@@ -63,9 +63,9 @@ def lay_out(plan: Plan, shard_size: int | None = None) -> tuple[OutputFile, ...]
         sum((change or tensor).nbytes for tensor, change in rows) > LARGEST for rows in _rows(plan)
     ):
         return _reshard(plan, LARGEST)
-    shards = zip(plan.base.shards, _rows(plan), strict=True)
+    shards = zip(plan.base.stored.shards, _rows(plan), strict=True)
     files = tuple(_lay_shard(shard, rows, plan) for shard, rows in shards if rows or not shard.tensors)
-    if len(files) == 1 and plan.base.index is not None and not _is_base(files, plan):
+    if len(files) == 1 and plan.base.stored.index is not None and not _is_base(files, plan):
         return (replace(files[0], name=SINGLE),)  # without an index no other name is looked for
     return files
 
@@ -73,14 +73,14 @@ def lay_out(plan: Plan, shard_size: int | None = None) -> tuple[OutputFile, ...]
 def make_index(plan: Plan, files: Iterable[OutputFile]) -> bytes | None:
     """The output's index, None when one file needs none. The base's own bytes where they stay true."""
     files = tuple(files)
-    if len(files) == 1 and plan.base.index is None:
+    if len(files) == 1 and plan.base.stored.index is None:
         return None
-    if plan.base.index_name is not None and _is_base(files, plan):
-        return (plan.base.folder / plan.base.index_name).read_bytes()
+    if plan.base.stored.index_name is not None and _is_base(files, plan):
+        return (plan.base.stored.folder / plan.base.stored.index_name).read_bytes()
     if len(files) == 1:
         return None
     weight_map = {_name(piece): file.name for file in files for piece in file.pieces}
-    metadata: dict[str, Any] = dict((plan.base.index or {}).get("metadata") or {})
+    metadata: dict[str, Any] = dict((plan.base.stored.index or {}).get("metadata") or {})
     if "total_parameters" in metadata:
         metadata["total_parameters"] = sum(count_elements(p.source.shape) for f in files for p in f.pieces)
     metadata["total_size"] = sum(_nbytes(piece) for file in files for piece in file.pieces)
@@ -90,7 +90,7 @@ def make_index(plan: Plan, files: Iterable[OutputFile]) -> bytes | None:
 
 def _is_base(files: Sequence[OutputFile], plan: Plan) -> bool:
     """Whether the files are the base's, with its headers."""
-    return len(files) == len(plan.base.shards) and all(file.verbatim is not None for file in files)
+    return len(files) == len(plan.base.stored.shards) and all(file.verbatim is not None for file in files)
 
 
 def _rows(plan: Plan) -> list[list[tuple[StoredTensor, Change | None]]]:
@@ -101,10 +101,10 @@ def _rows(plan: Plan) -> list[list[tuple[StoredTensor, Change | None]]]:
             for t in shard.tensors
             if t.name in plan.changes or t.name not in plan.dropped
         ]
-        for shard in plan.base.shards
+        for shard in plan.base.stored.shards
     ]
-    stored = {tensor.name for shard in plan.base.shards for tensor in shard.tensors}
-    files = {shard.path: i for i, shard in enumerate(plan.base.shards)}
+    stored = {tensor.name for shard in plan.base.stored.shards for tensor in shard.tensors}
+    files = {shard.path: i for i, shard in enumerate(plan.base.stored.shards)}
     for name, change in plan.changes.items():
         if name not in stored:
             beside = files.get(change.source.file) if change.source.computed is not None else None
@@ -180,7 +180,7 @@ def _reshard(plan: Plan, shard_size: int) -> tuple[OutputFile, ...]:
             filled = 0
         groups[-1].append((tensor, change))
         filled += nbytes
-    metadata = _metadata(plan.base.shards[0], plan)
+    metadata = _metadata(plan.base.stored.shards[0], plan)
     if len(groups) == 1:
         return (_lay_new(SINGLE, metadata, groups[0]),)
     return tuple(

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.hub import Location
+from ia3_export.checkpoint.ranges import worker_count
 from ia3_export.checkpoint.record import MANIFEST, Folded
 from ia3_export.ordering import natural
 from ia3_export.planning.plan import Plan
+from ia3_export.words import Digests
 from ia3_export.writing.execute import TensorResult, Written, hash_file
+from ia3_export.writing.wording import describe_change, describe_fold
 
 SCHEMA = "ia3-export/manifest/1"
 NAME = MANIFEST
-Digests = Literal["full", "output", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,23 +45,19 @@ def tool() -> dict[str, str]:
 def describe_plan(plan: Plan) -> dict[str, Any]:
     """The plan as JSON: options, every changed tensor, edits, warnings and refusals."""
     return {
-        "options": {
-            "combine": plan.combine, "weights": list(plan.weights), "cast": plan.cast, "dtype": plan.dtype,
-            "quantized": plan.quantized,
-            "allow_missing": plan.allow_missing, "allow_unused": plan.allow_unused, "tokenizer": plan.tokenizer,
-        },
+        "options": plan.recipe.to_json(),
         "adapters": [a.name for a in plan.adapters],
         "model_class": plan.model_class,
         "changes": [
             {
                 "tensor": change.name, "how": change.how, "dtype": change.dtype, "shape": list(change.shape),
-                "from_dtype": change.source.dtype, "folds": list(change.folds), "bytes": change.nbytes,
+                "from_dtype": change.source.dtype, "folds": describe_change(change), "bytes": change.nbytes,
             }
             for change in sorted(plan.changes.values(), key=lambda change: natural(change.name))
         ],
         "quantization": describe_quantization(plan),
         "config_edits": list(plan.config_edits),
-        "left_out": list(plan.base.left_out),
+        "left_out": list(plan.base.stored.left_out),
         "taken_from_adapters": dict(sorted(plan.companions.taken.items())),
         "warnings": list(plan.warnings),
         "refusals": [{"error": str(p), "hint": p.hint} for p in plan.problems],
@@ -69,15 +66,15 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
 
 def describe_quantization(plan: Plan) -> dict[str, Any]:
     """Formats of the base's quantized weights, what happens to them, and site by site what becomes of kept ones."""
-    if not plan.quantization.packed:
+    if not plan.base.is_quantized:
         return {}
     return {
-        "formats": plan.quantization.formats,
-        "method": plan.quantization.settings.get("quant_method"),
-        "how": plan.quantized,
+        "formats": plan.base.quantization.formats,
+        "method": plan.base.quantization.settings.get("quant_method"),
+        "how": plan.recipe.quantized,
         "sites": [{
                 "weight": site.weight, "format": site.format, "outcome": site.outcome, "tensors": list(site.tensors),
-                "rounding": site.error, "reason": site.reason, "folds": list(site.folds),
+                "rounding": site.error, "reason": site.reason, "folds": [describe_fold(fold) for fold in site.folds],
             }
             for site in plan.kept],
         "dropped": sorted(plan.dropped),
@@ -107,7 +104,7 @@ def make_manifest(
         "tool": tool(),
         "python": platform.python_version(),
         "libraries": _versions(plan),
-        "base": _source(plan.base.location, _base_files(plan), digests),
+        "base": _source(plan.base.stored.location, _base_files(plan), digests),
         "adapters": [
             _source(adapter.location, adapter.files, digests)
             | {
@@ -116,7 +113,7 @@ def make_manifest(
             }
             for adapter in plan.adapters
         ],
-        "folded": [folded.to_json() for folded in (*plan.base.folded, *map(as_folded, plan.adapters))],
+        "folded": [folded.to_json() for folded in (*plan.base.stored.folded, *map(as_folded, plan.adapters))],
         "linked": list(written.linked),
         "files": list_files(stage, known=written.sha256, hashed=digests != "none"),
     }  # fmt: skip
@@ -134,9 +131,9 @@ def _versions(plan: Plan) -> dict[str, str]:
 
 
 def _base_files(plan: Plan) -> list[str]:
-    names = [shard.name for shard in plan.base.shards] + list(plan.base.side_files)
-    if plan.base.index_name is not None:
-        names.append(plan.base.index_name)
+    names = [shard.name for shard in plan.base.stored.shards] + list(plan.base.stored.side_files)
+    if plan.base.stored.index_name is not None:
+        names.append(plan.base.stored.index_name)
     return sorted(names)
 
 
@@ -160,7 +157,7 @@ def _table(folder: Path, names: Sequence[str], known: Mapping[str, str], *, hash
     table: dict[str, dict[str, Any]] = {name: {"size": (folder / name).stat().st_size} for name in names}
     if hashed:
         missing = [name for name in names if name not in known]
-        with ThreadPoolExecutor(max(1, min(os.cpu_count() or 1, 8))) as pool:
+        with ThreadPoolExecutor(worker_count()) as pool:
             digests = pool.map(hash_file, [folder / name for name in missing])
             for name, digest in (*known.items(), *zip(missing, digests, strict=True)):
                 table[name]["sha256"] = digest

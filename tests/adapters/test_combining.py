@@ -23,7 +23,7 @@ from ia3_export.adapters.combine import (
     linear_warnings,
 )
 from ia3_export.adapters.model import Adapter, Site, TargetRules
-from ia3_export.adapters.writing import peft_shape, write_peft
+from ia3_export.adapters.writing import ConfigFacts, peft_shape, write_peft
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.checkpoint.hub import Location
 from ia3_export.errors import Refused, ShapeMismatch
@@ -246,9 +246,9 @@ def written(draw: st.DrawFn) -> list[Site]:
 def test_what_is_written_is_read_back_as_it_was(sites: list[Site]) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        write_peft(folder, sites, {}, task_type="CAUSAL_LM", base_model=None, to_save=[])
+        write_peft(folder, sites, {}, None, ConfigFacts(task_type="CAUSAL_LM"))
         first = {file.name: file.read_bytes() for file in folder.iterdir()}
-        write_peft(folder, sites[::-1], {}, task_type="CAUSAL_LM", base_model=None, to_save=[])
+        write_peft(folder, sites[::-1], {}, None, ConfigFacts(task_type="CAUSAL_LM"))
         assert {file.name: file.read_bytes() for file in folder.iterdir()} == first
         read = read_adapter(folder)
         assert read.task_type == "CAUSAL_LM" and set(read.sites) == {site.module for site in sites}
@@ -271,7 +271,7 @@ def test_peft_finds_the_written_modules(sites: list[Site], others: list[str]) ->
     from peft.tuners.tuners_utils import check_target_module_exists
 
     with tempfile.TemporaryDirectory() as place:
-        write_peft(Path(place), sites, {}, task_type=None, base_model="org/model", to_save=["head"])
+        write_peft(Path(place), sites, {}, None, ConfigFacts(base_model="org/model", to_save=["head"]))
         config = IA3Config.from_pretrained(place)
         plain = json.loads((Path(place) / "adapter_config.json").read_text(encoding="utf-8"))
     assert config.base_model_name_or_path == "org/model" and config.modules_to_save == ["head"]
@@ -286,7 +286,7 @@ def test_peft_finds_the_written_modules(sites: list[Site], others: list[str]) ->
 
 def test_a_module_that_ends_in_another_keeps_its_side(tmp_path: Path) -> None:
     sites = [site("1", [1, 2], "in"), site("11", [3, 4], "out")]
-    write_peft(tmp_path, sites, {}, task_type=None, base_model=None, to_save=[])
+    write_peft(tmp_path, sites, {}, None, ConfigFacts())
     assert {name: one.direction for name, one in read_adapter(tmp_path).sites.items()} == {
         "1": "in",
         "11": "out",

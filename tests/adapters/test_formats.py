@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from ia3_export import combine, convert, inspect, merge, read_adapter
+from ia3_export import Recipe, combine, convert, inspect, merge, read_adapter
 from ia3_export.errors import DamagedFile, MissingVector, Refused, Unsupported, UnusedVector
 from tests.e2e.command import only_complaint, run
 from tests.support import adapter_cases
@@ -69,7 +69,7 @@ def near(found: Any, wanted: Any) -> bool:
 
 @pytest.mark.parametrize("case", GOOD, ids=lambda case: case.name)
 def test_a_merge_computes_what_the_library_computed_unmerged(case: AdapterCase, tmp_path: Path) -> None:
-    merge(case.base, [case.adapter], tmp_path / "merged", allow_unused=case.unplaced)
+    merge(case.base, [case.adapter], tmp_path / "merged", recipe=Recipe(allow_unused=case.unplaced))
     assert near(forward(case, tmp_path / "merged"), case.wanted())
 
 
@@ -80,7 +80,7 @@ def test_where_there_are_biases_adapterhubs_own_merge_is_wrong_and_ours_is_not(
     case: AdapterCase, tmp_path: Path
 ) -> None:
     own = load_file(case.expected)[case.output.replace("unmerged", "merged_by_adapters")]
-    merge(case.base, [case.adapter], tmp_path / "merged", allow_unused=case.unplaced)
+    merge(case.base, [case.adapter], tmp_path / "merged", recipe=Recipe(allow_unused=case.unplaced))
     ours = forward(case, tmp_path / "merged")
     assert (own - case.wanted()).abs().max() > 1000 * (ours - case.wanted()).abs().max()
 
@@ -265,13 +265,11 @@ def test_deberta_of_adapterhub_is_refused() -> None:
         read_adapter(by_name("deberta_adapter_model").adapter)
 
 
-@pytest.mark.parametrize("flags", [{}, {"allow_missing": True}], ids=["strict", "allow_missing"])
-def test_a_vector_that_peft_overwrote_while_saving_is_not_guessed(
-    flags: dict[str, bool], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("allowed", [False, True], ids=["strict", "allow_missing"])
+def test_a_vector_that_peft_overwrote_while_saving_is_not_guessed(allowed: bool, tmp_path: Path) -> None:
     case = by_name("0.17.1-name-attention-bert-attention")
     with pytest.raises(Refused, match=r"attention.output.dense and .*output.dense were saved under one key"):
-        merge(case.base, [case.adapter], tmp_path / "out", **flags)
+        merge(case.base, [case.adapter], tmp_path / "out", recipe=Recipe(allow_missing=allowed))
 
 
 def test_a_key_that_fits_the_wrong_module_is_caught_by_the_targets(tmp_path: Path) -> None:
@@ -397,7 +395,7 @@ def test_a_checkpoint_with_half_of_the_layers_is_not_complete(tmp_path: Path) ->
     torch.save({k: v for k, v in state.items() if ".block.1." not in k}, tmp_path / "half.pt")
     with pytest.raises(MissingVector, match=r"block.1"):
         merge(case.base, [tmp_path / "half.pt"], tmp_path / "out")
-    merge(case.base, [tmp_path / "half.pt"], tmp_path / "out", allow_missing=True)
+    merge(case.base, [tmp_path / "half.pt"], tmp_path / "out", recipe=Recipe(allow_missing=True))
     convert(tmp_path / "half.pt", tmp_path / "peft")
     with pytest.raises(MissingVector, match=r"block.1"):
         merge(case.base, [tmp_path / "peft"], tmp_path / "again")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from ia3_export import OutputOptions, Recipe
 from ia3_export import merge as fold
 from ia3_export.adapters import read_adapter, read_adapters
 from ia3_export.adapters.mapped import parse_rules
@@ -425,7 +426,7 @@ def test_a_quantized_base_takes_bare_vectors_as_it_takes_pefts(
     torch.save(bare, tmp_path / "bare" / "vectors.pt")
     read = read_adapter(tmp_path / "bare" / "vectors.pt", rules=[r"(.+)\.out=output", r"(.+)\.in=input"])
     for name, source in (("one", adapter), ("other", read)):
-        fold(base, [source], tmp_path / name, quantized=quantized, reload_check=False)
+        fold(base, [source], tmp_path / name, Recipe(quantized=quantized), OutputOptions(reload_check=False))
     files = [f.name for f in (tmp_path / "one").iterdir() if f.suffix in (".safetensors", ".gguf")]
     assert files
     for name in files:

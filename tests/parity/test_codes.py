@@ -14,14 +14,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
-from ia3_export.adapters import read_adapter
+from ia3_export import plan_merge
 from ia3_export.checkpoint.folder import read_checkpoint
 from ia3_export.onnx.exported import find_onnx
 from ia3_export.parity.bits.codes import CODES, CodeCheck, check_codes
 from ia3_export.parity.bits.expected import Expected
 from ia3_export.parity.bits.graph import prove_graph
 from ia3_export.parity.bits.graph_files import read_graphs
-from ia3_export.planning.plan import make_plan
 from tests.e2e.command import run
 from tests.support import zoo
 from tests.support.exported import Exports
@@ -121,7 +120,7 @@ def test_every_code_of_an_exported_folder_is_compared_whatever_transformers_rena
     exports: Exports, kind: str
 ) -> None:
     exported = exports(kind, "--precision", "fp32,int8,int4")
-    plan = make_plan(read_checkpoint(exported.base), [read_adapter(exported.adapter)])
+    plan = plan_merge(exported.base, [exported.adapter])
     graphs = [read_graphs(paths) for paths in find_onnx(exported.folder)]
     plain = next(graph for graph in graphs if graph.precision == "float32")
     for graph in (g for g in graphs if g is not plain):

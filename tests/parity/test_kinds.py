@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ia3_export import verify
+from ia3_export import RunSettings, verify
 from tests.support import zoo
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
@@ -28,7 +28,7 @@ def test_a_right_merge_is_in_parity(kind: zoo.Kind, tmp_path: Path) -> None:
     model = zoo.build(kind, dtype=_dtype_of(kind))
     model.save_pretrained(tmp_path / "base")
     zoo.adapt(model, kind).save_pretrained(tmp_path / "adapter")
-    report = verify(tmp_path / "base", [tmp_path / "adapter"], device="cpu")
+    report = verify(tmp_path / "base", [tmp_path / "adapter"], settings=RunSettings(device="cpu"))
     assert report.in_parity, (report.weights, report.steps[0].gates)
     (step,) = report.steps
     assert step.effect_present is not None and 0.9 < step.effect_present < 1.1

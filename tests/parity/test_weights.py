@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ia3_export import OutputOptions
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.commands.merge import merge, plan_merge
 from ia3_export.parity.bits import folder as weights
@@ -71,7 +72,7 @@ def test_one_flipped_bit_is_found(merged: tuple[Plan, Path], place: float, bit: 
 def test_hard_links_are_not_read_again(merged: tuple[Plan, Path], tmp_path: Path) -> None:
     plan, _ = merged
     folder = tmp_path / "linked"
-    merge(plan.base.folder, [plan.adapters[0].location.path], folder, link=True)
+    merge(plan.base.stored.folder, [plan.adapters[0].location.path], folder, options=OutputOptions(link=True))
     assert prove_folder(plan, read_checkpoint(folder)).passed
 
 

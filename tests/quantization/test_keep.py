@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ia3_export import merge
+from ia3_export import OutputOptions, Recipe, merge
 from ia3_export.checkpoint.folder import read_checkpoint
 from ia3_export.checkpoint.header import read_bytes
 from ia3_export.errors import Refused
@@ -77,7 +77,7 @@ def _relative(found: Any, wanted: Any) -> float:
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in _NEVER])
 def test_kept_is_what_was_trained(case: str, adapters: Callable[[str], Path], tmp_path: Path) -> None:
-    merge(FIXTURES / case, [adapters(case)], tmp_path / "out", quantized="keep")
+    merge(FIXTURES / case, [adapters(case)], tmp_path / "out", recipe=Recipe(quantized="keep"))
     error = _relative(logits(dense_model(tmp_path / "out")), unmerged_logits(FIXTURES / case, adapters(case)))
     assert error <= next(bound for prefix, bound in _BOUNDS.items() if case.startswith(prefix))
     control = _relative(
@@ -90,7 +90,9 @@ def test_kept_is_what_was_trained(case: str, adapters: Callable[[str], Path], tm
 def test_no_code_and_no_other_tensor_is_touched(
     case: str, adapters: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    manifest = merge(FIXTURES / case, [adapters(case)], tmp_path / "out", quantized="keep").content
+    manifest = merge(
+        FIXTURES / case, [adapters(case)], tmp_path / "out", recipe=Recipe(quantized="keep")
+    ).content
     base, out = read_checkpoint(FIXTURES / case), read_checkpoint(tmp_path / "out")
     changed = {row["tensor"] for row in manifest["changes"]}
     assert base.tensors.keys() - set(manifest["quantization"]["dropped"]) == out.tensors.keys()
@@ -109,7 +111,7 @@ def test_what_cannot_be_kept_is_refused_and_says_why(
     case: str, adapters: Callable[[str], Path], tmp_path: Path
 ) -> None:
     with pytest.raises(Refused) as raised:
-        merge(FIXTURES / case, [adapters(case)], tmp_path / "out", quantized="keep")
+        merge(FIXTURES / case, [adapters(case)], tmp_path / "out", recipe=Recipe(quantized="keep"))
     sites = [str(raised.value)]
     assert any(_NEVER[case] in text for text in sites), sites
     assert "keep-or-dense" in raised.value.hint
@@ -120,7 +122,9 @@ def test_what_cannot_be_kept_is_refused_and_says_why(
 def test_keep_or_dense_writes_what_cannot_be_kept_dense(
     case: str, adapters: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    manifest = merge(FIXTURES / case, [adapters(case)], tmp_path / "out", quantized="keep-or-dense").content
+    manifest = merge(
+        FIXTURES / case, [adapters(case)], tmp_path / "out", recipe=Recipe(quantized="keep-or-dense")
+    ).content
     error = _relative(logits(dense_model(tmp_path / "out")), unmerged_logits(FIXTURES / case, adapters(case)))
     assert error <= 4e-3  # 16-bit weights
     outcomes = {site["outcome"] for site in manifest["quantization"]["sites"]}
@@ -131,7 +135,7 @@ def test_keep_or_dense_writes_what_cannot_be_kept_dense(
 
 @pytest.mark.parametrize("case", CASES)
 def test_dequantized_is_what_was_trained(case: str, adapters: Callable[[str], Path], tmp_path: Path) -> None:
-    merge(FIXTURES / case, [adapters(case)], tmp_path / "out", dtype="float32")
+    merge(FIXTURES / case, [adapters(case)], tmp_path / "out", recipe=Recipe(dtype="float32"))
     assert "quantization_config" not in (tmp_path / "out" / "config.json").read_text()
     error = _relative(logits(dense_model(tmp_path / "out")), unmerged_logits(FIXTURES / case, adapters(case)))
     assert error <= 1e-6
@@ -152,9 +156,15 @@ def test_scales_that_would_leave_their_dtype_are_widened_or_refused(
     save_file(vectors, adapter / "adapter_model.safetensors", {"format": "pt"})
     if dtype is None:
         with pytest.raises(Refused, match="leaves the range of float16"):
-            merge(FIXTURES / case, [adapter], tmp_path / "out", quantized="keep")
+            merge(FIXTURES / case, [adapter], tmp_path / "out", recipe=Recipe(quantized="keep"))
         return
-    merge(FIXTURES / case, [adapter], tmp_path / "out", quantized="keep", reload_check=False)
+    merge(
+        FIXTURES / case,
+        [adapter],
+        tmp_path / "out",
+        recipe=Recipe(quantized="keep"),
+        options=OutputOptions(reload_check=False),
+    )
     out = read_checkpoint(tmp_path / "out")
     scales = [
         t.dtype

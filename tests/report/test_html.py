@@ -12,11 +12,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ia3_export.report import formats
+from ia3_export.drawing import formats
 from ia3_export.report.charts import error_axis, histogram, layer_plot
 from ia3_export.report.html import generation_in_words, reason, site_groups, to_html
 from ia3_export.report.model import Gate, Generation, LayerError, Report, SiteSummary
-from ia3_export.report.strips import heat_limit, strip
+from ia3_export.report.strips import colour_scale, strip
 from tests.report import sample
 
 REPORTS: dict[str, Callable[[], Report]] = {
@@ -45,6 +45,18 @@ def shown(html: str) -> str:
 
 def section(html: str, name: str) -> ElementTree.Element | None:
     return next((e for e in parse(html).iter("section") if e.get("id") == name), None)
+
+
+def layer(
+    module: str,
+    *,
+    scale: float = 1.0,
+    unmerged: float = 1e-7,
+    error: float = 1e-7,
+    bound: float = 1e-6,
+    passed: bool = True,
+) -> LayerError:
+    return LayerError(module=module, scale=scale, unmerged=unmerged, error=error, bound=bound, passed=passed)
 
 
 @every_report
@@ -234,11 +246,11 @@ def test_two_thousand_modules_and_three_hundred_sites_make_a_page_of_sane_size()
 
 
 def test_thinning_keeps_the_worst_module_and_every_failing_stretch() -> None:
-    layers = [LayerError(f"m.{i}", 1.0, 1e-7, 1e-7, 1e-6, True) for i in range(4001)]
-    layers[1234] = LayerError("m.1234", 1.0, 1e-7, 5e-7, 1e-6, True)
+    layers = [layer(f"m.{i}") for i in range(4001)]
+    layers[1234] = layer("m.1234", error=5e-7)
     # fails with a smaller error than a passing neighbour
-    layers[3000] = LayerError("m.3000", 1.0, 1e-9, 2e-7, 1e-8, False)
-    layers[3001] = LayerError("m.3001", 1.0, 1e-7, 9e-7, 1e-6, True)
+    layers[3000] = layer("m.3000", unmerged=1e-9, error=2e-7, bound=1e-8, passed=False)
+    layers[3001] = layer("m.3001", error=9e-7)
     plot = str(layer_plot(layers, "m.3000"))
     assert len(re.findall('class="hover"', plot)) == 400
     assert "m.1234\n" in plot and plot.count('class="cross"') == 1 and "m.3000 OUT OF BOUND" in plot
@@ -269,9 +281,9 @@ def test_no_number_breaks_a_chart() -> None:
     assert report.reference is not None
     step = report.steps[0]
     assert step.distance is not None
-    nothing = LayerError("zero", 0.0, 0.0, 0.0, 0.0, True)
-    infinite = LayerError("broken", 0.0, 0.0, math.inf, 1e-3, False)
-    undefined = LayerError("nan", 1.0, math.nan, math.nan, 1e-3, False)
+    nothing = layer("zero", scale=0.0, unmerged=0.0, error=0.0, bound=0.0)
+    infinite = layer("broken", scale=0.0, unmerged=0.0, error=math.inf, bound=1e-3, passed=False)
+    undefined = layer("nan", unmerged=math.nan, error=math.nan, bound=1e-3, passed=False)
     for error in (0.0, math.inf, math.nan, 1e-320, 1e300):
         distance = replace(step.distance, max_error=error)
         odd = replace(
@@ -303,7 +315,7 @@ def test_the_histogram_tells_every_count() -> None:
 
 def test_strips_tell_amplified_inhibited_and_negative_apart() -> None:
     site = replace(sample.good().sites[0], values=(0.4, 0.4, 1.0, 1.005, 2.5, -0.3, 0.98))
-    root = ElementTree.fromstring(str(strip(site, heat_limit([site]))))
+    root = ElementTree.fromstring(str(strip(site, colour_scale([site]))))
     runs = {e.get("class"): e.get("d") for e in root.iter("path")}
     assert runs == {"i4": "M0 .5h2", "a4": "M4 .5h1", "neg": "M5 .5h1", "i1": "M6 .5h1"}
 
@@ -359,29 +371,3 @@ def test_the_reason_is_the_first_failing_finding() -> None:
     )
     floats = replace(sample.good(), steps=sample.good().steps[:3])
     assert reason(floats) == "Every artifact is within the rounding of the live model"
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0.0, "0"), (1.0, "1"), (3.14159, "3.14"), (3.1e-06, "3.1e-06"), (12345.6, "12,300"), (0.999712, "0.999712"),
-     (0.99, "0.99"), (1 - 2e-13, "1 - 2e-13"), (None, "—"), (math.nan, "not finite"), (math.inf, "not finite")],
-)  # fmt: skip
-def test_numbers(value: float | None, text: str) -> None:
-    assert formats.number(value) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(1.0, "100 %"), (0.9999, "99.99 %"), (0.5, "50 %"), (-0.02, "-2 %"), (2.0, "200 %"), (None, "—")]
-)  # fmt: skip
-def test_shares(value: float | None, text: str) -> None:
-    assert formats.share(value) == text
-
-
-def test_a_value_beyond_its_limit_never_looks_equal_to_it() -> None:
-    assert formats.compared(0.12345, 0.12341) == ("0.1235", "0.1234")
-    assert formats.compared(0.5, 0.5) == ("0.5", "0.5")
-
-
-@pytest.mark.parametrize(("nbytes", "text"), [(0, "0 bytes"), (999, "999 bytes"), (90_868_376, "90.9 MB"), (2_200_119_864, "2.2 GB"), (999_999, "1 MB")])  # fmt: skip
-def test_sizes(nbytes: int, text: str) -> None:
-    assert formats.size(nbytes) == text

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ia3_export.report.junit import MAX_LINES, to_junit
-from ia3_export.report.model import Gate, Generation, Report, Source, TensorFinding
+from ia3_export.report.model import Gate, Generation, ModelId, Report, TensorFinding
 from tests.report import sample
 
 XSD = xmlschema.XMLSchema(Path(__file__).parent / "junit-10.xsd")
@@ -195,7 +195,7 @@ def poisoned(name: str) -> Report:
     )
     proof = replace(report.weights[0], name=name, findings=(TensorFinding(name, name, name),), notes=(name,))
     return replace(
-        report, base=Source(name, name), adapters=(Source(name, None),), weights=(proof,), steps=(step,),
+        report, base=ModelId(name, name), adapters=(ModelId(name, None),), weights=(proof,), steps=(step,),
         options={name: name}, environment={name: name}, digests={name: name}, warnings=(name,),
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from ia3_export.report.markdown import MAX_ROWS, to_markdown
-from ia3_export.report.model import Gate, Location, Report, Source, Step, TensorFinding
+from ia3_export.report.model import FaultLocation, Gate, ModelId, Report, Step, TensorFinding
 from tests.report import sample
 
 EVIL = (
@@ -65,14 +65,14 @@ def poisoned(name: str) -> Report:
     report = sample.failing()
     step = replace(
         report.steps[0], finding=name, runs_on=name, file=name, name=name,
-        location=Location(name, name, name), gates=(Gate(name, 2.0, "<=", 1.0, False),), layers=(),
+        location=FaultLocation(name, name, name), gates=(Gate(name, 2.0, "<=", 1.0, False),), layers=(),
     )  # fmt: skip
     proof = replace(
         report.weights[0], name=name, file=name, findings=(TensorFinding(name, name, name),), notes=(name,)
     )
     assert report.reference is not None
     return replace(
-        report, base=Source(name, name), adapters=(Source(name, name),), weights=(proof,), steps=(step,),
+        report, base=ModelId(name, name), adapters=(ModelId(name, name),), weights=(proof,), steps=(step,),
         reference=replace(report.reference, model_class=name, inputs=(name,), runs_on=name),
         options={name: name}, environment={name: name}, digests={name: name}, warnings=(name,),
     )  # fmt: skip

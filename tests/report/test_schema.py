@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from itertools import cycle
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,7 +38,9 @@ VALIDATOR = Draft202012Validator(SCHEMA)
 def infinite() -> Report:
     """Every number of every distance infinite or NaN."""
     report = sample.failing()
-    worst = Distance(*([math.inf, math.nan] * 6))
+    worst = Distance(
+        **dict(zip((field.name for field in fields(Distance)), cycle([math.inf, math.nan]), strict=False))
+    )
     steps = tuple(
         replace(
             step,

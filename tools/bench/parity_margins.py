@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ia3_export import RunSettings
+
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 
@@ -49,7 +51,12 @@ def main() -> None:
                         graphs = [f"{folder}/onnx"] if options.onnx else []
                         if options.onnx:
                             export_onnx(graphs[0], base=f"{folder}/base", adapters=[f"{folder}/adapter"])
-                        report = verify(f"{folder}/base", [f"{folder}/adapter"], onnx=graphs, seed=seed)
+                        report = verify(
+                            f"{folder}/base",
+                            [f"{folder}/adapter"],
+                            onnx=graphs,
+                            settings=RunSettings(seed=seed),
+                        )
                     except IA3ExportError as error:
                         refused.append(f"{kind.name}: {error}")
                         continue

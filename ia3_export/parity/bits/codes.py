@@ -44,7 +44,7 @@ class CodeCheck:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Decoded:
+class DecodedCodes:
     """What codes stand for, and the length of a step of each; up to `padding` of the last columns belong to no weight."""
 
     values: Array
@@ -94,7 +94,7 @@ def _whole(row: Expected) -> Array:
     return np.concatenate([part.reshape(-1) for part in parts]).astype("<f8").reshape(row.source.shape)
 
 
-def _may_be(row: Expected, decoded: Sequence[Decoded]) -> bool:
+def _may_be(row: Expected, decoded: Sequence[DecodedCodes]) -> bool:
     """Whether the first elements of `row` are within a step: a look at all of it takes long."""
     ways = [way for one in decoded for way in _ways(row.source.shape, one)]
     if not ways:
@@ -106,13 +106,13 @@ def _may_be(row: Expected, decoded: Sequence[Decoded]) -> bool:
     return any((np.abs(start - v[first][:count]) <= _STEPS * s[first][:count]).all() for v, s in ways)
 
 
-def _nearest(weight: Array, decoded: Sequence[Decoded]) -> float:
+def _nearest(weight: Array, decoded: Sequence[DecodedCodes]) -> float:
     """The distance of the nearest of `decoded` from `weight`, in steps; infinite if no shape fits."""
     ways = [way for one in decoded for way in _ways(weight.shape, one)]
     return min((float((np.abs(weight - v) / s).max(initial=0.0)) for v, s in ways), default=math.inf)
 
 
-def _ways(shape: tuple[int, ...], decoded: Decoded) -> Iterator[tuple[Array, Array]]:
+def _ways(shape: tuple[int, ...], decoded: DecodedCodes) -> Iterator[tuple[Array, Array]]:
     """Values and steps in `shape`: as they are or transposed, without the padding of a row's last block."""
     values, steps = decoded.values, np.where(decoded.steps == 0, 1.0, decoded.steps)
     for turned in (False, True):
@@ -123,7 +123,7 @@ def _ways(shape: tuple[int, ...], decoded: Decoded) -> Iterator[tuple[Array, Arr
             yield (v.T, s.T) if turned else (v, s)
 
 
-def _eight_bits(name: str, tensor: Any, initializers: Mapping[str, Any]) -> list[Decoded]:
+def _eight_bits(name: str, tensor: Any, initializers: Mapping[str, Any]) -> list[DecodedCodes]:
     """One for each axis along which the scales may lie (a square matrix does not tell)."""
     scale = initializers.get(f"{name}_scale")
     if scale is None:
@@ -135,17 +135,17 @@ def _eight_bits(name: str, tensor: Any, initializers: Mapping[str, Any]) -> list
     found = []
     if scale.numpy().ndim == codes.ndim > 2:  # a matrix for each expert
         steps = np.broadcast_to(scale.numpy().astype("<f8"), codes.shape)
-        return [Decoded((codes - offset.reshape(-1)[:1]) * steps, steps)] if offset.size == 1 else []
+        return [DecodedCodes((codes - offset.reshape(-1)[:1]) * steps, steps)] if offset.size == 1 else []
     for axis in {0, codes.ndim - 1}:
         if step.size not in (1, codes.shape[axis]) or offset.size not in (1, codes.shape[axis]):
             continue
         along = [-1 if i == axis else 1 for i in range(codes.ndim)]
         steps = np.broadcast_to(step.reshape(along), codes.shape)
-        found.append(Decoded((codes - offset.reshape(along)) * steps, steps))
+        found.append(DecodedCodes((codes - offset.reshape(along)) * steps, steps))
     return found
 
 
-def _four_bits(name: str, tensor: Any, initializers: Mapping[str, Any]) -> list[Decoded]:
+def _four_bits(name: str, tensor: Any, initializers: Mapping[str, Any]) -> list[DecodedCodes]:
     scales = initializers.get(f"{name}_scales")
     packed = tensor.numpy()
     if scales is None or packed.ndim != 3:
@@ -159,7 +159,7 @@ def _four_bits(name: str, tensor: Any, initializers: Mapping[str, Any]) -> list[
         offset = _nibbles(zero.numpy().reshape(rows, -1)).reshape(rows, -1)[:, :blocks, None].astype("<f8")
     values = ((codes - offset) * step).reshape(rows, -1)
     steps = np.broadcast_to(np.abs(step), codes.shape).reshape(rows, -1)
-    return [Decoded(values, steps, codes.shape[-1] - 1)]
+    return [DecodedCodes(values, steps, codes.shape[-1] - 1)]
 
 
 def _nibbles(packed: Array) -> Array:
@@ -167,7 +167,7 @@ def _nibbles(packed: Array) -> Array:
     return unpacked
 
 
-_READERS: Mapping[str, Callable[[str, Any, Mapping[str, Any]], list[Decoded]]] = {
+_READERS: Mapping[str, Callable[[str, Any, Mapping[str, Any]], list[DecodedCodes]]] = {
     "quantized": _eight_bits,
     "Q4": _four_bits,
 }

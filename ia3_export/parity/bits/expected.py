@@ -48,7 +48,7 @@ class Expected:
 
 def expected_tensors(plan: Plan) -> dict[str, Expected]:
     """Every tensor of the output of `plan`, by name."""
-    stored = plan.base.tensors
+    stored = plan.base.stored.tensors
     rows = {
         name: Expected(name, t.dtype, t, (), None, t)
         for name, t in stored.items()
@@ -56,7 +56,7 @@ def expected_tensors(plan: Plan) -> dict[str, Expected]:
     }
     for name, change in plan.changes.items():
         how = None if change.how in ("cast", "dequantize", "rewrite") else change.how
-        base = plan.dense.tensors.get(name) or stored.get(name)
+        base = plan.base.dense.tensors.get(name) or stored.get(name)
         rows[name] = Expected(name, change.dtype, change.source, change.scales, how, base)
     return rows
 

@@ -7,7 +7,6 @@ is not.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 
 from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint
 from ia3_export.checkpoint.header import StoredTensor
+from ia3_export.checkpoint.ranges import worker_count
 from ia3_export.parity.bits.diagnosis import diagnose
 from ia3_export.parity.bits.expected import (
     BLOCK,
@@ -48,7 +48,7 @@ def prove_folder(
         for name, tensor in merged.tensors.items()
         if name not in rows
     ]
-    if plan.base.config is not None and merged.config is None and merged.location.path.is_dir():
+    if plan.base.stored.config is not None and merged.config is None and merged.location.path.is_dir():
         findings.append(TensorFinding("config.json", "missing", "without it no library loads the folder"))
     if merged.holds_adapter:
         detail = "transformers applies an adapter that lies in a model's folder: it would act twice"
@@ -70,16 +70,22 @@ def prove_folder(
     bad = {finding.tensor for finding in findings}
     good = [row for row, _ in pairs if row.name not in bad]
     return WeightsProof(
-        "merged", "merged", merged.location.path.resolve().name, not findings,
-        sum(row.changed for row in good), sum(not row.changed for row in good), 0,
-        sum(tensor.nbytes for _, tensor in pairs), tuple(findings[:_FINDINGS]), tuple(_notes(plan, merged, findings)),
-    )  # fmt: skip
+        name="merged",
+        kind="merged",
+        file=merged.location.path.resolve().name,
+        passed=not findings,
+        changed=sum(row.changed for row in good),
+        unchanged=sum(not row.changed for row in good),
+        nbytes=sum(tensor.nbytes for _, tensor in pairs),
+        findings=tuple(findings[:_FINDINGS]),
+        notes=tuple(_notes(plan, merged, findings)),
+    )
 
 
 def _settings(plan: Plan, merged: Checkpoint) -> Iterator[TensorFinding]:
     """What stays quantized is read by its configuration: without the right one every library reads something else."""
-    wanted = plan.config if plan.config is not None else plan.base.config
-    if not plan.quantization.packed or plan.base.is_gguf or wanted is None or merged.config is None:
+    wanted = plan.config if plan.config is not None else plan.base.stored.config
+    if not plan.base.is_quantized or plan.base.stored.is_gguf or wanted is None or merged.config is None:
         return
     place = "quantization_config"
     if wanted.get(place) != merged.config.get(place):
@@ -100,10 +106,10 @@ def _notes(plan: Plan, merged: Checkpoint, findings: Sequence[TensorFinding]) ->
         yield "every tensor is the base's: the adapter is not in it"
     if len(findings) > _FINDINGS:
         yield f"{len(findings)} findings, of which {_FINDINGS} are listed"
-    if merged.location.path.is_dir() and not plan.base.is_gguf:
+    if merged.location.path.is_dir() and not plan.base.stored.is_gguf:
         for what in other_companions(plan.companions, merged.folder):
             yield f"the {what} differ{'s' if what == 'tokenizer' else ''} from what a merge writes"
-    wanted = plan.config if plan.config is not None else plan.base.config
+    wanted = plan.config if plan.config is not None else plan.base.stored.config
     if merged.config is not None and wanted is not None:
         ignored = ("transformers_version", "_name_or_path")
         names = sorted(
@@ -153,7 +159,7 @@ def _compare_all(
                     if on_progress is not None:
                         on_progress(Progress(done, total))
 
-    workers = max(1, min(os.cpu_count() or 1, 8, len(pieces)))
+    workers = worker_count(len(pieces))
     with ThreadPoolExecutor(workers) as pool:
         for future in [pool.submit(work) for _ in range(workers)]:
             future.result()

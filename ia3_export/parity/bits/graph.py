@@ -60,6 +60,10 @@ def prove_graph(
     findings += _wrong_values(rows, floats, weights, found)
     findings += _twice(rows, matches, found)
     quantized = graph.precision in ("int8", "int4")
+    notes: list[str] = []
+    unproven = 0
+    if quantized:
+        unproven = _prove_codes(rows, graph, float_graph, alone, findings, notes)
     # a graph that gives hidden states has no head
     headless = graph.outputs == ("last_hidden_state",)
     absent = sorted(
@@ -67,63 +71,75 @@ def prove_graph(
         for n, row in rows.items()
         if row.changed and n not in found and not (headless and row.how in ("replace", "add"))
     )
-    notes = []
-    unproven: list[str] = []
-    if quantized:
-        checks = list(check_codes(rows, graph.initializers, graph.origins, _made_of(graph, float_graph)))
-        compared = [check for check in checks if check.of is not None]
-        findings += [
-            TensorFinding(
-                c.name,
-                "differs",
-                f"its codes are up to {c.error:.3g} steps from {c.of}, rounding explains one",
-            )
-            for c in compared
-            if not c.within_a_step
-        ]
-        unproven = [check.name for check in checks if check.of is None]
-        notes.append(
-            f"quantized: {len(checks)} initializers hold codes, which bits cannot prove; {len(compared)} of them were compared, "
-            "within one step of their tensor"
-        )
-        if unproven and alone:
-            findings += [
-                TensorFinding(n, "not compared", "no tensor was found that its codes stand for")
-                for n in unproven
-            ]
-        elif unproven:
-            notes.append(
-                f"compared with nothing: {', '.join(unproven[:6])}{' ...' if len(unproven) > 6 else ''}; the forwards judge"
-            )
-    if absent and alone:
-        findings += [
-            TensorFinding(
-                n, "not found", "no initializer holds it as it must be; without a forward it is not proven"
-            )
-            for n in absent
-        ]
+    if alone:
+        detail = "no initializer holds it as it must be; without a forward it is not proven"
+        findings += [TensorFinding(n, "not found", detail) for n in absent]
     elif absent and not quantized:
-        notes.append(
-            f"not found as they are: {', '.join(absent[:6])}{' ...' if len(absent) > 6 else ''}; the forwards judge"
-        )
+        notes.append(f"not found as they are: {_listed(absent)}; the forwards judge")
     different = [n for n, row in matches.items() if row.changed]
     if different:
         notes.append(
-            f"{len(different)} of {len(graph.initializers)} initializers differ from the base's: "
-            f"{', '.join(different[:6])}{' ...' if len(different) > 6 else ''}"
+            f"{len(different)} of {len(graph.initializers)} initializers differ from the base's: {_listed(different)}"
         )
-    if base_graph is not None and base_graph.precision != graph.precision:
-        notes.append(f"the base's export is {base_graph.precision}: operators are not compared")
-    elif base_graph is not None:
-        other = list(_other_operators(graph, base_graph))
-        findings += other
-        if not other:
-            notes.append(f"the {sum(graph.operators.values())} operators are those of the base's export")
+    if base_graph is not None:
+        _compare_operators(graph, base_graph, findings, notes)
     return WeightsProof(
-        name, "onnx", graph.file, not findings, sum(row.changed for row in matches.values()),
-        sum(not row.changed for row in matches.values()), len(computed),
-        sum(tensor.nbytes for tensor in graph.initializers.values()), tuple(findings), tuple(notes), len(unproven),
-    )  # fmt: skip
+        name=name,
+        kind="onnx",
+        file=graph.file,
+        passed=not findings,
+        changed=sum(row.changed for row in matches.values()),
+        unchanged=sum(not row.changed for row in matches.values()),
+        computed=len(computed),
+        nbytes=sum(tensor.nbytes for tensor in graph.initializers.values()),
+        findings=tuple(findings),
+        notes=tuple(notes),
+        unproven=unproven,
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:6])}{' ...' if len(names) > 6 else ''}"
+
+
+def _prove_codes(
+    rows: Mapping[str, Expected],
+    graph: Graph,
+    float_graph: Graph | None,
+    alone: bool,
+    findings: list[TensorFinding],
+    notes: list[str],
+) -> int:
+    """Add what is found of initializers that hold codes; how many were compared with nothing."""
+    checks = list(check_codes(rows, graph.initializers, graph.origins, _made_of(graph, float_graph)))
+    compared = [check for check in checks if check.of is not None]
+    for check in compared:
+        if not check.within_a_step:
+            detail = f"its codes are up to {check.error:.3g} steps from {check.of}, rounding explains one"
+            findings.append(TensorFinding(check.name, "differs", detail))
+    unproven = [check.name for check in checks if check.of is None]
+    notes.append(
+        f"quantized: {len(checks)} initializers hold codes, which bits cannot prove; {len(compared)} of them were compared, "
+        "within one step of their tensor"
+    )
+    if alone:
+        detail = "no tensor was found that its codes stand for"
+        findings += [TensorFinding(name, "not compared", detail) for name in unproven]
+    elif unproven:
+        notes.append(f"compared with nothing: {_listed(unproven)}; the forwards judge")
+    return len(unproven)
+
+
+def _compare_operators(
+    graph: Graph, base_graph: Graph, findings: list[TensorFinding], notes: list[str]
+) -> None:
+    if base_graph.precision != graph.precision:
+        notes.append(f"the base's export is {base_graph.precision}: operators are not compared")
+        return
+    other = list(_other_operators(graph, base_graph))
+    findings += other
+    if not other:
+        notes.append(f"the {sum(graph.operators.values())} operators are those of the base's export")
 
 
 def _scales_codes(name: str, graph: Graph) -> bool:
@@ -161,7 +177,7 @@ def _made_of(graph: Graph, float_graph: Graph | None) -> Callable[[str], Array |
 def _left_behind(graph: Graph, plan: Plan) -> Iterator[TensorFinding]:
     """Nodes named after adapter modules, and initializers that hold a vector."""
     # X-MOD and others have adapters of their own
-    words = [word for word in _ADAPTER_WORDS if not any(word in name for name in plan.base.tensors)]
+    words = [word for word in _ADAPTER_WORDS if not any(word in name for name in plan.base.stored.tensors)]
     for name in dict.fromkeys(graph.names):
         if any(word in name for word in words):
             yield TensorFinding(name, "adapter node", "the graph still applies an adapter at run time")

@@ -10,136 +10,146 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ia3_export.adapters.combine import Combine
-from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint
 from ia3_export.errors import Refused, Unsupported
 from ia3_export.models.sentence import SentenceHead
 from ia3_export.parity.metrics import EPSILON, largest
 from ia3_export.parity.runs.greedy import Decoded, SpecialTokens, decode, prompts, special_tokens
 from ia3_export.parity.runs.inputs import Case, is_decoder
-from ia3_export.parity.runs.live import LiveModel, Placement, load_as_library_runs_it, load_live, load_plain
+from ia3_export.parity.runs.live import (
+    FineTune,
+    FittedClass,
+    LiveModel,
+    RunDevice,
+    load_as_library_runs_it,
+    load_live,
+    load_plain,
+)
 from ia3_export.parity.runs.quantized import is_bitsandbytes
-from ia3_export.parity.runs.run_torch import Run, rounding_noise, run_torch
+from ia3_export.parity.runs.run_torch import ForwardOutputs, rounding_noise, run_torch
+from ia3_export.quantization.base import Base
 
 _LARGE = 64 << 20
-TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Unmerged:
-    """Base + live adapters: the `reference` in `precision`, the runs in coarser dtypes, and the base alone (`plain`). `refused`
-    is what PEFT said where hooks applied the adapters instead.
+class Wanted:
+    """What a forward shall give besides the model's outputs: `hidden` states where a graph gives them (see `run_torch`), and what
+    the `sentence` head makes of them."""
+
+    hidden: bool = False
+    sentence: SentenceHead | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class UnmergedRuns:
+    """Base + live adapters (so many `adapters`): the `reference` in `precision`, the runs in coarser dtypes, and the base alone
+    (`plain`). `refused` is what PEFT said where hooks applied the adapters instead.
 
     `decoded` is the reference's greedy decoding, None where the model cannot generate; `library` a quantized base with live
-    adapters as its own library runs it, or `library_failure` why that cannot be had here. `hidden` is as in `run_torch`.
+    adapters as its own library runs it, or `library_failure` why that cannot be had here.
     """
 
     class_name: str
+    adapters: int
     applied_by: Literal["peft", "hooks", "none"]
     refused: str
+    wanted: Wanted
     cases: Sequence[Case]
+    causal: bool
     precision: str
-    reference: Run
-    runs: Mapping[str, Run]
-    plain: Run
+    reference: ForwardOutputs
+    runs: Mapping[str, ForwardOutputs]
+    plain: ForwardOutputs
     decoded: Sequence[Decoded] | None
     special: SpecialTokens
-    library: Run | None
-    causal: bool
-    hidden: bool
-    sentence: SentenceHead | None
+    library: ForwardOutputs | None
     library_failure: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Merged:
+class MergedRuns:
     """The merged model's run in the working dtype, and where another runtime widens 16-bit weights, in float32 and 64."""
 
-    run: Run
+    run: ForwardOutputs
     decoded: Sequence[Decoded] | None
-    single: Run | None
-    double: Run | None
+    single: ForwardOutputs | None
+    double: ForwardOutputs | None
 
 
 def run_unmerged(
-    base: Checkpoint,
-    adapters: Sequence[Adapter],
-    combine: Combine,
-    weights: Sequence[float],
+    trained: FineTune,
     dtypes: Sequence[str],
-    where: Placement,
+    where: RunDevice,
     make_cases: Callable[[Any], Sequence[Case]],
-    *,
-    hidden: bool,
-    sentence: SentenceHead | None = None,
-) -> Unmerged:
+    wanted: Wanted,
+) -> UnmergedRuns:
     """Run base + live adapters in each of `dtypes` (the first is the one it is loaded in), then in the reference
-    precision, then without the adapters. A run in the reference's own dtype is made with `rounding_noise`; `make_cases` gives the inputs for the loaded model.
+    precision, then without the adapters. A run in the reference's own dtype is made with `rounding_noise`; `make_cases`
+    gives the inputs for the loaded model.
 
     Raises `Unsupported` when the model cannot be loaded or run, or gives NaN itself.
     """
-    live = load_live(base, adapters, combine, weights, dtypes[0], where)
+    stored = trained.base.stored
+    live = load_live(trained, dtypes[0], where)
     cases = make_cases(live.inner)
-    first = run_torch(live.model, cases, hidden=hidden, sentence=sentence, trace=True)
+    first = _traced(live.model, cases, wanted)
     causal = is_decoder(live.inner)
     if where.offload is not None:
         del live
-        _free(base)
-        live = load_live(base, adapters, combine, weights, "float32", where)
-        precision, reference = (
-            "float32",
-            run_torch(live.model, cases, hidden=hidden, sentence=sentence, trace=True),
-        )
+        _free(stored)
+        live = load_live(trained, "float32", where)
+        precision, reference = "float32", _traced(live.model, cases, wanted)
     else:
-        precision, reference = _widest(live, cases, hidden, sentence, where.precision)
+        precision, reference = _widest(live, cases, wanted, where.precision)
     finite = _finite(reference, precision)
     cases, reference, first = [cases[i] for i in finite], reference.part(finite), first.part(finite)
     runs, decoded = {dtypes[0]: first}, None
     if where.offload is None:
         decoded = decode(live.model, prompts(cases))
         for dtype in dtypes[1:]:
-            runs[dtype] = run_torch(
-                _cast(live.model, dtype), cases, hidden=hidden, sentence=sentence, trace=True
-            )
+            runs[dtype] = _traced(_cast(live.model, dtype), cases, wanted)
             _cast(live.model, precision)
-    if (
-        precision in runs
-    ):  # the reference is no wider than what it is to judge: it would have no error of its own
+    # a reference that is no wider than what it is to judge would have no error of its own
+    if precision in runs:
         with rounding_noise(live.inner, EPSILON[precision]):
-            runs[precision] = run_torch(live.model, cases, hidden=hidden, sentence=sentence, trace=True)
+            runs[precision] = _traced(live.model, cases, wanted)
     with live.without_adapter():
-        plain = run_torch(live.model, cases, hidden=hidden, sentence=sentence)
+        plain = run_torch(live.model, cases, hidden=wanted.hidden, sentence=wanted.sentence)
     class_name, by, refused, special = live.class_name, live.by, live.refused, special_tokens(live.model)
     del live
-    _free(base)
+    _free(stored)
     library, failure = None, ""
-    if is_bitsandbytes(base):
+    if is_bitsandbytes(stored):
         try:
-            quantized = load_as_library_runs_it(base, adapters, class_name, where)
-            library = None if quantized is None else run_torch(quantized, cases, hidden=hidden)
+            quantized = load_as_library_runs_it(trained, class_name, where)
+            library = None if quantized is None else run_torch(quantized, cases, hidden=wanted.hidden)
         except Unsupported as error:  # a comparison more than the proof needs
             failure = str(error)
-    return Unmerged(
-        class_name,
-        by,
-        refused,
-        cases,
-        precision,
-        reference,
-        runs,
-        plain,
-        decoded,
-        special,
-        library,
-        causal,
-        hidden,
-        sentence,
-        failure,
+    return UnmergedRuns(
+        class_name=class_name,
+        adapters=len(trained.adapters),
+        applied_by=by,
+        refused=refused,
+        wanted=wanted,
+        cases=cases,
+        causal=causal,
+        precision=precision,
+        reference=reference,
+        runs=runs,
+        plain=plain,
+        decoded=decoded,
+        special=special,
+        library=library,
+        library_failure=failure,
     )
 
 
-def _finite(reference: Run, precision: str) -> list[int]:
+def _traced(model: Any, cases: Sequence[Case], wanted: Wanted) -> ForwardOutputs:
+    return run_torch(model, cases, hidden=wanted.hidden, sentence=wanted.sentence, trace=True)
+
+
+def _finite(reference: ForwardOutputs, precision: str) -> list[int]:
     """The inputs on which the reference itself is finite: with padding on the left, some models divide zero by zero at the
     padded positions and carry that on."""
     finite = [i for i, output in enumerate(reference.outputs) if np.isfinite(largest([output]))]
@@ -152,17 +162,17 @@ def _finite(reference: Run, precision: str) -> list[int]:
 
 
 def run_merged(
-    merged: Checkpoint, unmerged: Unmerged, dtype: str, where: Placement, *, widened: bool
-) -> Merged:
+    merged: Base, unmerged: UnmergedRuns, dtype: str, where: RunDevice, *, widened: bool
+) -> MergedRuns:
     """Run the merged checkpoint on the same inputs in `dtype`, and if `widened` in float32 and float64 as well."""
-    if merged.holds_adapter:
+    if merged.stored.holds_adapter:
         raise Refused(
             f"{ADAPTER_CONFIG} lies beside the merged weights: transformers would apply that adapter to them",
-            hint=f"move {ADAPTER_CONFIG} out of {merged.location.given}",
+            hint=f"move {ADAPTER_CONFIG} out of {merged.stored.location.given}",
         )
-    model = load_plain(merged, unmerged.class_name, None, dtype, where)
-    hidden, sentence = unmerged.hidden, unmerged.sentence
-    run = run_torch(model, unmerged.cases, hidden=hidden, sentence=sentence, trace=True)
+    model = load_plain(merged, FittedClass(unmerged.class_name), dtype, where)
+    hidden, sentence = unmerged.wanted.hidden, unmerged.wanted.sentence
+    run = _traced(model, unmerged.cases, unmerged.wanted)
     decoded = None
     if unmerged.decoded is not None:
         decoded = decode(model, prompts(unmerged.cases), unmerged.special)
@@ -172,21 +182,17 @@ def run_merged(
         if unmerged.precision == "float64":
             double = run_torch(_cast(model, "float64"), unmerged.cases, hidden=hidden, sentence=sentence)
     del model
-    _free(merged)
-    return Merged(run, decoded, single, double)
+    _free(merged.stored)
+    return MergedRuns(run, decoded, single, double)
 
 
 def _widest(
-    live: LiveModel, cases: Sequence[Case], hidden: bool, sentence: SentenceHead | None, precision: str
-) -> tuple[str, Run]:
+    live: LiveModel, cases: Sequence[Case], wanted: Wanted, precision: str
+) -> tuple[str, ForwardOutputs]:
     if precision == "float64":
         with suppress(Unsupported):  # an operator without a float64 kernel
-            return precision, run_torch(
-                _cast(live.model, precision), cases, hidden=hidden, sentence=sentence, trace=True
-            )
-    return "float32", run_torch(
-        _cast(live.model, "float32"), cases, hidden=hidden, sentence=sentence, trace=True
-    )
+            return precision, _traced(_cast(live.model, precision), cases, wanted)
+    return "float32", _traced(_cast(live.model, "float32"), cases, wanted)
 
 
 def _cast(model: Any, dtype: str) -> Any:

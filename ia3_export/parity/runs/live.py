@@ -9,25 +9,27 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
 
-from ia3_export.adapters.combine import Combine, combine_vectors
+from ia3_export.adapters.combine import combine_vectors
 from ia3_export.adapters.model import Adapter, Site
 from ia3_export.checkpoint.folder import Checkpoint, adapterless, architectures
 from ia3_export.checkpoint.header import StoredTensor, read_values, same_bytes
 from ia3_export.errors import Unsupported, kind_and_line
 from ia3_export.models.conversions import in_class_names, loading_rules
 from ia3_export.models.model_class import load_runtime_model, make_config
-from ia3_export.parity.runs.quantized import as_dense, load_dense, widen
+from ia3_export.parity.runs.quantized import load_dense, widen
+from ia3_export.planning.recipe import DEFAULT_RECIPE, Recipe
+from ia3_export.quantization.base import Base
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class RunDevice:
     """Where a model lives: on `device`, or, with an `offload` folder, layer by layer: at most `max_memory` bytes in
     memory (on the GPU: what it has free), the rest on disk (accelerate). `precision` is the reference's."""
 
@@ -35,6 +37,25 @@ class Placement:
     offload: Path | None = None
     max_memory: int = 0
     precision: str = "float64"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FineTune:
+    """What was trained: a base, its adapters in order, and by which recipe several count together."""
+
+    base: Base
+    adapters: tuple[Adapter, ...] = ()
+    recipe: Recipe = DEFAULT_RECIPE
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FittedClass:
+    """The class in which all adapters live. `config` replaces the checkpoint's own where it has their labels and vocabulary;
+    `brought` are the tensors that they bring, by the class's names."""
+
+    name: str
+    config: Mapping[str, Any] | None = None
+    brought: Mapping[str, StoredTensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,40 +83,36 @@ class LiveModel:
             yield
 
 
-def load_live(
-    base: Checkpoint,
-    adapters: Sequence[Adapter],
-    combine: Combine,
-    weights: Sequence[float],
-    dtype: str,
-    where: Placement,
-) -> LiveModel:
+def load_live(trained: FineTune, dtype: str, where: RunDevice) -> LiveModel:
     """Load the base in `dtype` with every adapter live. Raises `Unsupported` without a transformers class."""
-    if base.config is None:
+    base, adapters, recipe = trained.base, trained.adapters, trained.recipe
+    config = base.stored.config
+    if config is None:
         raise Unsupported(
-            f"{base.location.given} has no config.json, so no model can be built from it",
+            f"{base.stored.location.given} has no config.json, so no model can be built from it",
             hint="give the model folder that save_pretrained() wrote",
         )
     if not adapters:
-        name = next(iter(architectures(base.config)), "AutoModel")
-        return LiveModel(load_plain(base, name, None, dtype, where), name, "none", ())
-    class_name, config, brought = fit_class(base, adapters)
+        name = next(iter(architectures(config)), "AutoModel")
+        return LiveModel(load_plain(base, FittedClass(name), dtype, where), name, "none", ())
+    fitted = fit_class(base.stored, adapters)
     refused = ""
-    if combine == "product" and where.offload is None:
-        live = _with_peft(load_plain(base, class_name, config, dtype, where, brought=brought), adapters)
-        if not isinstance(live, str):
-            return LiveModel(live.eval(), class_name, "peft", ())
-        refused = live
-    model = load_plain(base, class_name, config, dtype, where, brought=brought)
-    handles = tuple(_with_hooks(model, adapters, combine, weights))
-    return LiveModel(model, class_name, "hooks", handles, refused)
+    if recipe.combine == "product" and where.offload is None:
+        try:
+            live = _with_peft(load_plain(base, fitted, dtype, where), adapters)
+            return LiveModel(live.eval(), fitted.name, "peft", ())
+        except _NotByPeft as reason:
+            refused = str(reason)
+    model = load_plain(base, fitted, dtype, where)
+    return LiveModel(model, fitted.name, "hooks", tuple(_with_hooks(model, adapters, recipe)), refused)
 
 
-def fit_class(
-    base: Checkpoint, adapters: Sequence[Adapter]
-) -> tuple[str, dict[str, Any], dict[str, StoredTensor]]:
-    """The class in which all `adapters` live, the base's configuration with their labels and vocabulary, and the tensors that
-    they bring by the class's names. A head decides on the class."""
+class _NotByPeft(Exception):
+    """PEFT cannot apply the adapters, for what it says; says nothing where it leaves out a vector or knows not the format."""
+
+
+def fit_class(base: Checkpoint, adapters: Sequence[Adapter]) -> FittedClass:
+    """The class in which all `adapters` live. A head decides on it."""
     assert base.config is not None
     class_name, config, brought = "", dict(base.config), dict[str, StoredTensor]()
     for given in adapters:
@@ -112,23 +129,16 @@ def fit_class(
                 if partner in adapter.extras:
                     brought.setdefault(name, adapter.extras[partner])
         brought |= adapter.extras
-    return class_name, config, brought
+    return FittedClass(class_name, config, brought)
 
 
 def load_plain(
-    base: Checkpoint,
-    class_name: str,
-    config: Mapping[str, Any] | None,
-    dtype: str,
-    where: Placement,
-    *,
-    quantized: bool = False,
-    brought: Mapping[str, StoredTensor] | None = None,
+    base: Base, fitted: FittedClass, dtype: str, where: RunDevice, *, quantized: bool = False
 ) -> Any:
-    """The checkpoint as a transformers model of `class_name`, in eval mode; seeded where a head is made anew.
+    """The checkpoint as a transformers model of the `fitted` class, in eval mode; seeded where a head is made anew.
 
-    `config` replaces the checkpoint's own configuration; where it makes a tensor another size (more labels, a resized
-    vocabulary), that tensor must be one of `brought`, and is it. A quantized checkpoint is dequantized (exactly in float32 and wider), or,
+    Where its configuration makes a tensor another size (more labels, a resized vocabulary), that tensor must be one of those
+    brought, and is it. A quantized checkpoint is dequantized (exactly in float32 and wider), or,
     of bitsandbytes and with `quantized`, stays as that library runs it, with products in float32. Experts run one after the other, in plain matrix products:
     the grouped kernel knows no float64.
     """
@@ -136,10 +146,13 @@ def load_plain(
     import transformers
 
     torch.manual_seed(0)
-    dense = base if quantized else as_dense(base)
+    if not quantized:
+        base.raise_problems()
+    stored, class_name = base.stored, fitted.name
+    dense = stored if quantized else base.dense
     if where.offload is None:
-        dense = _stored_once(dense, brought or {})
-    made = None if config is None or quantized else make_config(config)
+        dense = _stored_once(dense, fitted.brought)
+    made = None if fitted.config is None or quantized else make_config(fitted.config)
     kind = "auto" if dtype == "auto" else getattr(torch, dtype)
     offload: dict[str, Any] = {}
     if where.offload is not None:
@@ -149,28 +162,28 @@ def load_plain(
             limits[index] = int(0.8 * torch.cuda.mem_get_info(index)[0])
         offload = {"device_map": "auto", "max_memory": limits, "offload_folder": str(where.offload)}
     try:
-        if dense is not base or base.of_adapter is not None:
-            made = made or make_config(base.config or {})
-            model, report = load_dense(dense, class_name, made, kind, other_sizes=bool(brought))
+        if dense is not stored or stored.of_adapter is not None:
+            made = made or make_config(stored.config or {})
+            model, report = load_dense(dense, class_name, made, kind, other_sizes=bool(fitted.brought))
         else:
             with TemporaryDirectory(prefix="ia3-export-") as scratch:  # what is offloaded is read again later
                 model, report = getattr(transformers, class_name).from_pretrained(
-                    adapterless(base, where.offload or Path(scratch)), config=made, dtype=kind, trust_remote_code=False,
-                    ignore_mismatched_sizes=bool(brought), output_loading_info=True, **offload,
+                    adapterless(stored, where.offload or Path(scratch)), config=made, dtype=kind, trust_remote_code=False,
+                    ignore_mismatched_sizes=bool(fitted.brought), output_loading_info=True, **offload,
                 )  # fmt: skip
     except Exception as error:  # whatever a damaged or half-known checkpoint makes transformers raise
         raise Unsupported(
-            f"transformers cannot load {base.location.given} as {class_name}: {kind_and_line(error)}",
+            f"transformers cannot load {stored.location.given} as {class_name}: {kind_and_line(error)}",
             hint="load it with from_pretrained() yourself to see the whole message",
         ) from error
-    for name, stored, wanted in report["mismatched_keys"]:
-        _bring(model, name, tuple(stored), tuple(wanted), brought or {}, base)
+    for name, found, wanted in report["mismatched_keys"]:
+        _bring(model, name, tuple(found), tuple(wanted), fitted.brought, stored)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     if quantized:
         widen(model)
         return model.eval()
-    return model.eval() if offload and dense is base else model.eval().to(where.device)
+    return model.eval() if offload and dense is stored else model.eval().to(where.device)
 
 
 def _stored_once(base: Checkpoint, brought: Mapping[str, StoredTensor]) -> Checkpoint:
@@ -226,17 +239,18 @@ def _fill(state: Mapping[str, Any], name: str, tensor: StoredTensor) -> None:
         state[name].copy_(torch.from_numpy(read_values(tensor)))
 
 
-def load_as_library_runs_it(
-    base: Checkpoint, adapters: Sequence[Adapter], class_name: str, where: Placement
-) -> Any | None:
+def load_as_library_runs_it(trained: FineTune, class_name: str, where: RunDevice) -> Any | None:
     """A quantized base with PEFT's live adapters on its own library's layers; None where PEFT leaves out a vector or the head has
     another size."""
-    live = _with_peft(load_plain(base, class_name, None, "float32", where, quantized=True), adapters)
-    return None if isinstance(live, str) else live.eval()
+    model = load_plain(trained.base, FittedClass(class_name), "float32", where, quantized=True)
+    try:
+        return _with_peft(model, trained.adapters).eval()
+    except _NotByPeft:
+        return None
 
 
-def _with_peft(model: Any, adapters: Sequence[Adapter]) -> Any | str:
-    """The PEFT model, or why not: what PEFT says, or "" where it leaves out a vector of an adapter or knows not its format.
+def _with_peft(model: Any, adapters: Sequence[Adapter]) -> Any:
+    """The PEFT model. Raises `_NotByPeft`.
 
     What a file lacks was refused before, in the plan; PEFT may still not find what is there under other names (of damaged
     keys, of experts that are fused now), and hooks then apply all that the adapter holds.
@@ -246,7 +260,7 @@ def _with_peft(model: Any, adapters: Sequence[Adapter]) -> Any | str:
     from peft import PeftModel
 
     if any(adapter.format != "peft" for adapter in adapters):
-        return ""
+        raise _NotByPeft
     adapters = _named_as_in(model, adapters)
     for adapter in adapters:  # PEFT would wait for an expression that never ends
         adapter.rules.look_at(dict(model.named_modules()))
@@ -259,16 +273,16 @@ def _with_peft(model: Any, adapters: Sequence[Adapter]) -> Any | str:
                 live.load_adapter(adapter.location.path, adapter_name=name)
             live.base_model.set_adapter(names)
         except (ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
-            return kind_and_line(error)
+            raise _NotByPeft(kind_and_line(error)) from error
     loaded = dict(live.named_parameters())
     for name, adapter in zip(names, adapters, strict=True):
         for site in adapter.sites.values():
             vector = loaded.get(f"base_model.model.{site.module}.ia3_l.{name}")
             if vector is None:
-                return ""
+                raise _NotByPeft
             held = vector.detach().double().cpu().numpy().reshape(-1)
             if not np.array_equal(held, site.vector):
-                return ""
+                raise _NotByPeft
     return live
 
 
@@ -277,9 +291,7 @@ def _named_as_in(model: Any, adapters: Sequence[Adapter]) -> list[Adapter]:
     return [in_class_names(adapter, rules) for adapter in adapters]
 
 
-def _with_hooks(
-    model: Any, adapters: Sequence[Adapter], combine: Combine, weights: Sequence[float]
-) -> list[Any]:
+def _with_hooks(model: Any, adapters: Sequence[Adapter], recipe: Recipe) -> list[Any]:
     adapters = _named_as_in(model, adapters)
     for adapter in adapters:
         _copy_modules(model, adapter)
@@ -293,7 +305,7 @@ def _with_hooks(
             _fill(state, name, tensor)
     modules = dict(model.named_modules())
     handles = []
-    for module, site, vector in _combined(adapters, combine, weights):
+    for module, site, vector in _combined(adapters, recipe):
         target = modules.get(module)
         if target is None:
             raise Unsupported(
@@ -313,16 +325,14 @@ def _copy_modules(model: Any, adapter: Adapter) -> None:
         setattr(holder, leaf, copy.deepcopy(getattr(holder, leaf)))
 
 
-def _combined(
-    adapters: Sequence[Adapter], combine: Combine, weights: Sequence[float]
-) -> list[tuple[str, Site, Any]]:
-    if combine == "product":
+def _combined(adapters: Sequence[Adapter], recipe: Recipe) -> list[tuple[str, Site, Any]]:
+    if recipe.combine == "product":
         return [(site.module, site, site.vector) for a in adapters for site in a.sites.values()]
     union: Mapping[str, Site] = {key: s for a in reversed(adapters) for key, s in a.sites.items()}
     rows = []
     for key, site in union.items():
         vectors = [a.sites[key].vector if key in a.sites else None for a in adapters]
-        rows.append((site.module, site, combine_vectors(vectors, weights, combine, "F64")))
+        rows.append((site.module, site, combine_vectors(vectors, recipe.weights, recipe.combine, "F64")))
     return rows
 
 

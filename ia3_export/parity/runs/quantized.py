@@ -12,24 +12,12 @@ from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.header import read_values
 from ia3_export.errors import Unsupported
 from ia3_export.fold import FLOAT_DTYPES
-from ia3_export.quantization.detection import dense_view, find_quantization
 
 
 def is_bitsandbytes(base: Checkpoint) -> bool:
     """Whether the configuration says that bitsandbytes quantized the checkpoint."""
     settings = (base.config or {}).get("quantization_config")
     return isinstance(settings, dict) and settings.get("quant_method") == "bitsandbytes"
-
-
-def as_dense(checkpoint: Checkpoint) -> Checkpoint:
-    """`checkpoint` with its quantized weights as the dense tensors they stand for; itself when it has none.
-
-    Raises the reason why a quantized checkpoint cannot be read.
-    """
-    quantization = find_quantization(checkpoint)
-    for problem in quantization.problems:
-        raise problem
-    return dense_view(checkpoint, quantization) if quantization.packed else checkpoint
 
 
 def dense_state(dense: Checkpoint) -> dict[str, Any]:

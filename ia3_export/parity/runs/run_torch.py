@@ -20,15 +20,15 @@ _PEFT_PARTS = ("base_layer", "ia3_l", "original_module", "modules_to_save")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Run:
+class ForwardOutputs:
     """What one model gave: `outputs` by case, and the output of every module on the first case, in execution order."""
 
     outputs: list[dict[str, Any]]
     modules: Mapping[str, Array]
 
-    def part(self, cases: Sequence[int]) -> Run:
+    def part(self, cases: Sequence[int]) -> ForwardOutputs:
         """The same with the outputs of some cases only."""
-        return Run([self.outputs[i] for i in cases], self.modules)
+        return ForwardOutputs([self.outputs[i] for i in cases], self.modules)
 
 
 def run_torch(
@@ -38,7 +38,7 @@ def run_torch(
     hidden: bool = False,
     sentence: SentenceHead | None = None,
     trace: bool = False,
-) -> Run:
+) -> ForwardOutputs:
     """Outputs of every case (``logits``, ``last_hidden_state``), widened to float64, zero at padded positions.
 
     `hidden` adds the bare encoder's ``last_hidden_state``, whatever head the model has, `sentence` what sentence-transformers
@@ -67,7 +67,7 @@ def run_torch(
         if not named:
             named = {"output": next(v for v in output.values() if hasattr(v, "double"))}
         results.append(attended(case, {name: to_numpy(value) for name, value in named.items()}))
-    return Run(results, modules)
+    return ForwardOutputs(results, modules)
 
 
 def unwrap(model: Any) -> Any:

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable
 
 from markupsafe import Markup
 
-from ia3_export.report.formats import clean
-
 
 def decades(values: Iterable[float]) -> tuple[int, int]:
     """Powers of ten around all of `values` that have a logarithm."""
@@ -19,7 +17,7 @@ def decades(values: Iterable[float]) -> tuple[int, int]:
 
 
 def log_position(low: int, high: int) -> Callable[[float], float]:
-    """Place of a number on a logarithmic axis from 10^`low` to 10^`high`, in percent; NaN lies beyond every bound."""
+    """Place of a number on an axis from 10^`low` to 10^`high`, in percent; NaN lies beyond every bound."""
 
     def at(value: float) -> float:
         if not value > 0:
@@ -39,12 +37,6 @@ def thin_out(count: int, most: int) -> int:
 def anchor(x: float) -> str:
     """Which end of a label at `x` percent keeps it inside the chart."""
     return "start" if x < 40 else "end" if x > 60 else "middle"
-
-
-def tail(text: str, most: int) -> str:
-    """The end of `text`, which tells names of modules apart, in at most `most` characters."""
-    text = clean(text)
-    return text if len(text) <= most else "…" + text[1 - most :]
 
 
 def digits(value: float) -> str:

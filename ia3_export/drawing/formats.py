@@ -1,9 +1,10 @@
-"""Numbers and foreign text as the drawn reports show them."""
+"""Numbers, names of modules and foreign text as what is drawn shows them."""
 
 from __future__ import annotations
 
 import math
 import unicodedata
+from collections.abc import Iterable, Sequence
 
 #: Characters that turn the direction of the text after them: a name could so look like another one.
 _BIDI = frozenset("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -61,6 +62,13 @@ def power(exponent: int) -> str:
     return f"{10.0**exponent:g}" if -2 <= exponent <= 3 else f"1e{exponent}"
 
 
+def span(values: Iterable[int]) -> str:
+    """Smallest to largest of `values` (one at least): ``384 to 1,536``, or ``384`` where all are that."""
+    known = set(values)
+    low, high = min(known), max(known)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
 def clean(text: str) -> str:
     """`text` without characters that break a document or turn its direction: each becomes U+FFFD."""
     return "".join(
@@ -69,3 +77,22 @@ def clean(text: str) -> str:
         else c
         for c in text
     )
+
+
+def tail(text: str, most: int) -> str:
+    """The end of `text`, which tells names of modules apart, in at most `most` characters."""
+    text = clean(text)
+    return text if len(text) <= most else "…" + text[1 - most :]
+
+
+def shortest_ends(paths: Iterable[Sequence[str]]) -> dict[tuple[str, ...], str]:
+    """The last part of every path, and as many before it as no other has: BERT has two ``output.dense``."""
+    distinct = {tuple(path) for path in paths}
+
+    def shortest(path: tuple[str, ...]) -> str:
+        for length in range(1, len(path)):
+            if sum(other[-length:] == path[-length:] for other in distinct) == 1:
+                return ".".join(path[-length:])
+        return ".".join(path)
+
+    return {path: shortest(path) for path in distinct}

@@ -1,4 +1,4 @@
-"""Pictures of vectors: the numbers and words are right, the page stands alone, and nothing that a file holds breaks it."""
+"""Pictures of vectors: numbers and words are right, the page stands alone, and no file breaks it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from ia3_export.drawing.colours import NEGATIVE, NOT_FINITE, ColourScale
 from ia3_export.errors import OutputError, Unsupported, UsageError
 from ia3_export.fold import Array
 from ia3_export.vectors.channels import Counts, count_channels
 from ia3_export.vectors.numbers import (
     LEVELS,
-    NEGATIVE,
-    NOT_FINITE,
     agreement,
     colours,
     factor_ticks,
@@ -25,10 +24,11 @@ from ia3_export.vectors.numbers import (
     make_strip,
     percent,
 )
-from ia3_export.vectors.picture import PlotSite, Stack, make_picture, write_plot
+from ia3_export.vectors.picture import PlotSite, Stack
+from ia3_export.vectors.plot import WRITERS, make_picture, write_plot
 
 HOSTILE = "\"'><script>alert('&')</script><img src=x onerror=y>{{ 7 * 7 }}</style>$\\frac{x"
-SUFFIXES = (".html", ".png")
+SUFFIXES = tuple(WRITERS)
 
 
 def vector(seed: int, size: int = 16, scale: float = 0.1) -> Array:
@@ -129,14 +129,21 @@ def test_comparing_gives_ratio_cosine_and_distance() -> None:
 
 def test_colours_follow_the_counting_rule() -> None:
     values = np.array([0.0, 0.25, 0.98, 0.99, 1, 1.01, 1.02, 4, -1, np.nan, np.inf])
-    codes = colours(values, 1.0)
+    codes = colours(values, ColourScale(LEVELS, 1.0))
     assert list(codes) == [-LEVELS, -LEVELS, -1, 0, 0, 0, 1, LEVELS, NEGATIVE, NOT_FINITE, NOT_FINITE]
 
 
 @pytest.mark.parametrize(
     ("part", "whole", "text"),
-    [(0, 0, "0 %"), (0, 9, "0 %"), (9, 9, "100 %"), (1, 1000, "under 1 %"), (999, 1000, "over 99 %"), (1, 8, "12 %")],
-)  # fmt: skip
+    [
+        (0, 0, "0 %"),
+        (0, 9, "0 %"),
+        (9, 9, "100 %"),
+        (1, 1000, "under 1 %"),
+        (999, 1000, "over 99 %"),
+        (1, 8, "12 %"),
+    ],
+)
 def test_percent_is_neither_none_nor_all_by_rounding(part: int, whole: int, text: str) -> None:
     assert percent(part, whole).replace("\u00a0", " ") == text
 
@@ -210,7 +217,8 @@ def test_the_page_of_one_tells_what_it_sees(tmp_path: Path) -> None:
     )
     header = " ".join(" ".join(next(parse(html).iter("header")).itertext()).split())
     assert "my adapter" in header and f"Strongest vector: {sites[3].module}" in header
-    assert f"Smallest factor −3 in {sites[3].module}, largest 2 in {sites[3].module}" in header  # noqa: RUF001
+    module = sites[3].module
+    assert f"Smallest factor −3 in {module}, largest 2 in {module}" in header  # noqa: RUF001
     (tip,) = tooltips(html, sites[3].module)
     assert "min −3, mean 0.875, max 2" in tip  # noqa: RUF001
     assert "of 16 channels 4 inhibited, 5 amplified, 7 unchanged, 1 negative" in tip
@@ -284,7 +292,8 @@ def test_the_page_loads_nothing_and_can_be_read_aloud(tmp_path: Path) -> None:
     images = [e for e in root.iter() if e.get("role") == "img"]
     assert images and all(e.get("aria-label") or e.findtext("title") for e in images)
     assert all(e.get("aria-label") or e.get("aria-labelledby") for e in root.iter() if e.get("tabindex"))
-    assert all(row.find("th") is not None for table in root.iter("table") for row in table.iter("tr") if row.find("td") is None)  # fmt: skip
+    heads = [row for table in root.iter("table") for row in table.iter("tr") if row.find("td") is None]
+    assert all(row.find("th") is not None for row in heads)
 
 
 @pytest.mark.parametrize("adapters", [1, 2])

@@ -1,0 +1,24 @@
+"""The words of options, and the names of floating dtypes in safetensors files and in torch. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+#: Several adapters: one after the other, ``sum w l`` (PEFT's ``add_weighted_adapter``), or ``1 + sum w (l - 1)``.
+Combine = Literal["product", "linear", "delta"]
+#: Vectors as saved, or rounded to the base's dtype first, as PEFT's low-memory loading does.
+Cast = Literal["peft", "peft-low-mem"]
+#: Dtype of an output; ``auto`` keeps what is stored.
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+#: What becomes of a quantized base: dense; its scales folded, or refused; its scales folded, dense where that fails.
+Quantized = Literal["dequantize", "keep", "keep-or-dense"]
+#: Whose tokenizer, generation and processor settings an output gets.
+TokenizerChoice = Literal["auto", "base", "adapter"]
+#: SHA-256 of inputs and outputs, of outputs, or of nothing.
+Digests = Literal["full", "output", "none"]
+
+#: Torch's names of floating dtypes by those in safetensors headers ...
+TORCH_NAMES: Mapping[str, str] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+#: ... and the way back.
+STORED_NAMES: Mapping[str, str] = {torch: stored for stored, torch in TORCH_NAMES.items()}
