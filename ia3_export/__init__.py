@@ -19,6 +19,7 @@ from ia3_export import errors
 if TYPE_CHECKING:
     from ia3_export.adapters import read_adapter
     from ia3_export.benching.bench import bench
+    from ia3_export.benching.settings import BenchSettings
     from ia3_export.checkpoint.folder import read_checkpoint
     from ia3_export.commands.compare import compare
     from ia3_export.commands.convert import combine, convert
@@ -28,11 +29,14 @@ if TYPE_CHECKING:
     from ia3_export.commands.plot import plot_vectors
     from ia3_export.commands.unmerge import unmerge
     from ia3_export.commands.verify import verify
+    from ia3_export.onnx.options import GraphOptions
     from ia3_export.parity.settings import RunSettings
     from ia3_export.planning.recipe import Recipe
     from ia3_export.writing.options import OutputOptions
 
 __all__ = [
+    "BenchSettings",
+    "GraphOptions",
     "OutputOptions",
     "Recipe",
     "RunSettings",
@@ -54,6 +58,8 @@ __all__ = [
 ]
 
 _HOME = {
+    "BenchSettings": "ia3_export.benching.settings",
+    "GraphOptions": "ia3_export.onnx.options",
     "OutputOptions": "ia3_export.writing.options",
     "Recipe": "ia3_export.planning.recipe",
     "RunSettings": "ia3_export.parity.settings",

@@ -42,12 +42,17 @@ def test_no_module_grows_over_its_limit() -> None:
     assert not long
 
 
+def _is_wrapper(function: ast.FunctionDef) -> bool:
+    """What a decorator puts in a function's place hands on whatever that takes."""
+    return any(ast.unparse(decorator).startswith("wraps(") for decorator in function.decorator_list)
+
+
 def test_no_function_takes_a_keyword_tunnel() -> None:
     tunnels = [
         f"{file.name}: {node.name}"
         for file in MODULES
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef) and node.args.kwarg
+        if isinstance(node, ast.FunctionDef) and node.args.kwarg and not _is_wrapper(node)
     ]
     assert not tunnels
 

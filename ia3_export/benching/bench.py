@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from ia3_export.arguments import check_arguments
 from ia3_export.benching.jobs import Job
 from ia3_export.benching.processes import start_worker
 from ia3_export.benching.results import Benchmark, Row, Timing, time_rounds
+from ia3_export.benching.settings import DEFAULT_SETTINGS, BenchSettings
 from ia3_export.benching.variants import Prepared, prepare
 from ia3_export.errors import UsageError
 from ia3_export.models.model_class import quiet
@@ -33,14 +33,8 @@ Rounds = list[dict[str, Any]]
 def bench(
     base: str | Path,
     adapters: Sequence[str | Path],
+    settings: BenchSettings = DEFAULT_SETTINGS,
     *,
-    task: str | None = None,
-    precisions: Sequence[str] = ("fp32",),
-    threads: int | None = None,
-    length: int = 32,
-    tokens: int = 32,
-    batch: int = 1,
-    rounds: int = 15,
     on_step: Callable[[str], None] | None = None,
 ) -> Benchmark:
     """Measure base, unmerged (live adapters) and merged model in PyTorch and in ONNX Runtime, in float32 on the CPU.
@@ -50,13 +44,7 @@ def bench(
 
     Args:
         base, adapters: as in `merge`.
-        task: as in `export_onnx`.
-        precisions: of ``fp32``, ``fp16``, ``int8``, ``int4``: in which the merged graphs are measured besides float32.
-        threads: of PyTorch's and ONNX Runtime's operators; by default one for each physical core that is free to use.
-        length: tokens of the text that a forward takes.
-        tokens: greedy decoding steps after it, with the cache (models that generate).
-        batch: sequences, images or sounds in a forward.
-        rounds: of measuring, at least 5; one more, to warm up, is not counted.
+        settings: what is measured, and how often.
         on_step: told what is being done.
 
     Raises `UsageError`, `InputError` and its kinds; what a worker fails with is raised here, too.
@@ -64,41 +52,35 @@ def bench(
     check_arguments(bench, locals())
     if not adapters:
         raise UsageError("no adapter given", hint="give at least one --adapter")
-    used = threads if threads is not None else free_cores()
-    if min(used, length, tokens, batch) < 1 or rounds < 5:
-        raise UsageError(
-            "--threads, --length, --tokens and --batch are at least 1, --rounds at least 5",
-            hint="the spread of fewer rounds says nothing",
-        )
     say = on_step or (lambda _: None)
     with scratch_folder() as scratch:
         with quiet():
-            setup = prepare(
-                base, adapters, scratch, task=task, precisions=precisions, threads=used, length=length, tokens=tokens,
-                batch=batch, say=say,
-            )  # fmt: skip
+            setup = prepare(base, adapters, scratch, settings, say)
         busy = psutil.cpu_percent(_LOOK)
         free, needed = psutil.virtual_memory().available, sum(v.memory for v in setup.variants)
         together = needed <= free
+        jobs = [variant.job for variant in setup.variants]
         if together:
-            say(f"measuring {len(setup.variants)} variants in {rounds} rounds")
-            measured = _run([v.job for v in setup.variants], rounds, scratch)
+            say(f"measuring {len(jobs)} variants in {settings.rounds} rounds")
+            measured = _run(jobs, settings.rounds, scratch)
         else:
             say(
                 f"{free / 1e9:.1f} GB of memory are free, all variants may take {needed / 1e9:.1f} GB: one runs after the other"
             )
-            measured = [result for v in setup.variants for result in _run([v.job], rounds, scratch)]
+            measured = [result for job in jobs for result in _run([job], settings.rounds, scratch)]
     return Benchmark(
-        model_id(setup.base.location), tuple(model_id(a.location) for a in setup.adapters), setup.task.name,
-        {name: value.shape for name, value in setup.inputs.items()}, setup.variants[0].job.tokens, rounds, used,
-        together, busy, _machine(), _rows(setup.variants, measured, batch),
-    )  # fmt: skip
-
-
-def free_cores() -> int:
-    """Physical cores, as far as this process may use them."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(psutil.cpu_count(logical=False) or allowed, allowed)
+        base=model_id(setup.base.location),
+        adapters=tuple(model_id(adapter.location) for adapter in setup.adapters),
+        task=setup.task.name,
+        inputs={name: value.shape for name, value in setup.inputs.items()},
+        tokens=jobs[0].tokens,
+        rounds=settings.rounds,
+        threads=settings.used_threads,
+        interleaved=together,
+        busy=busy,
+        machine=_machine(),
+        rows=_rows(setup.variants, measured, settings.batch),
+    )
 
 
 def _run(jobs: Sequence[Job], rounds: int, scratch: Path) -> list[tuple[int, Rounds]]:
@@ -140,11 +122,18 @@ def _rows(
         assert forward is not None
         rows.append(
             Row(
-                job.runtime, job.variant, job.precision, forward, token,
-                None if token is None else 1000 * batch / token.median, prepared.files, imported,
-                max(answer["peak"] for answer in answers), prepared.operators,
+                runtime=job.runtime,
+                variant=job.variant,
+                precision=job.precision,
+                forward=forward,
+                token=token,
+                tokens_per_second=None if token is None else 1000 * batch / token.median,
+                files=prepared.files,
+                imported=imported,
+                peak=max(answer["peak"] for answer in answers),
+                operators=prepared.operators,
             )
-        )  # fmt: skip
+        )
     return tuple(rows)
 
 

@@ -21,7 +21,7 @@ class Sources:
     merged: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One variant in one runtime.
 

@@ -18,7 +18,7 @@ _BUSY = 10
 MEASURES: Mapping[Measure, str] = {"forward": "one forward", "token": "one token"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
     """Milliseconds. `rounds` holds the median of every round, `median` and `iqr` (third less first quartile) are theirs, `p95` is
     that of all `samples` single measurements, `ratio` is `median` over the base's in the same runtime."""
@@ -31,7 +31,7 @@ class Timing:
     rounds: tuple[float, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One variant in one runtime.
 
@@ -56,7 +56,7 @@ class Row:
         return self.forward if measure == "forward" else self.token
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
     """The document of ``bench``. `inputs` are the shapes of a forward's arguments, `tokens` the decoding steps of a round,
     `interleaved`: the variants took turns, round by round; otherwise each ran by itself. `busy` is how much of the CPU others took
@@ -138,6 +138,10 @@ def time_rounds(rounds: Sequence[Sequence[float]], base: Timing | None) -> Timin
     median = float(np.median(medians))
     low, high = np.percentile(medians, (25, 75))
     return Timing(
-        median, float(np.percentile(everything, 95)), float(high - low), median / base.median if base else 1.0,
-        len(everything), tuple(medians),
-    )  # fmt: skip
+        median=median,
+        p95=float(np.percentile(everything, 95)),
+        iqr=float(high - low),
+        ratio=median / base.median if base else 1.0,
+        samples=len(everything),
+        rounds=tuple(medians),
+    )

@@ -8,10 +8,9 @@ from typing import Any
 from ia3_export.adapters import read_adapter
 from ia3_export.benching.jobs import Job, Runnable, Sources, Variant
 from ia3_export.libraries import cache_argument, returned_cache
-from ia3_export.models.sentence import read_sentence_head
 from ia3_export.onnx.contract import plan_graphs
-from ia3_export.onnx.tasks import Task
-from ia3_export.parity.runs.inputs import make_cases
+from ia3_export.onnx.tasks import Task, sentence_head
+from ia3_export.parity.runs.inputs import sample_inputs
 from ia3_export.parity.runs.live import FineTune, RunDevice, fit_class, load_live, load_plain
 from ia3_export.quantization.base import read_base
 
@@ -53,9 +52,8 @@ def load_torch(job: Job) -> Runnable:
 
 def _encoder(model: Any, job: Job, inputs: dict[str, Any]) -> Runnable:
     """What its graph computes: encoder, head, pooling."""
-    sample = {name: tensor[:2] for name, tensor in make_cases(model)[1].tensors.items()}
-    sentence = read_sentence_head(Path(job.sources.base)) if job.task.name == "sentence-similarity" else None
-    (graph,) = plan_graphs(model, job.task, sample, "merged", sentence)
+    sentence = sentence_head(Path(job.sources.base), job.task)
+    (graph,) = plan_graphs(model, job.task, sample_inputs(model), "merged", sentence)
     return Runnable(lambda: graph.function(model, dict(inputs)), None)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.model import Adapter
 from ia3_export.benching.jobs import Job, Sources, Variant
+from ia3_export.benching.settings import BenchSettings
 from ia3_export.benching.torch_side import load_variant
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.commands.export_onnx import export_onnx
@@ -21,17 +22,15 @@ from ia3_export.commands.merge import merge
 from ia3_export.errors import UsageError
 from ia3_export.fold import Array
 from ia3_export.models.model_class import load_runtime_model, make_config
-from ia3_export.models.sentence import read_sentence_head
 from ia3_export.onnx.contract import input_names, plan_graphs
-from ia3_export.onnx.files import external_files, save_model
-from ia3_export.onnx.package import precision_list
-from ia3_export.onnx.tasks import Task, choose_task
-from ia3_export.onnx.trace import trace
+from ia3_export.onnx.export import export_graphs
+from ia3_export.onnx.files import size_of, walk_nodes
+from ia3_export.onnx.options import DEFAULT_GRAPHS, GraphOptions
+from ia3_export.onnx.tasks import Task, choose_task, sentence_head
 from ia3_export.parity.runs.greedy import special_tokens
-from ia3_export.parity.runs.inputs import make_cases
+from ia3_export.parity.runs.inputs import make_cases, sample_inputs
 from ia3_export.writing.options import OutputOptions
 
-OPSET = 20
 _TRACED: tuple[Variant, ...] = ("base", "unmerged")
 _GENERATED = ("input_ids", "attention_mask")
 #: Bytes of a process before it loads anything, and copies of the weights that it holds at most; with a margin over what a model
@@ -64,20 +63,13 @@ def prepare(
     base: str | Path,
     adapters: Sequence[str | Path],
     scratch: Path,
-    *,
-    task: str | None,
-    precisions: Sequence[str],
-    threads: int,
-    length: int,
-    tokens: int,
-    batch: int,
+    settings: BenchSettings,
     say: Callable[[str], None],
 ) -> Setup:
     """Merge and export into `scratch`. Nothing is compared here: ``onnx`` and ``verify`` prove what they write.
 
     Raises `IA3ExportError` for inputs that cannot be read, merged or exported, `UsageError` for texts longer than the model takes.
     """
-    wanted = precision_list(["fp32", *precisions])
     checkpoint, read = read_checkpoint(base), tuple(read_adapter(source) for source in adapters)
     say("merging")
     merge(base, adapters, scratch / "merged", options=OutputOptions(digests="none", reload_check=False))
@@ -85,57 +77,75 @@ def prepare(
     runtime = load_runtime_model(checkpoint.config or {}, read[0], checkpoint.tensors)
     # an adapter may have been trained below or above the head of the base
     config = {**(merged.config or {}), "architectures": [runtime.class_name]}
-    chosen = choose_task(config, asked=task, sentence=(merged.folder / "modules.json").is_file())
-    _check_length(make_config(runtime.config), chosen, length, tokens)
+    task = choose_task(config, asked=settings.task, sentence=(merged.folder / "modules.json").is_file())
+    _check_length(make_config(runtime.config), task, settings)
     sources = Sources(
         str(checkpoint.folder), tuple(str(adapter.location.path) for adapter in read), str(merged.folder)
     )
     exported = export_onnx(
-        scratch / "exported", model=merged.folder, task=chosen.name, precisions=wanted, opset=OPSET, check=False,
+        scratch / "exported",
+        model=merged.folder,
+        graphs=GraphOptions(task=task.name, precisions=settings.precisions),
+        check=False,
         on_step=lambda step: say(f"merged: {step}"),
-    )  # fmt: skip
+    )
     graphs: dict[tuple[Variant, str], list[Path]] = {}
     for variant in _TRACED:
         say(f"{variant}: tracing")
-        model = load_variant(variant, sources, chosen)
-        graphs[variant, "fp32"] = _trace(model, chosen, checkpoint.folder, scratch / variant)
-        inputs, start = _make_inputs(model, chosen, length, batch), special_tokens(model).start
+        model = load_variant(variant, sources, task)
+        graphs[variant, "fp32"] = _trace(model, task, checkpoint.folder, scratch / variant)
+        inputs, start = _make_inputs(model, task, settings), special_tokens(model).start
         del model
         gc.collect()
-    for precision in wanted:
+    for precision in settings.precisions:
         files = [exported.folder / file.path for file in exported.files if file.precision == precision]
         graphs["merged", precision] = files
     np.savez(scratch / "inputs.npz", **inputs)  # type: ignore[arg-type]
-    steps = tokens if chosen.form != "encoder" else 0
-    file = str(scratch / "inputs.npz")
-    torch_base = Job("PyTorch", "base", "fp32", sources, (), chosen, file, start, threads, steps)
-    jobs = [replace(torch_base, variant=variant) for variant in (*_TRACED, "merged")]
-    jobs += [
-        replace(torch_base, runtime="ONNX Runtime", variant=v, precision=p, graphs=tuple(map(str, files)))
-        for (v, p), files in graphs.items()
-    ]
+    first = Job(
+        runtime="PyTorch",
+        variant="base",
+        precision="fp32",
+        sources=sources,
+        graphs=(),
+        task=task,
+        inputs=str(scratch / "inputs.npz"),
+        start=start,
+        threads=settings.used_threads,
+        tokens=settings.tokens if task.form != "encoder" else 0,
+    )
     stored = {"base": _weights(checkpoint), "merged": _weights(merged)}
     stored["unmerged"] = stored["base"] + [file for adapter in read for file in _vectors(adapter)]
     numbers = sum(math.prod(tensor.shape) for tensor in merged.tensors.values())
-    return Setup(
-        checkpoint, read, chosen, inputs, tuple(_weigh(job, stored[job.variant], numbers) for job in jobs)
-    )
+    variants = tuple(_weigh(job, stored[job.variant], numbers) for job in _jobs(first, graphs))
+    return Setup(checkpoint, read, task, inputs, variants)
+
+
+def _jobs(first: Job, graphs: Mapping[tuple[Variant, str], Sequence[Path]]) -> Iterator[Job]:
+    """All variants in PyTorch, of which `first` is one, then the graphs."""
+    for variant in (*_TRACED, "merged"):
+        yield replace(first, variant=variant)
+    for (variant, precision), files in graphs.items():
+        yield replace(
+            first,
+            runtime="ONNX Runtime",
+            variant=variant,
+            precision=precision,
+            graphs=tuple(map(str, files)),
+        )
 
 
 def _trace(model: Any, task: Task, folder: Path, target: Path) -> list[Path]:
     """The graphs of `model` as `export_onnx` makes them, in its order; live vectors become ``Mul`` nodes."""
     if model.config._attn_implementation != "eager":
         model.set_attn_implementation("eager")
-    sample = {name: tensor[:2] for name, tensor in make_cases(model)[1].tensors.items()}
-    sentence = read_sentence_head(folder) if task.name == "sentence-similarity" else None
-    paths = []
-    for spec in plan_graphs(model, task, sample, "merged", sentence):
-        paths.append(target / f"{spec.file}.onnx")
-        save_model(trace(model, spec, OPSET), paths[-1])
-    return paths
+    sentence, decoder = sentence_head(folder, task), DEFAULT_GRAPHS.decoder
+    specs = plan_graphs(model, task, sample_inputs(model), decoder, sentence)
+    graphs = export_graphs(model, specs, target, DEFAULT_GRAPHS, stored=None, say=lambda _: None)
+    return [graph.path for graph in graphs]
 
 
-def _check_length(config: Any, task: Task, length: int, tokens: int) -> None:
+def _check_length(config: Any, task: Task, settings: BenchSettings) -> None:
+    length, tokens = settings.length, settings.tokens
     text = config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_target_positions")
     known = [size for size in (getattr(text, name, None) for name in names) if isinstance(size, int)]
@@ -148,8 +158,9 @@ def _check_length(config: Any, task: Task, length: int, tokens: int) -> None:
         )
 
 
-def _make_inputs(model: Any, task: Task, length: int, batch: int) -> dict[str, Array]:
-    """Text of `length` random tokens without padding; images and sound have the size that the model is made for."""
+def _make_inputs(model: Any, task: Task, settings: BenchSettings) -> dict[str, Array]:
+    """Text of random tokens without padding; images and sound have the size that the model is made for."""
+    length, batch = settings.length, settings.batch
     given = make_cases(model)[0].tensors
     if "input_ids" not in given:
         name = model.main_input_name
@@ -167,7 +178,7 @@ def _weigh(job: Job, stored: Sequence[Path], numbers: int) -> Prepared:
         fixed, copies = _TORCH
         return Prepared(job, _size(stored), fixed + int(copies * 4 * numbers), None)
     graphs = [Path(graph) for graph in job.graphs]
-    size = _size(file for graph in graphs for file in (graph, *external_files(graph)))
+    size = sum(map(size_of, graphs))
     fixed, copies = _ONNX
     return Prepared(job, size, fixed + int(copies * size), sum(map(_count_operators, graphs)))
 
@@ -191,12 +202,4 @@ def _count_operators(path: Path) -> int:
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph
-    return sum(node.op_type != "Constant" for node in _nodes(graph))
-
-
-def _nodes(graph: Any) -> Iterator[Any]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for body in (attribute.g, *attribute.graphs):
-                yield from _nodes(body)
+    return sum(node.op_type != "Constant" for node in walk_nodes(graph))

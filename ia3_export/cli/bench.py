@@ -62,11 +62,18 @@ def bench_command(
     The merged model is exported into a temporary folder for this and not verified: that is what onnx does.
     """
     from ia3_export.benching.bench import bench
+    from ia3_export.benching.settings import BenchSettings
 
-    done = bench(
-        base, adapters, task=task, precisions=precisions, threads=threads, length=length, tokens=tokens, batch=batch,
-        rounds=rounds, on_step=out.text,
-    )  # fmt: skip
+    settings = BenchSettings(
+        task=task,
+        precisions=precisions,
+        threads=threads,
+        length=length,
+        tokens=tokens,
+        batch=batch,
+        rounds=rounds,
+    )
+    done = bench(base, adapters, settings, on_step=out.text)
     _show(out, done)
     out.document(done.to_json())
 

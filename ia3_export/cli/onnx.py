@@ -70,11 +70,25 @@ def onnx_command(
     """
     from ia3_export.adapters import read_adapters
     from ia3_export.commands.export_onnx import export_onnx
+    from ia3_export.onnx.options import GraphOptions
 
+    graphs = GraphOptions(
+        task=task,
+        precisions=precisions,
+        targets=targets,
+        decoder=decoder,  # type: ignore[arg-type]
+        opset=opset,
+    )
     done = export_onnx(
-        output, model=model, base=base, adapters=read_adapters(adapters, rules), task=task, precisions=precisions, targets=targets,
-        decoder=decoder, opset=opset, check=not no_verify, overwrite=overwrite, on_step=out.text,  # type: ignore[arg-type]
-    )  # fmt: skip
+        output,
+        model=model,
+        base=base,
+        adapters=read_adapters(adapters, rules),
+        graphs=graphs,
+        check=not no_verify,
+        overwrite=overwrite,
+        on_step=out.text,
+    )
     if done.report is not None:
         show_report(out, done.report)
     _show_files(out, done)

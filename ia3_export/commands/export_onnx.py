@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -15,20 +15,21 @@ from typing import Any
 from ia3_export.adapters.model import Adapter
 from ia3_export.arguments import check_arguments
 from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint, read_checkpoint
+from ia3_export.checkpoint.hub import Location
 from ia3_export.commands.merge import merge
 from ia3_export.commands.verify import verify
 from ia3_export.errors import CheckFailed, Refused, UsageError
 from ia3_export.models.model_class import quiet
-from ia3_export.models.sentence import read_sentence_head
-from ia3_export.onnx.contract import DecoderForm, plan_graphs
-from ia3_export.onnx.files import external_files, save_model
-from ia3_export.onnx.package import PRECISIONS, TARGETS, file_name, package, precision_list
-from ia3_export.onnx.precision import Coverage, convert
-from ia3_export.onnx.provenance import Origin, trace_origins
-from ia3_export.onnx.tasks import Task, choose_task, load_model
-from ia3_export.onnx.trace import OPSETS, trace
+from ia3_export.onnx.contract import plan_graphs
+from ia3_export.onnx.export import TracedGraph, export_graphs
+from ia3_export.onnx.exported import file_name
+from ia3_export.onnx.files import size_of
+from ia3_export.onnx.options import DEFAULT_GRAPHS, GraphOptions
+from ia3_export.onnx.package import package
+from ia3_export.onnx.precision import Coverage, convert_precision
+from ia3_export.onnx.tasks import Task, choose_task, load_model, sentence_head
 from ia3_export.parity.facts import model_id
-from ia3_export.parity.runs.inputs import make_cases
+from ia3_export.parity.runs.inputs import sample_inputs
 from ia3_export.parity.runs.run_torch import exact_matmul
 from ia3_export.parity.settings import RunSettings
 from ia3_export.report.model import Report, Step
@@ -40,14 +41,12 @@ from ia3_export.writing.options import OutputOptions
 from ia3_export.writing.stage import check_target, copy_file, scratch_folder, set_aside, staged
 
 SCHEMA = "ia3-export/onnx/2"
-#: Float32 graphs above this many bytes get external data, which are streamed: a protobuf is held in memory twice while it is written.
-_STREAMED = 500_000_000
 #: Bytes of weights in float32.
 _LARGE = 200_000_000
 _NOT_COPIED = ("README.md", BASE_CARD, NAME)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OnnxFile:
     """A graph that was written: its path in the folder, its size with external data in bytes, and how many of its weights
     (bytes in float32) its precision reached. `left` names the float32 weights it did not."""
@@ -91,29 +90,20 @@ def export_onnx(
     model: str | Path | None = None,
     base: str | Path | None = None,
     adapters: Sequence[str | Path | Adapter] = (),
-    task: str | None = None,
-    precisions: Sequence[str] = ("fp32",),
-    targets: Sequence[str] = (),
-    decoder: DecoderForm = "merged",
-    opset: int = 20,
+    graphs: GraphOptions = DEFAULT_GRAPHS,
     check: bool = True,
     overwrite: bool = False,
     on_step: Callable[[str], None] | None = None,
 ) -> OnnxExport:
     """Export a model to an ONNX folder in the layout of optimum and transformers.js: graphs in ``onnx/``, configuration, tokenizer
-    and the like beside it.
+    and the like beside it. (Eight parameters: there are two ways in, `model` or `base` with `adapters`.)
 
     Args:
         output: folder to create.
         model: folder that `merge` wrote (or any checkpoint folder). One that stays quantized is exported as the dense model that it
             stands for.
         base, adapters: instead of `model`; merged into a temporary folder first, compared with the live adapters.
-        task: optimum's name or synonym (``text-generation``, ``fill-mask``, ...); inferred from the checkpoint by default.
-        precisions: of ``fp32``, ``fp16``, ``int8``, ``int4``, all from one trace.
-        targets: beside transformers.js and optimum also ``genai`` (``genai_config.json``) and ``mobile`` (``.ort`` files).
-        decoder: form of an encoder-decoder's decoder: ``merged`` (one file that is its own first step), ``separate`` (optimum's
-            decoder and decoder with past) or ``if`` (those two as branches of one ``If``, as optimum merges them).
-        opset: ONNX operator set.
+        graphs: task, precisions, targets, form of the decoder, operator set.
         check: `verify` every graph through ONNX Runtime before the folder is put in place.
         overwrite: replace an output folder that a command of ours wrote, and in which nothing else lies.
         on_step: told what is being done.
@@ -127,20 +117,11 @@ def export_onnx(
     then kept aside as ``<output>.failed``.
     """
     check_arguments(export_onnx, locals())
-    adapters, precisions, targets, opset = tuple(adapters), tuple(precisions), tuple(targets), int(opset)
+    adapters = tuple(adapters)
     if (model is None) == (base is None) or (base is None) == bool(adapters):
         raise UsageError(
             "give either --model, or --base with --adapter", hint="--model takes the folder that merge wrote"
         )
-    if opset not in OPSETS:
-        raise UsageError(
-            f"--opset {opset} is not offered",
-            hint=f"there are {OPSETS[0]} to {OPSETS[-1]}; every runtime has 20",
-        )
-    wanted = precision_list(precisions)
-    unknown = sorted(set(targets) - set(TARGETS))
-    if unknown:
-        raise UsageError(f"--target {unknown[0]} is not offered", hint=f"there are {', '.join(TARGETS)}")
     say = on_step or (lambda _: None)
     target = Path(output)
     with ExitStack() as stack:
@@ -150,98 +131,120 @@ def export_onnx(
         given = [Path(s) for s in (model, base, *adapters) if s is not None and not isinstance(s, Adapter)]
         given += [path for a in adapters if isinstance(a, Adapter) for path in a.location.inputs]
         check_target(target, [path for path in given if path.exists()], overwrite=overwrite)
-        named = read_checkpoint(base) if base is not None else None
-        if named is not None and named.is_gguf:
-            say("dequantizing")
-            base = write_dense(named, scratch / "dense")
-        source: str | Path = model or ""
         if base is not None:
-            say("merging")
-            options = OutputOptions(digests="none", reload_check=False)
-            merge(base, adapters, scratch / "merged", options=options)
-            source = scratch / "merged"
-        checkpoint = read_checkpoint(source)
-        location = (named or checkpoint).location  # what the user gave, not a copy in scratch
-        if checkpoint.holds_adapter:
-            raise Refused(
-                f"{source} holds a model and an adapter ({ADAPTER_CONFIG}): transformers would apply it to these weights",
-                hint=f"to fold it, --base {source} --adapter {source}; for the model alone, move {ADAPTER_CONFIG} away",
-            )
-        if model is not None and is_quantized(checkpoint):
-            say("dequantizing")
-            source = write_dense(checkpoint, scratch / "dense")
-            checkpoint = read_checkpoint(source)
-        if checkpoint.config is None:
-            raise UsageError("the model has no config.json", hint="give the folder that merge wrote")
-        sentence_model = (checkpoint.folder / "modules.json").is_file()
-        chosen = choose_task(checkpoint.config, asked=task, sentence=sentence_model)
+            source = _fold(base, adapters, scratch, say)
+        else:
+            assert model is not None
+            source = _read_model(model, scratch, say)
+        checkpoint = source.checkpoint
+        task = _task(checkpoint, graphs)
         stage = stack.enter_context(staged(target, overwrite=overwrite))
-        plain = stage / "onnx" if "fp32" in wanted else scratch / "onnx"
-        graphs, origins = _export(checkpoint, plain, chosen, decoder, opset, say)
-        files = [_describe(graph, "fp32") for graph in graphs if "fp32" in wanted]
-        for precision in (p for p in wanted if p != "fp32"):
-            say(f"converting to {precision}")
-            for graph in graphs:
-                path = stage / "onnx" / file_name(graph.stem, precision)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                files.append(_describe(path, precision, convert(graph, path, PRECISIONS[precision].kind)))
+        plain = stage / "onnx" if "fp32" in graphs.precisions else scratch / "onnx"
+        traced = _export(checkpoint, task, graphs, plain, say)
+        files = [_describe(graph.path, "fp32") for graph in traced if "fp32" in graphs.precisions]
+        files += _convert(traced, graphs, stage / "onnx", say)
         _copy_side_files(checkpoint, stage)
-        package(stage, wanted, targets)
-        _write_manifest(checkpoint, stage, chosen, opset, files, origins)
-        report = None
+        package(stage, graphs.precisions, graphs.targets)
+        done = OnnxExport(target, task.name, graphs.opset, tuple(files), None)
+        _write_manifest(checkpoint, stage, done, traced)
         if check:
             say("verifying")
             # the float32 graphs are proven even where only other precisions of them were asked for
-            places = [stage] if "fp32" in wanted else [plain, stage]
+            places = [stage] if "fp32" in graphs.precisions else [plain, stage]
             settings = RunSettings(device="cpu", max_memory=_limit(checkpoint))
-            report = verify(base or source, adapters, onnx=places, settings=settings)
-            report = replace(report, base=model_id(location))
+            report = verify(source.reference, adapters, onnx=places, settings=settings)
+            report = replace(report, base=model_id(source.named))
             _require(report, stage, target)
-        return OnnxExport(target, chosen.name, opset, tuple(files), report)
+            done = replace(done, report=report)
+        return done
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What is exported (`checkpoint`), what it is compared with (`reference`), and what the user `named`,
+    which may be neither."""
+
+    checkpoint: Checkpoint
+    reference: str | Path
+    named: Location
+
+
+def _fold(
+    base: str | Path, adapters: Sequence[str | Path | Adapter], scratch: Path, say: Callable[[str], None]
+) -> _Source:
+    """Base and adapters, merged into `scratch`."""
+    named = read_checkpoint(base)
+    if named.is_gguf:
+        say("dequantizing")
+        base = write_dense(named, scratch / "dense")
+    say("merging")
+    options = OutputOptions(digests="none", reload_check=False)
+    merge(base, adapters, scratch / "merged", options=options)
+    return _Source(read_checkpoint(scratch / "merged"), base, named.location)
+
+
+def _read_model(model: str | Path, scratch: Path, say: Callable[[str], None]) -> _Source:
+    """A merged model; dense, in `scratch`, where it stays quantized."""
+    checkpoint = read_checkpoint(model)
+    given = _Source(checkpoint, model, checkpoint.location)
+    if checkpoint.holds_adapter:
+        raise Refused(
+            f"{model} holds a model and an adapter ({ADAPTER_CONFIG}): transformers would apply it to these weights",
+            hint=f"to fold it, --base {model} --adapter {model}; for the model alone, move {ADAPTER_CONFIG} away",
+        )
+    if not is_quantized(checkpoint):
+        return given
+    say("dequantizing")
+    dense = write_dense(checkpoint, scratch / "dense")
+    return replace(given, checkpoint=read_checkpoint(dense), reference=dense)
+
+
+def _task(checkpoint: Checkpoint, graphs: GraphOptions) -> Task:
+    if checkpoint.config is None:
+        raise UsageError("the model has no config.json", hint="give the folder that merge wrote")
+    sentence_model = (checkpoint.folder / "modules.json").is_file()
+    return choose_task(checkpoint.config, asked=graphs.task, sentence=sentence_model)
 
 
 def _export(
-    checkpoint: Checkpoint,
-    folder: Path,
-    task: Task,
-    decoder: DecoderForm,
-    opset: int,
-    say: Callable[[str], None],
-) -> tuple[list[Path], Mapping[str, Mapping[str, Origin]]]:
-    """Write the float32 graphs into `folder`: their paths, and where the initializers of each come from."""
+    checkpoint: Checkpoint, task: Task, graphs: GraphOptions, folder: Path, say: Callable[[str], None]
+) -> list[TracedGraph]:
+    """The graphs in float32, and no more of the model: the proof loads it again, in float64."""
     say("loading the model")
     model = load_model(checkpoint.folder, task, checkpoint.config or {})
-    # none of the shapes that the proof runs
-    sample = {name: tensor[:2] for name, tensor in make_cases(model)[1].tensors.items()}
-    sentence = read_sentence_head(checkpoint.folder) if task.name == "sentence-similarity" else None
-    paths, origins = [], {}
-    for spec in plan_graphs(model, task, sample, decoder, sentence):
-        say(f"tracing {spec.file}")
-        traced = trace(model, spec, opset)
-        path = folder / f"{spec.file}.onnx"
-        say(f"writing {path.name}")
-        save_model(traced, path, external_above=_STREAMED)
-        paths.append(path)
-        origins[spec.file] = trace_origins(traced, model, checkpoint.tensors)
-        del traced
-    if decoder == "if" and len(paths) == 3:
-        from ia3_export.onnx.conditional import merge_decoders
+    sentence = sentence_head(checkpoint.folder, task)
+    specs = plan_graphs(model, task, sample_inputs(model), graphs.decoder, sentence)
+    traced = export_graphs(model, specs, folder, graphs, stored=checkpoint.tensors, say=say)
+    del model, specs
+    gc.collect()
+    return traced
 
-        merged = folder / "decoder_model_merged.onnx"
-        merge_decoders(paths[1], paths[2], merged)
-        origins[merged.stem] = origins.pop(paths[1].stem) | origins.pop(paths[2].stem)
-        for path in (file for graph in paths[1:] for file in (graph, *external_files(graph))):
-            path.unlink()
-        paths = [paths[0], merged]
-    del model
-    gc.collect()  # the proof loads the model again, in float64
-    return paths, origins
+
+def _convert(
+    traced: Sequence[TracedGraph], graphs: GraphOptions, folder: Path, say: Callable[[str], None]
+) -> list[OnnxFile]:
+    """The graphs in their further precisions."""
+    files = []
+    for precision in graphs.precisions:
+        if precision == "fp32":
+            continue
+        say(f"converting to {precision}")
+        for graph in traced:
+            path = folder / file_name(graph.path.stem, precision)
+            files.append(_describe(path, precision, convert_precision(graph.path, path, precision)))
+    return files
 
 
 def _describe(path: Path, precision: str, coverage: Coverage | None = None) -> OnnxFile:
-    size = sum(f.stat().st_size for f in path.parent.glob(f"{path.name}*") if not f.name.endswith(".ort"))
-    converted = (coverage.weight_bytes, coverage.converted_bytes, coverage.left) if coverage else (0, 0, ())
-    return OnnxFile(f"onnx/{path.name}", precision, size, *converted)
+    reached = coverage or Coverage(0, 0, ())
+    return OnnxFile(
+        path=f"onnx/{path.name}",
+        precision=precision,
+        size=size_of(path),
+        weight_bytes=reached.weight_bytes,
+        converted_bytes=reached.converted_bytes,
+        left=reached.left,
+    )
 
 
 def _limit(checkpoint: Checkpoint) -> int | None:
@@ -283,12 +286,7 @@ def _copy_side_files(checkpoint: Checkpoint, stage: Path) -> None:
 
 
 def _write_manifest(
-    checkpoint: Checkpoint,
-    stage: Path,
-    task: Task,
-    opset: int,
-    files: Sequence[OnnxFile],
-    origins: Mapping[str, Mapping[str, Origin]],
+    checkpoint: Checkpoint, stage: Path, done: OnnxExport, traced: Sequence[TracedGraph]
 ) -> None:
     merged = checkpoint.folder / NAME
     libraries = ("torch", "transformers", "onnx", "onnxscript")
@@ -296,12 +294,12 @@ def _write_manifest(
         "schema": SCHEMA,
         "tool": tool(),
         "libraries": {name: metadata.version(name) for name in libraries},
-        "task": task.name,
-        "opset": opset,
-        "graphs": [asdict(file) for file in files],
+        "task": done.task,
+        "opset": done.opset,
+        "graphs": [asdict(file) for file in done.files],
         "provenance": {
-            graph: {name: asdict(origin) for name, origin in sorted(rows.items())}
-            for graph, rows in origins.items()
+            graph.path.stem: {name: asdict(origin) for name, origin in sorted(graph.origins.items())}
+            for graph in traced
         },
         "merge_manifest_sha256": hash_file(merged) if merged.is_file() else None,
         "files": list_files(stage, known={}, hashed=True),

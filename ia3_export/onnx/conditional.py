@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-from ia3_export.onnx.files import save_model
 
 CONDITION = "use_cache_branch"
 
 
-def merge_decoders(first: Path, cached: Path, target: Path) -> None:
-    """Write `target`: the graph in the file `cached` (decoder with past) where ``use_cache_branch`` is true, else that in `first`.
+def merge_decoders(first: Any, cached: Any) -> Any:
+    """The ``onnx_ir.Model`` of two, which it takes apart: that of `cached` (decoder with past) where
+    ``use_cache_branch`` is true, else that of `first`.
 
     Inputs are those of both, outputs those of `first`; the cross-attention cache, which `cached` does not give, passes through it.
     Weights lie in the main graph, those that both branches use once.
     """
     import onnx_ir as ir
 
-    models = {"first": ir.load(first), "cached": ir.load(cached)}
+    models = {"first": first, "cached": cached}
     inputs: dict[str, Any] = {}
     for model in models.values():
         for port in model.graph.inputs:
             inputs.setdefault(port.name, ir.Value(name=port.name, shape=port.shape, type=port.type))
     condition = ir.Value(name=CONDITION, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.BOOL))
     weights: dict[str, Any] = {}
-    outputs = [(port.name, port.shape, port.type) for port in models["first"].graph.outputs]
+    outputs = [(port.name, port.shape, port.type) for port in first.graph.outputs]
     names = [name for name, _, _ in outputs]
-    order = [port.name for port in models["first"].graph.inputs]
+    order = [port.name for port in first.graph.inputs]
     branches = {branch: _branch(branch, model, inputs, weights, names) for branch, model in models.items()}
     choice = ir.node(
         "If", [condition], {"then_branch": branches["cached"], "else_branch": branches["first"]}, num_outputs=len(outputs)
@@ -38,12 +36,9 @@ def merge_decoders(first: Path, cached: Path, target: Path) -> None:
     rest = [value for name, value in inputs.items() if name not in order]
     graph = ir.Graph(
         [*(inputs[name] for name in order), *rest, condition], list(choice.outputs), nodes=[choice], initializers=list(weights.values()),
-        opset_imports=models["first"].graph.opset_imports, name="main_graph",
+        opset_imports=first.graph.opset_imports, name="main_graph",
     )  # fmt: skip
-    save_model(
-        ir.Model(graph, ir_version=models["first"].ir_version, producer_name=models["first"].producer_name),
-        target,
-    )
+    return ir.Model(graph, ir_version=first.ir_version, producer_name=first.producer_name)
 
 
 def _branch(

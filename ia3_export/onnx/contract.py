@@ -14,10 +14,9 @@ from typing import Any, Literal
 from ia3_export.errors import Unsupported
 from ia3_export.libraries import cache_argument, returned_cache
 from ia3_export.models.sentence import SentenceHead
+from ia3_export.onnx.exported import CACHED, ENCODER, FIRST, MERGED
+from ia3_export.onnx.options import DecoderForm
 from ia3_export.onnx.tasks import Task
-
-#: merged: one decoder file that is its own first step; separate: optimum's two; if: those two in one ``If``
-DecoderForm = Literal["merged", "separate", "if"]
 
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 #: Lengths of the samples: 2 and more and all different, since torch specialises 0 and 1 and may merge equal ones.
@@ -56,13 +55,13 @@ def plan_graphs(
     if task.form == "decoder":
         return [_decoder(model, sample)]
     first = _states_of_encoder(model, sample)
-    cache = _measure_cache(model, sample)
+    layers = _measure_cache(model, sample)
     if decoder == "merged":
-        return [first, _cross_decoder("decoder_model_merged", model, sample, cache, "either")]
+        return [first, _cross_decoder(MERGED, model, sample, layers, "either")]
     return [
         first,
-        _cross_decoder("decoder_model", model, sample, cache, "first"),
-        _cross_decoder("decoder_with_past_model", model, sample, cache, "cached"),
+        _cross_decoder(FIRST, model, sample, layers, "first"),
+        _cross_decoder(CACHED, model, sample, layers, "cached"),
     ]
 
 
@@ -76,12 +75,12 @@ def input_names(model: Any) -> list[str]:
 
 
 def _encoder(model: Any, task: Task, sample: Mapping[str, Any], sentence: SentenceHead | None) -> GraphSpec:
-    whole = model.config.is_encoder_decoder and task.outputs == ("last_hidden_state",)
+    encoder_only = model.config.is_encoder_decoder and task.outputs == ("last_hidden_state",)
     inputs, samples = _encoder_inputs(model, sample)
     extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
     def function(traced: Any, named: dict[str, Any]) -> tuple[Any, ...]:
-        if whole:
+        if encoder_only:
             return (traced.get_encoder()(**named)[0],)
         out = traced(**named, **extra)
         if sentence is not None:
@@ -187,9 +186,9 @@ def _no_cache(model: Any) -> Unsupported:
     )
 
 
-def _cache_ports(kind: str, layers: Sequence[_Layer], inner: str, length: str) -> list[Port]:
+def _cache_ports(prefix: str, layers: Sequence[_Layer], inner: str, length: str) -> list[Port]:
     return [
-        Port(f"{kind}.{i}{inner}.{part}", ("batch_size", heads, length, size))
+        Port(f"{prefix}.{i}{inner}.{part}", ("batch_size", heads, length, size))
         for i, layer in enumerate(layers)
         for part, (heads, size) in (("key", layer.key), ("value", layer.value))
     ]
@@ -259,97 +258,108 @@ def _states_of_encoder(model: Any, sample: Mapping[str, Any]) -> GraphSpec:
         return (traced.get_encoder()(**named)[0],)
 
     outputs = _outputs(model, function, inputs, samples, ("last_hidden_state",))
-    return GraphSpec("encoder_model", function, inputs, samples, outputs)
+    return GraphSpec(ENCODER, function, inputs, samples, outputs)
+
+
+_CrossStep = Literal["first", "cached", "either"]
 
 
 def _cross_decoder(
     file: str,
     model: Any,
     sample: Mapping[str, Any],
-    cache: tuple[list[_Layer], list[_Layer]],
-    step: Literal["first", "cached", "either"],
+    layers: tuple[list[_Layer], list[_Layer]],
+    step: _CrossStep,
 ) -> GraphSpec:
     """The decoder of an encoder-decoder: its ``first`` step, a ``cached`` one, or ``either`` in one graph.
 
     For ``either`` the model is given only those encoder states whose keys and values are not in the cache yet (all at first, none
     later), and the cache's own concatenation joins both: no ``If``, every weight once, and nothing in it depends on the model.
-    The order of the cache's inputs is the one by which optimum's ORTModel pairs them.
     """
     import torch
-    from transformers import DynamicCache, EncoderDecoderCache
 
-    own, cross = cache
+    own, cross = layers
     argument = cache_argument(model)
     if argument is None:
         raise _no_cache(model)
-    ids = sample["decoder_input_ids"]
-    batch = ids.shape[0]
+    ids = sample["decoder_input_ids"][:, :_NEW]
     with torch.no_grad():
         encoded = {k: v for k, v in sample.items() if k in (model.main_input_name, "attention_mask")}
         states = model.get_encoder()(**encoded)[0]
     masked = "attention_mask" in sample and model.main_input_name == "input_ids"
-    fixed_length: int | str = "encoder_sequence_length" if masked else states.shape[1]
-    ports: list[Port] = []
-    samples: list[Any] = []
+    length: int | str = "encoder_sequence_length" if masked else states.shape[1]
+    inputs = [(Port("input_ids", ("batch_size", "decoder_sequence_length")), ids)]
     if masked:
-        ports.append(Port("encoder_attention_mask", ("batch_size", "encoder_sequence_length")))
-        samples.append(torch.ones(batch, states.shape[1], dtype=torch.int64))
-    ports.append(Port("input_ids", ("batch_size", "decoder_sequence_length")))
-    samples.append(ids[:, :_NEW])
+        mask = torch.ones(states.shape[:2], dtype=torch.int64)
+        inputs.insert(0, (Port("encoder_attention_mask", ("batch_size", "encoder_sequence_length")), mask))
     if step != "cached":
-        ports.append(Port("encoder_hidden_states", ("batch_size", fixed_length, states.shape[2])))
-        samples.append(states)
+        inputs.append((Port("encoder_hidden_states", ("batch_size", length, states.shape[2])), states))
+    if step != "first":
+        inputs += _cross_past(own, cross, len(ids))
+    logits = Port("logits", ("batch_size", "decoder_sequence_length", _vocabulary(model)))
+    total = "past_decoder_sequence_length + decoder_sequence_length"
+    if step == "cached":
+        present = _cache_ports("present", own, ".decoder", total)
+    else:
+        present = _layerwise("present", own, cross, total, length)
+    ports, samples = zip(*inputs, strict=True)
+    return GraphSpec(
+        file, _cross_function(argument, len(own), len(ids), step), ports, samples, (logits, *present)
+    )
+
+
+def _cross_past(own: Sequence[_Layer], cross: Sequence[_Layer], batch: int) -> list[tuple[Port, Any]]:
+    """The inputs of the cache and their samples, in the order by which optimum's ORTModel pairs them."""
     sizes = {
         "batch_size": batch,
         "past_decoder_sequence_length": _PAST,
         "encoder_sequence_length_out": _PAST_ENCODER,
     }
-    if step != "first":
-        past = _layerwise(
-            "past_key_values", own, cross, "past_decoder_sequence_length", "encoder_sequence_length_out"
-        )
-        ports += past
-        samples += [_empty(port, sizes) for port in past]
+    _, own_length, cross_length = sizes
+    ports = _layerwise("past_key_values", own, cross, own_length, cross_length)
+    return [(port, _empty(port, sizes)) for port in ports]
+
+
+def _cross_function(
+    argument: str, layers: int, batch: int, step: _CrossStep
+) -> Callable[[Any, dict[str, Any]], tuple[Any, ...]]:
+    """What is traced of a decoder of so many `layers` that takes its cache by the name `argument`."""
+    import torch
+    from transformers import DynamicCache, EncoderDecoderCache
 
     def function(traced: Any, named: dict[str, Any]) -> tuple[Any, ...]:
-        kept = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         states = named.get("encoder_hidden_states")
         if step != "first":
-            for i in range(len(own)):
+            for i in range(layers):
                 past = [named[f"past_key_values.{i}.{part}"] for part in _PARTS]
-                kept.self_attention_cache.update(*past[:2], i)
-                kept.cross_attention_cache.update(*past[2:], i)
-                kept.is_updated[i] = step == "cached"
+                cache.self_attention_cache.update(*past[:2], i)
+                cache.cross_attention_cache.update(*past[2:], i)
+                cache.is_updated[i] = step == "cached"
             length = named["past_key_values.0.encoder.key"].shape[2]
             states = states[:, length:] if states is not None else torch.zeros(batch, length, 1)
         mask = named.get("encoder_attention_mask")
         extra = {} if mask is None else {"attention_mask": _additive(mask)}
         out = traced(
             encoder_outputs=(states,), decoder_input_ids=named["input_ids"], use_cache=True,
-            **{argument: kept}, **extra,
+            **{argument: cache}, **extra,
         )  # fmt: skip
         filled = returned_cache(out)
-        own_tensors = _tensors(filled.self_attention_cache)
+        own = _tensors(filled.self_attention_cache)
         if step == "cached":
-            return (out.logits, *own_tensors)
-        crossed = _tensors(filled.cross_attention_cache)
-        pairs = range(0, len(own_tensors), 2)
-        return (out.logits, *(t for i in pairs for t in (*own_tensors[i : i + 2], *crossed[i : i + 2])))
+            return (out.logits, *own)
+        cross = _tensors(filled.cross_attention_cache)
+        pairs = range(0, len(own), 2)
+        return (out.logits, *(t for i in pairs for t in (*own[i : i + 2], *cross[i : i + 2])))
 
-    logits = Port("logits", ("batch_size", "decoder_sequence_length", _vocabulary(model)))
-    length = "past_decoder_sequence_length + decoder_sequence_length"
-    if step == "cached":
-        present = _cache_ports("present", own, ".decoder", length)
-    else:
-        present = _layerwise("present", own, cross, length, str(fixed_length) if masked else fixed_length)
-    return GraphSpec(file, function, tuple(ports), tuple(samples), (logits, *present))
+    return function
 
 
 _PARTS = ("decoder.key", "decoder.value", "encoder.key", "encoder.value")
 
 
 def _layerwise(
-    kind: str, own: Sequence[_Layer], cross: Sequence[_Layer], length: str, cross_length: int | str
+    prefix: str, own: Sequence[_Layer], cross: Sequence[_Layer], length: str, cross_length: int | str
 ) -> list[Port]:
     ports = []
     for i, (mine, theirs) in enumerate(zip(own, cross, strict=True)):
@@ -360,7 +370,7 @@ def _layerwise(
             (theirs.value, cross_length),
         )
         for part, ((heads, size), extent) in zip(_PARTS, shapes, strict=True):
-            ports.append(Port(f"{kind}.{i}.{part}", ("batch_size", heads, extent, size)))
+            ports.append(Port(f"{prefix}.{i}.{part}", ("batch_size", heads, extent, size)))
     return ports
 
 

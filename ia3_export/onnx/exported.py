@@ -1,8 +1,9 @@
-"""Which files of an exported folder make one model: a graph, or encoder and decoder(s), each in its precisions."""
+"""The files of an exported folder: how they are called, and which make one model: a graph, or encoder and
+decoder(s)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ia3_export.errors import NotFound
@@ -10,7 +11,14 @@ from ia3_export.errors import NotFound
 ENCODER, MERGED, FIRST, CACHED = (
     "encoder_model", "decoder_model_merged", "decoder_model", "decoder_with_past_model",
 )  # fmt: skip
+#: What the files of a precision end in.
+SUFFIXES: Mapping[str, str] = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "int4": "_q4"}
 _STEMS = sorted(("model", ENCODER, MERGED, FIRST, CACHED), key=len, reverse=True)
+
+
+def file_name(stem: str, precision: str) -> str:
+    """``model.onnx``, ``model_fp16.onnx``, ..."""
+    return f"{stem}{SUFFIXES[precision]}.onnx"
 
 
 def plain_stem(path: Path) -> str | None:

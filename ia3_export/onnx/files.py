@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from ia3_export.errors import DamagedFile, first_line
 
 #: Above this many bytes of weights they go into ``<name>_data``: one protobuf holds at most 2 GB.
 EXTERNAL = 1_800_000_000
@@ -44,10 +47,44 @@ def save_model(model: Any, path: Path, *, external_above: int = EXTERNAL, chunk:
 
 
 def external_files(path: Path) -> list[Path]:
-    """The external data files of the .onnx file `path`, in order."""
-    found = [path.with_name(f"{path.name}_data")]
-    found += [path.with_name(f"{path.name}_data_{i}") for i in range(1, 100)]
-    return [file for file in found if file.is_file()]
+    """The external data files that the .onnx file `path` names, in their order (a second chunk comes before a
+    tenth).
+
+    Raises `DamagedFile` for a file that is no graph.
+    """
+    import onnx
+
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except Exception as error:  # protobuf's errors are of its version
+        raise DamagedFile(
+            f"{path} is not readable ONNX: {first_line(error)}", hint="export the model again"
+        ) from error
+    tensors = (*graph.initializer, *(t for node in walk_nodes(graph) for t in _held(node)))
+    names = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
+    return [path.with_name(name) for name in sorted(names, key=lambda name: (len(name), name))]
+
+
+def size_of(path: Path) -> int:
+    """Bytes of the .onnx file `path` with its external data. Raises `DamagedFile`."""
+    return sum(file.stat().st_size for file in (path, *external_files(path)))
+
+
+def walk_nodes(graph: Any) -> Iterator[Any]:
+    """The nodes of an ``onnx.GraphProto`` and of the bodies in it."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs):
+                yield from walk_nodes(body)
+
+
+def _held(node: Any) -> Iterator[Any]:
+    """The tensors that a node holds, in its attributes and in its bodies."""
+    for attribute in node.attribute:
+        yield from (attribute.t, *attribute.tensors)
+        for body in (attribute.g, *attribute.graphs):
+            yield from body.initializer
 
 
 def _rename_chunks(path: Path, chunks: list[Path]) -> None:

@@ -25,8 +25,8 @@ _SQUARES = ("Mul", "Pow")
 _SCALINGS = ("Div", "Mul")
 
 
-def to_float16(model: Any) -> None:
-    """Make an ``onnx_ir.Model`` of float32 compute in float16, in place. float32 remain
+def to_float16(model: Any) -> Any:
+    """The pass that makes an ``onnx_ir.Model`` of float32 compute in float16. float32 remain
 
     - inputs and outputs, the cache too: the file stands in for the float32 one, and nothing is to be configured.
       transformers.js before 4 and ONNX Runtime's examples make an empty float32 cache, images and sound come as float32, and
@@ -38,6 +38,7 @@ def to_float16(model: Any) -> None:
     Raises `Unsupported` for graphs whose types onnx cannot infer.
     """
     from onnx_ir import DataType
+    from onnx_ir.passes import PassResult
     from onnx_ir.passes.common import ShapeInferencePass
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST
 
@@ -65,6 +66,7 @@ def to_float16(model: Any) -> None:
     _widen_outputs(model.graph)
     for value in (v for node in model.graph.all_nodes() for v in node.outputs if not v.is_graph_output()):
         value.type = value.shape = None  # ONNX Runtime infers them itself
+    return PassResult(model, modified=exact != set(nodes))
 
 
 def halved(array: Array) -> Array:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ia3_export.errors import Unsupported
+from ia3_export.onnx.exported import file_name
+from ia3_export.onnx.options import PRECISIONS
 
 NAME = "genai_config.json"
 
@@ -15,7 +17,7 @@ NAME = "genai_config.json"
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 # Models without one (ALiBi) have no limit, but onnxruntime-genai insists on a number.
 _NO_CONTEXT = 2048
-_GRAPHS = tuple(f"onnx/model{suffix}.onnx" for suffix in ("", "_fp16", "_int8", "_q4"))
+_GRAPHS = tuple(f"onnx/{file_name('model', precision)}" for precision in PRECISIONS)
 _FED = ("input_ids", "attention_mask", "position_ids")
 _SEARCH = (
     "do_sample", "length_penalty", "no_repeat_ngram_size", "num_beams", "repetition_penalty", "temperature",

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from ia3_export.errors import Unsupported
+from ia3_export.onnx.files import size_of
 
 #: Offsets in a flatbuffer are signed 32-bit numbers, and an .ort file is one flatbuffer.
 _FLATBUFFER = 2**31 - 1
@@ -23,12 +24,12 @@ def write_ort(graph: Path) -> list[Path]:
     Converting twice gives the same content, but not the same bytes: ONNX Runtime writes one small table, of operators
     and their types, in the order of a hash map with a random seed.
 
-    Raises `Unsupported` for weights of 2 GB and more, and when ONNX Runtime cannot convert the graph.
+    Raises `Unsupported` for weights of 2 GB and more, and when ONNX Runtime cannot convert the graph;
+    `DamagedFile` for none.
 
     Tool: https://onnxruntime.ai/docs/performance/model-optimizations/ort-format-models.html
     """
-    # model.onnx with model.onnx_data, model.onnx_data_1, ...
-    size = sum(file.stat().st_size for file in graph.parent.glob(f"{graph.name}*"))
+    size = size_of(graph)
     if size > _FLATBUFFER:
         raise Unsupported(
             f"{graph.name} holds {size / 1e9:.1f} GB, and an .ort file at most 2.1 GB",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ia3_export.errors import Unsupported
 from ia3_export.onnx.files import save_model
 from ia3_export.onnx.float16 import to_float16
+from ia3_export.onnx.passes import Pass, run_passes
 from ia3_export.onnx.quantize import is_weight, quantize
 
 
@@ -27,8 +29,16 @@ class Coverage:
     left: tuple[str, ...]
 
 
-def convert(source: Path, target: Path, precision: Literal["fp16", "int8", "int4"]) -> Coverage:
-    """Write the float32 graph `source` to `target` in `precision`; inputs and outputs stay as they are.
+_REWRITES: Mapping[str, Pass] = {
+    "fp16": to_float16,
+    "int8": partial(quantize, precision="int8"),
+    "int4": partial(quantize, precision="int4"),
+}
+
+
+def convert_precision(source: Path, target: Path, precision: str) -> Coverage:
+    """Write the float32 graph `source` to `target` in `precision`: ``fp16``, ``int8`` or ``int4``; inputs and
+    outputs stay as they are.
 
     ``fp16``: weights and activations are float16, except what float16 cannot hold (`to_float16`). ``int8`` and
     ``int4``: weights are codes (`quantize`), all else is float32. External data are read tensor by tensor; what is held
@@ -37,16 +47,14 @@ def convert(source: Path, target: Path, precision: Literal["fp16", "int8", "int4
     Raises `Unsupported` when no weight of the graph can be held in `precision`.
     """
     import onnx_ir
-    import onnx_ir.passes.common as passes
+    import onnx_ir.passes.common as common
 
     model = onnx_ir.load(source)
-    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    run_passes(model, common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0))
     before = dict(_weights(model))
-    if precision == "fp16":
-        to_float16(model)
-    else:
-        quantize(model, precision)
-    onnx_ir.passes.Sequential(passes.RemoveUnusedNodesPass(), passes.ClearMetadataAndDocStringPass())(model)
+    run_passes(
+        model, _REWRITES[precision], common.RemoveUnusedNodesPass(), common.ClearMetadataAndDocStringPass()
+    )
     after = {name: size for name, size in _weights(model) if name in before}
     left = tuple(sorted(after, key=lambda name: (-after[name], name)))
     coverage = Coverage(sum(before.values()), sum(before.values()) - sum(after.values()), left)

@@ -29,8 +29,8 @@ _ZERO = 128
 SHAPING = ("Cast", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
 
 
-def quantize(model: Any, precision: Literal["int8", "int4"]) -> None:
-    """Replace the weights of an ``onnx_ir.Model`` by codes, in place and in the bodies of ``If`` too.
+def quantize(model: Any, *, precision: Literal["int8", "int4"]) -> Any:
+    """The pass that replaces the weights of an ``onnx_ir.Model`` by codes, in the bodies of ``If`` too.
 
     In ``int8`` a weight has one scale for each output feature, token or channel:
 
@@ -46,13 +46,16 @@ def quantize(model: Any, precision: Literal["int8", "int4"]) -> None:
     """
     import onnx_ir
 
-    state = _State(model, precision == "int4")
+    written = _Written(model, precision == "int4")
+    changed = False
     for node in list(model.graph.all_nodes()):
         if node.op_type in _READERS and not node.domain:
             tape = onnx_ir.tape.Tape()
-            out = _READERS[node.op_type](state, tape, node)
+            out = _READERS[node.op_type](written, tape, node)
             if out is not None:
                 _replace(node, tape.nodes, out)
+                changed = True
+    return onnx_ir.passes.PassResult(model, changed)
 
 
 def eight_bits(array: Array, axis: int) -> tuple[Array, Array]:
@@ -112,7 +115,7 @@ def is_weight(array: Any) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _State:
+class _Written:
     """What is there already, to be used again: the codes of weights, and the quantized activations of each graph."""
 
     model: Any
@@ -143,29 +146,31 @@ class _State:
         return there[name]
 
 
-def _matmul(state: _State, tape: Any, node: Any) -> Any:
+def _matmul(written: _Written, tape: Any, node: Any) -> Any:
     """``x @ weight``, for ``Gemm`` with its bias."""
     options = {name: attribute.value for name, attribute in node.attributes.items()}
     if options.get("transA") or options.get("alpha", 1) != 1 or options.get("beta", 1) != 1:
         return None
     x, weight, *bias = node.inputs
     array = constant(weight)
-    if array is None or not is_weight(array) or (state.int4 and array.ndim != 2):
+    if array is None or not is_weight(array) or (written.int4 and array.ndim != 2):
         return None
     axis = -1 if options.get("transB") else -2
     maker = weight.producer()
     if maker is not None and maker.op_type == "Transpose" and array.ndim == 2 and axis == -2:
         # a head that is tied to the embedding: its codes are those of the lookup
         weight, array, axis = maker.inputs[0], array.T, -1
-    coded = state.coded(weight, array, axis, 4 if state.int4 else 8)
-    if state.int4:
-        out = _four_bit_product(state, tape, x, coded, np.moveaxis(array, axis, 0).shape)
+    coded = written.coded(weight, array, axis, 4 if written.int4 else 8)
+    if written.int4:
+        out = _four_bit_product(written, tape, x, coded, np.moveaxis(array, axis, 0).shape)
     else:
-        out = _eight_bit_product(state, tape, node.graph, x, coded, turned=axis == -1)
+        out = _eight_bit_product(written, tape, node.graph, x, coded, turned=axis == -1)
     return tape.op("Add", [out, bias[0]]) if bias and bias[0] is not None else out
 
 
-def _four_bit_product(state: _State, tape: Any, x: Any, coded: Sequence[Any], shape: tuple[int, ...]) -> Any:
+def _four_bit_product(
+    written: _Written, tape: Any, x: Any, coded: Sequence[Any], shape: tuple[int, ...]
+) -> Any:
     inputs, outputs = shape
     attributes = {
         "K": inputs,
@@ -174,26 +179,26 @@ def _four_bit_product(state: _State, tape: Any, x: Any, coded: Sequence[Any], sh
         "block_size": BLOCK,
         "accuracy_level": _ACCURACY_LEVEL,
     }
-    state.model.opset_imports[_CONTRIB] = 1
+    written.model.opset_imports[_CONTRIB] = 1
     return tape.op("MatMulNBits", [x, *coded], attributes, domain=_CONTRIB)
 
 
 def _eight_bit_product(
-    state: _State, tape: Any, graph: Any, x: Any, coded: Sequence[Any], *, turned: bool
+    written: _Written, tape: Any, graph: Any, x: Any, coded: Sequence[Any], *, turned: bool
 ) -> Any:
     """Integers, times the scales of both sides: the chain of nodes that ONNX Runtime fuses into one."""
     codes, scale = coded
     if turned:
         codes = tape.op("Transpose", [codes], {"perm": [1, 0]})
-    if (x, graph) not in state.activations:
-        state.activations[x, graph] = tape.op_multi_out("DynamicQuantizeLinear", [x], num_outputs=3)
-    quantized, x_scale, x_zero = state.activations[x, graph]
-    zero = state.initializer("weight_zero_point", np.array(_ZERO, np.uint8))
+    if (x, graph) not in written.activations:
+        written.activations[x, graph] = tape.op_multi_out("DynamicQuantizeLinear", [x], num_outputs=3)
+    quantized, x_scale, x_zero = written.activations[x, graph]
+    zero = written.initializer("weight_zero_point", np.array(_ZERO, np.uint8))
     sums = tape.op("Cast", [tape.op("MatMulInteger", [quantized, codes, x_zero, zero])], {"to": _FLOAT})
     return tape.op("Mul", [sums, tape.op("Mul", [x_scale, scale])])
 
 
-def _embedding(state: _State, tape: Any, node: Any) -> Any:
+def _embedding(written: _Written, tape: Any, node: Any) -> Any:
     """Rows of the table of tokens, in 8 bits whatever the precision: the WebAssembly build that transformers.js loads by itself has no
     kernel for rows of 4 bits (``GatherBlockQuantized``), and plain operators run everywhere."""
     table, ids = node.inputs
@@ -207,23 +212,23 @@ def _embedding(state: _State, tape: Any, node: Any) -> Any:
         or not _are_tokens(ids)
     ):
         return None
-    codes, scale = state.coded(table, array, -1, 8)
-    zero = state.initializer("embedding_zero_point", np.array(_ZERO, np.float32))
-    last = state.initializer("embedding_axis", np.array([-1]))
+    codes, scale = written.coded(table, array, -1, 8)
+    zero = written.initializer("embedding_zero_point", np.array(_ZERO, np.float32))
+    last = written.initializer("embedding_axis", np.array([-1]))
     rows = tape.op("Sub", [tape.op("Cast", [tape.op("Gather", [codes, ids])], {"to": _FLOAT}), zero])
     return tape.op("Mul", [rows, tape.op("Unsqueeze", [tape.op("Gather", [scale, ids]), last])])
 
 
-def _convolution(state: _State, tape: Any, node: Any) -> Any:
+def _convolution(written: _Written, tape: Any, node: Any) -> Any:
     """A convolution in float32 whose weight is held in 8 bits; ``ConvInteger`` is no faster, and rounds activations too."""
     x, weight, *bias = node.inputs
     array = constant(weight)
-    if state.int4 or array is None or not is_weight(array):
+    if written.int4 or array is None or not is_weight(array):
         return None
     codes, scale = eight_bits(array.reshape(len(array), -1), -1)
     parts = (codes.reshape(array.shape), scale, np.full(len(array), _ZERO, np.uint8))
     names = (f"{weight.name}{end}" for end in ("_quantized", "_scale", "_zero_point"))
-    held = [state.initializer(name, part) for name, part in zip(names, parts, strict=True)]
+    held = [written.initializer(name, part) for name, part in zip(names, parts, strict=True)]
     widened = tape.op("DequantizeLinear", held, {"axis": 0})
     return tape.op("Conv", [x, widened, *bias], dict(node.attributes))
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from ia3_export.checkpoint.folder import architectures
 from ia3_export.errors import Unsupported, UsageError, first_line
+from ia3_export.models.sentence import SentenceHead, read_sentence_head
+from ia3_export.onnx.optimum_tasks import class_for_task, task_name, task_of_class
 
 Form = Literal["encoder", "decoder", "encoder-decoder"]
 
@@ -41,15 +44,6 @@ TASKS: Mapping[str, Task] = {
 }  # fmt: skip
 
 
-#: Classes that optimum's TasksManager does not know.
-_BY_ENDING = {
-    "ForCausalLM": "text-generation", "ForMaskedLM": "fill-mask", "ForSequenceClassification": "text-classification",
-    "ForTokenClassification": "token-classification", "ForQuestionAnswering": "question-answering",
-    "ForImageClassification": "image-classification", "ForAudioClassification": "audio-classification",
-    "ForCTC": "automatic-speech-recognition", "EncoderModel": "feature-extraction", "Model": "feature-extraction",
-}  # fmt: skip
-
-
 def choose_task(config: Mapping[str, Any], *, asked: str | None, sentence: bool) -> Task:
     """The task that was `asked` for (optimum's names and synonyms), else that of the checkpoint's first architecture;
     `sentence`: the folder is a sentence-transformers model.
@@ -57,10 +51,10 @@ def choose_task(config: Mapping[str, Any], *, asked: str | None, sentence: bool)
     Raises `UsageError` for a task that is not offered, `Unsupported` for an architecture without one.
     """
     if asked is not None:
-        return _canonical(asked, config)
+        return _asked(asked, config)
     name = next(iter(architectures(config)), "?")
     found = _task_of(name, config)
-    if found is None:
+    if not found:
         raise Unsupported(
             f"{name} is exported for no task by this version",
             hint=f"--task may export a part of it: {', '.join(TASKS)}",
@@ -68,6 +62,11 @@ def choose_task(config: Mapping[str, Any], *, asked: str | None, sentence: bool)
     if found == "feature-extraction" and sentence:
         found = "sentence-similarity"
     return _fitting(found, config)
+
+
+def sentence_head(folder: Path, task: Task) -> SentenceHead | None:
+    """The pooling of a sentence-transformers model in `folder`, for the task whose outputs it makes."""
+    return read_sentence_head(folder) if task.name == "sentence-similarity" else None
 
 
 def load_model(folder: Any, task: Task, config: Mapping[str, Any]) -> Any:
@@ -111,62 +110,48 @@ def load_model(folder: Any, task: Task, config: Mapping[str, Any]) -> Any:
     return model.eval()
 
 
-def _canonical(asked: str, config: Mapping[str, Any]) -> Task:
-    from optimum.exporters.tasks import TasksManager
-
-    name = asked if asked in TASKS else TasksManager.map_from_synonym(asked).removesuffix("-with-past")
+def _asked(word: str, config: Mapping[str, Any]) -> Task:
+    name = task_name(word)
     if name not in TASKS:
-        raise UsageError(f"--task {asked} is not offered", hint=f"there are {', '.join(TASKS)}")
+        raise UsageError(f"--task {word} is not offered", hint=f"there are {', '.join(TASKS)}")
     return _fitting(name, config)
 
 
 def _fitting(name: str, config: Mapping[str, Any]) -> Task:
     """Speech recognition by CTC needs an encoder alone; other tasks of two graphs need an encoder-decoder."""
     task = TASKS[name]
-    whole = bool(config.get("is_encoder_decoder"))
-    if name == "automatic-speech-recognition" and not whole:
+    encoder_decoder = bool(config.get("is_encoder_decoder"))
+    if name == "automatic-speech-recognition" and not encoder_decoder:
         return Task(name, "encoder", task.outputs)
-    if task.form == "encoder-decoder" and not whole:
+    if task.form == "encoder-decoder" and not encoder_decoder:
         raise Unsupported(
             f"{name} needs an encoder-decoder, {config.get('model_type')} is none",
             hint="--task text-generation exports decoders",
         )
-    if task.form == "decoder" and whole:
+    if task.form == "decoder" and encoder_decoder:
         raise Unsupported(
             f"{config.get('model_type')} is an encoder-decoder", hint="--task text2text-generation exports it"
         )
     return task
 
 
-def _task_of(architecture: str, config: Mapping[str, Any]) -> str | None:
+def _task_of(architecture: str, config: Mapping[str, Any]) -> str:
+    """The task of a class by its name in transformers; empty where it is none of `TASKS`."""
     import transformers
-    from optimum.exporters.tasks import TasksManager
 
     cls = getattr(transformers, architecture, None)
-    if not isinstance(cls, type) or "Heads" in architecture:
-        return None
-    if config.get("is_encoder_decoder") and architecture.endswith("ForConditionalGeneration"):
-        # optimum files BART's only class with a language-model head under fill-mask
-        speech = getattr(cls, "main_input_name", "input_ids") != "input_ids"
-        return "automatic-speech-recognition" if speech else "text2text-generation"
-    if architecture.endswith("ForConditionalGeneration"):  # of several modalities
-        return None
-    try:
-        name = TasksManager.infer_task_from_model(cls).removesuffix("-with-past")
-    except (ValueError, KeyError):  # optimum does not list every class
-        name = next((task for end, task in _BY_ENDING.items() if architecture.endswith(end)), "")
-    return name if name in TASKS else None
+    if not isinstance(cls, type):
+        return ""
+    name = task_of_class(cls, encoder_decoder=bool(config.get("is_encoder_decoder")))
+    return name if name in TASKS else ""
 
 
 def _model_class(task: Task, config: Mapping[str, Any]) -> Any:
     """The checkpoint's own class if it is made for the task, else transformers' Auto class."""
     import transformers
-    from optimum.exporters.tasks import TasksManager
 
     name = next(iter(architectures(config)), "")
     wanted = "feature-extraction" if task.name == "sentence-similarity" else task.name
     if _task_of(name, config) == wanted:
         return getattr(transformers, name)
-    if task.name == "automatic-speech-recognition" and task.form == "encoder":
-        return transformers.AutoModelForCTC
-    return TasksManager.get_model_class_for_task(wanted, framework="pt", library="transformers")
+    return class_for_task(wanted, encoder_only=task.form == "encoder")

@@ -10,14 +10,14 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from ia3_export.errors import Unsupported, first_line
 from ia3_export.libraries import private
 from ia3_export.onnx.contract import GraphSpec
+from ia3_export.onnx.passes import run_passes
 
-#: torch translates to 18 and converts upwards; 24 is beyond some runtimes.
-OPSETS = range(18, 24)
 _PREFIX = "model."
 
 
@@ -68,18 +68,37 @@ def trace(model: Any, spec: GraphSpec, opset: int) -> Any:
 
 def clean(model: Any, spec: GraphSpec) -> Any:
     """Optimize the graph, give weights and axes their names, and remove what belongs to this machine."""
-    import onnx_ir
-    import onnx_ir.passes.common as passes
+    import onnx_ir.passes.common as common
+
+    run_passes(
+        model,
+        _name_parameters,
+        _transpose_weights,
+        _optimize,
+        _state_sizes,
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.ClearMetadataAndDocStringPass(),
+        _forget_machine,
+        partial(_declare_ports, spec=spec),
+    )
+    return model
+
+
+def _optimize(model: Any) -> Any:
+    from onnx_ir.passes import PassResult
     from onnxscript import optimizer
 
-    _name_parameters(model)
-    _transpose_weights(model)
     optimizer.optimize(model)
-    _state_sizes(model)
-    onnx_ir.passes.Sequential(
-        passes.RemoveUnusedNodesPass(), passes.RemoveUnusedFunctionsPass(), passes.RemoveUnusedOpsetsPass(),
-        passes.ClearMetadataAndDocStringPass(),
-    )(model)  # fmt: skip
+    return PassResult(model, modified=True)  # it does not say
+
+
+def _forget_machine(model: Any) -> Any:
+    """Take away what tells of this machine and of the samples, and is no part of the model: versions, notes,
+    inferred shapes."""
+    from onnx_ir.passes import PassResult
+
     model.producer_version = ""
     model.metadata_props.clear()
     graph = model.graph
@@ -91,10 +110,18 @@ def clean(model: Any, spec: GraphSpec) -> Any:
     for value in (v for node in graph.all_nodes() for v in node.outputs):
         if not value.is_graph_output():  # shapes that were inferred for the samples
             value.shape = value.type = None
+    return PassResult(model, modified=True)
+
+
+def _declare_ports(model: Any, *, spec: GraphSpec) -> Any:
+    """Give inputs and outputs the names of their free axes."""
+    import onnx_ir
+
+    graph = model.graph
     for values, ports in ((graph.inputs, spec.inputs), (graph.outputs, spec.outputs)):
         for value, port in zip(values, ports, strict=True):
             value.shape = onnx_ir.Shape(port.shape)
-    return model
+    return onnx_ir.passes.PassResult(model, modified=True)
 
 
 def _wrap(model: Any, spec: GraphSpec) -> Any:
@@ -153,21 +180,27 @@ def _rotate_pairs(query: Any, key: Any, frequencies: Any) -> tuple[Any, Any]:
     return rotated(query), rotated(key)
 
 
-def _name_parameters(model: Any) -> None:
+def _name_parameters(model: Any) -> Any:
+    """Give parameters their names in the model that was wrapped."""
+    from onnx_ir.passes import PassResult
+
     initializers = model.graph.initializers
-    for name in [name for name in initializers if name.startswith(_PREFIX)]:
+    wrapped = [name for name in initializers if name.startswith(_PREFIX)]
+    for name in wrapped:
         value = initializers.pop(name)
         value.name = name.removeprefix(_PREFIX)
         initializers[value.name] = value
+    return PassResult(model, modified=bool(wrapped))
 
 
-def _transpose_weights(model: Any) -> None:
+def _transpose_weights(model: Any) -> Any:
     """Store a weight that is only ever read through a transposition as its transpose, under its own name.
 
     The optimizer would do the same and lose the name. A tied embedding, which is also read as it is, stays one tensor.
     """
     import onnx_ir
 
+    changed = False
     for value in list(model.graph.initializers.values()):
         readers = [node for node, _ in value.uses()]
         turned = [
@@ -185,9 +218,11 @@ def _transpose_weights(model: Any) -> None:
         for node in turned:
             onnx_ir.convenience.replace_all_uses_with(node.outputs[0], value)
             node.graph.remove(node, safe=True)
+        changed = True
+    return onnx_ir.passes.PassResult(model, changed)
 
 
-def _state_sizes(model: Any) -> None:
+def _state_sizes(model: Any) -> Any:
     """Write the size that the trace knows where the shape of a ``Reshape`` says -1: with an empty cache another axis has length 0,
     and ONNX Runtime before 1.30 refuses to infer a size beside it."""
     import onnx_ir
@@ -223,3 +258,4 @@ def _state_sizes(model: Any) -> None:
                 )
                 model.graph.register_initializer(sizes[size])
             node.replace_input_with(i, sizes[size])
+    return onnx_ir.passes.PassResult(model, modified=bool(sizes))

@@ -12,6 +12,7 @@ from ia3_export.errors import InputError, UsageError
 from ia3_export.fold import Array
 from ia3_export.models.model_class import quiet
 from ia3_export.models.sentence import SentenceHead, read_sentence_head
+from ia3_export.onnx.runtime import open_model
 from ia3_export.parity.bits.graph_files import Graph
 from ia3_export.parity.gates import NUMERIC, coarser
 from ia3_export.parity.judging import Artifact, Evidence, failed_step, judge, unmerged_distance
@@ -21,7 +22,7 @@ from ia3_export.parity.runs.greedy import prompts
 from ia3_export.parity.runs.inputs import Case, make_cases
 from ia3_export.parity.runs.live import FineTune, RunDevice
 from ia3_export.parity.runs.own_inputs import fit_text, has_tokenizer, read_inputs, read_texts
-from ia3_export.parity.runs.run_onnx import decode_onnx, open_model, run_onnx
+from ia3_export.parity.runs.run_onnx import decode_onnx, run_onnx
 from ia3_export.parity.runs.run_torch import exact_matmul
 from ia3_export.parity.settings import RunSettings
 from ia3_export.quantization.base import Base
@@ -169,7 +170,7 @@ def _sentence_head(base: Base, graphs: Sequence[tuple[str, Graph]]) -> SentenceH
 
 
 def _run_graph(name: str, graph: Graph, written: str, device: str, unmerged: UnmergedRuns) -> Artifact:
-    model = open_model(graph.paths, device)
+    model = open_model(graph.paths, device=device)
     usable = [i for i, case in enumerate(unmerged.cases) if model.cached or not case.past]
     outputs = run_onnx(model, [unmerged.cases[i] for i in usable])
     decoded = None

@@ -79,6 +79,7 @@ def _outputs(quantization: Quantization, changes: Mapping[str, Change]) -> dict[
 
 
 def refusals(kept: Kept, base: Base) -> list[IA3ExportError]:
+    """A `Refused` for every weight that ``--quantized keep`` cannot keep."""
     others = "" if base.stored.is_gguf else ", --quantized dequantize all of them"
     return [
         Refused(

@@ -164,13 +164,24 @@ def test_both_runtimes_time_the_same_computation(tmp_path: Path, name: str) -> N
     ids = np.arange(3, 13).reshape(2, 5)
     np.savez(tmp_path / "inputs.npz", input_ids=ids, attention_mask=np.ones_like(ids))
     sources, inputs = Sources("", (), str(base)), str(tmp_path / "inputs.npz")
-    job = Job("PyTorch", "merged", "fp32", sources, graphs, TASKS[exported.task], inputs, 0, 1, 5)
+    job = Job(
+        runtime="PyTorch",
+        variant="merged",
+        precision="fp32",
+        sources=sources,
+        graphs=graphs,
+        task=TASKS[exported.task],
+        inputs=inputs,
+        start=0,
+        threads=1,
+        tokens=5,
+    )
     ours, theirs = load_torch(job), load_onnx(job)
     assert ours.step is not None and theirs.step is not None
     with torch.no_grad():
         state, other = ours.forward(), theirs.forward()
         for _ in range(6):
-            np.testing.assert_allclose(other[0].numpy(), state[0].numpy(), atol=1e-4)
+            np.testing.assert_allclose(other.outputs["logits"].numpy(), state[0].numpy(), atol=1e-4)
             state, other = ours.step(state), theirs.step(other)
     assert state[1].get_seq_length() == (ids.shape[1] if name == "gpt2" else 1) + 6
 
@@ -194,20 +205,35 @@ def endless(tmp_path: Path) -> Job:
 
     onnx.save(onnx.parser.parse_model(ENDLESS), tmp_path / "endless.onnx")
     np.savez(tmp_path / "inputs.npz", input_ids=np.zeros(1, np.float32))
-    graphs = (str(tmp_path / "endless.onnx"),)
-    sources = Sources("", (), "")
     return Job(
-        "ONNX Runtime",
-        "base",
-        "fp32",
-        sources,
-        graphs,
-        TASKS["fill-mask"],
-        str(tmp_path / "inputs.npz"),
-        -1,
-        1,
-        0,
+        runtime="ONNX Runtime",
+        variant="base",
+        precision="fp32",
+        sources=Sources("", (), ""),
+        graphs=(str(tmp_path / "endless.onnx"),),
+        task=TASKS["fill-mask"],
+        inputs=str(tmp_path / "inputs.npz"),
+        start=-1,
+        threads=1,
+        tokens=0,
     )
+
+
+LOADED = """
+import json, sys
+from ia3_export.benching.worker import _import, read_job
+job = read_job(sys.argv[1])
+_import(job)(job)
+print(json.dumps(sorted(sys.modules)))
+"""
+
+
+def test_the_process_of_a_graph_imports_neither_torch_nor_transformers(endless: Job) -> None:
+    command = [sys.executable, "-c", LOADED, json.dumps(asdict(endless))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    modules = {name.partition(".")[0] for name in json.loads(done.stdout)}
+    assert "onnxruntime" in modules
+    assert modules.isdisjoint({"torch", "transformers", "peft", "optimum"})
 
 
 def test_a_graph_that_does_not_load_is_named_by_its_worker(tmp_path: Path, endless: Job) -> None:
@@ -217,8 +243,9 @@ def test_a_graph_that_does_not_load_is_named_by_its_worker(tmp_path: Path, endle
         assert worker.answer()["resident"] > 0
         with pytest.raises(
             DamagedFile, match=r"^ONNX Runtime base int8: ONNX Runtime cannot load model_int8.onnx"
-        ):
+        ) as caught:
             worker.ask("load")
+    assert str(tmp_path) not in str(caught.value) and "--precision" in caught.value.hint
 
 
 def test_a_worker_that_is_killed_is_reported(tmp_path: Path, endless: Job) -> None:

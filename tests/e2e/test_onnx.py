@@ -324,16 +324,16 @@ def wrong_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every graph is written with the values of its largest weight gone."""
     import onnx_ir
 
-    from ia3_export.commands import export_onnx as exporting
+    from ia3_export.onnx import export
 
-    right = exporting.save_model
+    right = export.save_model
 
     def damaged(model: Any, path: Path, *, external_above: int) -> None:
         value = max(model.graph.initializers.values(), key=lambda v: v.const_value.nbytes)
         value.const_value = onnx_ir.tensor(np.zeros(value.const_value.shape, np.float32), name=value.name)
         right(model, path, external_above=external_above)
 
-    monkeypatch.setattr(exporting, "save_model", damaged)
+    monkeypatch.setattr(export, "save_model", damaged)
 
 
 _LEFT = {"onnx/model.onnx", "config.json", "ia3_export.json", "report.json"}
@@ -372,12 +372,12 @@ def test_a_wrong_graph_replaces_neither_an_older_folder_nor_an_older_failure(
 def test_an_interrupted_export_leaves_nothing(
     exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ia3_export.commands import export_onnx as exporting
+    from ia3_export.onnx import export
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(exporting, "trace", interrupted)
+    monkeypatch.setattr(export, "trace", interrupted)
     base, adapter = exports.written("bert-seq-cls")
     ran = run("onnx", "--base", base, "--adapter", adapter, "--output", tmp_path / "new" / "out")
     assert ran.code == 130 and "interrupted" in ran.stderr

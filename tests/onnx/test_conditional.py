@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ia3_export.onnx.conditional import merge_decoders
+from ia3_export.onnx.files import save_model
 from tests.support.exported import Exports
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
@@ -20,9 +21,12 @@ _FIRST, _CACHED, _MERGED = "decoder_model", "decoder_with_past_model", "decoder_
 @pytest.fixture(scope="module")
 def files(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The two decoders of a T5 and what `merge_decoders` makes of them."""
+    import onnx_ir
+
     separate = exports("t5", "--decoder", "separate")
     merged = tmp_path_factory.mktemp("if") / f"{_MERGED}.onnx"
-    merge_decoders(separate.graph(_FIRST), separate.graph(_CACHED), merged)
+    first, cached = (onnx_ir.load(separate.graph(stem)) for stem in (_FIRST, _CACHED))
+    save_model(merge_decoders(first, cached), merged)
     return {_FIRST: separate.graph(_FIRST), _CACHED: separate.graph(_CACHED), _MERGED: merged}
 
 
@@ -108,20 +112,17 @@ def test_large_decoders_become_one_with_its_own_data_and_leave_none_behind(
     exports: Exports, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As of more than 1.8 GB. What is traced is read from files here, which is quicker."""
-    from functools import partial
-
     import onnx_ir
 
-    from ia3_export.commands import export_onnx as exporting
-    from ia3_export.onnx import conditional
+    from ia3_export.onnx import export
     from tests.e2e.command import run
 
     separate = exports("t5", "--decoder", "separate")
+    monkeypatch.setattr(export, "trace", lambda model, spec, opset: onnx_ir.load(separate.graph(spec.file)))
+    monkeypatch.setattr(export, "_STREAMED", 0)
     monkeypatch.setattr(
-        exporting, "trace", lambda model, spec, opset: onnx_ir.load(separate.graph(spec.file))
+        export, "save_model", lambda model, path, **_: save_model(model, path, external_above=0)
     )
-    monkeypatch.setattr(exporting, "_STREAMED", 0)
-    monkeypatch.setattr(conditional, "save_model", partial(conditional.save_model, external_above=0))
     ran = run(
         "onnx", "--model", separate.base, "--output", tmp_path / "out", "--decoder", "if", "--no-verify"
     )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ia3_export.onnx.files import CHUNK, EXTERNAL, external_files, save_model
+from ia3_export.onnx.files import CHUNK, EXTERNAL, external_files, save_model, size_of
 from ia3_export.onnx.package import package
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -115,11 +115,38 @@ def test_the_same_model_gives_the_same_bytes_beside_other_files(tmp_path: Path) 
     assert one == two and one["encoder_model.onnx_data"] == b"of another"
 
 
+def test_external_data_are_those_that_a_graph_names_in_bodies_and_constants_too(tmp_path: Path) -> None:
+    import onnx
+
+    text = """
+    <ir_version: 10, opset_import: ["" : 20]> g (bool c) => (float[1] y) {
+        one = Constant <value = float[1] {1.0}> ()
+        y = If (c) <then_branch = a () => (float[1] t) <float[1] w = {2.0}> { t = Add (w, one) },
+                    else_branch = b () => (float[1] e) { e = Identity (one) }>
+    }
+    """
+    model = onnx.parser.parse_model(text)
+    held = [model.graph.node[0].attribute[0].t, model.graph.node[1].attribute[0].g.initializer[0]]
+    for tensor, name in zip(held, ("weights_10.bin", "weights_2.bin"), strict=True):
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value=name)
+        (tmp_path / name).write_bytes(b"1234")
+    (tmp_path / "model.onnx_data").write_bytes(b"of another")
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    assert [file.name for file in external_files(path)] == ["weights_2.bin", "weights_10.bin"]
+    assert size_of(path) == path.stat().st_size + 8
+
+
 def test_saving_twice_replaces_the_first(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     save_model(_model()[0], path, external_above=0, chunk=1000)
-    save_model(_model()[0], path, external_above=0, chunk=20_000)
-    assert {name for name in _places(path).values() if name} <= {p.name for p in external_files(path)}
+    save_model(_model()[0], path, external_above=0, chunk=40_000)
+    # chunks of the first lie there still, and no graph names them
+    files = external_files(path)
+    assert {name for name in _places(path).values() if name} == {file.name for file in files}
+    assert (len(files), len(list(tmp_path.iterdir()))) == (3, 1 + 5)
+    assert size_of(path) == path.stat().st_size + sum(file.stat().st_size for file in files)
     _check(path, _model()[1])
 
 

@@ -16,7 +16,7 @@ from ia3_export.commands.export_onnx import export_onnx
 from ia3_export.errors import Unsupported
 from ia3_export.onnx import precision as precisions
 from ia3_export.onnx.files import external_files, save_model
-from ia3_export.onnx.precision import Coverage, convert
+from ia3_export.onnx.precision import Coverage, convert_precision
 from tests.support import zoo
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
@@ -110,7 +110,7 @@ def test_it_runs_with_the_same_inputs_and_outputs_and_stays_near(
     graphs: dict[str, Path], tmp_path: Path, name: str, precision: Any
 ) -> None:
     target = tmp_path / "model.onnx"
-    convert(graphs[name], target, precision)
+    convert_precision(graphs[name], target, precision)
     one, other = _open(graphs[name]), _open(target)
     assert _ports(other) == _ports(one)
     for batch, length, past in ((2, 5, 3), (1, 4, 0), (3, 1, 9)):
@@ -137,11 +137,11 @@ def test_all_matrices_are_reached_and_position_tables_are_left(
         }
         total = sum(array.nbytes for array in weights.values())
         assert total > 0
-        assert convert(graphs[name], tmp_path / "fp16.onnx", "fp16") == Coverage(total, total, ())
+        assert convert_precision(graphs[name], tmp_path / "fp16.onnx", "fp16") == Coverage(total, total, ())
         for precision in ("int8", "int4"):
             left = (table,) if table else ()
             rest = sum(weights[n].nbytes for n in left)
-            assert convert(graphs[name], tmp_path / "q.onnx", precision) == Coverage(
+            assert convert_precision(graphs[name], tmp_path / "q.onnx", precision) == Coverage(
                 total, total - rest, left
             )
             kinds = _operators(tmp_path / "q.onnx")
@@ -163,7 +163,7 @@ g (int64[n, m] input_ids) => (float[n, m, 96] logits) {
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_tied_head_stays_tied(tmp_path: Path, precision: Any, width: int) -> None:
     source = _write(tmp_path / "source.onnx", TIED, {"embedding": _random(96, width)})
-    coverage = convert(source, tmp_path / "target.onnx", precision)
+    coverage = convert_precision(source, tmp_path / "target.onnx", precision)
     one, other = _open(source), _open(tmp_path / "target.onnx")
     error = _error(one, other, {"input_ids": np.arange(10).reshape(2, 5)})
     assert error < {"fp16": 1e-3, "int8": 0.03, "int4": 0.2}[precision]
@@ -187,8 +187,8 @@ def test_two_processes_write_the_same_bytes_and_leave_logging_alone(
     source = graphs["llama-biased"]
     for name in ("one", "two"):
         script = (
-            "import logging, pathlib; from ia3_export.onnx.precision import convert\n"
-            f"convert(pathlib.Path({str(source)!r}), pathlib.Path({str(tmp_path / name)!r}), {precision!r})\n"
+            "import logging, pathlib; from ia3_export.onnx.precision import convert_precision\n"
+            f"convert_precision(pathlib.Path({str(source)!r}), pathlib.Path({str(tmp_path / name)!r}), {precision!r})\n"
             "assert not logging.root.handlers and logging.root.level == logging.WARNING"
         )
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
@@ -203,17 +203,17 @@ def test_external_data_are_read_and_written(
 ) -> None:
     import onnx_ir
 
-    convert(graphs["gpt2"], tmp_path / "inline.onnx", precision)
+    convert_precision(graphs["gpt2"], tmp_path / "inline.onnx", precision)
     source = tmp_path / "external" / "model.onnx"
     save_model(onnx_ir.load(graphs["gpt2"]), source, external_above=0)
     assert external_files(source)
     # nothing in the result may point to the source's file, not even the weights that are left in float32
-    convert(source, tmp_path / "again.onnx", precision)
+    convert_precision(source, tmp_path / "again.onnx", precision)
     assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / "inline.onnx").read_bytes()
 
     monkeypatch.setattr(precisions, "save_model", partial(save_model, external_above=0))
     target = source.with_name("model_q.onnx")
-    convert(source, target, precision)
+    convert_precision(source, target, precision)
     assert [file.name for file in external_files(target)] == ["model_q.onnx_data"]
     one, other = _open(tmp_path / "inline.onnx"), _open(target)
     feeds = _feeds(one, 2, 5, 3)
@@ -228,7 +228,7 @@ def test_a_graph_without_weights_for_it_is_refused(tmp_path: Path, precision: An
         tmp_path / "source.onnx", "g (float[n, 4] x) => (float[n, 4] y) { y = Add(x, b) }", {"b": _random(4)}
     )
     with pytest.raises(Unsupported, match=f"no weight that {precision} reaches") as caught:
-        convert(source, tmp_path / "target.onnx", precision)
+        convert_precision(source, tmp_path / "target.onnx", precision)
     assert f"--precision {precision}" in caught.value.hint
     assert not (tmp_path / "target.onnx").exists()
 
@@ -248,7 +248,7 @@ def test_bodies_of_if_are_covered_and_share_their_codes(tmp_path: Path, precisio
     weights = {"shared": _random(32, 48), "own": _random(32, 48) * 2, "bound": np.array(3, np.float32)}
     source = _write(tmp_path / "source.onnx", IF, weights)
     total = 2 * 32 * 48 * 4
-    assert convert(source, tmp_path / "target.onnx", precision) == Coverage(total, total, ())
+    assert convert_precision(source, tmp_path / "target.onnx", precision) == Coverage(total, total, ())
     codes = [n for n, a in _tensors(tmp_path / "target.onnx").items() if a.size >= 32 * 48 / 2]
     assert len(codes) == 2
     # Min is on ONNX Runtime's list of operators without float16 kernels
@@ -275,7 +275,7 @@ g (float[n, 32] x) => (float[n, 32] y) {
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_weights_that_are_cut_from_experts_are_reached(tmp_path: Path, precision: Any) -> None:
     source = _write(tmp_path / "source.onnx", EXPERTS, {"up": _random(2, 32, 48)})
-    assert convert(source, tmp_path / "target.onnx", precision).left == ()
+    assert convert_precision(source, tmp_path / "target.onnx", precision).left == ()
     assert not _operators(tmp_path / "target.onnx")["Split"]
     error = _error(_open(source), _open(tmp_path / "target.onnx"), {"x": _random(3, 32)})
     assert error < {"int8": 0.03, "int4": 0.25}[precision]
@@ -284,12 +284,14 @@ def test_weights_that_are_cut_from_experts_are_reached(tmp_path: Path, precision
 def test_int8_has_batches_of_experts_and_scaled_gemms_stay_float32(tmp_path: Path) -> None:
     text = "g (float[2, n, 32] x) => (float[2, n, 48] y) { y = MatMul(x, experts) }"
     source = _write(tmp_path / "source.onnx", text, {"experts": _random(2, 32, 48)})
-    assert convert(source, tmp_path / "int8.onnx", "int8").left == ()
+    assert convert_precision(source, tmp_path / "int8.onnx", "int8").left == ()
     assert _error(_open(source), _open(tmp_path / "int8.onnx"), {"x": _random(2, 3, 32)}) < 0.03
 
     text = "g (float[n, 32] x) => (float[n, 48] z) { y = MatMul(x, plain)  z = Gemm <alpha = 0.5> (y, scaled, b) }"
     weights = {"plain": _random(32, 48), "scaled": _random(48, 48), "b": _random(48)}
-    coverage = convert(_write(tmp_path / "source.onnx", text, weights), tmp_path / "int8.onnx", "int8")
+    coverage = convert_precision(
+        _write(tmp_path / "source.onnx", text, weights), tmp_path / "int8.onnx", "int8"
+    )
     assert coverage.left == ("scaled",)
 
 
@@ -298,17 +300,19 @@ def test_convolutions_hold_eight_bits_and_compute_in_float32(tmp_path: Path) -> 
       { y = Conv <pads = [1, 1]> (x, w, b)  z = Conv <pads = [1, 1], group = 8> (y, depthwise) }"""
     weights = {"w": _random(8, 16, 3), "b": _random(8), "depthwise": _random(8, 1, 3)}
     source = _write(tmp_path / "source.onnx", text, weights)
-    assert convert(source, tmp_path / "int8.onnx", "int8") == Coverage(8 * 16 * 3 * 4, 8 * 16 * 3 * 4, ())
+    assert convert_precision(source, tmp_path / "int8.onnx", "int8") == Coverage(
+        8 * 16 * 3 * 4, 8 * 16 * 3 * 4, ()
+    )
     assert _error(_open(source), _open(tmp_path / "int8.onnx"), {"x": _random(2, 16, 9)}) < 0.01
     with pytest.raises(Unsupported):
-        convert(source, tmp_path / "int4.onnx", "int4")
+        convert_precision(source, tmp_path / "int4.onnx", "int4")
 
 
 def test_int8_is_as_near_as_quantize_dynamic(graphs: dict[str, Path], tmp_path: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     source = graphs["bert-masked-lm"]
-    convert(source, tmp_path / "ours.onnx", "int8")
+    convert_precision(source, tmp_path / "ours.onnx", "int8")
     quantize_dynamic(source, tmp_path / "theirs.onnx", per_channel=True, weight_type=QuantType.QInt8)
     one = _open(source)
     feeds = _feeds(one, 4, 32, 0)
@@ -323,7 +327,7 @@ def test_int4_codes_are_those_of_matmul_nbits_quantizer(tmp_path: Path, inputs: 
 
     text = f"g (float[n, {inputs}] x) => (float[n, 40] y) {{ y = MatMul(x, w) }}"
     source = _write(tmp_path / "source.onnx", text, {"w": _random(inputs, 40)})
-    convert(source, tmp_path / "ours.onnx", "int4")
+    convert_precision(source, tmp_path / "ours.onnx", "int4")
     tool = MatMulNBitsQuantizer(onnx.load(source), block_size=32, is_symmetric=symmetric)
     tool.process()
     theirs = {t.name: onnx.numpy_helper.to_array(t) for t in tool.model.model.graph.initializer}
@@ -334,7 +338,7 @@ def test_int4_codes_are_those_of_matmul_nbits_quantizer(tmp_path: Path, inputs: 
 
 
 def test_float16_keeps_positions_that_float16_cannot_count(graphs: dict[str, Path], tmp_path: Path) -> None:
-    convert(graphs["llama-biased"], tmp_path / "fp16.onnx", "fp16")
+    convert_precision(graphs["llama-biased"], tmp_path / "fp16.onnx", "fp16")
     one, other = _open(graphs["llama-biased"]), _open(tmp_path / "fp16.onnx")
     near, far = (_error(one, other, _feeds(one, 2, 5, 3, first)) for first in (0, 5003))
     assert far < 2 * near  # the tool's: 40 times
@@ -359,7 +363,7 @@ def test_float16_survives_large_activations(graphs: dict[str, Path], tmp_path: P
                 onnx.numpy_helper.from_array(array * np.float32(2000 / abs(array).max()), tensor.name)
             )
     onnx.save(model, tmp_path / "large.onnx")
-    convert(tmp_path / "large.onnx", tmp_path / "fp16.onnx", "fp16")
+    convert_precision(tmp_path / "large.onnx", tmp_path / "fp16.onnx", "fp16")
     one = _open(tmp_path / "large.onnx")
     feeds = _feeds(one, 2, 5, 3)
     expected = one.run(None, feeds)[0]
@@ -370,7 +374,7 @@ def test_float16_rows_without_anything_to_attend_to_stay_finite(
     graphs: dict[str, Path], tmp_path: Path
 ) -> None:
     for name in ("bert-masked-lm", "llama-biased"):
-        convert(graphs[name], tmp_path / "fp16.onnx", "fp16")
+        convert_precision(graphs[name], tmp_path / "fp16.onnx", "fp16")
         session = _open(tmp_path / "fp16.onnx")
         feeds = _feeds(session, 2, 5, 0)
         feeds["attention_mask"][0] = 0
@@ -393,7 +397,7 @@ def _attention(path: Path, minimum: float) -> Path:
 @pytest.mark.parametrize("minimum", [float(np.finfo(np.float32).min), -1e9, -10000.0])
 def test_float16_masks_with_large_scores(tmp_path: Path, minimum: float) -> None:
     source = _attention(tmp_path / "source.onnx", minimum)
-    convert(source, tmp_path / "fp16.onnx", "fp16")
+    convert_precision(source, tmp_path / "fp16.onnx", "fp16")
     mask = np.ones((3, 9), np.int64)
     mask[1, 4:] = 0
     mask[2] = 0  # its row is softmax(scores + minimum): finite, whatever it is

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ia3_export.errors import Unsupported
+from ia3_export.errors import DamagedFile, Unsupported
 from ia3_export.onnx.genai import write_genai_config
 from ia3_export.onnx.mobile import write_ort
 from tests.e2e.command import only_complaint, run
@@ -191,8 +191,15 @@ def test_ort_files_tell_nothing_of_this_machine_and_say_the_same_each_time(
 
 
 def test_weights_beyond_a_flatbuffer_are_refused_before_any_work(tmp_path: Path) -> None:
-    _decoder(tmp_path, inputs=_IDS)
-    with (tmp_path / "onnx" / "model.onnx_data").open("wb") as file:
+    import onnx
+
+    path = _decoder(tmp_path, inputs=_IDS) / "onnx" / "model.onnx"
+    graph = onnx.load(path)
+    weight = graph.graph.initializer.add(name="weight", data_type=onnx.TensorProto.FLOAT, dims=[550_000_000])
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value="model.onnx_data")
+    path.write_bytes(graph.SerializeToString())
+    with path.with_name("model.onnx_data").open("wb") as file:
         file.truncate(2_200_000_000)  # a sparse file
     with pytest.raises(Unsupported, match=r"2\.2 GB") as caught:
         write_ort(tmp_path / "onnx" / "model.onnx")
@@ -200,8 +207,17 @@ def test_weights_beyond_a_flatbuffer_are_refused_before_any_work(tmp_path: Path)
 
 
 def test_what_onnx_runtime_cannot_convert_is_refused_in_its_words_and_leaves_nothing(tmp_path: Path) -> None:
+    import onnx
+
     graph = tmp_path / "model.onnx"
-    graph.write_bytes(b"no protobuf")
-    with pytest.raises(Unsupported, match="Protobuf parsing failed"):
+    text = '<ir_version: 10, opset_import: ["" : 20]> g (float[1] x) => (float[1] y) { y = Unheard (x) }'
+    onnx.save(onnx.parser.parse_model(text), graph)
+    with pytest.raises(Unsupported, match="Unheard"):
         write_ort(graph)
     assert list(tmp_path.iterdir()) == [graph]
+
+
+def test_what_is_no_graph_is_a_damaged_file(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"no protobuf")
+    with pytest.raises(DamagedFile, match=r"model\.onnx"):
+        write_ort(tmp_path / "model.onnx")

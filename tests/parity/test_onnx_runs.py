@@ -10,9 +10,10 @@ import pytest
 
 from ia3_export.errors import DamagedFile, NotFound, Unsupported
 from ia3_export.onnx.exported import find_onnx
+from ia3_export.onnx.runtime import open_model
 from ia3_export.parity.runs.greedy import TOKENS, SpecialTokens
 from ia3_export.parity.runs.inputs import Case
-from ia3_export.parity.runs.run_onnx import decode_onnx, open_model, run_onnx
+from ia3_export.parity.runs.run_onnx import decode_onnx, run_onnx
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

@@ -15,7 +15,7 @@ import time
 import warnings
 from pathlib import Path
 
-from ia3_export import export_onnx
+from ia3_export import GraphOptions, export_onnx
 from ia3_export.errors import IA3ExportError
 from tests.support import zoo
 
@@ -59,7 +59,10 @@ def _rows(name: str, folder: Path, precisions: list[str]) -> list[str]:
     start = time.perf_counter()
     try:
         done = export_onnx(
-            folder / "out", base=folder / "base", adapters=[folder / "adapter"], precisions=precisions
+            folder / "out",
+            base=folder / "base",
+            adapters=[folder / "adapter"],
+            graphs=GraphOptions(precisions=precisions),
         )
     except IA3ExportError as error:
         return [f"| {name} | {type(error).__name__} | {error} |"]

@@ -55,6 +55,12 @@ def make_cases(model: Any, *, seed: int = 0) -> list[Case]:
     )
 
 
+def sample_inputs(model: Any) -> dict[str, Any]:
+    """Arguments of a forward of `model` with a batch of two, to trace it with: of none of the shapes of
+    `make_cases`."""
+    return {name: tensor[:2] for name, tensor in make_cases(model)[1].tensors.items()}
+
+
 def is_decoder(model: Any) -> bool:
     """Whether `model` predicts the next token of its own input (a causal language model)."""
     import torch

@@ -1,0 +1,63 @@
+"""What may be chosen of a benchmark."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import psutil
+
+from ia3_export.arguments import check_arguments
+from ia3_export.errors import UsageError
+from ia3_export.onnx.options import in_order
+
+
+def free_cores() -> int:
+    """Physical cores, as far as this process may use them."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(psutil.cpu_count(logical=False) or allowed, allowed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchSettings:
+    """What `bench` measures, and how often.
+
+    Attributes:
+        task: as in `GraphOptions`.
+        precisions: of ``fp32``, ``fp16``, ``int8``, ``int4``: in which the merged graphs are measured;
+            float32 always is among them.
+        threads: of PyTorch's and ONNX Runtime's operators; by default one for each physical core that is free
+            to use.
+        length: tokens of the text that a forward takes.
+        tokens: greedy decoding steps after it, with the cache (models that generate).
+        batch: sequences, images or sounds in a forward.
+        rounds: of measuring, at least 5; one more, to warm up, is not counted.
+
+    Raises `UsageError`.
+    """
+
+    task: str | None = None
+    precisions: Sequence[str] = ("fp32",)
+    threads: int | None = None
+    length: int = 32
+    tokens: int = 32
+    batch: int = 1
+    rounds: int = 15
+
+    def __post_init__(self) -> None:
+        check_arguments(BenchSettings, {field.name: getattr(self, field.name) for field in fields(self)})
+        if min(self.used_threads, self.length, self.tokens, self.batch) < 1 or self.rounds < 5:
+            raise UsageError(
+                "--threads, --length, --tokens and --batch are at least 1, --rounds at least 5",
+                hint="the spread of fewer rounds says nothing",
+            )
+        object.__setattr__(self, "precisions", in_order(("fp32", *self.precisions)))
+
+    @property
+    def used_threads(self) -> int:
+        """`threads`, or what they are by default."""
+        return free_cores() if self.threads is None else self.threads
+
+
+DEFAULT_SETTINGS = BenchSettings()

@@ -1,0 +1,69 @@
+"""From a loaded model to its graphs in float32: planned, traced and written one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ia3_export.checkpoint.header import StoredTensor
+from ia3_export.onnx.conditional import merge_decoders
+from ia3_export.onnx.contract import GraphSpec
+from ia3_export.onnx.exported import MERGED
+from ia3_export.onnx.files import external_files, save_model
+from ia3_export.onnx.options import GraphOptions
+from ia3_export.onnx.provenance import Origin, trace_origins
+from ia3_export.onnx.trace import trace
+
+#: Graphs above this many bytes get external data, which are streamed: a protobuf is held in memory twice
+#: while it is written.
+_STREAMED = 500_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class TracedGraph:
+    """A graph in float32 that was written, and where its initializers come from."""
+
+    path: Path
+    origins: Mapping[str, Origin]
+
+
+def export_graphs(
+    model: Any,
+    specs: Sequence[GraphSpec],
+    folder: Path,
+    options: GraphOptions,
+    *,
+    stored: Mapping[str, StoredTensor] | None,
+    say: Callable[[str], None],
+) -> list[TracedGraph]:
+    """Write the graphs `specs` of `model` (float32, eval mode) into `folder`, in their order. `say` is told
+    of each; `stored` are the tensors that the model was loaded from, None where nobody asks for origins.
+
+    Raises `Unsupported` when torch cannot trace one.
+    """
+    graphs = []
+    for spec in specs:
+        say(f"tracing {spec.file}")
+        traced = trace(model, spec, options.opset)
+        path = folder / f"{spec.file}.onnx"
+        say(f"writing {path.name}")
+        save_model(traced, path, external_above=_STREAMED)
+        graphs.append(TracedGraph(path, {} if stored is None else trace_origins(traced, model, stored)))
+        del traced
+    if options.decoder == "if" and len(graphs) == 3:
+        encoder, first, cached = graphs
+        return [encoder, _merge(first, cached, folder / f"{MERGED}.onnx")]
+    return graphs
+
+
+def _merge(first: TracedGraph, cached: TracedGraph, path: Path) -> TracedGraph:
+    """Both decoders in one file; theirs go."""
+    import onnx_ir
+
+    save_model(merge_decoders(onnx_ir.load(first.path), onnx_ir.load(cached.path)), path)
+    for graph in (first.path, cached.path):
+        for file in (graph, *external_files(graph)):
+            file.unlink()
+    return TracedGraph(path, {**first.origins, **cached.origins})

@@ -1,0 +1,74 @@
+"""What may be chosen of an export: task, precisions, further runtimes, form of the decoder, operator set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from ia3_export.arguments import check_arguments
+from ia3_export.errors import UsageError
+
+#: merged: one decoder file that is its own first step; separate: optimum's two; if: those two in one ``If``
+DecoderForm = Literal["merged", "separate", "if"]
+
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+TARGETS = ("transformers.js", "optimum", "genai", "mobile")
+#: torch translates to 18 and converts upwards; 24 is beyond some runtimes.
+OPSETS = range(18, 24)
+
+
+def in_order(precisions: Sequence[str]) -> tuple[str, ...]:
+    """`precisions` without repetition, in the order fp32, fp16, int8, int4. Raises `UsageError` for others,
+    or none."""
+    given = tuple(precisions)
+    unknown = [name for name in given if name not in PRECISIONS]
+    if unknown or not given:
+        raise UsageError(
+            f"--precision {unknown[0] if unknown else ''} is not offered",
+            hint=f"there are {', '.join(PRECISIONS)}",
+        )
+    return tuple(name for name in PRECISIONS if name in given)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphOptions:
+    """Which graphs `export_onnx` makes of a model.
+
+    Attributes:
+        task: optimum's name or synonym (``text-generation``, ``fill-mask``, ...); inferred from the
+            checkpoint by default.
+        precisions: of ``fp32``, ``fp16``, ``int8``, ``int4``, all from one trace; held once each, in this
+            order.
+        targets: beside transformers.js and optimum also ``genai`` (``genai_config.json``) and ``mobile``
+            (``.ort`` files).
+        decoder: form of an encoder-decoder's decoder: ``merged`` (one file that is its own first step),
+            ``separate`` (optimum's decoder and decoder with past) or ``if`` (those two as branches of one
+            ``If``, as optimum merges them).
+        opset: ONNX operator set.
+
+    Raises `UsageError` for what is not offered (a task: when the checkpoint is read).
+    """
+
+    task: str | None = None
+    precisions: Sequence[str] = ("fp32",)
+    targets: Sequence[str] = ()
+    decoder: DecoderForm = "merged"
+    opset: int = 20
+
+    def __post_init__(self) -> None:
+        check_arguments(GraphOptions, {field.name: getattr(self, field.name) for field in fields(self)})
+        if self.opset not in OPSETS:
+            raise UsageError(
+                f"--opset {self.opset} is not offered",
+                hint=f"there are {OPSETS[0]} to {OPSETS[-1]}; every runtime has 20",
+            )
+        object.__setattr__(self, "opset", int(self.opset))
+        object.__setattr__(self, "precisions", in_order(self.precisions))
+        object.__setattr__(self, "targets", tuple(self.targets))
+        unknown = sorted(set(self.targets) - set(TARGETS))
+        if unknown:
+            raise UsageError(f"--target {unknown[0]} is not offered", hint=f"there are {', '.join(TARGETS)}")
+
+
+DEFAULT_GRAPHS = GraphOptions()
