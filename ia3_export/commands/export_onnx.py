@@ -16,8 +16,8 @@ from ia3_export.adapters.model import Adapter
 from ia3_export.arguments import check_arguments
 from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint, read_checkpoint
 from ia3_export.checkpoint.hub import Location
-from ia3_export.commands.merge import merge
-from ia3_export.commands.verify import verify
+from ia3_export.commands.merge import plan_merge, write_merges
+from ia3_export.commands.verify import Shipped, prove, read_exported
 from ia3_export.errors import CheckFailed, Refused, UsageError
 from ia3_export.models.model_class import quiet
 from ia3_export.onnx.contract import plan_graphs
@@ -32,9 +32,12 @@ from ia3_export.parity.facts import model_id
 from ia3_export.parity.runs.inputs import sample_inputs
 from ia3_export.parity.runs.run_torch import exact_matmul
 from ia3_export.parity.settings import RunSettings
+from ia3_export.planning.plan import Plan, make_plan
+from ia3_export.planning.recipe import DEFAULT_RECIPE
+from ia3_export.quantization.base import make_base, read_base
 from ia3_export.report.model import Report, Step
 from ia3_export.writing.card import BASE_CARD
-from ia3_export.writing.dense import is_quantized, write_dense
+from ia3_export.writing.dense import write_dense
 from ia3_export.writing.execute import hash_file
 from ia3_export.writing.manifest import NAME, list_files, tool
 from ia3_export.writing.options import OutputOptions
@@ -151,9 +154,9 @@ def export_onnx(
             say("verifying")
             # the float32 graphs are proven even where only other precisions of them were asked for
             places = [stage] if "fp32" in graphs.precisions else [plain, stage]
+            shipped = Shipped(None, tuple(graph for place in places for graph in read_exported(place)))
             settings = RunSettings(device="cpu", max_memory=_limit(checkpoint))
-            report = verify(source.reference, adapters, onnx=places, settings=settings)
-            report = replace(report, base=model_id(source.named))
+            report = replace(prove(source.plan, shipped, settings), base=model_id(source.named))
             _require(report, stage, target)
             done = replace(done, report=report)
         return done
@@ -161,11 +164,11 @@ def export_onnx(
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """What is exported (`checkpoint`), what it is compared with (`reference`), and what the user `named`,
+    """What is exported (`checkpoint`), the plan that made it (of no adapter where it was there), and what the user `named`,
     which may be neither."""
 
     checkpoint: Checkpoint
-    reference: str | Path
+    plan: Plan
     named: Location
 
 
@@ -176,27 +179,30 @@ def _fold(
     named = read_checkpoint(base)
     if named.is_gguf:
         say("dequantizing")
-        base = write_dense(named, scratch / "dense")
+        base = write_dense(make_base(named), scratch / "dense")
     say("merging")
     options = OutputOptions(digests="none", reload_check=False)
-    merge(base, adapters, scratch / "merged", options=options)
-    return _Source(read_checkpoint(scratch / "merged"), base, named.location)
+    plan = plan_merge(base, adapters)
+    plan.raise_problems()
+    write_merges([(plan, scratch / "merged")], options)
+    return _Source(read_checkpoint(scratch / "merged"), plan, named.location)
 
 
 def _read_model(model: str | Path, scratch: Path, say: Callable[[str], None]) -> _Source:
     """A merged model; dense, in `scratch`, where it stays quantized."""
-    checkpoint = read_checkpoint(model)
-    given = _Source(checkpoint, model, checkpoint.location)
-    if checkpoint.holds_adapter:
+    base = read_base(model)
+    named = base.stored.location
+    if base.stored.holds_adapter:
         raise Refused(
             f"{model} holds a model and an adapter ({ADAPTER_CONFIG}): transformers would apply it to these weights",
             hint=f"to fold it, --base {model} --adapter {model}; for the model alone, move {ADAPTER_CONFIG} away",
         )
-    if not is_quantized(checkpoint):
-        return given
-    say("dequantizing")
-    dense = write_dense(checkpoint, scratch / "dense")
-    return replace(given, checkpoint=read_checkpoint(dense), reference=dense)
+    if base.is_quantized or base.stored.is_gguf:
+        say("dequantizing")
+        base = read_base(write_dense(base, scratch / "dense"))
+    plan = make_plan(base, (), DEFAULT_RECIPE)
+    plan.raise_problems()
+    return _Source(base.stored, plan, named)
 
 
 def _task(checkpoint: Checkpoint, graphs: GraphOptions) -> Task:

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.header import StoredTensor, tensor_bytes, write_header
 from ia3_export.fold import FLOAT_DTYPES
-from ia3_export.quantization.base import make_base
+from ia3_export.quantization.base import Base
 from ia3_export.quantization.packed import read_flat
 from ia3_export.quantization.settings import SIDE_FILES, without_settings
 from ia3_export.writing.stage import copy_file
@@ -19,19 +18,13 @@ from ia3_export.writing.stage import copy_file
 _BLOCK = 1 << 21
 
 
-def is_quantized(checkpoint: Checkpoint) -> bool:
-    """Whether transformers does not load the checkpoint as a dense model: some weights are quantized, or it is a GGUF file."""
-    return checkpoint.is_gguf or make_base(checkpoint).is_quantized
-
-
-def write_dense(checkpoint: Checkpoint, folder: Path) -> Path:
-    """Write `checkpoint` into `folder` with every quantized weight in float32, exactly; other tensors and files as they are.
+def write_dense(base: Base, folder: Path) -> Path:
+    """Write `base` into `folder` with every quantized weight in float32, exactly; other tensors and files as they are.
 
     Raises the reason why a weight cannot be read.
     """
-    base = make_base(checkpoint)
     base.raise_problems()
-    dense = base.dense
+    checkpoint, dense = base.stored, base.dense
     tensors = {name: tensor for name, tensor in dense.tensors.items() if tensor.dtype in FLOAT_DTYPES}
     prefix, offsets = write_header(((n, t.dtype, t.shape) for n, t in tensors.items()), {"format": "pt"})
     folder.mkdir(parents=True)
