@@ -62,8 +62,8 @@ def read_adapterhub(source: Source) -> Adapter:
     # layers that were left out are missing on purpose, and the decoder's are counted on from the encoder's
     target = tuple(sorted(sites)) if settings.get("leave_out") else same_in_every_layer(sites)
     return Adapter(
-        source.name, "adapterhub", source.location, (*source.files, *head.files), sites, head.tensors, TargetRules(target, ()),
-        _as_config(source, head), head.labels, head.unplaced, head.warnings,
+        name=source.name, format="adapterhub", location=source.location, files=(*source.files, *head.files), sites=sites, extras=head.tensors, rules=TargetRules(target=target, feedforward=()),
+        config=_as_config(source, head), labels=head.labels, unplaced=head.unplaced, warnings=head.warnings,
     )  # fmt: skip
 
 

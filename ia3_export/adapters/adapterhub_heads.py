@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ _TASKS = {
 _LABELLED = ("classification", "multilabel_classification", "tagging")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Head:
     """A head's `tensors` by the names of the transformers class `class_name` (None: of no class), and what it is for."""
 
@@ -57,6 +57,7 @@ class _Form:
     head_types: tuple[str, ...]
     layers: Mapping[int, str]
     class_name: str
+    _: KW_ONLY
     activation: str | None = None
     pooler: bool = False
 
@@ -68,21 +69,21 @@ _CLASSES = {
 }  # fmt: skip
 _POOLED = {1: "bert.pooler.dense", 4: "classifier"}
 _FORMS = (
-    _Form(("bert",), ("classification", "multilabel_classification"), _POOLED, "ForSequenceClassification", "tanh"),
-    _Form(("bert",), ("classification", "multilabel_classification"), {1: "classifier"}, "ForSequenceClassification", None, True),
-    _Form(("bert",), ("multiple_choice",), _POOLED, "ForMultipleChoice", "tanh"),
+    _Form(("bert",), ("classification", "multilabel_classification"), _POOLED, "ForSequenceClassification", activation="tanh"),
+    _Form(("bert",), ("classification", "multilabel_classification"), {1: "classifier"}, "ForSequenceClassification", pooler=True),
+    _Form(("bert",), ("multiple_choice",), _POOLED, "ForMultipleChoice", activation="tanh"),
     _Form(
         ("bert",), ("masked_lm",),
         {0: "cls.predictions.transform.dense", 2: "cls.predictions.transform.LayerNorm", 3: "cls.predictions.decoder"},
-        "ForMaskedLM", "gelu",
+        "ForMaskedLM", activation="gelu",
     ),
-    _Form(_ROBERTA, ("classification", "multilabel_classification"), {1: "classifier.dense", 4: "classifier.out_proj"}, "ForSequenceClassification", "tanh"),
-    _Form(("distilbert",), ("classification", "multilabel_classification"), {1: "pre_classifier", 4: "classifier"}, "ForSequenceClassification", "relu"),
+    _Form(_ROBERTA, ("classification", "multilabel_classification"), {1: "classifier.dense", 4: "classifier.out_proj"}, "ForSequenceClassification", activation="tanh"),
+    _Form(("distilbert",), ("classification", "multilabel_classification"), {1: "pre_classifier", 4: "classifier"}, "ForSequenceClassification", activation="relu"),
     _Form(("bert", *_ROBERTA, "distilbert"), ("tagging",), {1: "classifier"}, "ForTokenClassification"),
     _Form(("bert", *_ROBERTA, "distilbert"), ("question_answering",), {1: "qa_outputs"}, "ForQuestionAnswering"),
     _Form(
         _BART, ("classification", "multilabel_classification"),
-        {1: "classification_head.dense", 4: "classification_head.out_proj"}, "ForSequenceClassification", "tanh",
+        {1: "classification_head.dense", 4: "classification_head.out_proj"}, "ForSequenceClassification", activation="tanh",
     ),
     _Form(_BART, ("seq2seq_lm",), {0: "lm_head"}, "ForConditionalGeneration"),
 )  # fmt: skip
@@ -108,7 +109,7 @@ def read_head(source: Source) -> Head:
         raise DamagedFile(
             f"{file} holds no tensor, and {_CONFIG} beside it describes a head", hint="save the adapter again"
         )
-    found = Head((_CONFIG, file.name), tensors)
+    found = Head(files=(_CONFIG, file.name), tensors=tensors)
     settings = config.get("config")
     if not isinstance(settings, dict):
         return _static(found, config)

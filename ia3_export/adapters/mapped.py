@@ -62,7 +62,16 @@ def read_mapped(source: Source, rules: Sequence[str]) -> Adapter:
             f"no --map rule matches a key of {source.weights.path}",
             hint=f"an expression must match the whole key; the file has {keys}{', ...' if keys else 'none'}",
         )
-    everywhere = TargetRules(same_in_every_layer(site.module for site in sites.values()), ())
+    everywhere = TargetRules(
+        target=same_in_every_layer(site.module for site in sites.values()), feedforward=()
+    )
     return Adapter(
-        source.name, "mapped", source.location, source.files, sites, extras, everywhere, source.config
+        name=source.name,
+        format="mapped",
+        location=source.location,
+        files=source.files,
+        sites=sites,
+        extras=extras,
+        rules=everywhere,
+        config=source.config,
     )

@@ -56,7 +56,7 @@ class Fold:
     direction: Direction | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TargetRules:
     """Which modules an adapter covers, matched as PEFT matches them (``check_target_module_exists``).
 
@@ -118,7 +118,7 @@ class TargetRules:
         return any(end in (pattern or ()) for end in ends)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
     """An IA3 adapter: its vectors by module path, and the tensors it brings besides (heads, embeddings).
 

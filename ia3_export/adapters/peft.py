@@ -75,7 +75,7 @@ def read_peft(source: Source) -> Adapter:
     sites = {module: _read_site(module, tensor, rules) for module, tensor in vectors.items()}
     labels, config = _recorded(source, config)
     return Adapter(
-        source.name, "peft", source.location, source.files, sites, extras, rules, config, labels, warnings=tuple(warnings)
+        name=source.name, format="peft", location=source.location, files=source.files, sites=sites, extras=extras, rules=rules, config=config, labels=labels, warnings=tuple(warnings)
     )  # fmt: skip
 
 
@@ -222,7 +222,9 @@ def _read_rules(
             f"{config_file.name} has no target_modules: what the vectors are on, in all layers, counts as them"
         )
         target = same_in_every_layer(vectors)
-    rules = TargetRules(target, inputs, exclude, to_save, matcher=Matcher(str(config_file)))
+    rules = TargetRules(
+        target=target, feedforward=inputs, exclude=exclude, to_save=to_save, matcher=Matcher(str(config_file))
+    )
     rules.look_at(vectors)
     return rules
 

@@ -110,8 +110,18 @@ def _adapter(source: Source, kind: str, sites: dict[str, Site], extras: dict[str
         if buffers
         else ()
     )
-    rules = TargetRules(same_in_every_layer(site.module for site in sites.values()), ())
-    return Adapter(source.name, kind, source.location, source.files, sites, extras, rules, {}, warnings=said)
+    rules = TargetRules(target=same_in_every_layer(site.module for site in sites.values()), feedforward=())
+    return Adapter(
+        name=source.name,
+        format=kind,
+        location=source.location,
+        files=source.files,
+        sites=sites,
+        extras=extras,
+        rules=rules,
+        config={},
+        warnings=said,
+    )
 
 
 def _is_buffer(name: str, tensor: StoredTensor) -> bool:

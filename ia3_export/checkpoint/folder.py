@@ -56,7 +56,7 @@ _LAYOUTS = (  # the order in which transformers looks for weights
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """A base model's files. `tensors` maps stored names to where their bytes lie, `folded` is what its manifest says they hold.
 
@@ -118,7 +118,18 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
         return _read_gguf(location, location.path, (), ())
     shards, of_adapter = unwrap([_read_shard(location.path, location.path.name)])
     folded = read_folded(location.path.parent, location.path.name)
-    return Checkpoint(location, shards, _by_name(shards), None, None, None, (), (), folded, of_adapter)
+    return Checkpoint(
+        location=location,
+        shards=shards,
+        tensors=_by_name(shards),
+        index_name=None,
+        index=None,
+        config=None,
+        side_files=(),
+        left_out=(),
+        folded=folded,
+        of_adapter=of_adapter,
+    )
 
 
 def architectures(config: Mapping[str, Any]) -> list[str]:
@@ -171,7 +182,16 @@ def _read_folder(location: Location) -> Checkpoint:
     index_name = layout if index is not None else None
     folded = read_folded(folder)
     return Checkpoint(
-        location, shards, tensors, index_name, index, config, side_files, left_out, folded, of_adapter
+        location=location,
+        shards=shards,
+        tensors=tensors,
+        index_name=index_name,
+        index=index,
+        config=config,
+        side_files=side_files,
+        left_out=left_out,
+        folded=folded,
+        of_adapter=of_adapter,
     )
 
 
@@ -183,7 +203,15 @@ def _read_gguf(
     shard, config = read_gguf(path)
     folded = read_folded(path.parent, path.name)
     return Checkpoint(
-        location, (shard,), _by_name((shard,)), None, None, config, side_files, left_out, folded
+        location=location,
+        shards=(shard,),
+        tensors=_by_name((shard,)),
+        index_name=None,
+        index=None,
+        config=config,
+        side_files=side_files,
+        left_out=left_out,
+        folded=folded,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ class Architecture:
 
     model_type: str
     class_name: str
+    _: KW_ONLY
     permuted: bool = False
     shifted: bool = False
     leaves: Mapping[str, str] | None = None

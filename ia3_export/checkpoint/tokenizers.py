@@ -36,7 +36,7 @@ _BOOKKEEPING = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tokenizer:
     """What tells two tokenizers apart: `ids` of the vocabulary (None where its form is not read), `added` tokens, `merges`,
     digests of `binary` vocabularies, `special` tokens by role, chat `templates` by name; `code`: whether it names code of its own."""
@@ -125,10 +125,10 @@ def read_tokenizer(folder: Path, names: Sequence[str]) -> Tokenizer:
     added |= {text: number for text, number in entries if isinstance(text, str) and isinstance(number, int)}
     merges = model.get("merges")
     return Tokenizer(
-        ids, added, tuple(map(_pair, merges)) if isinstance(merges, list) else None,
-        {name: _digest(folder / name) for name in names if _is_binary(name)},
-        _special({**read.get("special_tokens_map.json", {}), **config}),
-        _templates(folder, names, config, read.get("chat_template.json", {})), "auto_map" in config,
+        ids=ids, added=added, merges=tuple(map(_pair, merges)) if isinstance(merges, list) else None,
+        binary={name: _digest(folder / name) for name in names if _is_binary(name)},
+        special=_special({**read.get("special_tokens_map.json", {}), **config}),
+        templates=_templates(folder, names, config, read.get("chat_template.json", {})), code="auto_map" in config,
     )  # fmt: skip
 
 

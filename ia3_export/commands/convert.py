@@ -76,8 +76,15 @@ def convert(
     # with a base it is known to be complete, or allowed not to be; without one the rules must stay what they are
     rules = None if base is not None or read.rules.exclude is not None else read.rules
     if rules is not None and read.format != "peft":
-        rules = TargetRules(rules.target, None)
-    draft = _Draft("convert", [read], list(read.sites.values()), warnings, rules=rules, task_type=task_type)
+        rules = TargetRules(target=rules.target, feedforward=None)
+    draft = _Draft(
+        command="convert",
+        adapters=[read],
+        sites=list(read.sites.values()),
+        warnings=warnings,
+        rules=rules,
+        task_type=task_type,
+    )
     return _write(draft, Path(output), checkpoint, overwrite=overwrite)
 
 
@@ -124,7 +131,9 @@ def combine(
         warnings += linear_warnings(read, weights)
     sites = combine_sites(read, weights, how)
     options = {"combine": how, "weights": list(weights)}
-    draft = _Draft("combine", read, list(sites.values()), warnings, options=options)
+    draft = _Draft(
+        command="combine", adapters=read, sites=list(sites.values()), warnings=warnings, options=options
+    )
     return _write(draft, Path(output), checkpoint, overwrite=overwrite)
 
 
@@ -163,7 +172,7 @@ def _fit(
     return replace(adapter, extras=extras), warnings
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class _Draft:
     """An adapter that is to be written: the `command` that makes it (with these `options`) of `adapters`, its vectors, and what
     PEFT's configuration shall say where the adapters do not."""

@@ -44,7 +44,7 @@ _EXPLAINED = 0.02
 _STEPS = (0, 1, -1, 2, -2)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Exactness:
     """How surely the elements of a tensor are what they were before the merge.
 
@@ -275,7 +275,9 @@ def _settle_tensor(
             f"{tensor.name} is {original.dtype} {list(original.shape)} in the base, {dtype} {list(tensor.shape)} in the model",
             hint="--base is not the merge's base, or the merge changed the dtype",
         )
-    row = Expected(tensor.name, dtype, tensor, backward.scales, "fold", None)
+    row = Expected(
+        name=tensor.name, dtype=dtype, source=tensor, scales=backward.scales, how="fold", base=None
+    )
     certain = ambiguous = unfolded = equal = distance = 0
     for block, first in expected_blocks(row, reader):
         quotient = block.copy()
@@ -303,8 +305,8 @@ def _settle_tensor(
             equal += int(np.sum(apart == 0))
             distance = max(distance, int(apart.max(initial=0)))
     return Exactness(
-        tensor.name, dtype, tensor.size, certain, ambiguous, unfolded,
-        equal if original is not None else None, distance if original is not None else None,
+        tensor=tensor.name, dtype=dtype, elements=tensor.size, certain=certain, ambiguous=ambiguous, unfolded=unfolded,
+        equal=equal if original is not None else None, distance=distance if original is not None else None,
     )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ class Placement:
     parts: tuple[Part, ...]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Resolution:
     """One adapter laid over one checkpoint.
 

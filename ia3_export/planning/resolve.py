@@ -49,7 +49,7 @@ def resolve(
 ) -> Resolution:
     """Lay `adapter` over `base`; whatever does not fit is in the result's `problems`. Raises `DamagedFile` only, for an expression
     of the adapter's configuration that takes too long."""
-    result = Resolution(adapter)
+    result = Resolution(adapter=adapter)
     try:
         refuse_wrapped(base.tensors)
     except Refused as error:

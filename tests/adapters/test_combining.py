@@ -51,7 +51,16 @@ def several(draw: st.DrawFn, *, missing: bool = True) -> tuple[list[Array | None
 def adapter(name: str, sites: Sequence[Site], extras: dict[str, StoredTensor] | None = None) -> Adapter:
     by_module = {site.module: site for site in sites}
     location = Location(name, Path(name), None, None)
-    return Adapter(name, "peft", location, (), by_module, extras or {}, TargetRules((), ()), {})
+    return Adapter(
+        name=name,
+        format="peft",
+        location=location,
+        files=(),
+        sites=by_module,
+        extras=extras or {},
+        rules=TargetRules(target=(), feedforward=()),
+        config={},
+    )
 
 
 def site(module: str, vector: Sequence[float], direction: Direction = "out", dtype: str = "F32") -> Site:

@@ -98,7 +98,7 @@ def test_expressions_match_as_re_does(expression: str) -> None:
         for layer in range(12)
         for leaf in ("q_proj", "K_proj", "v_proj\n")
     ]
-    rules = TargetRules(expression, expression, to_save=("classifier",))
+    rules = TargetRules(target=expression, feedforward=expression, to_save=("classifier",))
     rules.look_at(names[:7])
     for name in names:
         assert rules.targets(name) == rules.is_feedforward(name) == bool(re.fullmatch(expression, name))
@@ -106,7 +106,7 @@ def test_expressions_match_as_re_does(expression: str) -> None:
 
 @pytest.mark.parametrize("name", ["score", "head|lm", "layers.0", "cl.ssifier", "(?:a|score)", "score$"])
 def test_names_of_heads_match_as_peft_matches_them(name: str) -> None:
-    rules = TargetRules(None, None, to_save=(name,))
+    rules = TargetRules(target=None, feedforward=None, to_save=(name,))
     for module in (
         "score",
         "model.score",
@@ -121,7 +121,7 @@ def test_names_of_heads_match_as_peft_matches_them(name: str) -> None:
 
 
 def test_all_expressions_of_a_configuration_share_their_time() -> None:
-    rules = TargetRules(ENDLESS[0], (), exclude=None)
+    rules = TargetRules(target=ENDLESS[0], feedforward=(), exclude=None)
     start = time.monotonic()
     for name in (
         "model.layers.0.self_attn.q_proj",

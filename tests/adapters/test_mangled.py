@@ -45,8 +45,17 @@ def saved_by_peft(path: str, name: str) -> str:
 
 
 def adapter_of(sites: dict[str, Site], name: str, targets: tuple[str, ...]) -> Adapter:
-    rules = TargetRules(targets, ())
-    return Adapter(name, "peft", Location(name, Path(name)), (), sites, {}, rules, {})
+    rules = TargetRules(target=targets, feedforward=())
+    return Adapter(
+        name=name,
+        format="peft",
+        location=Location(name, Path(name)),
+        files=(),
+        sites=sites,
+        extras={},
+        rules=rules,
+        config={},
+    )
 
 
 @settings(max_examples=300, deadline=None)
@@ -54,7 +63,7 @@ def adapter_of(sites: dict[str, Site], name: str, targets: tuple[str, ...]) -> A
 def test_every_vector_comes_back_to_its_module_or_nothing_does(kind: str, name: str, renamed: bool) -> None:
     assume(not "ia3_l".startswith(name))  # the reader gives such keys their ending back
     modules, targets = TARGETS[kind]
-    targeted = [m for m in modules if TargetRules(targets, ()).targets(m)]
+    targeted = [m for m in modules if TargetRules(target=targets, feedforward=()).targets(m)]
     numbers = {module: float(i) for i, module in enumerate(targeted)}
     sites: dict[str, Site] = {}
     for module, number in numbers.items():  # a later key overwrites an equal one, as in PEFT's dict

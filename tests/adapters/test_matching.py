@@ -48,7 +48,12 @@ def config(target: Any, feedforward: Any = (), exclude: Any = None, to_save: Any
 def rules(target: Any, feedforward: Any = (), exclude: Any = None, to_save: Any = None) -> TargetRules:
     """Our rules from the same values, as the reader makes them of a saved configuration."""
     read = json.loads(json.dumps([target, feedforward, exclude, to_save]))
-    return TargetRules(as_pattern(read[0]), as_pattern(read[1]), as_pattern(read[2]), tuple(read[3] or ()))
+    return TargetRules(
+        target=as_pattern(read[0]),
+        feedforward=as_pattern(read[1]),
+        exclude=as_pattern(read[2]),
+        to_save=tuple(read[3] or ()),
+    )
 
 
 def peft_targets(made: Any, path: str) -> bool:

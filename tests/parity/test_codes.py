@@ -40,7 +40,11 @@ def _write(folder: Path, shape: tuple[int, int]) -> dict[str, Expected]:
         [numpy_helper.from_array(np.ascontiguousarray(weight.T), "layer.weight")],
     )  # fmt: skip
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), folder / "model.onnx")
-    return {"layer.weight": Expected("layer.weight", "F32", stored, (), None, stored)}
+    return {
+        "layer.weight": Expected(
+            name="layer.weight", dtype="F32", source=stored, scales=(), how=None, base=stored
+        )
+    }
 
 
 def _quantize(folder: Path, how: str) -> Path:
@@ -109,7 +113,7 @@ def test_codes_under_another_name_are_found_by_their_values_and_wrong_ones_by_no
     _write(tmp_path, (48, 64))
     save_file({"layer.weight": np.ones((48, 64), "<f4")}, tmp_path / "model.safetensors")
     stored = read_checkpoint(tmp_path / "model.safetensors").tensors["layer.weight"]
-    ones = Expected("other.weight", "F32", stored, (), None, stored)
+    ones = Expected(name="other.weight", dtype="F32", source=stored, scales=(), how=None, base=stored)
     (check,) = _checks({"other.weight": ones}, path)
     assert (check.of, check.within_a_step) == (None, False)
 

@@ -20,7 +20,7 @@ from ia3_export.planning.plan import Plan
 BLOCK = 1 << 19
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Expected:
     """A tensor as it must be: `scales` folded into `source`, written as `dtype`.
 
@@ -50,14 +50,16 @@ def expected_tensors(plan: Plan) -> dict[str, Expected]:
     """Every tensor of the output of `plan`, by name."""
     stored = plan.base.stored.tensors
     rows = {
-        name: Expected(name, t.dtype, t, (), None, t)
+        name: Expected(name=name, dtype=t.dtype, source=t, scales=(), how=None, base=t)
         for name, t in stored.items()
         if name not in plan.dropped
     }
     for name, change in plan.changes.items():
         how = None if change.how in ("cast", "dequantize", "rewrite") else change.how
         base = plan.base.dense.tensors.get(name) or stored.get(name)
-        rows[name] = Expected(name, change.dtype, change.source, change.scales, how, base)
+        rows[name] = Expected(
+            name=name, dtype=change.dtype, source=change.source, scales=change.scales, how=how, base=base
+        )
     return rows
 
 

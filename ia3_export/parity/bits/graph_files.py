@@ -18,7 +18,7 @@ from ia3_export.onnx.quantize import SHAPING
 FLOATS = {"FLOAT": "F32", "FLOAT16": "F16", "DOUBLE": "F64", "BFLOAT16": "BF16"}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Graph:
     """The ONNX files of one model: initializers by name (lazy), operators by count, names of all nodes and values, and of the
     outputs beside the cache. `precision` is float64, float32, float16, bfloat16, int8 or int4: what the weights that reach the
@@ -68,7 +68,16 @@ def read_graphs(paths: Sequence[Path]) -> Graph:
     names = tuple(name for part in parts for name in part.names)
     quantized = [part.precision for part in parts if part.precision in ("int4", "int8")]
     precision = min(quantized, default=parts[-1].precision)
-    return Graph(tuple(paths), initializers, operators, names, parts[-1].outputs, precision, origins, shaped)
+    return Graph(
+        paths=tuple(paths),
+        initializers=initializers,
+        operators=operators,
+        names=names,
+        outputs=parts[-1].outputs,
+        precision=precision,
+        origins=origins,
+        shaped=shaped,
+    )
 
 
 def _read_graph(path: Path) -> Graph:
@@ -101,7 +110,16 @@ def _read_graph(path: Path) -> Graph:
     outputs = tuple(o.name or "" for o in model.graph.outputs if not (o.name or "").startswith("present."))
     operators = Counter(node.op_type for node in nodes)
     precision = _precision(model, initializers)
-    return Graph((path,), initializers, operators, tuple(names), outputs, precision, _origins(path), shaped)
+    return Graph(
+        paths=(path,),
+        initializers=initializers,
+        operators=operators,
+        names=tuple(names),
+        outputs=outputs,
+        precision=precision,
+        origins=_origins(path),
+        shaped=shaped,
+    )
 
 
 def _origins(path: Path) -> dict[str, str]:
