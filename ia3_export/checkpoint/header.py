@@ -27,12 +27,13 @@ class Computed:
     """How the elements of a tensor are computed from stored ones while they are read: dequantized, for example.
 
     ``read(first, count)`` gives flat elements ``first:first+count`` in the tensor's dtype; both are multiples of
-    `unit`, or end with the tensor. `kept` is the dtype in which the values are written unless the user chooses another.
+    `unit`, or end with the tensor. `compute_dtype` is the one in which a model has the
+    values, and in which they are written unless the user chooses another.
     """
 
     unit: int
     read: Callable[[int, int], Array]
-    kept: str
+    compute_dtype: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,9 +64,9 @@ class StoredTensor:
         return self.data is None and self.computed is None
 
     @property
-    def kept(self) -> str:
-        """The dtype in which an output keeps the tensor."""
-        return self.dtype if self.computed is None else self.computed.kept
+    def compute_dtype(self) -> str:
+        """The dtype in which a model has the tensor: the stored one, unless it is computed."""
+        return self.dtype if self.computed is None else self.computed.compute_dtype
 
 
 @dataclass(frozen=True, slots=True)

@@ -195,7 +195,7 @@ def _rounded(plan: Plan | None) -> str | None:
     if plan.base.stored.is_gguf:
         dtypes.add("F16")
     if plan.recipe.cast == "peft-low-mem":  # the vectors themselves are rounded
-        dtypes.add(plan.base.quantization.kept)
+        dtypes.add(plan.base.quantization.compute_dtype)
     return next((TORCH_NAMES[dtype] for dtype in ("BF16", "F16") if dtype in dtypes), "float32")
 
 

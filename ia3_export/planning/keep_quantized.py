@@ -355,7 +355,7 @@ def _emit(how: Foldable | str, laid: _Laid, kept: Kept) -> None:
 def _write_dense(fold: Folds, context: _Context, kept: Kept) -> None:
     packed = fold.packed
     tensor = context.dense.tensors[packed.name]
-    kept.changes[packed.name] = _change(tensor, tensor.kept, fold.scales, fold.notes)
+    kept.changes[packed.name] = _change(tensor, tensor.compute_dtype, fold.scales, fold.notes)
     kept.drops |= packed.parts.keys() - {packed.name}
 
 

@@ -178,7 +178,7 @@ def _configure(
     if base.is_quantized and start is not None:
         if recipe.quantized == "dequantize":
             start = without_settings(start)
-            dtype = TORCH_NAMES[base.quantization.kept] if recipe.dtype == "auto" else dtype
+            dtype = TORCH_NAMES[base.quantization.compute_dtype] if recipe.dtype == "auto" else dtype
         elif kept is not None:
             try:
                 start, written.settings_files = adjust_settings(base, kept, changes, written.warnings)

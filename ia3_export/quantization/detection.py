@@ -64,12 +64,12 @@ _COMPANIONS = (
 class Quantization:
     """The quantized weights of a checkpoint by dense name; ``{}`` of a dense one.
 
-    `settings` is what the configuration says, `kept` the dtype that the checkpoint computes in.
+    `settings` is what the configuration says, `compute_dtype` the dtype that the checkpoint computes in.
     """
 
     packed: Mapping[str, Packed]
     settings: Mapping[str, Any]
-    kept: str
+    compute_dtype: str
     problems: tuple[IA3ExportError, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -105,7 +105,7 @@ def find_quantization(base: Checkpoint) -> Quantization:
                 hint="give the unquantized checkpoint, or one in a format of docs/formats.md",
             )
         )
-        return Quantization({}, settings, _kept(base), tuple(problems))
+        return Quantization({}, settings, _compute_dtype(base), tuple(problems))
     try:
         check_expressions(
             f"the quantization settings of {base.location.given}",
@@ -113,7 +113,7 @@ def find_quantization(base: Checkpoint) -> Quantization:
             {name.rpartition(".")[0] for name in base.tensors},
         )
     except DamagedFile as error:
-        return Quantization({}, settings, _kept(base), (error,))
+        return Quantization({}, settings, _compute_dtype(base), (error,))
     for find in FORMATS.values():
         try:
             for found in find(base.tensors, settings):
@@ -133,7 +133,7 @@ def find_quantization(base: Checkpoint) -> Quantization:
                 )
             )
     packed = dict(gptq_awq.scale_activations(packed, base.tensors))
-    result = Quantization(packed, settings, _kept(base))
+    result = Quantization(packed, settings, _compute_dtype(base))
     if not problems:
         problems += _left_over(base, result)
     if not problems and method and not packed:
@@ -150,7 +150,9 @@ def dense_view(base: Checkpoint, quantization: Quantization) -> Checkpoint:
     """`base` with every quantized weight as the dense tensor that it stands for, under its dense name."""
     hidden = quantization.owners.keys() | (cache_tensors(base) if quantization.packed else set())
     tensors = {name: tensor for name, tensor in base.tensors.items() if name not in hidden}
-    tensors |= {name: packed.dense(quantization.kept) for name, packed in quantization.packed.items()}
+    tensors |= {
+        name: packed.dense(quantization.compute_dtype) for name, packed in quantization.packed.items()
+    }
     return replace(base, tensors=tensors)
 
 
@@ -163,7 +165,7 @@ def _unreadable_settings(settings: Mapping[str, Any]) -> str:
     return ""
 
 
-def _kept(base: Checkpoint) -> str:
+def _compute_dtype(base: Checkpoint) -> str:
     """The dtype that the checkpoint computes in: as configured, else that of most of its dense tensors."""
     config = base.config or {}
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):

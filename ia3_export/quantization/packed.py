@@ -83,15 +83,15 @@ class Packed:
         """The module path."""
         return self.name.removesuffix(".weight")
 
-    def dense(self, kept: str) -> StoredTensor:
-        """The dequantized weight as a float32 tensor that is computed while it is read, to be written as `kept`."""
+    def dense(self, compute_dtype: str) -> StoredTensor:
+        """The dequantized weight as a float32 tensor that is computed while it is read, of `compute_dtype` in a model."""
         columns = self.shape[-1]
 
         def read(first: int, count: int) -> Array:
             return np.ascontiguousarray(self.rows(first // columns, count // columns)).reshape(-1)
 
         main = next(iter(self.parts.values()))
-        return compute(self.name, "F32", self.shape, main, Computed(self.unit * columns, read, kept))
+        return compute(self.name, "F32", self.shape, main, Computed(self.unit * columns, read, compute_dtype))
 
 
 def compute(
@@ -110,7 +110,7 @@ def compute(
             ) from error
 
     nbytes = tensor_bytes(dtype, shape)
-    guarded = Computed(computed.unit, read, computed.kept)
+    guarded = Computed(computed.unit, read, computed.compute_dtype)
     return StoredTensor(name, dtype, shape, beside.file, beside.offset, nbytes, None, guarded)
 
 
