@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal
 
 import numpy as np
@@ -57,6 +58,13 @@ class Scale:
     def period(self) -> int:
         """Elements after which the factors repeat."""
         return len(self.factors) * self.inner
+
+    def axis(self, shape: Sequence[int]) -> int | None:
+        """The axis of a tensor of `shape` along which every index has its own factor; None where there is no such axis."""
+        for axis, extent in enumerate(shape):
+            if len(self.factors) == extent and self.inner == prod(shape[axis + 1 :]):
+                return axis
+        return None
 
 
 def storage_dtype(dtype: str) -> np.dtype[Any]:

@@ -189,7 +189,7 @@ def _is_foreign(base: Base, merged: Base) -> bool:
 def _rounded(plan: Plan | None) -> str | None:
     """The coarsest dtype that vectors were folded into, of a merge that stays quantized. GGUF's scales are float16 numbers
     inside the blocks of codes."""
-    if plan is None or not plan.kept:
+    if plan is None or not plan.outcomes:
         return None
     dtypes = {change.dtype for change in plan.changes.values() if change.how in _VALUES}
     if plan.base.stored.is_gguf:

@@ -61,10 +61,10 @@ _BEFORE_NORM = ("q_a_proj", "kv_a_proj_with_mqa")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Output:
-    """The product of the vectors on the output of a module, an element a row, and their names."""
+    """The product of the vectors on the output of a module, an element a row, and these."""
 
     factors: Array
-    notes: tuple[Fold, ...]
+    folds: tuple[Fold, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Growth:
 
     tensor: str
     factor: float
-    notes: tuple[Fold, ...]
+    folds: tuple[Fold, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ def grow(name: str, factor: float) -> float:
 def follow(outputs: Mapping[str, Output], base: Checkpoint, packed: Mapping[str, Packed]) -> Effects:
     """What the vectors on `outputs` (by module) do to the static scales of `base` and its quantized weights `packed`."""
     grown = [
-        Growth(name, largest(outputs[module].factors), outputs[module].notes)
+        Growth(name, largest(outputs[module].factors), outputs[module].folds)
         for name, module in cache_scales(base).items()
         if module in outputs
     ]
@@ -139,7 +139,7 @@ def follow(outputs: Mapping[str, Output], base: Checkpoint, packed: Mapping[str,
     for weight in packed.values():
         name = f"{weight.module}.{_OUTPUT_SCALE}"
         if weight.module in outputs and name in weight.parts and weight.method not in _NOT_STATIC:
-            grown.append(Growth(name, largest(outputs[weight.module].factors), outputs[weight.module].notes))
+            grown.append(Growth(name, largest(outputs[weight.module].factors), outputs[weight.module].folds))
     unknown: dict[str, str] = {}
     for module, weight in static.items():
         for source, factors, reason in _reaching(module, outputs, base.config):
@@ -148,7 +148,7 @@ def follow(outputs: Mapping[str, Output], base: Checkpoint, packed: Mapping[str,
                 unknown[module] = reason
                 break
             grown += [
-                Growth(name, grow(name, largest(factors)), outputs[source].notes)
+                Growth(name, grow(name, largest(factors)), outputs[source].folds)
                 for name in input_scales(weight)
             ]
     return Effects(tuple(grown), unknown, tuple(_warnings(outputs, static)))

@@ -88,3 +88,11 @@ def combine_groups(operation: np.ufunc, values: Array, by_group: Array, group: A
         operation(runs, by_group[:, :, None], out=runs)
     else:
         operation(values, by_group[:, group], out=values)
+
+
+def dequantize_groups(codes: Array, zeros: Array, scales: Array, group: Array) -> Array:
+    """``(codes - zeros) * scales`` in place: C-ordered float32 codes (rows, columns), a zero point and a scale (rows, groups) for
+    every group of columns."""
+    combine_groups(np.subtract, codes, zeros, group)
+    combine_groups(np.multiply, codes, scales, group)
+    return codes

@@ -16,18 +16,23 @@ from ia3_export.errors import DamagedFile, Unsupported
 from ia3_export.fold import Array
 from ia3_export.quantization.codes import FLOAT_CODES, code_values
 from ia3_export.quantization.packed import (
-    Foldable,
+    BY_ROW,
+    OF_WHOLE,
+    SCALE_DTYPES,
+    NoScale,
     Packed,
+    Scales,
     ScaleTensor,
+    Side,
     as_float,
     expect,
+    parts_of,
     read_flat,
     read_rows,
 )
 
 METHOD = "quanto"
-_FLOATS = ("F32", "F16", "BF16")
-_ON_INPUT = "every scale belongs to a row"
+_LEAVES = ("weight._data", "weight._data._data", "weight._shift", "input_scale", "output_scale")
 
 
 def find(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> Iterator[Packed]:
@@ -38,14 +43,8 @@ def find(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> It
             continue
         dense = name.removesuffix("._scale")
         module = dense.removesuffix(".weight")
-        leaves = ("weight._data", "weight._data._data", "weight._shift", "input_scale", "output_scale")
-        parts = {
-            f"{module}.{leaf}": tensors[f"{module}.{leaf}"]
-            for leaf in leaves
-            if f"{module}.{leaf}" in tensors
-        }
-        parts[name] = scale
-        expect(scale, _FLOATS, tuple(scale.shape))
+        parts = {**parts_of(module, _LEAVES, tensors), name: scale}
+        expect(scale, SCALE_DTYPES, tuple(scale.shape))
         if f"{dense}._data" in parts:
             yield _whole(dense, parts[f"{dense}._data"], scale, parts)
         elif f"{dense}._data._data" in parts and f"{dense}._shift" in parts:
@@ -77,20 +76,16 @@ def _whole(dense: str, codes: StoredTensor, scale: StoredTensor, parts: Mapping[
 
     if scale.size not in (1, out):
         raise DamagedFile(f"{scale.name} is {list(scale.shape)} for {out} rows", hint="fetch it again")
-    on_output = (
-        Foldable((ScaleTensor(scale, 1),)) if scale.size == out else "one scale belongs to the whole tensor"
-    )
-    kind = "qint8" if codes.dtype == "I8" else "qfloat8"
     return Packed(
-        dense,
-        METHOD,
-        f"quanto {kind}",
-        codes.shape,
-        {codes.name: codes, **parts},
-        rows,
-        1,
-        on_output,
-        _ON_INPUT,
+        name=dense,
+        method=METHOD,
+        format=f"quanto {'qint8' if codes.dtype == 'I8' else 'qfloat8'}",
+        shape=codes.shape,
+        parts={codes.name: codes, **parts},
+        rows=rows,
+        unit=1,
+        on_output=Scales((ScaleTensor(scale, 1),)) if scale.size == out else OF_WHOLE,
+        on_input=BY_ROW,
     )
 
 
@@ -119,7 +114,7 @@ def _grouped(
     each = 8 // bits
     lines, length = codes.shape[0] * each, codes.shape[1]
     shift = parts[f"{dense}._shift"]
-    expect(shift, _FLOATS, scale.shape)
+    expect(shift, SCALE_DTYPES, scale.shape)
     if shape is None or len(shape) != 2 or shape[0] * shape[1] != lines * length or scale.size != lines:
         raise Unsupported(
             f"the shape of {dense} cannot be told: the file holds groups of {length}, and config.json names no model "
@@ -141,10 +136,18 @@ def _grouped(
         values -= as_float(read_flat(shift, line, last - line), shift.dtype)[:, None]
         return values.reshape(-1)[begin - line * length :][: end - begin].reshape(count, columns)
 
-    on_output: Foldable | str = f"rows of {columns} elements share groups of {length}"
+    on_output: Side = NoScale(f"rows of {columns} elements share groups of {length}")
     if columns % length == 0:
         inner = columns // length
-        on_output = Foldable((ScaleTensor(scale, inner), ScaleTensor(shift, inner)))
+        on_output = Scales((ScaleTensor(scale, inner), ScaleTensor(shift, inner)))
     return Packed(
-        dense, METHOD, f"quanto qint{bits}", (out, columns), {codes.name: codes, **parts}, rows, 1, on_output, _ON_INPUT
-    )  # fmt: skip
+        name=dense,
+        method=METHOD,
+        format=f"quanto qint{bits}",
+        shape=(out, columns),
+        parts={codes.name: codes, **parts},
+        rows=rows,
+        unit=1,
+        on_output=on_output,
+        on_input=BY_ROW,
+    )

@@ -129,14 +129,18 @@ class Mixture:
     dense: Collection[str]
 
 
-def exclude(settings: Mapping[str, Any], mixture: Mixture) -> dict[str, Any] | str:
-    """`settings` that say which modules of `mixture` are quantized, in the words of every library that reads the format; or
-    why they cannot say it."""
+class CannotExclude(Exception):
+    """Settings cannot say that a module is not quantized. The text is a clause that says why; the planner catches it."""
+
+
+def exclude(settings: Mapping[str, Any], mixture: Mixture) -> dict[str, Any]:
+    """`settings` that say which modules of `mixture` are quantized, in the words of every library that reads the format.
+    Raises `CannotExclude`."""
     method = str(settings.get("quant_method"))
     edited = dict(settings)
     for key in ("dynamic", "extra_config"):
         if not isinstance(settings.get(key) or {}, dict):
-            return f"{key} in the configuration is no table"
+            raise CannotExclude(f"{key} in the configuration is no table")
     if method in ("gptq", "awq"):  # GPTQModel and vLLM; first, since the first rule that matches counts
         rules: dict[str, Any] = {f"-:^{re.escape(module)}$": {} for module in sorted(mixture.leaving)}
         edited["dynamic"] = {**rules, **(settings.get("dynamic") or {})}
@@ -154,18 +158,18 @@ def exclude(settings: Mapping[str, Any], mixture: Mixture) -> dict[str, Any] | s
         if listed is None:
             listed = sorted(mixture.dense) if method in _CHOOSE else []
         if not isinstance(listed, list):
-            return f"{key} in the configuration is no list"
+            raise CannotExclude(f"{key} in the configuration is no list")
         edited[key] = [*listed, *sorted(set(mixture.leaving) - set(map(str, listed)))]
     else:
         own = f"settings of {method}" if settings.get("quant_method") else "its settings"
-        return f"{own} have no list of modules that are not quantized"
+        raise CannotExclude(f"{own} have no list of modules that are not quantized")
     return edited
 
 
-def exclude_beside(base: Checkpoint, method: str, mixture: Mixture) -> dict[str, dict[str, Any]] | str:
-    """The settings that `base` has beside its config.json, by file, edited like those within; or why they cannot be.
+def exclude_beside(base: Checkpoint, method: str, mixture: Mixture) -> dict[str, dict[str, Any]]:
+    """The settings that `base` has beside its config.json, by file, edited like those within.
 
-    GPTQModel reads such a file before config.json.
+    GPTQModel reads such a file before config.json. Raises `CannotExclude`.
     """
     edited: dict[str, dict[str, Any]] = {}
     for name in (*SETTINGS_FILES, _COPY):
@@ -176,8 +180,6 @@ def exclude_beside(base: Checkpoint, method: str, mixture: Mixture) -> dict[str,
         if name == "hf_quant_config.json" and isinstance(whole.get("quantization"), dict):
             own = {"exclude_modules": []} | whole["quantization"]
         found = exclude({"quant_method": method} | own, mixture)
-        if isinstance(found, str):
-            return found
         if "quant_method" not in own:
             del found["quant_method"]
         edited[name] = found if own is whole else whole | {"quantization": found}
