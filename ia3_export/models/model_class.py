@@ -34,13 +34,14 @@ _TASK_TABLES = {
 }
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class RuntimeModel:
     """A transformers model as the adapter saw it, and how the checkpoint's names lead to it.
 
-    `layouts` gives the kind of every module that IA3 can wrap, `groups` those of convolutions, `shapes` every state-dict entry, `ties` maps
-    a tied entry to its source, `needed` are the entries that a checkpoint must hold, `stored` maps a state-dict entry to the one stored tensor it is loaded from unchanged.
-    `embeddings` are the paths of lookup tables. `config` is the configuration that fits the adapter's heads and embeddings.
+    `layouts` gives the kind of every module that IA3 can wrap, `groups` those of convolutions, `shapes` every state-dict
+    entry, `ties` maps a tied entry to its source, `needed` are the entries that a checkpoint must hold, `stored` maps an
+    entry to the one stored tensor it is loaded from unchanged, `converted` to those that it is made of. `embeddings` are
+    the paths of lookup tables. `config` is the configuration that fits the adapter's heads and embeddings.
     """
 
     class_name: str
@@ -310,33 +311,47 @@ def _describe(
     kinds: tuple[tuple[type, Layout], ...] = (
         (nn.Linear, "linear"), (Conv1D, "conv1d"), (nn.Conv2d, "conv"), (nn.Conv3d, "conv"),
     )  # fmt: skip
-    layouts: dict[str, Layout] = {}
-    for path, module in model.named_modules():
-        for cls, layout in kinds:
-            if isinstance(module, cls):
-                layouts[path] = layout
-    groups = {path: module.groups for path, module in model.named_modules() if layouts.get(path) == "conv"}
+    modules = dict(model.named_modules())
+    layouts: dict[str, Layout] = {
+        path: layout for path, module in modules.items() for cls, layout in kinds if isinstance(module, cls)
+    }
     rules = loading_rules(model)
+    stored, converted = _sources(rules, tensors)
+    return RuntimeModel(
+        class_name=name,
+        config=config,
+        layouts=layouts,
+        groups={path: modules[path].groups for path, layout in layouts.items() if layout == "conv"},
+        needed=_needed(model, rules.state),
+        shapes={key: tuple(value.shape) for key, value in rules.state.items()},
+        ties=tied_weights(model),
+        stored=stored,
+        converted=converted,
+        input_embedding=_embedding_name(model, "input"),
+        output_embedding=_embedding_name(model, "output"),
+        embeddings=frozenset(path for path, module in modules.items() if isinstance(module, nn.Embedding)),
+        rules=rules,
+    )
+
+
+def _sources(
+    rules: Loading, tensors: Mapping[str, StoredTensor]
+) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
+    """The stored tensor that each state-dict entry is loaded from as it is, and those that the other entries are made of."""
     stored: dict[str, str] = {}
-    sources: dict[str, list[str]] = {}
+    parts: dict[str, list[str]] = {}
     for key in tensors:
         entry, pattern = state_entry(rules, key)
         if entry in rules.state and pattern is None:
             stored[entry] = key
         elif entry in rules.state:
-            sources.setdefault(entry, []).append(key)
+            parts.setdefault(entry, []).append(key)
     converted = {
         target: tuple(keys)
-        for entry, keys in sources.items()
+        for entry, keys in parts.items()
         for target in converted_names(rules, entry, keys, tensors)
     }
-    return RuntimeModel(
-        name, config, layouts, groups, _needed(model, rules.state),
-        {key: tuple(value.shape) for key, value in rules.state.items()},
-        tied_weights(model), stored, converted,
-        _embedding_name(model, "input"), _embedding_name(model, "output"),
-        frozenset(path for path, module in model.named_modules() if isinstance(module, nn.Embedding)), rules,
-    )  # fmt: skip
+    return stored, converted
 
 
 def _needed(model: Any, state: Mapping[str, Any]) -> frozenset[str]:
