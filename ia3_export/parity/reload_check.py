@@ -1,7 +1,9 @@
-"""The reload check: what was written, opened through the library that its users use, and compared weight by weight.
+"""The reload check: what was written, opened through the library that its users use, and compared weight by
+weight.
 
-A file that only we can read would be worth nothing. transformers loads the folder on the CPU (with bitsandbytes or
-compressed-tensors where the weights stay quantized), gguf a GGUF file; their dequantized weights must be those that we read.
+A file that only we can read would be worth nothing. transformers loads the folder on the CPU (with
+bitsandbytes or compressed-tensors where the weights stay quantized), gguf a GGUF file; their dequantized
+weights must be those that we read.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ _REPORT = "please report it with the base's name; --no-reload-check writes the o
 
 @dataclass(frozen=True, slots=True)
 class Reload:
-    """What the reload check found: the `library` that opened the output, how many `weights` were compared, and their
-    largest relative difference `error`; or why there was no check (`skipped`)."""
+    """What the reload check found: the `library` that opened the output, how many `weights` were compared,
+    and their largest relative difference `error`; or why there was no check (`skipped`)."""
 
     library: str
     weights: int
@@ -58,8 +60,8 @@ class Reload:
 
 
 def check_reload(folder: Path, base: Base | None = None) -> Reload:
-    """Open the checkpoint in `folder`, a merge of `base`, through its users' library and compare every weight that both have,
-    as the library's dtype holds it.
+    """Open the checkpoint in `folder`, a merge of `base`, through its users' library and compare every weight
+    that both have, as the library's dtype holds it.
 
     Raises `CheckFailed` when the library cannot load it, misses or invents a tensor, or reads other weights.
     """
@@ -166,8 +168,8 @@ def _library(quantization: Quantization) -> str:
 def _load(
     dense: Checkpoint, quantization: Quantization, base: Base | None
 ) -> Iterator[tuple[str, Array, str]]:
-    """The weights by stored name as the library reads them, dequantized, and the dtype in which it holds them. Raises `CheckFailed`
-    when it cannot."""
+    """The weights by stored name as the library reads them, dequantized, and the dtype in which it holds
+    them. Raises `CheckFailed` when it cannot."""
     if dense.is_gguf:
         for key, values in reload_weights(dense.shards[0].path, quantization.settings):
             yield key, values, "F32"
@@ -196,7 +198,8 @@ def _load(
 
 
 def _load_model(dense: Checkpoint) -> tuple[Any, Mapping[str, Any]]:
-    """The model that transformers makes of a checkpoint's folder, and what it says of the names. Raises `CheckFailed`."""
+    """The model that transformers makes of a checkpoint's folder, and what it says of the names. Raises
+    `CheckFailed`."""
     import transformers
 
     name = architectures(dense.config or {})[0]
@@ -221,8 +224,8 @@ def _load_model(dense: Checkpoint) -> tuple[Any, Mapping[str, Any]]:
 
 
 def _harmless(unexpected: Collection[str], dense: Checkpoint, base: Base | None) -> set[str]:
-    """Tensors of the base that the output's class does not have and does not need: the head of the class that it was, and biases
-    of zeros, which AutoGPTQ writes for projections without one."""
+    """Tensors of the base that the output's class does not have and does not need: the head of the class that
+    it was, and biases of zeros, which AutoGPTQ writes for projections without one."""
     zero = {name for name in unexpected if name in dense.tensors and _is_zero(dense.tensors[name])}
     if base is None or architectures(dense.config or {}) == architectures(base.stored.config or {}):
         return zero

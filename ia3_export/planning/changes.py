@@ -1,4 +1,5 @@
-"""The tensors of a merge that are not byte for byte the base's: what replaces, folds, unties and casts them."""
+"""The tensors of a merge that are not byte for byte the base's: what replaces, folds, unties and casts
+them."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ How = Literal["fold", "replace", "add", "untie", "cast", "dequantize", "rewrite"
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """Where the bytes of a tensor come from that is not the base's own: `what` the `adapter` brings, or without one a copy of the
-    base's tensor `what`."""
+    """Where the bytes of a tensor come from that is not the base's own: `what` the `adapter` brings, or
+    without one a copy of the base's tensor `what`."""
 
     adapter: str | None
     what: str
@@ -36,8 +37,8 @@ class Taken:
 class Change:
     """One tensor of the output that is not byte for byte the base's.
 
-    `source` holds the bytes to start from (the base's or the adapter's, `taken` says whence), `scales` are folded into them in
-    order, and `folds` are the vectors in these.
+    `source` holds the bytes to start from (the base's or the adapter's, `taken` says whence), `scales` are
+    folded into them in order, and `folds` are the vectors in these.
     """
 
     name: str
@@ -65,7 +66,8 @@ class Change:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ledger:
-    """The changes decided so far, by name, for a dense `base` under the ``--dtype`` and ``--cast`` of a recipe."""
+    """The changes decided so far, by name, for a dense `base` under the ``--dtype`` and ``--cast`` of a
+    recipe."""
 
     base: Checkpoint
     dtype: Dtype
@@ -87,7 +89,8 @@ class Ledger:
         self.changes[name] = before.with_folds((scale,), (fold,))
 
     def factors(self, vector: Array, stored: str) -> Array:
-        """The vector in the precision that PEFT folds it in into a tensor stored as `stored` (see `Recipe.cast`)."""
+        """The vector in the precision that PEFT folds it in into a tensor stored as `stored` (see
+        `Recipe.cast`)."""
         if self.cast == "peft-low-mem":
             return round_vector(vector, stored)
         with np.errstate(over="ignore", under="ignore"):
@@ -136,8 +139,9 @@ def _stored_twice(result: Resolution) -> Iterator[tuple[str, StoredTensor, str]]
 
 
 def _resized(result: Resolution, base: Checkpoint) -> Iterator[tuple[str, StoredTensor, str]]:
-    """Biases of the vocabulary that grow or shrink with it and that PEFT does not save: one that left its tie to what the adapter
-    brings and is used no more, and constant ones (BART's ``final_logits_bias``), where transformers appends zeros."""
+    """Biases of the vocabulary that grow or shrink with it and that PEFT does not save: one that left its tie
+    to what the adapter brings and is used no more, and constant ones (BART's ``final_logits_bias``), where
+    transformers appends zeros."""
     runtime = result.runtime
     if runtime is None:
         return
@@ -159,15 +163,15 @@ def _resized(result: Resolution, base: Checkpoint) -> Iterator[tuple[str, Stored
             common = min(values.size, tensor.size)
             values[:common] = np.frombuffer(read_bytes(tensor), values.dtype)[:common]
             data = values.view("u1")
-            yield (
-                name, StoredTensor(name, tensor.dtype, shape, tensor.file, 0, data.nbytes, data), "resized with the vocabulary",
-            )  # fmt: skip
+            resized = StoredTensor(name, tensor.dtype, shape, tensor.file, 0, data.nbytes, data)
+            yield name, resized, "resized with the vocabulary"
 
 
 def fold_vectors(
     resolutions: Sequence[Resolution], ledger: Ledger, combine: Combine, weights: Sequence[float]
 ) -> None:
-    """The vectors of every adapter, one after the other (``product``) or combined, over the tensors they multiply."""
+    """The vectors of every adapter, one after the other (``product``) or combined, over the tensors they
+    multiply."""
     shared = _shared(resolutions)
     if combine == "product":
         for result in resolutions:
@@ -259,7 +263,8 @@ def _lay_experts(group: _VectorSet, experts: Mapping[str, tuple[Array, Direction
 
 
 def _spread(result: Resolution, entry: str, multiplier: Array, fold: Fold, ledger: Ledger) -> None:
-    """A multiplier of the parameter `entry` over the stored tensors that it is made of, where it is not one."""
+    """A multiplier of the parameter `entry` over the stored tensors that it is made of, where it is not
+    one."""
     from ia3_export.models.conversions import spread
 
     runtime, tensors = result.runtime, ledger.base.tensors
@@ -291,9 +296,9 @@ def _expand(scale: Scale, shape: tuple[int, ...]) -> Array:
 
 
 def write_ties(resolutions: Sequence[Resolution], ledger: Ledger) -> list[str]:
-    """Where a tensor leaves a tie, every other name of the tie that the file lacks is written, since without the tie
-    transformers would look for it: with what the adapters bring for it, or what its tied partner becomes, else the base's
-    own bytes. Returns what users should know."""
+    """Where a tensor leaves a tie, every other name of the tie that the file lacks is written, since without
+    the tie transformers would look for it: with what the adapters bring for it, or what its tied partner
+    becomes, else the base's own bytes. Returns what users should know."""
     shared, warnings = _shared(resolutions), []
     base, changes = ledger.base, ledger.changes
     for result in resolutions:
@@ -315,7 +320,8 @@ def write_ties(resolutions: Sequence[Resolution], ledger: Ledger) -> list[str]:
 
 
 def cast_rest(ledger: Ledger) -> None:
-    """What no vector touches and is written in another dtype than it is stored in, dequantized weights among it."""
+    """What no vector touches and is written in another dtype than it is stored in, dequantized weights among
+    it."""
     for name, tensor in ledger.base.tensors.items():
         written = written_dtype(tensor.compute_dtype, ledger.dtype)
         if name not in ledger.changes and (written != tensor.dtype or tensor.computed is not None):

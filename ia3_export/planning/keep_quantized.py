@@ -1,8 +1,10 @@
-"""``--quantized keep``: the vectors of a dense plan, folded into the stored scales of a quantized base instead.
+"""``--quantized keep``: the vectors of a dense plan, folded into the stored scales of a quantized base
+instead.
 
-Starts from the changes that a merge into the dequantized base would make. A vector on the output of a weight multiplies
-the scales of its rows. One on the input has no scale of its own in most formats, but the projection that feeds the weight
-can take it on its rows where the feed-forward allows that. No code is touched; what cannot be kept is written dense or refused.
+Starts from the changes that a merge into the dequantized base would make. A vector on the output of a weight
+multiplies the scales of its rows. One on the input has no scale of its own in most formats, but the
+projection that feeds the weight can take it on its rows where the feed-forward allows that. No code is
+touched; what cannot be kept is written dense or refused.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ OutcomeKind = Literal["exact", "rounded", "moved", "dense", "refused"]
 
 #: Relative error of one rounding to float32; a scale that has no more counts as exact.
 _EXACT = 2.0**-23
-#: The moved vector has to give the live one's result up to the rounding of float32 factors, on so many channels.
+#: The moved vector has to give the live one's result up to the rounding of float32 factors, on so many
+#: channels.
 _SELF_CHECK, _CHECKED = 1e-5, 64
 
 
@@ -52,9 +55,9 @@ _SELF_CHECK, _CHECKED = 1e-5, 64
 class WeightOutcome:
     """What becomes of the vectors on one quantized weight.
 
-    ``exact``: its scales take them, with one float32 rounding at most; ``rounded``: each scale with the relative error
-    `error`; ``moved``: `tensors` of the projection that feeds it take them, with that error; ``dense`` and ``refused``:
-    `reason` says why. `folds` names the vectors.
+    ``exact``: its scales take them, with one float32 rounding at most; ``rounded``: each scale with the
+    relative error `error`; ``moved``: `tensors` of the projection that feeds it take them, with that error;
+    ``dense`` and ``refused``: `reason` says why. `folds` names the vectors.
     """
 
     weight: str
@@ -68,7 +71,8 @@ class WeightOutcome:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WeightFolds:
-    """The vectors that a dense plan folds into one quantized weight, and a reason why it cannot stay quantized with any."""
+    """The vectors that a dense plan folds into one quantized weight, and a reason why it cannot stay
+    quantized with any."""
 
     packed: Packed
     scales: tuple[Scale, ...]
@@ -78,8 +82,8 @@ class WeightFolds:
 
 @dataclass(slots=True, kw_only=True)
 class Kept:
-    """What `keep_codes` decided: `changes` of stored tensors by name, stored tensors that the output `drops`, what
-    became `dense`, and the `groups` of the configuration whose weights now have a scale a channel."""
+    """What `keep_codes` decided: `changes` of stored tensors by name, stored tensors that the output `drops`,
+    what became `dense`, and the `groups` of the configuration whose weights now have a scale a channel."""
 
     outcomes: list[WeightOutcome] = field(default_factory=list)
     changes: dict[str, Change] = field(default_factory=dict)
@@ -91,8 +95,8 @@ class Kept:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Laid:
-    """Factors over the rows (or columns) of one weight, the vectors that they come from, the dtypes in which the scales are
-    then written, and the largest relative error of these."""
+    """Factors over the rows (or columns) of one weight, the vectors that they come from, the dtypes in which
+    the scales are then written, and the largest relative error of these."""
 
     factors: Array
     folds: tuple[Fold, ...]
@@ -102,7 +106,8 @@ class _Laid:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Placed:
-    """Where vectors lie: over the rows and the columns of quantized weights, and in other tensors, all by name."""
+    """Where vectors lie: over the rows and the columns of quantized weights, and in other tensors, all by
+    name."""
 
     rows: dict[str, _Laid] = field(default_factory=dict)
     columns: dict[str, _Laid] = field(default_factory=dict)
@@ -117,8 +122,8 @@ class _Placed:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Context:
-    """The base with the (out, in) `shapes` of its dense parameters and the scales of its cache (by the module that they were
-    calibrated on), and where the vectors `placed` so far lie."""
+    """The base with the (out, in) `shapes` of its dense parameters and the scales of its cache (by the module
+    that they were calibrated on), and where the vectors `placed` so far lie."""
 
     base: Base
     layout: Layout
@@ -130,8 +135,8 @@ class _Context:
 def keep_codes(weights: Iterable[WeightFolds], base: Base, *, or_dense: bool) -> Kept:
     """Find the scales that take the vectors on `weights`.
 
-    Reads scales that are stored in 16 bits, to say how much they are rounded. With `or_dense` a weight that cannot be kept
-    becomes dense, else it is listed as refused.
+    Reads scales that are stored in 16 bits, to say how much they are rounded. With `or_dense` a weight that
+    cannot be kept becomes dense, else it is listed as refused.
     """
     context = _make_context(base)
     kept = Kept()
@@ -229,7 +234,8 @@ def _because(clause: str) -> Iterator[None]:
 def _lay(
     side: Side, packed: Packed, vector: Array, folds: tuple[Fold, ...], laid: Mapping[str, _Laid]
 ) -> _Laid:
-    """The factors on one `side` of `packed`, of which some are `laid`, with `vector` among them. Raises `CannotKeep`."""
+    """The factors on one `side` of `packed`, of which some are `laid`, with `vector` among them. Raises
+    `CannotKeep`."""
     if isinstance(side, NoScale):
         raise CannotKeep(side.reason)
     before = laid.get(packed.name, _Laid(np.ones(len(vector)), ()))
@@ -249,8 +255,9 @@ def _taking(side: Side, packed: Packed) -> list[str]:
 
 
 def _move(weight: WeightFolds, vector: Array, context: _Context, placed: _Placed) -> tuple[list[str], float]:
-    """Lay an input vector over the rows of the projection that feeds the weight, over its bias and over the static scales of what
-    then is larger: into `placed`. Returns the tensors that take it, and their largest relative error. Raises `CannotKeep`."""
+    """Lay an input vector over the rows of the projection that feeds the weight, over its bias and over the
+    static scales of what then is larger: into `placed`. Returns the tensors that take it, and their largest
+    relative error. Raises `CannotKeep`."""
     packed, base, shapes = weight.packed, context.base, context.shapes
     with _because("the vector cannot move: "):
         feeder = find_feeder(packed.module, len(vector), base.stored.config, shapes)

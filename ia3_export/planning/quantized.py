@@ -1,4 +1,5 @@
-"""``--quantized keep`` in a plan: changes of dense weights become changes of scales, and the quantizer's settings stay true."""
+"""``--quantized keep`` in a plan: changes of dense weights become changes of scales, and the quantizer's
+settings stay true."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Any
 from ia3_export.errors import IA3ExportError, Refused
 from ia3_export.planning.changes import Change
 from ia3_export.planning.keep_quantized import Kept, WeightFolds, keep_codes, uniform
-from ia3_export.quantization.activations import Output, follow
+from ia3_export.quantization.activations import OutputFactors, follow
 from ia3_export.quantization.base import Base
 from ia3_export.quantization.detection import Quantization
 from ia3_export.quantization.packed import CannotKeep, split_vectors
@@ -70,7 +71,7 @@ def keep_scales(base: Base, changes: dict[str, Change], quantized: Quantized) ->
     return kept
 
 
-def _outputs(quantization: Quantization, changes: Mapping[str, Change]) -> dict[str, Output]:
+def _outputs(quantization: Quantization, changes: Mapping[str, Change]) -> dict[str, OutputFactors]:
     """The vectors on outputs that the `changes` of dense weights fold, by module."""
     found = {}
     conv1d = any(packed.conv1d for packed in quantization.packed.values())
@@ -79,7 +80,7 @@ def _outputs(quantization: Quantization, changes: Mapping[str, Change]) -> dict[
             with suppress(CannotKeep):
                 outputs, _ = split_vectors(change.shape, change.scales, conv1d=conv1d)
                 if outputs is not None:
-                    found[name.removesuffix(".weight")] = Output(outputs, change.folds)
+                    found[name.removesuffix(".weight")] = OutputFactors(outputs, change.folds)
     return found
 
 
@@ -99,8 +100,8 @@ def refusals(kept: Kept, base: Base) -> list[IA3ExportError]:
 def adjust_settings(
     base: Base, kept: Kept, changes: Mapping[str, Change], warnings: list[str]
 ) -> tuple[Mapping[str, Any] | None, Mapping[str, Mapping[str, Any]]]:
-    """``config.json`` and the quantizer's side files with settings that are true of the output; what a user should know is
-    added to `warnings`. Raises `Refused` where the settings cannot say what would be dense."""
+    """``config.json`` and the quantizer's side files with settings that are true of the output; what a user
+    should know is added to `warnings`. Raises `Refused` where the settings cannot say what would be dense."""
     stored, quantization = base.stored, base.quantization
     assert stored.config is not None
     settings: Mapping[str, Any] = quantization.settings
@@ -127,7 +128,8 @@ def adjust_settings(
 
 
 def _mixture(base: Base, kept: Kept, changes: Mapping[str, Change], method: str) -> Mixture:
-    """What is quantized in the output. A head that the adapter brings leaves too, for methods that quantize every projection."""
+    """What is quantized in the output. A head that the adapter brings leaves too, for methods that quantize
+    every projection."""
     staying = {name: packed for name, packed in base.quantization.packed.items() if name not in kept.dense}
     packed = {part for name, p in staying.items() for part in (name, *p.parts)}
     dense = {

@@ -95,7 +95,8 @@ def _four_bit(tensors: Mapping[str, StoredTensor], name: str, kind: str) -> Pack
 def _without_nesting(
     takes: tuple[ScaleTensor, ...], state_tensor: StoredTensor, state: Mapping[str, Any], name: str
 ) -> Scales:
-    """Scales that are no longer quantized themselves: without what they were quantized by, and a state that says so."""
+    """Scales that are no longer quantized themselves: without what they were quantized by, and a state that
+    says so."""
     plain = {key: value for key, value in state.items() if not key.startswith("nested_")}
     rewritten = given(state_tensor, np.frombuffer(json.dumps(plain).encode(), "u1"), "U8")
     return Scales(takes, (f"{name}.nested_absmax", f"{name}.nested_quant_map"), (rewritten,))
@@ -120,7 +121,8 @@ def _damaged(tensor: StoredTensor, what: str) -> DamagedFile:
 
 
 def _plain(absmax: StoredTensor, blocks: int, shape: tuple[int, ...], blocksize: int) -> StoredTensor:
-    """The blocks' scales, float32. A forward on a CPU with AVX512-BF16 leaves them bfloat16 and transposed."""
+    """The blocks' scales, float32. A forward on a CPU with AVX512-BF16 leaves them bfloat16 and
+    transposed."""
     if len(absmax.shape) == 1:
         expect(absmax, ("F32",), (blocks,))
         return absmax

@@ -1,7 +1,7 @@
 """compressed-tensors' packed integers (pack-quantized) and 4-bit floats (NVFP4, MXFP4), and ModelOpt's NVFP4.
 
-Sources: compressed-tensors ``compressors/pack_quantized``, ``nvfp4``, ``mxfp4``; NVIDIA ModelOpt's export, in which the
-global scale multiplies where compressed-tensors' divides.
+Sources: compressed-tensors ``compressors/pack_quantized``, ``nvfp4``, ``mxfp4``; NVIDIA ModelOpt's export, in
+which the global scale multiplies where compressed-tensors' divides.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ def _column_groups(order: StoredTensor | None, size: int, columns: int, groups: 
 
 
 def _width(codes: StoredTensor, shape: tuple[int, int], settings: Mapping[str, Any]) -> tuple[int, bool]:
-    """Bits a code, and whether words end in unused bits (versions before 0.13 packed 3, 5, 6 and 7 bits so)."""
+    """Bits a code, and whether words end in unused bits (versions before 0.13 packed 3, 5, 6 and 7 bits
+    so)."""
     out, columns = shape
     fits = [
         (bits, padded)
@@ -137,8 +138,8 @@ def _width(codes: StoredTensor, shape: tuple[int, int], settings: Mapping[str, A
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class _PackedCodes:
-    """Codes of `bits`, in words that end in unused bits or do not (`padded`), and the `group` of every column; without `zero`
-    points the codes are offset by half their range."""
+    """Codes of `bits`, in words that end in unused bits or do not (`padded`), and the `group` of every
+    column; without `zero` points the codes are offset by half their range."""
 
     codes: StoredTensor
     scale: StoredTensor
@@ -159,7 +160,8 @@ class _PackedCodes:
         return values
 
     def _zeros(self, zero: StoredTensor, first: int, count: int) -> Array:
-        """Zero points of rows ``first:first+count``, packed along the rows, offset as the codes are: (rows, groups)."""
+        """Zero points of rows ``first:first+count``, packed along the rows, offset as the codes are: (rows,
+        groups)."""
         bits = self.bits
         if zero.dtype == "I8":  # not packed: signed, around zero
             return read_rows(zero, first, count).astype("<f4") + np.float32(1 << (bits - 1))

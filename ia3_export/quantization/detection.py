@@ -1,4 +1,5 @@
-"""Which weights of a checkpoint are quantized, and how: decided by its tensors, checked against its configuration."""
+"""Which weights of a checkpoint are quantized, and how: decided by its tensors, checked against its
+configuration."""
 
 from __future__ import annotations
 
@@ -90,7 +91,8 @@ class Quantization:
 def find_quantization(base: Checkpoint) -> Quantization:
     """Find the quantized weights of `base`. Reads headers, and of the data what names and shapes leave open.
 
-    What cannot be read is in the result's `problems`. Raises `DamagedFile` for unreadable configuration files.
+    What cannot be read is in the result's `problems`. Raises `DamagedFile` for unreadable configuration
+    files.
     """
     settings = read_settings(base)
     packed: dict[str, Packed] = {}

@@ -1,4 +1,5 @@
-"""One code an element and a tensor of scales beside it: compressed-tensors' int8 and FP8, fine-grained FP8, FBGEMM, MXFP8.
+"""One code an element and a tensor of scales beside it: compressed-tensors' int8 and FP8, fine-grained FP8,
+FBGEMM, MXFP8.
 
 Sources: compressed-tensors ``compressors/`` and ``quantization/lifecycle/forward.py``, transformers
 ``integrations/finegrained_fp8.py`` and ``fbgemm_fp8.py``. The scale multiplies, whatever its name says.
@@ -44,7 +45,8 @@ _COMPANIONS = (
 
 
 def find(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> Iterator[Packed]:
-    """The weights of 8-bit codes with one tensor of scales among `tensors`. Raises `DamagedFile`, `Unsupported`."""
+    """The weights of 8-bit codes with one tensor of scales among `tensors`. Raises `DamagedFile`,
+    `Unsupported`."""
     for name, codes in tensors.items():
         if not name.endswith(".weight") or codes.dtype not in ("I8", *FLOAT_CODES) or len(codes.shape) != 2:
             continue
@@ -57,8 +59,8 @@ def find(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> It
 
 
 def find_torchao(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> Iterator[Packed]:
-    """torchao's tensor subclasses of plain codes (Int8Tensor, Float8Tensor, IntxUnpackedToInt8Tensor) among `tensors`, as
-    ``torchao.prototype.safetensors`` flattens them. Raises `DamagedFile`, `Unsupported`."""
+    """torchao's tensor subclasses of plain codes (Int8Tensor, Float8Tensor, IntxUnpackedToInt8Tensor) among
+    `tensors`, as ``torchao.prototype.safetensors`` flattens them. Raises `DamagedFile`, `Unsupported`."""
     for name, codes in tensors.items():
         if not name.endswith("._weight_qdata"):
             continue
@@ -123,8 +125,8 @@ def _packed(
 
 
 def _grid(codes: StoredTensor, scale: StoredTensor, settings: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and columns that share a scale. The configuration's: the last block of a row or column may be smaller, so the
-    extents alone do not tell."""
+    """Rows and columns that share a scale. The configuration's: the last block of a row or column may be
+    smaller, so the extents alone do not tell."""
     expect(scale, (*SCALE_DTYPES, "U8", "F8_E8M0"), (None, None))
     out, columns = codes.shape
     if scale.shape[0] == out:  # groups within rows
@@ -142,7 +144,8 @@ def _grid(codes: StoredTensor, scale: StoredTensor, settings: Mapping[str, Any])
 def _promote(
     codes: StoredTensor, scale: StoredTensor, method: str, settings: Mapping[str, Any]
 ) -> Scales | NoScale:
-    """One scale a tensor becomes one a row, which the configuration then has to say of all modules of its group."""
+    """One scale a tensor becomes one a row, which the configuration then has to say of all modules of its
+    group."""
     if method != "compressed-tensors":
         return NoScale(f"{OF_WHOLE.reason}, and this format has none by row")
     scheme = scheme_of(settings, codes.name.removesuffix(".weight"))
@@ -174,7 +177,8 @@ def _decode(
 def _spread(
     tensor: StoredTensor, grid: tuple[int, int], first: int, count: int, shape: tuple[int, ...]
 ) -> Array:
-    """The part of a grid of scales (or zero points) that lies on rows ``first:first+count``: one value an element, or a row."""
+    """The part of a grid of scales (or zero points) that lies on rows ``first:first+count``: one value an
+    element, or a row."""
     lines = -(-shape[0] // grid[0])
     begin, end = first // grid[0], -(-(first + count) // grid[0])
     width = tensor.size // lines

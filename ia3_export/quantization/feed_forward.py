@@ -1,10 +1,11 @@
 """Where the input vector of a projection can be moved: onto the rows of the projection that feeds it.
 
-Quantized weights often have one scale a row (or a group within a row), so that an output vector folds into the scales without
-touching a code, and an input vector does not. But ``down(act(gate(x)) * up(x) * l)`` equals the same with ``up``'s rows and bias
-times l; a ReLU lets a positive l pass; a squared ReLU its root. Whether that holds is a matter of the model's code and not of its
-names: a ``down_proj`` may have no gate, a norm or a clamp before it. So only what ``tools/mlp_kinds.py`` has tried on the real
-classes of transformers is moved: its results are ``feed_forward_table.json``, keyed by model type.
+Quantized weights often have one scale a row (or a group within a row), so that an output vector folds into
+the scales without touching a code, and an input vector does not. But ``down(act(gate(x)) * up(x) * l)``
+equals the same with ``up``'s rows and bias times l; a ReLU lets a positive l pass; a squared ReLU its root.
+Whether that holds is a matter of the model's code and not of its names: a ``down_proj`` may have no gate, a
+norm or a clamp before it. So only what ``tools/mlp_kinds.py`` has tried on the real classes of transformers
+is moved: its results are ``feed_forward_table.json``, keyed by model type.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ _KINDS: Mapping[str, Kind] = {
 class Feeder:
     """The projection whose output, times l, is the input of the module that has the vector.
 
-    `module` is the path of the projection whose rows (and bias) are scaled, or of the norm whose weight (and bias) is: rows
-    ``start:stop``, from 0 or from where the part of a fused projection starts.
+    `module` is the path of the projection whose rows (and bias) are scaled, or of the norm whose weight (and
+    bias) is: rows ``start:stop``, from 0 or from where the part of a fused projection starts.
     """
 
     module: str
@@ -61,8 +62,8 @@ def find_feeder(
 ) -> Feeder:
     """The projection that can take the input vector (`length`,) of `module`.
 
-    `config` is the checkpoint's config.json, `shapes` gives every parameter of the checkpoint its dense shape, (out, in) for
-    projections, GPT-2's Conv1D too. Raises `CannotKeep` where there is none.
+    `config` is the checkpoint's config.json, `shapes` gives every parameter of the checkpoint its dense
+    shape, (out, in) for projections, GPT-2's Conv1D too. Raises `CannotKeep` where there is none.
     """
     entry, part = _entry(module, config)
     model_type = part["model_type"]
@@ -86,8 +87,9 @@ def find_feeder(
 
 
 def feeding(module: str, config: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """The projections that feed `module`, as (way, path); ``[]`` where that has not been reviewed. A way is one of the table's:
-    ``gated``, ``value``, ``fused:2/2`` (the second half of the rows), ``plain`` and so on."""
+    """The projections that feed `module`, as (way, path); ``[]`` where that has not been reviewed. A way is
+    one of the table's: ``gated``, ``value``, ``fused:2/2`` (the second half of the rows), ``plain`` and so
+    on."""
     with suppress(CannotKeep):
         for pattern, ways in _entry(module, config)[0].get("move", {}).items():
             numbers = _match(pattern, module)
@@ -98,15 +100,16 @@ def feeding(module: str, config: Mapping[str, Any] | None) -> list[tuple[str, st
 
 
 def activation_of(module: str, config: Mapping[str, Any] | None) -> str | None:
-    """The activation between the projection that feeds `module` and `module`, where it matters (no gate) and is known."""
+    """The activation between the projection that feeds `module` and `module`, where it matters (no gate) and
+    is known."""
     with suppress(CannotKeep):
         return _activation(*_entry(module, config))
     return None
 
 
 def move_vector(feeder: Feeder, vector: Array) -> Array:
-    """The factors of the feeder's rows, float32 (float64 for a float64 vector): the vector, or its root for a squared ReLU.
-    Raises `CannotKeep` for a vector that cannot move."""
+    """The factors of the feeder's rows, float32 (float64 for a float64 vector): the vector, or its root for a
+    squared ReLU. Raises `CannotKeep` for a vector that cannot move."""
     if feeder.only_positive and not np.all(vector > 0):
         between = "squared ReLU" if feeder.kind == "squared relu" else "ReLU"
         count = int(np.count_nonzero(~(vector > 0)))
@@ -120,7 +123,8 @@ def move_vector(feeder: Feeder, vector: Array) -> Array:
 
 
 def _entry(module: str, config: Mapping[str, Any] | None) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """The table's entry for the part of the model that `module` lies in, and the config of that part. Raises `CannotKeep`."""
+    """The table's entry for the part of the model that `module` lies in, and the config of that part. Raises
+    `CannotKeep`."""
     if not config or not isinstance(config.get("model_type"), str):
         raise CannotKeep("config.json names no model_type")
     part, table, first = config, _table(), 0
@@ -142,7 +146,8 @@ def _entry(module: str, config: Mapping[str, Any] | None) -> tuple[Mapping[str, 
 
 
 def _activation(entry: Mapping[str, Any], part: Mapping[str, Any]) -> str | None:
-    """The activation's name by the key that the class reads; one that config.json leaves out has its default."""
+    """The activation's name by the key that the class reads; one that config.json leaves out has its
+    default."""
     if "activation" not in entry:
         return None
     key, default = entry["activation"]
@@ -218,10 +223,12 @@ def _table() -> dict[str, Any]:
 
 
 def self_check(feeder: Feeder, vector: Array, activation: str | None = None) -> float:
-    """Relative difference between the live vector and the moved one, on random numbers through this kind's arithmetic.
+    """Relative difference between the live vector and the moved one, on random numbers through this kind's
+    arithmetic.
 
-    `activation` stands between the projection and the vector where there is no gate; without a name it is the kind's own.
-    float64 throughout; what remains is the rounding of the factors. Raises `CannotKeep` for a vector that cannot move.
+    `activation` stands between the projection and the vector where there is no gate; without a name it is the
+    kind's own. float64 throughout; what remains is the rounding of the factors. Raises `CannotKeep` for a
+    vector that cannot move.
     """
     factors, norm = move_vector(feeder, vector), feeder.kind == "norm"
     rng, n, width = np.random.default_rng(0), len(vector), 8

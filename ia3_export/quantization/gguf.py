@@ -1,9 +1,10 @@
 """GGUF: llama.cpp's blocks of codes, whose scales are float16 numbers inside the blocks.
 
-Blocks never cross rows, and a weight is linear in its block's d (and m or dmin): an output vector multiplies those, each rounded
-once to float16, and no code is touched. Layouts: ggml ``ggml-common.h`` (``block_q4_K`` and so on); values:
-``gguf.quants.dequantize``. In files of the permuted architectures (`ia3_export.checkpoint.gguf_models`) the rows of q and k lie in rotary
-pairs; the dense view has Hugging Face's order, and vectors are permuted like the rows.
+Blocks never cross rows, and a weight is linear in its block's d (and m or dmin): an output vector multiplies
+those, each rounded once to float16, and no code is touched. Layouts: ggml ``ggml-common.h`` (``block_q4_K``
+and so on); values: ``gguf.quants.dequantize``. In files of the permuted architectures
+(`ia3_export.checkpoint.gguf_models`) the rows of q and k lie in rotary pairs; the dense view has Hugging
+Face's order, and vectors are permuted like the rows.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ _UNFOLDABLE = {
     "MXFP4": "MXFP4 scales are powers of two", "NVFP4": "NVFP4 scales are 8-bit floats",
     "IQ1_M": "IQ1_M scatters its scale over the bits of four words",
 }  # fmt: skip
-#: Rows that are decoded to measure what a fold loses: as many of those whose scales lose most, and of all others.
+#: Rows that are decoded to measure what a fold loses: as many of those whose scales lose most, and of all
+#: others.
 _MEASURED = 32
 #: Bytes of blocks that are in memory at a time.
 _BYTES = 1 << 24
@@ -67,8 +69,9 @@ def find(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> It
 
 
 def reload_weights(path: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str, Array]]:
-    """Every float or coded tensor of a GGUF file as the gguf package reads it: float32, under its Hugging Face name and in that
-    row order. The package's reader holds the tokenizer as one array a token, 520 MB of them for Llama 3's.
+    """Every float or coded tensor of a GGUF file as the gguf package reads it: float32, under its Hugging
+    Face name and in that row order. The package's reader holds the tokenizer as one array a token, 520 MB of
+    them for Llama 3's.
     """
     from gguf import GGUFReader
     from gguf.quants import dequantize
@@ -88,7 +91,8 @@ def reload_weights(path: Path, settings: Mapping[str, Any]) -> Iterator[tuple[st
 
 
 def head_order(rows: int, head: int) -> Array:
-    """For every row of the file the row of the dense weight that it is (llama.cpp's ``LlamaModel.permute``)."""
+    """For every row of the file the row of the dense weight that it is (llama.cpp's
+    ``LlamaModel.permute``)."""
     return np.arange(rows).reshape(-1, 2, head // 2).swapaxes(1, 2).reshape(-1)
 
 
@@ -219,8 +223,8 @@ def _measure_blocks(
 ) -> float:
     """The relative error (Frobenius norm) of the row that loses most when `fold` folds `factors` in.
 
-    A scale below 6e-5 is subnormal and has fewer bits, as most of Q6_K's are and as small factors make others; of two scales the
-    errors do not cancel as the values do.
+    A scale below 6e-5 is subnormal and has fewer bits, as most of Q6_K's are and as small factors make
+    others; of two scales the errors do not cancel as the values do.
     """
     laid, folded = _in_file_order(factors, head).astype("<f4"), fold(factors)
     losses = _scale_losses(tensor, SCALES[kind], _sizes(kind)[1], laid)

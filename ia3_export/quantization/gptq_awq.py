@@ -1,7 +1,7 @@
 """GPTQ and AWQ: packed integers with scales and zero points by group.
 
-Sources: GPTQModel ``gptqmodel/utils/model_dequant.py`` and ``utils/model.py`` (versions of the zero points), AutoAWQ
-``awq/modules/linear/gemm.py`` and ``gemv.py``. Weights are (codes - zeros) * scales in float32.
+Sources: GPTQModel ``gptqmodel/utils/model_dequant.py`` and ``utils/model.py`` (versions of the zero points),
+AutoAWQ ``awq/modules/linear/gemm.py`` and ``gemv.py``. Weights are (codes - zeros) * scales in float32.
 """
 
 from __future__ import annotations
@@ -167,8 +167,8 @@ def _zero_offset(zeros: StoredTensor, bits: int, settings: Mapping[str, Any]) ->
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Gptq:
-    """Codes and zero points of `bits` that `take` unpacks, the `group` of every column, and what the writer subtracted from the
-    zero points (`offset`: 1 in version 1)."""
+    """Codes and zero points of `bits` that `take` unpacks, the `group` of every column, and what the writer
+    subtracted from the zero points (`offset`: 1 in version 1)."""
 
     weight: _Tensors
     bits: int
@@ -186,8 +186,9 @@ class _Gptq:
         return dequantize_groups(codes, zeros, _transposed(self.weight.scales, first, count), self.group)
 
     def _zero_points(self, packed: Array, count: int) -> Array:
-        """Zero points (groups, count). The writers of version 1 subtract one from each with whole words, so that a zero borrows
-        from its neighbour; adding one the same way gives it back. Words of 3 bits are shifted code by code."""
+        """Zero points (groups, count). The writers of version 1 subtract one from each with whole words, so
+        that a zero borrows from its neighbour; adding one the same way gives it back. Words of 3 bits are
+        shifted code by code."""
         if 32 % self.bits:
             mask = np.uint8((1 << self.bits) - 1)
             return (self.take(packed, self.bits, count) + np.uint8(self.offset)) & mask
@@ -272,10 +273,11 @@ _FED = ("dense_4h_to_h", "fc_out", "down_proj", "c_proj", "fc2")
 def scale_activations(
     packed: Mapping[str, Packed], tensors: Mapping[str, StoredTensor]
 ) -> Iterator[tuple[str, Packed]]:
-    """`packed` with AWQ's activation scales (transformers ``integrations/awq.py``) in the weights that they feed.
+    """`packed` with AWQ's activation scales (transformers ``integrations/awq.py``) in the weights that they
+    feed.
 
-    The file divides the activation; a dense weight has its columns divided instead. An input vector folds into them.
-    Raises `DamagedFile` for scales that feed nothing.
+    The file divides the activation; a dense weight has its columns divided instead. An input vector folds
+    into them. Raises `DamagedFile` for scales that feed nothing.
     """
     found = {name: tensor for name, tensor in tensors.items() if name.endswith(_SCALED_ACTIVATIONS)}
     fed: dict[str, StoredTensor] = {}

@@ -1,7 +1,8 @@
 """HQQ: half-quadratic quantization, groups along either axis.
 
-Source: hqq ``core/quantize.py`` (``Quantizer.dequantize``) and ``core/bitpack.py``: codes form a matrix with a group a row
-(axis 1) or a column (axis 0), and each packed element holds codes of rows that lie far apart, the first in its high bits.
+Source: hqq ``core/quantize.py`` (``Quantizer.dequantize``) and ``core/bitpack.py``: codes form a matrix with
+a group a row (axis 1) or a column (axis 0), and each packed element holds codes of rows that lie far apart,
+the first in its high bits.
 """
 
 from __future__ import annotations
@@ -34,14 +35,15 @@ _LEAVES = (
     "encoded_state_dict", "offload_meta", "optimize", "quant_scale", "quant_zero", "round_zero", "stores_quant_config",
     "unpack_view_dtype", "view_as_float", "meta_scale", "meta_zero",
 )  # fmt: skip
-#: Codes in a packed element, and bits of the element that hold them, by bits a code (``Quantizer.bit_to_packing``).
+#: Codes in a packed element, and bits of the element that hold them, by bits a code
+#: (``Quantizer.bit_to_packing``).
 _PACKED = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class _Layout:
-    """A weight of `shape` whose codes of `bits` are a matrix in `codes`: along `axis` 1 a line is a group with a scale and a
-    zero point, along axis 0 every column is one."""
+    """A weight of `shape` whose codes of `bits` are a matrix in `codes`: along `axis` 1 a line is a group
+    with a scale and a zero point, along axis 0 every column is one."""
 
     codes: StoredTensor
     scale: StoredTensor
@@ -81,7 +83,8 @@ class _Layout:
         return values.reshape(-1)[begin - line * length :][: end - begin].reshape(count, columns)
 
     def _unpack(self, first: int, count: int) -> Array:
-        """Lines ``first:first+count`` of codes as float32; an element packs codes of lines that lie a `step` apart."""
+        """Lines ``first:first+count`` of codes as float32; an element packs codes of lines that lie a `step`
+        apart."""
         each = _PACKED[self.bits]
         step = -(-self.lines // each)
         nbytes = self.length * self.itemsize

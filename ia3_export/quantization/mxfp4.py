@@ -1,7 +1,7 @@
 """MXFP4 expert parameters of gpt-oss: ``<name>_blocks`` and ``<name>_scales``.
 
-Source: transformers ``integrations/mxfp4.py`` (``convert_moe_packed_tensors``). The dense parameter is the transpose,
-(experts, in, out).
+Source: transformers ``integrations/mxfp4.py`` (``convert_moe_packed_tensors``). The dense parameter is the
+transpose, (experts, in, out).
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ _WHOLE = {"I64": "<i8", "U64": "<u8", "I32": "<i4", "U32": "<u4", "I16": "<i2", 
 class ScaleTensor:
     """A tensor of the output that absorbs a vector: `inner` consecutive elements share one of its factors.
 
-    `stored` is the file's own tensor, or one computed from it that takes its place (``computed``). One that `divides`
-    takes the reciprocals.
+    `stored` is the file's own tensor, or one computed from it that takes its place (``computed``). One that
+    `divides` takes the reciprocals.
     """
 
     stored: StoredTensor
@@ -45,8 +45,8 @@ class ScaleTensor:
 class Scales:
     """The `tensors` by which the rows (or columns) of a packed weight are scaled without touching a code.
 
-    `drops` are stored tensors that the output no longer has, `rewrites` small ones with new bytes. Modules of one
-    `group` can only be rewritten together (they share an entry of the configuration).
+    `drops` are stored tensors that the output no longer has, `rewrites` small ones with new bytes. Modules of
+    one `group` can only be rewritten together (they share an entry of the configuration).
     """
 
     tensors: tuple[ScaleTensor, ...]
@@ -57,8 +57,8 @@ class Scales:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockScales:
-    """Scales that lie inside the blocks of codes: `fold` makes of the factors of the rows the packed tensor as it will be,
-    and `rounding` the relative error of the row that loses most by that."""
+    """Scales that lie inside the blocks of codes: `fold` makes of the factors of the rows the packed tensor
+    as it will be, and `rounding` the relative error of the row that loses most by that."""
 
     fold: Callable[[Array], StoredTensor]
     rounding: Callable[[Array], float]
@@ -83,18 +83,19 @@ BY_BLOCK = NoScale("columns share the blocks' scales")
 
 
 class CannotKeep(Exception):
-    """A vector has no place in the scales of a quantized weight. The text is a clause that says why; the planner catches it
-    and writes the weight dense, or refuses it."""
+    """A vector has no place in the scales of a quantized weight. The text is a clause that says why; the
+    planner catches it and writes the weight dense, or refuses it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Packed:
     """One quantized weight of a checkpoint.
 
-    `name` and `shape` are those of the dense parameter as its stored file would have them (nn.Linear: (out, in)), `parts`
-    every stored tensor that belongs to it by name, `rows` reads it dequantized, `unit` rows at a time. `on_output` and
-    `on_input` say what takes a vector there. `conv1d`: the quantizer stored (out, in), while `shape` is the dense file's
-    (in, out). `method` is the configuration's word (``quant_method``), `format` names it for people.
+    `name` and `shape` are those of the dense parameter as its stored file would have them (nn.Linear: (out,
+    in)), `parts` every stored tensor that belongs to it by name, `rows` reads it dequantized, `unit` rows at
+    a time. `on_output` and `on_input` say what takes a vector there. `conv1d`: the quantizer stored (out,
+    in), while `shape` is the dense file's (in, out). `method` is the configuration's word (``quant_method``),
+    `format` names it for people.
     """
 
     name: str
@@ -114,7 +115,8 @@ class Packed:
         return self.name.removesuffix(".weight")
 
     def dense(self, compute_dtype: str) -> StoredTensor:
-        """The dequantized weight as a float32 tensor that is computed while it is read, of `compute_dtype` in a model."""
+        """The dequantized weight as a float32 tensor that is computed while it is read, of `compute_dtype` in
+        a model."""
         columns = self.shape[-1]
 
         def read(first: int, count: int) -> Array:
@@ -127,8 +129,8 @@ class Packed:
 def compute(
     name: str, dtype: str, shape: tuple[int, ...], beside: StoredTensor, computed: Computed
 ) -> StoredTensor:
-    """A computed tensor that is written into the shard of `beside`. What damaged parts make its reader raise becomes a
-    `DamagedFile`."""
+    """A computed tensor that is written into the shard of `beside`. What damaged parts make its reader raise
+    becomes a `DamagedFile`."""
 
     def read(first: int, count: int) -> Array:
         try:
@@ -155,8 +157,9 @@ def parts_of(
 def group_columns(
     scales: StoredTensor, columns: int, groups: int, configured: Collection[object], *, strict: bool
 ) -> int:
-    """Columns that share a scale: of the `configured` sizes one that gives `groups` (the last may be smaller), else the
-    even division, which `strict` does not allow where sizes are configured. Raises `DamagedFile`."""
+    """Columns that share a scale: of the `configured` sizes one that gives `groups` (the last may be
+    smaller), else the even division, which `strict` does not allow where sizes are configured. Raises
+    `DamagedFile`."""
     sizes = [size for size in configured if isinstance(size, int) and size > 0]
     fits = [size for size in sizes if -(-columns // size) == groups]
     size = fits[0] if fits else -(-columns // max(groups, 1))
@@ -183,7 +186,8 @@ def numpy_dtype(dtype: str) -> np.dtype[np.generic]:
 
 
 def read_flat(tensor: StoredTensor, first: int, count: int) -> Array:
-    """Elements ``first:first+count`` of a tensor in C order, as stored. Raises `EOFError` when the file is too short."""
+    """Elements ``first:first+count`` of a tensor in C order, as stored. Raises `EOFError` when the file is
+    too short."""
     dtype = numpy_dtype(tensor.dtype)
     if tensor.computed is not None:
         return tensor.computed.read(first, count)
@@ -247,8 +251,8 @@ def expect(tensor: StoredTensor, dtypes: tuple[str, ...], shape: tuple[int | Non
 def split_vectors(
     shape: tuple[int, ...], scales: Iterable[Scale], *, conv1d: bool
 ) -> tuple[Array | None, Array | None]:
-    """The product of output vectors and that of input vectors among `scales` of a dense weight (or bias) of `shape`, float64;
-    None where there is none. Raises `CannotKeep` for a scale that is neither."""
+    """The product of output vectors and that of input vectors among `scales` of a dense weight (or bias) of
+    `shape`, float64; None where there is none. Raises `CannotKeep` for a scale that is neither."""
     if len(shape) > 2:
         raise CannotKeep("it is no single projection")
     products: list[Array | None] = [None, None]

@@ -1,7 +1,7 @@
 """optimum-quanto: qint8, qfloat8 (``weight._data``) and the packed qint4, qint2 (``weight._data._data``).
 
-Source: optimum-quanto ``tensor/packed.py``, ``tensor/grouped.py`` and ``tensor/weights``: codes of the first rows lie in the low
-bits, groups are runs of the flat weight, and ``W = codes * scale - shift``.
+Source: optimum-quanto ``tensor/packed.py``, ``tensor/grouped.py`` and ``tensor/weights``: codes of the first
+rows lie in the low bits, groups are runs of the flat weight, and ``W = codes * scale - shift``.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def _whole(dense: str, codes: StoredTensor, scale: StoredTensor, parts: Mapping[
 
 
 def _shape(codes: StoredTensor, scale: StoredTensor, each: int) -> tuple[int, ...] | None:
-    """The weight's shape where a row is one group: of smaller groups, which have one of four lengths, the file does not tell
-    the shape (``quanto.tensor.weights.qbits``)."""
+    """The weight's shape where a row is one group: of smaller groups, which have one of four lengths, the
+    file does not tell the shape (``quanto.tensor.weights.qbits``)."""
     expect(codes, ("U8",), (None, None))
     whole = scale.size == codes.shape[0] * each and codes.shape[1] not in (128, 96, 64, 32)
     return (scale.size, codes.shape[1]) if whole else None

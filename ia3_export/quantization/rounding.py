@@ -15,11 +15,12 @@ _HALF = 1.001 * 2.0**-11
 
 
 def written_scale(scale: ScaleTensor, factors: Array, packed: Packed) -> tuple[str, float]:
-    """The dtype in which a tensor of scales of `packed` is written once `factors` (float32) are in it, and the largest relative
-    error that makes.
+    """The dtype in which a tensor of scales of `packed` is written once `factors` (float32) are in it, and
+    the largest relative error that makes.
 
-    compressed-tensors reads scales of any floating dtype, so that one a row becomes float32, and those of groups float16 (as
-    large as bfloat16, eight times as exact) where they lie in its range. Raises `CannotKeep`.
+    compressed-tensors reads scales of any floating dtype, so that one a row becomes float32, and those of
+    groups float16 (as large as bfloat16, eight times as exact) where they lie in its range. Raises
+    `CannotKeep`.
     """
     stored = scale.stored
     if scale.divides and (factors == 0).any():

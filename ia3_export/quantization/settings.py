@@ -15,7 +15,8 @@ from ia3_export.ordering import enclosing
 SETTINGS_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quanto_qmap.json")
 #: auto-round's copy of what config.json says: never the only place.
 _COPY = "quantization_config.json"
-#: All that quantizers leave beside the weights, and that is not true of a dense output: settings, logs, recipes.
+#: All that quantizers leave beside the weights, and that is not true of a dense output: settings, logs,
+#: recipes.
 SIDE_FILES = (*SETTINGS_FILES, _COPY, "quant_log.csv", "recipe.yaml")
 #: What stands before an expression: compressed-tensors' mark, GPTQModel's for what is and is not quantized.
 _MARKS = re.compile(r"^(re:|[+-]:)")
@@ -55,8 +56,8 @@ def read_settings(base: Checkpoint) -> dict[str, Any]:
 
 
 def check_expressions(where: str, settings: Mapping[str, Any], modules: Collection[str]) -> None:
-    """Raise `DamagedFile` where an expression in `settings` takes too long with the names of `modules`: here and in the libraries, which
-    take most texts in them for expressions."""
+    """Raise `DamagedFile` where an expression in `settings` takes too long with the names of `modules`: here
+    and in the libraries, which take most texts in them for expressions."""
     names = {outer for module in modules for outer in enclosing(module)}
     bound_expressions(where, {_MARKS.sub("", text) for text in _texts(settings)}, names)
 
@@ -106,7 +107,8 @@ _SKIP_LISTS = {
 }  # fmt: skip
 #: The same lists under names that some files have instead.
 _OTHER_LISTS = ("ignored_layers", "exclude_modules")
-#: Without a list these choose for themselves (the head, in most models): a list replaces that, and has to name all.
+#: Without a list these choose for themselves (the head, in most models): a list replaces that, and has to
+#: name all.
 _CHOOSE = ("bitsandbytes", "fp8", "fbgemm_fp8", "mxfp4", "torchao")
 #: These quantize projections of the layers only, and never a head that is not named.
 ONLY_BLOCKS = ("gptq", "auto-round")
@@ -121,8 +123,8 @@ _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """Which modules of an output are quantized: `leaving` are no longer, `staying` still are, and `dense` are all
-    with a dense weight of two dimensions."""
+    """Which modules of an output are quantized: `leaving` are no longer, `staying` still are, and `dense` are
+    all with a dense weight of two dimensions."""
 
     leaving: Collection[str]
     staying: Collection[str]
@@ -130,12 +132,13 @@ class Mixture:
 
 
 class CannotExclude(Exception):
-    """Settings cannot say that a module is not quantized. The text is a clause that says why; the planner catches it."""
+    """Settings cannot say that a module is not quantized. The text is a clause that says why; the planner
+    catches it."""
 
 
 def exclude(settings: Mapping[str, Any], mixture: Mixture) -> dict[str, Any]:
-    """`settings` that say which modules of `mixture` are quantized, in the words of every library that reads the format.
-    Raises `CannotExclude`."""
+    """`settings` that say which modules of `mixture` are quantized, in the words of every library that reads
+    the format. Raises `CannotExclude`."""
     method = str(settings.get("quant_method"))
     edited = dict(settings)
     for key in ("dynamic", "extra_config"):
@@ -205,8 +208,8 @@ def mixture_warnings(method: str, mixture: Mixture) -> Iterator[str]:
 
 
 def _by_ending(mixture: Mixture) -> list[str]:
-    """The modules that stay quantized by the ends of their names: those behind the number of the layer, and whole names where such an
-    end would be that of a dense one too."""
+    """The modules that stay quantized by the ends of their names: those behind the number of the layer, and
+    whole names where such an end would be that of a dense one too."""
     others = [*mixture.leaving, *mixture.dense]
     ends: dict[str, bool] = {}
     found: dict[str, None] = {}
@@ -237,7 +240,8 @@ def schemes(settings: Mapping[str, Any]) -> Iterator[Scheme]:
 
 
 def scheme_of(settings: Mapping[str, Any], module: str) -> Scheme | None:
-    """The group that `module` belongs to: by its path, else by its class, of which a checkpoint only knows Linear."""
+    """The group that `module` belongs to: by its path, else by its class, of which a checkpoint only knows
+    Linear."""
     found = list(schemes(settings))
     for scheme in found:
         if any(_matches(target, module) for target in scheme.targets):
