@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal
 
 import numpy as np
@@ -58,6 +59,14 @@ class Scale:
         """Elements after which the factors repeat."""
         return len(self.factors) * self.inner
 
+    def axis(self, shape: Sequence[int]) -> int | None:
+        """The axis of a tensor of `shape` along which every index has its own factor; None where there is no
+        such axis."""
+        for axis, extent in enumerate(shape):
+            if len(self.factors) == extent and self.inner == prod(shape[axis + 1 :]):
+                return axis
+        return None
+
 
 def storage_dtype(dtype: str) -> np.dtype[Any]:
     """The numpy dtype that holds the bits of `dtype`; bfloat16 is kept as its 16 bits."""
@@ -76,8 +85,8 @@ def work_dtype(stored: str, written: str) -> str:
 class Workspace:
     """Buffers that :func:`fold_block` and :func:`check_block` reuse, one set a thread.
 
-    Fresh arrays for every block would be mapped, cleared and unmapped by the kernel each time, which costs more than
-    the arithmetic.
+    Fresh arrays for every block would be mapped, cleared and unmapped by the kernel each time, which costs
+    more than the arithmetic.
     """
 
     def __init__(self) -> None:
@@ -106,8 +115,8 @@ def to_float(raw: Array, dtype: str, work: Workspace | None = None) -> Array:
 def from_float(values: Array, dtype: str, work: Workspace | None = None, *, may_carry: bool = True) -> Array:
     """Round float32 or float64 `values` to `dtype`, to nearest even; returns the stored bits.
 
-    Uses `values` as scratch space. `may_carry` may be false when every NaN among `values` has 16 low zero bits, as the
-    product of a bfloat16 NaN has: rounding it up then cannot overflow.
+    Uses `values` as scratch space. `may_carry` may be false when every NaN among `values` has 16 low zero
+    bits, as the product of a bfloat16 NaN has: rounding it up then cannot overflow.
     """
     work = work or Workspace()
     if dtype == "BF16":
@@ -134,7 +143,8 @@ def from_float(values: Array, dtype: str, work: Workspace | None = None, *, may_
 
 
 def _to_odd_float32(values: Array) -> Array:
-    """float64 to float32, rounded to odd: a second rounding to bfloat16 then gives what one rounding would."""
+    """float64 to float32, rounded to odd: a second rounding to bfloat16 then gives what one rounding
+    would."""
     with np.errstate(over="ignore", under="ignore"):
         nearest = values.astype("<f4")
     bits = nearest.view("<u4")
@@ -196,9 +206,9 @@ def fold_block(
 ) -> Array:
     """Fold `scales` one after the other into `raw`, elements ``first:first+len(raw)`` of a tensor.
 
-    `raw` holds the stored bits (:func:`storage_dtype`) and is left alone; the result holds the bits of dtype `written`
-    and is valid until `work` is used again. Between two scales the values are rounded to :func:`work_dtype`, as
-    PEFT rounds after every adapter.
+    `raw` holds the stored bits (:func:`storage_dtype`) and is left alone; the result holds the bits of dtype
+    `written` and is valid until `work` is used again. Between two scales the values are rounded to
+    :func:`work_dtype`, as PEFT rounds after every adapter.
     """
     work = work or Workspace()
     between = work_dtype(stored, written)

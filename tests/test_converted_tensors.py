@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from ia3_export import Recipe
+from ia3_export.adapters import read_adapter
+from ia3_export.planning.plan import make_plan
+from ia3_export.quantization.base import read_base
 from tests.e2e.command import edit_json, merge, only_complaint, run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -61,6 +65,18 @@ def test_unequal_parts_of_one_tensor_get_their_own_vectors(
     assert run("inspect", adapter, "--base", base).code == 0
     proof = run("verify", "--base", base, "--adapter", adapter, "--merged", tmp_path / "out")
     assert proof.code == 0, proof
+
+
+def test_multipliers_of_split_tensors_are_no_larger_than_their_rows(
+    molmo2: tuple[Any, Path, Path],
+) -> None:
+    _, base, adapter = molmo2
+    plan = make_plan(read_base(base), [read_adapter(adapter)], Recipe())
+    fused = [change for change in plan.changes.values() if change.name.endswith("att_proj.weight")]
+    assert len(fused) == 2 and all(len(change.scales) == 3 for change in fused)
+    assert all(
+        scale.axis(change.shape) is not None for change in plan.changes.values() for scale in change.scales
+    )
 
 
 def test_tensors_that_transformers_cannot_convert_are_refused_by_name(

@@ -161,6 +161,15 @@ def test_another_dtype_is_rounded_once_as_torch_does(
     assert found.tobytes() == torch_fold(raw, dtype, written, [spread(scales[0], len(raw))])
 
 
+@pytest.mark.parametrize("shape", [(6,), (6, 4), (4, 6), (3, 5, 6), (6, 3, 2, 2)])
+def test_a_scale_knows_the_axis_that_it_was_laid_along(shape: tuple[int, ...]) -> None:
+    for axis in range(len(shape)):
+        inner = int(np.prod(shape[axis + 1 :]))
+        assert Scale(np.ones(shape[axis], "<f4"), inner).axis(shape) == axis
+    assert Scale(np.ones(int(np.prod(shape)), "<f4"), 1).axis(shape) == (0 if len(shape) == 1 else None)
+    assert Scale(np.ones(7, "<f4"), 1).axis(shape) is None
+
+
 def nearest_even(value: float, dtype: str) -> int:
     """The bits of the finite value of `dtype` nearest to `value`, by exact arithmetic over all of them."""
     codes = np.arange(EXPONENT[dtype], dtype="<u2")

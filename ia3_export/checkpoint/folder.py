@@ -100,7 +100,7 @@ class Checkpoint:
         sizes: Counter[str] = Counter()
         for tensor in self.tensors.values():
             if tensor.dtype in FLOAT_DTYPES:
-                sizes[tensor.kept] += tensor.nbytes
+                sizes[tensor.compute_dtype] += tensor.nbytes
         return sizes.most_common(1)[0][0] if sizes else "F32"
 
 

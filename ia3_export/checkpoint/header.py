@@ -1,8 +1,8 @@
 """The safetensors header: parse, validate, write canonically.
 
-Format (https://github.com/huggingface/safetensors, "Format"): 8 bytes little-endian length N, N bytes of JSON,
-then the data. Offsets tile the data without holes or overlap. The library refuses headers above 100 MB; so do we.
-Nothing here allocates more than the file holds.
+Format (https://github.com/huggingface/safetensors, "Format"): 8 bytes little-endian length N, N bytes of
+JSON, then the data. Offsets tile the data without holes or overlap. The library refuses headers above 100 MB;
+so do we. Nothing here allocates more than the file holds.
 """
 
 from __future__ import annotations
@@ -24,23 +24,25 @@ MAX_HEADER = 100_000_000
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Computed:
-    """How the elements of a tensor are computed from stored ones while they are read: dequantized, for example.
+    """How the elements of a tensor are computed from stored ones while they are read: dequantized, for
+    example.
 
-    ``read(first, count)`` gives flat elements ``first:first+count`` in the tensor's dtype; both are multiples of
-    `unit`, or end with the tensor. `kept` is the dtype in which the values are written unless the user chooses another.
+    ``read(first, count)`` gives flat elements ``first:first+count`` in the tensor's dtype; both are multiples
+    of `unit`, or end with the tensor. `compute_dtype` is the one in which a model has the values, and in
+    which they are written unless the user chooses another.
     """
 
     unit: int
     read: Callable[[int, int], Array]
-    kept: str
+    compute_dtype: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredTensor:
     """A tensor on disk, never loaded: `nbytes` C-ordered little-endian bytes at `offset` of `file`.
 
-    `data` (uint8) stands in for the file where bytes cannot be addressed there (old ``.bin`` files), and `computed`
-    where they are not stored at all.
+    `data` (uint8) stands in for the file where bytes cannot be addressed there (old ``.bin`` files), and
+    `computed` where they are not stored at all.
     """
 
     name: str
@@ -63,9 +65,9 @@ class StoredTensor:
         return self.data is None and self.computed is None
 
     @property
-    def kept(self) -> str:
-        """The dtype in which an output keeps the tensor."""
-        return self.dtype if self.computed is None else self.computed.kept
+    def compute_dtype(self) -> str:
+        """The dtype in which a model has the tensor: the stored one, unless it is computed."""
+        return self.dtype if self.computed is None else self.computed.compute_dtype
 
 
 @dataclass(frozen=True, slots=True)

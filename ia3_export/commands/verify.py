@@ -189,13 +189,13 @@ def _is_foreign(base: Base, merged: Base) -> bool:
 def _rounded(plan: Plan | None) -> str | None:
     """The coarsest dtype that vectors were folded into, of a merge that stays quantized. GGUF's scales are float16 numbers
     inside the blocks of codes."""
-    if plan is None or not plan.kept:
+    if plan is None or not plan.outcomes:
         return None
     dtypes = {change.dtype for change in plan.changes.values() if change.how in _VALUES}
     if plan.base.stored.is_gguf:
         dtypes.add("F16")
     if plan.recipe.cast == "peft-low-mem":  # the vectors themselves are rounded
-        dtypes.add(plan.base.quantization.kept)
+        dtypes.add(plan.base.quantization.compute_dtype)
     return next((TORCH_NAMES[dtype] for dtype in ("BF16", "F16") if dtype in dtypes), "float32")
 
 

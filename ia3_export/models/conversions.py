@@ -1,8 +1,8 @@
 """How transformers turns stored tensors into a model's parameters, and the way back for vectors.
 
-transformers 5 renames, fuses, splits and transposes tensors while loading (``transformers.core_model_loading``). Instead of
-knowing any of these operations, we run them on element numbers: where the numbers end up says which stored element each
-element of a parameter comes from.
+transformers 5 renames, fuses, splits and transposes tensors while loading
+(``transformers.core_model_loading``). Instead of knowing any of these operations, we run them on element
+numbers: where the numbers end up says which stored element each element of a parameter comes from.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from ia3_export.libraries import private
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Loading:
-    """transformers' loading rules for one `model` (on the meta device): its state dict, renamings and converters."""
+    """transformers' loading rules for one `model` (on the meta device): its state dict, renamings and
+    converters."""
 
     model: Any
     state: Mapping[str, Any]
@@ -45,8 +46,8 @@ def loading_rules(model: Any) -> Loading:
 
 
 def state_entry(rules: Loading, stored_name: str) -> tuple[str, str | None]:
-    """The state-dict entry into which a tensor of this stored name is loaded, and the pattern of the conversion (fusion,
-    split, transposition) that it goes through on the way, if any."""
+    """The state-dict entry into which a tensor of this stored name is loaded, and the pattern of the
+    conversion (fusion, split, transposition) that it goes through on the way, if any."""
     rename_source_key = private("transformers.core_model_loading:rename_source_key")
     prefix = rules.model.base_model_prefix
     entry, pattern = rename_source_key(stored_name, rules.renamings, rules.converters, prefix, rules.state)
@@ -56,10 +57,11 @@ def state_entry(rules: Loading, stored_name: str) -> tuple[str, str | None]:
 
 
 def in_class_names(adapter: Adapter, rules: Loading) -> Adapter:
-    """`adapter` with the module paths that the class has today, where it states those of an earlier transformers.
+    """`adapter` with the module paths that the class has today, where it states those of an earlier
+    transformers.
 
-    Stored names are earlier module paths, so what loading makes of them, it makes of an adapter's. Names that the class has,
-    and names that loading makes nothing of, stay.
+    Stored names are earlier module paths, so what loading makes of them, it makes of an adapter's. Names that
+    the class has, and names that loading makes nothing of, stay.
     """
     modules = {path for path, _ in rules.model.named_modules()}
     moved: dict[str, str] = {}
@@ -82,7 +84,8 @@ def in_class_names(adapter: Adapter, rules: Loading) -> Adapter:
 
 
 def _earlier_paths(moved: Mapping[str, str], modules: Iterable[str]) -> dict[str, str]:
-    """What all `modules` were called, by the beginnings of the paths that `moved` and their like have in common."""
+    """What all `modules` were called, by the beginnings of the paths that `moved` and their like have in
+    common."""
     beginnings: dict[str, str] = {}
     for old, new in moved.items():
         one, other = old.split("."), new.split(".")
@@ -102,8 +105,8 @@ def _earlier_paths(moved: Mapping[str, str], modules: Iterable[str]) -> dict[str
 def converted_names(
     rules: Loading, entry: str, keys: Sequence[str], tensors: Mapping[str, StoredTensor]
 ) -> list[str]:
-    """The parameters that the conversion at `entry` makes of the stored tensors `keys`, or would make of the right ones: that it
-    fails on these is refused where a vector needs them."""
+    """The parameters that the conversion at `entry` makes of the stored tensors `keys`, or would make of the
+    right ones: that it fails on these is refused where a vector needs them."""
     try:
         return list(_convert_stored(rules, keys, tensors, meta=True))
     except Refused:
@@ -120,8 +123,8 @@ def spread(
 ) -> dict[str, Array]:
     """Carry an elementwise `multiplier` of the parameter `name` over to the stored tensors `sources`.
 
-    Returns a flat multiplier per stored tensor. Raises `Refused` when the loading computes with the weights instead of
-    moving them.
+    Returns a flat multiplier per stored tensor. Raises `Refused` when the loading computes with the weights
+    instead of moving them.
     """
     numbers = _convert_stored(rules, sources, tensors, meta=False).get(name)
     traced = np.empty(0) if numbers is None else np.asarray(numbers.contiguous().numpy())
@@ -142,8 +145,9 @@ def fused_multipliers(
 ) -> Iterator[tuple[str, Array, list[str]]]:
     """Multipliers of fused parameters for vectors under per-expert (transformers 4) module paths.
 
-    `vectors` maps module path to (vector, direction). Yields a state-dict entry, its multiplier and the module paths that went
-    into it, one after the other, since a multiplier is as large as its parameter. Raises `MissingVector` when some experts of a fused parameter have vectors and others not.
+    `vectors` maps module path to (vector, direction). Yields a state-dict entry, its multiplier and the
+    module paths that went into it, one after the other, since a multiplier is as large as its parameter.
+    Raises `MissingVector` when some experts of a fused parameter have vectors and others not.
     """
     import torch
 
@@ -190,7 +194,8 @@ def fused_multipliers(
 def _convert_stored(
     rules: Loading, keys: Sequence[str], tensors: Mapping[str, StoredTensor], *, meta: bool
 ) -> dict[str, Any]:
-    """Run the loading operations of the stored tensors `keys` on element numbers (or, `meta`, on shapes alone)."""
+    """Run the loading operations of the stored tensors `keys` on element numbers (or, `meta`, on shapes
+    alone)."""
     import torch
 
     dot_natural_key = private("transformers.core_model_loading:dot_natural_key")
@@ -213,7 +218,8 @@ def _convert_stored(
 
 
 def _converter(rules: Loading, key: str) -> Any:
-    """The converter that the stored tensor `key` goes through; another may have the same patterns for another part of the model."""
+    """The converter that the stored tensor `key` goes through; another may have the same patterns for another
+    part of the model."""
     rename_source_key = private("transformers.core_model_loading:rename_source_key")
     return next(c for c in rules.converters if rename_source_key(key, rules.renamings, [c])[1] is not None)
 

@@ -1,8 +1,8 @@
 """What only the model class knows: built on the meta device from ``config.json``, without weights.
 
 Stored names differ from module paths where transformers renames, fuses or splits tensors while loading
-(``transformers.core_model_loading``), where a base checkpoint lacks or carries the base-model prefix, and where
-tensors are tied. Everything is asked of transformers itself; no remote code runs.
+(``transformers.core_model_loading``), where a base checkpoint lacks or carries the base-model prefix, and
+where tensors are tied. Everything is asked of transformers itself; no remote code runs.
 """
 
 from __future__ import annotations
@@ -34,13 +34,15 @@ _TASK_TABLES = {
 }
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class RuntimeModel:
     """A transformers model as the adapter saw it, and how the checkpoint's names lead to it.
 
-    `layouts` gives the kind of every module that IA3 can wrap, `groups` those of convolutions, `shapes` every state-dict entry, `ties` maps
-    a tied entry to its source, `needed` are the entries that a checkpoint must hold, `stored` maps a state-dict entry to the one stored tensor it is loaded from unchanged.
-    `embeddings` are the paths of lookup tables. `config` is the configuration that fits the adapter's heads and embeddings.
+    `layouts` gives the kind of every module that IA3 can wrap, `groups` those of convolutions, `shapes` every
+    state-dict entry, `ties` maps a tied entry to its source, `needed` are the entries that a checkpoint must
+    hold, `stored` maps an entry to the one stored tensor it is loaded from unchanged, `converted` to those
+    that it is made of. `embeddings` are the paths of lookup tables. `config` is the configuration that fits
+    the adapter's heads and embeddings.
     """
 
     class_name: str
@@ -64,9 +66,9 @@ def load_runtime_model(
     """The class in which the adapter's module paths exist, tried in this order: the adapter's own record
     (``auto_mapping``), its task type, the base's ``architectures``, the bare model.
 
-    When no class has all of them the one with the most is returned; the caller names what is left over. Among classes
-    that have them all, the one with the heads that were trained, then the one that the checkpoint fills best.
-    Raises `Unsupported` when transformers has no class for the configuration.
+    When no class has all of them the one with the most is returned; the caller names what is left over. Among
+    classes that have them all, the one with the heads that were trained, then the one that the checkpoint
+    fills best. Raises `Unsupported` when transformers has no class for the configuration.
     """
     with quiet():
         try:
@@ -133,7 +135,8 @@ def _without_ties(value: Any) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers and torch draw progress bars and warn of their own internals; neither belongs into a report."""
+    """transformers and torch draw progress bars and warn of their own internals; neither belongs into a
+    report."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -155,7 +158,8 @@ def quiet() -> Iterator[None]:
 
 
 def make_config(config: Mapping[str, Any]) -> Any:
-    """transformers' configuration object for a ``config.json``. Raises `Unsupported` for an unknown model type."""
+    """transformers' configuration object for a ``config.json``. Raises `Unsupported` for an unknown model
+    type."""
     from transformers import CONFIG_MAPPING
 
     model_type = config.get("model_type")
@@ -169,7 +173,8 @@ def make_config(config: Mapping[str, Any]) -> Any:
 
 
 def _with_numbers(value: Any) -> Any:
-    """A value of ``config.json`` with what JSON has no numbers for, which transformers writes as ``{"__float__": "Infinity"}``."""
+    """A value of ``config.json`` with what JSON has no numbers for, which transformers writes as
+    ``{"__float__": "Infinity"}``."""
     if isinstance(value, list):
         return [_with_numbers(entry) for entry in value]
     if isinstance(value, dict):
@@ -196,7 +201,8 @@ def _candidate_classes(config: Mapping[str, Any], adapter: Adapter) -> Iterator[
 
 
 def _class_config(name: str, config: Mapping[str, Any]) -> Any | None:
-    """The configuration object that the class `name` takes: the whole, or its text part; None if neither fits."""
+    """The configuration object that the class `name` takes: the whole, or its text part; None if neither
+    fits."""
     import transformers
 
     made = make_config(config)
@@ -215,8 +221,8 @@ def _build(name: str, config: Mapping[str, Any]) -> Any:
 def _fit_config(
     name: str, config: Mapping[str, Any], adapter: Adapter, model: Any
 ) -> tuple[dict[str, Any], Any]:
-    """The configuration with the number of labels and the vocabulary that the adapter's own tensors have; `model` has that
-    of the base."""
+    """The configuration with the number of labels and the vocabulary that the adapter's own tensors have;
+    `model` has that of the base."""
     fitted = dict(config)
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     misfits = {
@@ -249,8 +255,8 @@ def _other_heads(
     count: int,
     adapter: Adapter,
 ) -> Iterator[dict[str, Any]]:
-    """Configurations in which heads may have their new shapes, with other labels than `count` or another vocabulary; `heads` are
-    the shapes before and after."""
+    """Configurations in which heads may have their new shapes, with other labels than `count` or another
+    vocabulary; `heads` are the shapes before and after."""
     rows = dict.fromkeys((old[0], new[0]) for old, new in heads if old and new)
     # a detector has one row more than labels
     for labels in dict.fromkeys(n for old, new in rows for n in (new, count + new - old) if n > 0):
@@ -271,7 +277,8 @@ def _labelled(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]
 
 
 def _with_labels(config: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
-    """The configuration with the adapter's own names of its labels, and its kind of problem, if it has them."""
+    """The configuration with the adapter's own names of its labels, and its kind of problem, if it has
+    them."""
     names = adapter.labels
     if names and len(names) == len(config.get("id2label") or range(config.get("num_labels", 2))):
         config = _labelled(config, names)
@@ -310,33 +317,48 @@ def _describe(
     kinds: tuple[tuple[type, Layout], ...] = (
         (nn.Linear, "linear"), (Conv1D, "conv1d"), (nn.Conv2d, "conv"), (nn.Conv3d, "conv"),
     )  # fmt: skip
-    layouts: dict[str, Layout] = {}
-    for path, module in model.named_modules():
-        for cls, layout in kinds:
-            if isinstance(module, cls):
-                layouts[path] = layout
-    groups = {path: module.groups for path, module in model.named_modules() if layouts.get(path) == "conv"}
+    modules = dict(model.named_modules())
+    layouts: dict[str, Layout] = {
+        path: layout for path, module in modules.items() for cls, layout in kinds if isinstance(module, cls)
+    }
     rules = loading_rules(model)
+    stored, converted = _sources(rules, tensors)
+    return RuntimeModel(
+        class_name=name,
+        config=config,
+        layouts=layouts,
+        groups={path: modules[path].groups for path, layout in layouts.items() if layout == "conv"},
+        needed=_needed(model, rules.state),
+        shapes={key: tuple(value.shape) for key, value in rules.state.items()},
+        ties=tied_weights(model),
+        stored=stored,
+        converted=converted,
+        input_embedding=_embedding_name(model, "input"),
+        output_embedding=_embedding_name(model, "output"),
+        embeddings=frozenset(path for path, module in modules.items() if isinstance(module, nn.Embedding)),
+        rules=rules,
+    )
+
+
+def _sources(
+    rules: Loading, tensors: Mapping[str, StoredTensor]
+) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
+    """The stored tensor that each state-dict entry is loaded from as it is, and those that the other entries
+    are made of."""
     stored: dict[str, str] = {}
-    sources: dict[str, list[str]] = {}
+    parts: dict[str, list[str]] = {}
     for key in tensors:
         entry, pattern = state_entry(rules, key)
         if entry in rules.state and pattern is None:
             stored[entry] = key
         elif entry in rules.state:
-            sources.setdefault(entry, []).append(key)
+            parts.setdefault(entry, []).append(key)
     converted = {
         target: tuple(keys)
-        for entry, keys in sources.items()
+        for entry, keys in parts.items()
         for target in converted_names(rules, entry, keys, tensors)
     }
-    return RuntimeModel(
-        name, config, layouts, groups, _needed(model, rules.state),
-        {key: tuple(value.shape) for key, value in rules.state.items()},
-        tied_weights(model), stored, converted,
-        _embedding_name(model, "input"), _embedding_name(model, "output"),
-        frozenset(path for path, module in model.named_modules() if isinstance(module, nn.Embedding)), rules,
-    )  # fmt: skip
+    return stored, converted
 
 
 def _needed(model: Any, state: Mapping[str, Any]) -> frozenset[str]:

@@ -14,8 +14,8 @@ from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import Refused, ShapeMismatch
 from ia3_export.fold import Layout
 
-#: Model types whose code uses transformers' Conv1D, which stores its weight as (in, out). A test compares this
-#: with the installed transformers.
+#: Model types whose code uses transformers' Conv1D, which stores its weight as (in, out). A test compares
+#: this with the installed transformers.
 CONV1D_MODEL_TYPES = frozenset(
     {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder", "clvp_encoder"}
 )
@@ -56,7 +56,8 @@ def stored_modules(tensors: Mapping[str, StoredTensor]) -> set[str]:
 
 
 def refuse_wrapped(names: Iterable[str]) -> None:
-    """Raise `Refused` for a base in which PEFT's other methods lie beside the weights: which of them counts is not known."""
+    """Raise `Refused` for a base in which PEFT's other methods lie beside the weights: which of them counts
+    is not known."""
     for name in names:
         if not _WRAPPERS.isdisjoint(name.split(".")):
             raise Refused(
@@ -66,7 +67,8 @@ def refuse_wrapped(names: Iterable[str]) -> None:
 
 
 def refuse_untraceable(module: str, present: Collection[str]) -> None:
-    """Refuse modules whose stored weight is not what their forward multiplies with; `present` are all tensor names.
+    """Refuse modules whose stored weight is not what their forward multiplies with; `present` are all tensor
+    names.
 
     Raises `Refused` for parametrized weights (PEFT's merge of them is lost) and for the output projection of
     ``nn.MultiheadAttention`` (its forward never runs, so PEFT trains a vector that has no effect).
@@ -106,7 +108,8 @@ def fitting_layouts(site: Site, shape: tuple[int, ...]) -> tuple[Layout, ...]:
 
 
 def weight_layout(site: Site, shape: tuple[int, ...], possible: Sequence[Layout]) -> Layout:
-    """How the weight of `shape` under `site` is stored: the first of the `possible` layouts in which the vector fits.
+    """How the weight of `shape` under `site` is stored: the first of the `possible` layouts in which the
+    vector fits.
 
     Raises `ShapeMismatch` when it fits in none.
     """
@@ -133,7 +136,8 @@ def mismatch(site: Site, shape: tuple[int, ...], fits: Sequence[Layout] = ()) ->
 
 
 def is_settled(site: Site, shape: tuple[int, ...], types: set[str]) -> bool:
-    """Whether names and shapes alone say how the weight under `site` is stored, given the `types` of the model.
+    """Whether names and shapes alone say how the weight under `site` is stored, given the `types` of the
+    model.
 
     They do not where a vector fits the weight of a Linear only if that is stored the other way, where a model
     has both Linear and Conv1D, and where the groups of a convolution follow from the length of its vector.
@@ -149,8 +153,8 @@ def is_settled(site: Site, shape: tuple[int, ...], types: set[str]) -> bool:
 def possible_layouts(types: set[str], shown: Collection[Layout], *, known: bool) -> tuple[Layout, ...]:
     """How two-dimensional weights may be stored in a model without a class, likeliest first.
 
-    A model of `types` that are `known` to transformers and have no Conv1D has none. Of an unknown one, or without a
-    configuration, the vectors decide by what `shown_layouts` finds, if they all agree.
+    A model of `types` that are `known` to transformers and have no Conv1D has none. Of an unknown one, or
+    without a configuration, the vectors decide by what `shown_layouts` finds, if they all agree.
     """
     if types & CONV1D_MODEL_TYPES:
         return ("conv1d", "linear")

@@ -1,4 +1,5 @@
-"""Sentence-transformers models: the pooling and normalisation that follow the encoder, as its modules.json says."""
+"""Sentence-transformers models: the pooling and normalisation that follow the encoder, as its modules.json
+says."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ class SentenceHead:
     normalize: bool
 
     def __call__(self, hidden: Any, mask: Any) -> Any:
-        """Sentence embeddings (batch, modes x width) of hidden states (batch, length, width), `mask` (batch, length)."""
+        """Sentence embeddings (batch, modes x width) of hidden states (batch, length, width), `mask` (batch,
+        length)."""
         import torch
 
         pooled = torch.cat([_pool(mode, hidden, mask) for mode in self.modes], dim=-1)
@@ -93,7 +95,8 @@ def _read(file: Path, kind: type) -> Any:
 
 
 def _pool(mode: str, hidden: Any, mask: Any) -> Any:
-    """As sentence-transformers' ``Pooling`` computes it (6.2: weights of ``weightedmean`` begin at the first token that is no padding)."""
+    """As sentence-transformers' ``Pooling`` computes it (6.2: weights of ``weightedmean`` begin at the first
+    token that is no padding)."""
     import torch
 
     places = torch.arange(1, mask.shape[1] + 1, device=mask.device)

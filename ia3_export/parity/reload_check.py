@@ -1,14 +1,16 @@
-"""The reload check: what was written, opened through the library that its users use, and compared weight by weight.
+"""The reload check: what was written, opened through the library that its users use, and compared weight by
+weight.
 
-A file that only we can read would be worth nothing. transformers loads the folder on the CPU (with bitsandbytes or
-compressed-tensors where the weights stay quantized), gguf a GGUF file; their dequantized weights must be those that we read.
+A file that only we can read would be worth nothing. transformers loads the folder on the CPU (with
+bitsandbytes or compressed-tensors where the weights stay quantized), gguf a GGUF file; their dequantized
+weights must be those that we read.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -20,7 +22,7 @@ import numpy as np
 
 from ia3_export.checkpoint.folder import Checkpoint, adapterless, architectures
 from ia3_export.checkpoint.header import StoredTensor, read_values
-from ia3_export.errors import CheckFailed, kind_and_line
+from ia3_export.errors import CheckFailed, DamagedFile, kind_and_line
 from ia3_export.fold import FLOAT_DTYPES, Array, from_float, to_float
 from ia3_export.models.conversions import loading_rules, state_entry
 from ia3_export.models.model_class import quiet
@@ -44,8 +46,8 @@ _REPORT = "please report it with the base's name; --no-reload-check writes the o
 
 @dataclass(frozen=True, slots=True)
 class Reload:
-    """What the reload check found: the `library` that opened the output, how many `weights` were compared, and their
-    largest relative difference `error`; or why there was no check (`skipped`)."""
+    """What the reload check found: the `library` that opened the output, how many `weights` were compared,
+    and their largest relative difference `error`; or why there was no check (`skipped`)."""
 
     library: str
     weights: int
@@ -58,8 +60,8 @@ class Reload:
 
 
 def check_reload(folder: Path, base: Base | None = None) -> Reload:
-    """Open the checkpoint in `folder`, a merge of `base`, through its users' library and compare every weight that both have,
-    as the library's dtype holds it.
+    """Open the checkpoint in `folder`, a merge of `base`, through its users' library and compare every weight
+    that both have, as the library's dtype holds it.
 
     Raises `CheckFailed` when the library cannot load it, misses or invents a tensor, or reads other weights.
     """
@@ -129,8 +131,11 @@ def _impossible(dense: Checkpoint, quantization: Quantization) -> str:
     if dense.is_gguf:
         return ""
     config = dense.config or {}
-    named = config.get("architectures")
-    if not isinstance(named, list) or not named or not isinstance(named[0], str):
+    try:
+        name = next(iter(architectures(config)), None)
+    except DamagedFile as error:
+        return str(error)
+    if name is None:
         return "config.json names no architecture"
     methods = {packed.method for packed in quantization.packed.values()}
     for method in methods:
@@ -146,8 +151,8 @@ def _impossible(dense: Checkpoint, quantization: Quantization) -> str:
 
     if config.get("model_type") not in transformers.CONFIG_MAPPING:
         return f"transformers does not know model_type {config.get('model_type')!r}"
-    if not hasattr(transformers, named[0]):
-        return f"transformers has no class {named[0]}"
+    if not hasattr(transformers, name):
+        return f"transformers has no class {name}"
     return ""
 
 
@@ -163,34 +168,15 @@ def _library(quantization: Quantization) -> str:
 def _load(
     dense: Checkpoint, quantization: Quantization, base: Base | None
 ) -> Iterator[tuple[str, Array, str]]:
-    """The weights by stored name as the library reads them, dequantized, and the dtype in which it holds them. Raises `CheckFailed`
-    when it cannot."""
+    """The weights by stored name as the library reads them, dequantized, and the dtype in which it holds
+    them. Raises `CheckFailed` when it cannot."""
     if dense.is_gguf:
         for key, values in reload_weights(dense.shards[0].path, quantization.settings):
             yield key, values, "F32"
         return
     import torch
-    import transformers
 
-    assert dense.config is not None
-    name = architectures(dense.config)[0]
-    with quiet(), redirect_stderr(io.StringIO()):  # compressed-tensors draws bars of its own
-        try:
-            with TemporaryDirectory(prefix="ia3-export-") as scratch:
-                model, info = getattr(transformers, name).from_pretrained(
-                    adapterless(dense, Path(scratch)),
-                    dtype="auto",
-                    output_loading_info=True,
-                    trust_remote_code=False,
-                )
-            compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
-            if compressor is not None and hasattr(compressor, "decompress_model"):
-                compressor.decompress_model(model=model)
-        except Exception as error:  # whatever a library raises is the finding
-            raise CheckFailed(
-                f"transformers cannot load the output as {name}: {kind_and_line(error)}",
-                hint=_REPORT,
-            ) from error
+    model, info = _load_model(dense)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         found = {str(key) for key in info.get(kind) or ()}
         if kind == "unexpected_keys":
@@ -211,13 +197,37 @@ def _load(
             yield stored.get(key, key), values, "F32"
 
 
+def _load_model(dense: Checkpoint) -> tuple[Any, Mapping[str, Any]]:
+    """The model that transformers makes of a checkpoint's folder, and what it says of the names. Raises
+    `CheckFailed`."""
+    import transformers
+
+    name = architectures(dense.config or {})[0]
+    with quiet(), redirect_stderr(io.StringIO()):  # compressed-tensors draws bars of its own
+        try:
+            with TemporaryDirectory(prefix="ia3-export-") as scratch:
+                model, info = getattr(transformers, name).from_pretrained(
+                    adapterless(dense, Path(scratch)),
+                    dtype="auto",
+                    output_loading_info=True,
+                    trust_remote_code=False,
+                )
+            compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+            if compressor is not None and hasattr(compressor, "decompress_model"):
+                compressor.decompress_model(model=model)
+        except Exception as error:  # whatever a library raises is the finding
+            raise CheckFailed(
+                f"transformers cannot load the output as {name}: {kind_and_line(error)}",
+                hint=_REPORT,
+            ) from error
+    return model, info
+
+
 def _harmless(unexpected: Collection[str], dense: Checkpoint, base: Base | None) -> set[str]:
-    """Tensors of the base that the output's class does not have and does not need: the head of the class that it was, and biases
-    of zeros, which AutoGPTQ writes for projections without one."""
+    """Tensors of the base that the output's class does not have and does not need: the head of the class that
+    it was, and biases of zeros, which AutoGPTQ writes for projections without one."""
     zero = {name for name in unexpected if name in dense.tensors and _is_zero(dense.tensors[name])}
-    if base is None or (dense.config or {}).get("architectures") == (base.stored.config or {}).get(
-        "architectures"
-    ):
+    if base is None or architectures(dense.config or {}) == architectures(base.stored.config or {}):
         return zero
     return zero | (set(unexpected) & (base.stored.tensors.keys() | base.quantization.packed.keys()))
 

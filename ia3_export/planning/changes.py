@@ -1,4 +1,5 @@
-"""The tensors of a merge that are not byte for byte the base's: what replaces, folds, unties and casts them."""
+"""The tensors of a merge that are not byte for byte the base's: what replaces, folds, unties and casts
+them."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ How = Literal["fold", "replace", "add", "untie", "cast", "dequantize", "rewrite"
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """Where the bytes of a tensor come from that is not the base's own: `what` the `adapter` brings, or without one a copy of the
-    base's tensor `what`."""
+    """Where the bytes of a tensor come from that is not the base's own: `what` the `adapter` brings, or
+    without one a copy of the base's tensor `what`."""
 
     adapter: str | None
     what: str
@@ -36,8 +37,8 @@ class Taken:
 class Change:
     """One tensor of the output that is not byte for byte the base's.
 
-    `source` holds the bytes to start from (the base's or the adapter's, `taken` says whence), `scales` are folded into them in
-    order, and `folds` are the vectors in these.
+    `source` holds the bytes to start from (the base's or the adapter's, `taken` says whence), `scales` are
+    folded into them in order, and `folds` are the vectors in these.
     """
 
     name: str
@@ -65,29 +66,31 @@ class Change:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ledger:
-    """The changes decided so far, by name, for a dense `base` under the ``--dtype`` and ``--cast`` of a recipe."""
+    """The changes decided so far, by name, for a dense `base` under the ``--dtype`` and ``--cast`` of a
+    recipe."""
 
     base: Checkpoint
     dtype: Dtype
     cast: Cast
     changes: dict[str, Change] = field(default_factory=dict)
 
-    def take(self, name: str, how: How, tensor: StoredTensor, kept: str, taken: Taken) -> None:
-        """`tensor` in the place of `name`, in the dtype in which a tensor stored as `kept` is written."""
-        dtype = written_dtype(kept, self.dtype)
+    def take(self, name: str, how: How, tensor: StoredTensor, compute_dtype: str, taken: Taken) -> None:
+        """`tensor` in the place of `name`, as a tensor of `compute_dtype` is written."""
+        dtype = written_dtype(compute_dtype, self.dtype)
         self.changes[name] = Change(name=name, how=how, dtype=dtype, source=tensor, taken=taken)
 
-    def fold(self, name: str, source: StoredTensor, scale: Scale, fold: Fold, kept: str) -> None:
-        """Fold `scale` into what becomes of `name`, or else into `source`, in the dtype in which one stored as `kept` is written. A
-        name that the base does not have leaves a tie."""
+    def fold(self, name: str, source: StoredTensor, scale: Scale, fold: Fold, compute_dtype: str) -> None:
+        """Fold `scale` into what becomes of `name`, or else into `source`, as a tensor of
+        `compute_dtype` is written. A name that the base does not have leaves a tie."""
         before = self.changes.get(name)
         if before is None:
             how: How = "fold" if name in self.base.tensors else "untie"
-            before = Change(name=name, how=how, dtype=written_dtype(kept, self.dtype), source=source)
+            before = Change(name=name, how=how, dtype=written_dtype(compute_dtype, self.dtype), source=source)
         self.changes[name] = before.with_folds((scale,), (fold,))
 
     def factors(self, vector: Array, stored: str) -> Array:
-        """The vector in the precision that PEFT folds it in into a tensor stored as `stored` (see `Recipe.cast`)."""
+        """The vector in the precision that PEFT folds it in into a tensor stored as `stored` (see
+        `Recipe.cast`)."""
         if self.cast == "peft-low-mem":
             return round_vector(vector, stored)
         with np.errstate(over="ignore", under="ignore"):
@@ -112,15 +115,17 @@ def replace_tensors(resolutions: Sequence[Resolution], ledger: Ledger) -> None:
                     hint="merge the adapters one at a time, or drop the head from one of them",
                 )
             stored = base.tensors.get(target)
-            kept = stored.kept if stored is not None else base.main_dtype
-            if tensor.dtype not in FLOAT_DTYPES or kept not in FLOAT_DTYPES:
-                kept = tensor.dtype
+            dtype = stored.compute_dtype if stored is not None else base.main_dtype
+            if tensor.dtype not in FLOAT_DTYPES or dtype not in FLOAT_DTYPES:
+                dtype = tensor.dtype
             owners[target] = result
             how: How = "replace" if stored is not None else "add"
-            ledger.take(target, how, tensor, kept, Taken(result.adapter.name, name))
+            ledger.take(target, how, tensor, dtype, Taken(result.adapter.name, name))
         for name, tensor, why in (*_stored_twice(result), *_resized(result, base)):
             if name not in changes:
-                ledger.take(name, "replace", tensor, base.tensors[name].kept, Taken(result.adapter.name, why))
+                ledger.take(
+                    name, "replace", tensor, base.tensors[name].compute_dtype, Taken(result.adapter.name, why)
+                )
 
 
 def _stored_twice(result: Resolution) -> Iterator[tuple[str, StoredTensor, str]]:
@@ -134,8 +139,9 @@ def _stored_twice(result: Resolution) -> Iterator[tuple[str, StoredTensor, str]]
 
 
 def _resized(result: Resolution, base: Checkpoint) -> Iterator[tuple[str, StoredTensor, str]]:
-    """Biases of the vocabulary that grow or shrink with it and that PEFT does not save: one that left its tie to what the adapter
-    brings and is used no more, and constant ones (BART's ``final_logits_bias``), where transformers appends zeros."""
+    """Biases of the vocabulary that grow or shrink with it and that PEFT does not save: one that left its tie
+    to what the adapter brings and is used no more, and constant ones (BART's ``final_logits_bias``), where
+    transformers appends zeros."""
     runtime = result.runtime
     if runtime is None:
         return
@@ -154,18 +160,18 @@ def _resized(result: Resolution, base: Checkpoint) -> Iterator[tuple[str, Stored
             yield name, brought[0], "resized with the vocabulary"
         elif entry not in trained and tensor.shape[:-1] == shape[:-1]:
             values = np.zeros(count_elements(shape), storage_dtype(tensor.dtype))
-            kept = min(values.size, tensor.size)
-            values[:kept] = np.frombuffer(read_bytes(tensor), values.dtype)[:kept]
+            common = min(values.size, tensor.size)
+            values[:common] = np.frombuffer(read_bytes(tensor), values.dtype)[:common]
             data = values.view("u1")
-            yield (
-                name, StoredTensor(name, tensor.dtype, shape, tensor.file, 0, data.nbytes, data), "resized with the vocabulary",
-            )  # fmt: skip
+            resized = StoredTensor(name, tensor.dtype, shape, tensor.file, 0, data.nbytes, data)
+            yield name, resized, "resized with the vocabulary"
 
 
 def fold_vectors(
     resolutions: Sequence[Resolution], ledger: Ledger, combine: Combine, weights: Sequence[float]
 ) -> None:
-    """The vectors of every adapter, one after the other (``product``) or combined, over the tensors they multiply."""
+    """The vectors of every adapter, one after the other (``product``) or combined, over the tensors they
+    multiply."""
     shared = _shared(resolutions)
     if combine == "product":
         for result in resolutions:
@@ -184,7 +190,7 @@ def fold_vectors(
     vectors = {}
     for key, placement in union.items():
         weight = ledger.base.tensors.get(placement.parts[0].source)
-        stored = weight.kept if weight is not None else ledger.base.main_dtype
+        stored = weight.compute_dtype if weight is not None else ledger.base.main_dtype
         if weight is not None and weight.computed is not None:
             stored = "F32"  # PEFT rounds vectors to the dtype of 16-bit weights, and codes have none
         parts = [r.placements[key].site.vector if key in r.placements else None for r in resolutions]
@@ -220,17 +226,17 @@ def _lay(group: _VectorSet, shared: Mapping[str, StoredTensor], ledger: Ledger) 
                 experts[site.module] = (vector, site.direction)
             elif part.kind == "converted":
                 stored = runtime.converted[part.tensor][0] if runtime else part.tensor
-                factors = ledger.factors(vector, tensors[stored].kept)
+                factors = ledger.factors(vector, tensors[stored].compute_dtype)
                 laid = make_scale(factors, part.shape, site.direction, part.layout)
                 _spread(group.result, part.tensor, _expand(laid, part.shape), fold, ledger)
             else:
-                source, kept = tensors[part.source], tensors[part.source].kept
+                source, dtype = tensors[part.source], tensors[part.source].compute_dtype
                 if part.tensor in ledger.changes:
                     source = ledger.changes[part.tensor].source
                 elif runtime is not None:  # a name that leaves its tie has none of its own yet
                     source = shared.get(runtime.ties.get(part.tensor, part.tensor), source)
-                scale = make_scale(ledger.factors(vector, kept), part.shape, site.direction, part.layout)
-                ledger.fold(part.tensor, source, scale, fold, kept)
+                scale = make_scale(ledger.factors(vector, dtype), part.shape, site.direction, part.layout)
+                ledger.fold(part.tensor, source, scale, fold, dtype)
     if experts:
         _lay_experts(group, experts, ledger)
 
@@ -246,7 +252,7 @@ def _lay_experts(group: _VectorSet, experts: Mapping[str, tuple[Array, Direction
     for entry, multiplier, modules in fused_multipliers(runtime.rules, experts):
         left -= set(modules)
         stored = (runtime.converted.get(entry) or (runtime.stored[entry],))[0]
-        factors = ledger.factors(multiplier.reshape(-1), ledger.base.tensors[stored].kept)
+        factors = ledger.factors(multiplier.reshape(-1), ledger.base.tensors[stored].compute_dtype)
         factors = factors.reshape(runtime.shapes[entry])
         _spread(group.result, entry, factors, Fold(group.label, entry, None), ledger)
     if left:
@@ -257,7 +263,8 @@ def _lay_experts(group: _VectorSet, experts: Mapping[str, tuple[Array, Direction
 
 
 def _spread(result: Resolution, entry: str, multiplier: Array, fold: Fold, ledger: Ledger) -> None:
-    """A multiplier of the parameter `entry` over the stored tensors that it is made of, where it is not one."""
+    """A multiplier of the parameter `entry` over the stored tensors that it is made of, where it is not
+    one."""
     from ia3_export.models.conversions import spread
 
     runtime, tensors = result.runtime, ledger.base.tensors
@@ -269,7 +276,7 @@ def _spread(result: Resolution, entry: str, multiplier: Array, fold: Fold, ledge
     for stored, factors in parts.items():
         if (factors != 1).any():
             tensor = tensors[stored]
-            ledger.fold(stored, tensor, _as_vector(factors, tensor.shape), fold, tensor.kept)
+            ledger.fold(stored, tensor, _as_vector(factors, tensor.shape), fold, tensor.compute_dtype)
 
 
 def _as_vector(factors: Array, shape: tuple[int, ...]) -> Scale:
@@ -289,9 +296,9 @@ def _expand(scale: Scale, shape: tuple[int, ...]) -> Array:
 
 
 def write_ties(resolutions: Sequence[Resolution], ledger: Ledger) -> list[str]:
-    """Where a tensor leaves a tie, every other name of the tie that the file lacks is written, since without the tie
-    transformers would look for it: with what the adapters bring for it, or what its tied partner becomes, else the base's
-    own bytes. Returns what users should know."""
+    """Where a tensor leaves a tie, every other name of the tie that the file lacks is written, since without
+    the tie transformers would look for it: with what the adapters bring for it, or what its tied partner
+    becomes, else the base's own bytes. Returns what users should know."""
     shared, warnings = _shared(resolutions), []
     base, changes = ledger.base, ledger.changes
     for result in resolutions:
@@ -308,14 +315,15 @@ def write_ties(resolutions: Sequence[Resolution], ledger: Ledger) -> list[str]:
             if not apart and source not in result.untied:
                 continue  # it stays tied to what its partner becomes
             tensor = base.tensors[stored]
-            ledger.take(name, "untie", shared.get(source, tensor), tensor.kept, Taken(None, stored))
+            ledger.take(name, "untie", shared.get(source, tensor), tensor.compute_dtype, Taken(None, stored))
     return warnings
 
 
 def cast_rest(ledger: Ledger) -> None:
-    """What no vector touches and is written in another dtype than it is stored in, dequantized weights among it."""
+    """What no vector touches and is written in another dtype than it is stored in, dequantized weights among
+    it."""
     for name, tensor in ledger.base.tensors.items():
-        written = written_dtype(tensor.kept, ledger.dtype)
+        written = written_dtype(tensor.compute_dtype, ledger.dtype)
         if name not in ledger.changes and (written != tensor.dtype or tensor.computed is not None):
             how: How = "cast" if tensor.computed is None else "dequantize"
             ledger.changes[name] = Change(name=name, how=how, dtype=written, source=tensor)

@@ -23,7 +23,7 @@ from ia3_export.planning.changes import (
 )
 from ia3_export.planning.companions import Companions, choose_companions
 from ia3_export.planning.config_edits import check_vocabulary, edit_config, output_class
-from ia3_export.planning.keep_quantized import Kept, KeptSite
+from ia3_export.planning.keep_quantized import Kept, WeightOutcome
 from ia3_export.planning.placement import Resolution
 from ia3_export.planning.quantized import adjust_settings, keep_scales, refusals
 from ia3_export.planning.recipe import Recipe
@@ -46,7 +46,7 @@ class Plan:
     adapters: tuple[Adapter, ...]
     changes: Mapping[str, Change]
     dropped: frozenset[str]
-    kept: tuple[KeptSite, ...]
+    outcomes: tuple[WeightOutcome, ...]
     companions: Companions
     config: Mapping[str, Any] | None
     config_edits: tuple[str, ...]
@@ -128,7 +128,7 @@ def make_plan(base: Base, adapters: Sequence[Adapter], recipe: Recipe) -> Plan:
         adapters=tuple(r.adapter for r in resolutions),
         changes=ledger.changes,
         dropped=dropped,
-        kept=tuple(kept.sites) if kept is not None else (),
+        outcomes=tuple(kept.outcomes) if kept is not None else (),
         companions=companions,
         config=written.config,
         config_edits=tuple(written.edits),
@@ -178,7 +178,7 @@ def _configure(
     if base.is_quantized and start is not None:
         if recipe.quantized == "dequantize":
             start = without_settings(start)
-            dtype = TORCH_NAMES[base.quantization.kept] if recipe.dtype == "auto" else dtype
+            dtype = TORCH_NAMES[base.quantization.compute_dtype] if recipe.dtype == "auto" else dtype
         elif kept is not None:
             try:
                 start, written.settings_files = adjust_settings(base, kept, changes, written.warnings)

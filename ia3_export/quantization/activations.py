@@ -1,9 +1,10 @@
 """Static scales of activations, and what vectors do to them.
 
-A checkpoint that was calibrated holds one number for the inputs of a projection (``o_proj.input_scale``), for its outputs, and for a
-quantized key-value cache. A vector on the output of a projection changes the range of whatever it feeds: values reach the attention's
-output projection as weighted means, the linear half of a gated feed-forward reaches its last layer as a factor, so that the
-range grows by the vector's largest magnitude at most. Behind an activation function it cannot be known without calibrating again.
+A checkpoint that was calibrated holds one number for the inputs of a projection (``o_proj.input_scale``), for
+its outputs, and for a quantized key-value cache. A vector on the output of a projection changes the range of
+whatever it feeds: values reach the attention's output projection as weighted means, the linear half of a
+gated feed-forward reaches its last layer as a factor, so that the range grows by the vector's largest
+magnitude at most. Behind an activation function it cannot be known without calibrating again.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from ia3_export.fold import Array
 from ia3_export.quantization.feed_forward import activation_of, feeding
 from ia3_export.quantization.packed import Packed, read_flat
 
-#: Leaves of a module with the scale of its inputs. compressed-tensors' global scale of NVFP4 divides, all others multiply.
+#: Leaves of a module with the scale of its inputs. compressed-tensors' global scale of NVFP4 divides, all
+#: others multiply.
 INPUT_SCALES = ("input_scale", "activation_scale", "qscale_act", "input_global_scale")
 #: A leaf with the scale of its outputs.
 _OUTPUT_SCALE = "output_scale"
-#: Scales of a quantized cache, beside the attention's projections; and the projections whose outputs they fit.
+#: Scales of a quantized cache, beside the attention's projections; and the projections whose outputs they
+#: fit.
 CACHE_SCALES = {"k_scale": "k_proj", "v_scale": "v_proj"}
 #: All leaves that a quantized cache or attention has beside its projections.
 _OF_CACHE = (
@@ -39,7 +42,8 @@ _OF_CACHE = (
 )
 #: Methods that write such scales although activations are not quantized.
 _NOT_STATIC = ("quanto",)
-#: Last names of projections by what their output does in the attention, for models that the table of feed-forwards lacks.
+#: Last names of projections by what their output does in the attention, for models that the table of
+#: feed-forwards lacks.
 _QUERIES_AND_KEYS = ("q_proj", "k_proj", "query", "key", "q", "k", "q_a_proj", "q_b_proj")
 _VALUES = (
     "v_proj",
@@ -53,18 +57,19 @@ _VALUES = (
     "Wqkv",
     "W_pack",
 )
-#: Last names of projections that end an attention or feed-forward: their output is added to the stream that all later layers read.
+#: Last names of projections that end an attention or feed-forward: their output is added to the stream that
+#: all later layers read.
 _LAST = ("o_proj", "out_proj", "down_proj", "dense", "c_proj", "fc2", "wo", "w2", "dense_4h_to_h", "o")
 #: Those whose output passes a norm before the next projection reads it.
 _BEFORE_NORM = ("q_a_proj", "kv_a_proj_with_mqa")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Output:
-    """The product of the vectors on the output of a module, an element a row, and their names."""
+class OutputFactors:
+    """The product of the vectors on the output of a module, an element a row, and these."""
 
     factors: Array
-    notes: tuple[Fold, ...]
+    folds: tuple[Fold, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +78,13 @@ class Growth:
 
     tensor: str
     factor: float
-    notes: tuple[Fold, ...]
+    folds: tuple[Fold, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Effects:
-    """What vectors do to static scales: those that grow, modules whose range would be `unknown` with the reason, and
-    warnings for people."""
+    """What vectors do to static scales: those that grow, modules whose range would be `unknown` with the
+    reason, and warnings for people."""
 
     grown: tuple[Growth, ...]
     unknown: Mapping[str, str]
@@ -103,12 +108,14 @@ def cache_tensors(base: Checkpoint) -> set[str]:
 
 
 def largest(vector: Array) -> float:
-    """The factor by which a range grows at most; a vector of zeros leaves it, since a scale of zero divides by zero."""
+    """The factor by which a range grows at most; a vector of zeros leaves it, since a scale of zero divides
+    by zero."""
     return float(np.abs(vector).max(initial=0.0)) or 1.0
 
 
 def off_center(module: str, parts: Mapping[str, StoredTensor], vector: Array) -> str:
-    """Why the inputs of `module` cannot be turned around by a negative element of `vector`; empty where they can."""
+    """Why the inputs of `module` cannot be turned around by a negative element of `vector`; empty where they
+    can."""
     zero = parts.get(f"{module}.input_zero_point")
     if zero is None or not (vector < 0).any() or not read_flat(zero, 0, zero.size).any():
         return ""
@@ -124,14 +131,16 @@ def input_scales(packed: Packed) -> list[str]:
 
 
 def grow(name: str, factor: float) -> float:
-    """The factor of the stored number `name` when the range of what it was calibrated on grows by `factor`."""
+    """The factor of the stored number `name` when the range of what it was calibrated on grows by
+    `factor`."""
     return 1 / factor if name.endswith("input_global_scale") else factor
 
 
-def follow(outputs: Mapping[str, Output], base: Checkpoint, packed: Mapping[str, Packed]) -> Effects:
-    """What the vectors on `outputs` (by module) do to the static scales of `base` and its quantized weights `packed`."""
+def follow(outputs: Mapping[str, OutputFactors], base: Checkpoint, packed: Mapping[str, Packed]) -> Effects:
+    """What the vectors on `outputs` (by module) do to the static scales of `base` and its quantized weights
+    `packed`."""
     grown = [
-        Growth(name, largest(outputs[module].factors), outputs[module].notes)
+        Growth(name, largest(outputs[module].factors), outputs[module].folds)
         for name, module in cache_scales(base).items()
         if module in outputs
     ]
@@ -139,7 +148,7 @@ def follow(outputs: Mapping[str, Output], base: Checkpoint, packed: Mapping[str,
     for weight in packed.values():
         name = f"{weight.module}.{_OUTPUT_SCALE}"
         if weight.module in outputs and name in weight.parts and weight.method not in _NOT_STATIC:
-            grown.append(Growth(name, largest(outputs[weight.module].factors), outputs[weight.module].notes))
+            grown.append(Growth(name, largest(outputs[weight.module].factors), outputs[weight.module].folds))
     unknown: dict[str, str] = {}
     for module, weight in static.items():
         for source, factors, reason in _reaching(module, outputs, base.config):
@@ -148,13 +157,13 @@ def follow(outputs: Mapping[str, Output], base: Checkpoint, packed: Mapping[str,
                 unknown[module] = reason
                 break
             grown += [
-                Growth(name, grow(name, largest(factors)), outputs[source].notes)
+                Growth(name, grow(name, largest(factors)), outputs[source].folds)
                 for name in input_scales(weight)
             ]
     return Effects(tuple(grown), unknown, tuple(_warnings(outputs, static)))
 
 
-def _warnings(outputs: Mapping[str, Output], static: Mapping[str, Packed]) -> Iterator[str]:
+def _warnings(outputs: Mapping[str, OutputFactors], static: Mapping[str, Packed]) -> Iterator[str]:
     if not static:
         return
     into_stream = [module for module in outputs if module.rpartition(".")[2] in (*_LAST, *_BEFORE_NORM)]
@@ -171,10 +180,10 @@ def _warnings(outputs: Mapping[str, Output], static: Mapping[str, Packed]) -> It
 
 
 def _reaching(
-    module: str, outputs: Mapping[str, Output], config: Mapping[str, Any] | None
+    module: str, outputs: Mapping[str, OutputFactors], config: Mapping[str, Any] | None
 ) -> Iterator[tuple[str, Array, str]]:
-    """The modules of `outputs` whose output is the input of `module` or a factor of it: the path, the factors that reach it, and why
-    its range is then unknown."""
+    """The modules of `outputs` whose output is the input of `module` or a factor of it: the path, the factors
+    that reach it, and why its range is then unknown."""
     parent = module.rpartition(".")[0]
     ways = {feeder: way for way, feeder in feeding(module, config)}
     if not ways and module.rpartition(".")[2] not in _LAST:

@@ -1,4 +1,5 @@
-"""A base as a merge sees it: what is stored, and the dense model that this stands for. Asked once, handed on."""
+"""A base as a merge sees it: what is stored, and the dense model that this stands for. Asked once, handed
+on."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from ia3_export.quantization.detection import Quantization, dense_view, find_qua
 class Base:
     """A checkpoint with the answers to the question how it is quantized.
 
-    `stored` is what lies on disk, `dense` the same with every quantized weight as the dense tensor that it stands for
-    (`stored` itself where none is).
+    `stored` is what lies on disk, `dense` the same with every quantized weight as the dense tensor that it
+    stands for (`stored` itself where none is).
     """
 
     stored: Checkpoint

@@ -18,9 +18,13 @@ from ia3_export.checkpoint.header import Computed, StoredTensor, count_elements,
 from ia3_export.errors import DamagedFile, Unsupported
 from ia3_export.fold import Array
 from ia3_export.quantization.packed import (
-    Foldable,
+    BY_BLOCK,
+    BY_ROW,
+    NoScale,
     Packed,
+    Scales,
     ScaleTensor,
+    Side,
     as_float,
     compute,
     expect,
@@ -71,24 +75,31 @@ def _four_bit(tensors: Mapping[str, StoredTensor], name: str, kind: str) -> Pack
         shape,
         blocksize,
     )
-    on_output: Foldable | str
-    if shape[1] % blocksize:
-        on_output = f"rows of {shape[1]} elements share blocks of {blocksize}"
-    else:
-        drops: tuple[str, ...] = ()
-        rewrites: tuple[StoredTensor, ...] = ()
-        if nested:
-            drops = (f"{name}.nested_absmax", f"{name}.nested_quant_map")
-            plain = {key: value for key, value in state.items() if not key.startswith("nested_")}
-            rewrites = (given(state_tensor, np.frombuffer(json.dumps(plain).encode(), "u1"), "U8"),)
-        on_output = Foldable((ScaleTensor(scale, shape[1] // blocksize),), drops, rewrites)
-    label = f"{kind.upper()}{', doubly quantized' if nested else ''}"
-    first = {name: codes}  # the dense weight goes where the codes were
-    unit = 2 // gcd(2, shape[1])
+    on_output: Side = NoScale(f"rows of {shape[1]} elements share blocks of {blocksize}")
+    if shape[1] % blocksize == 0:
+        takes = (ScaleTensor(scale, shape[1] // blocksize),)
+        on_output = _without_nesting(takes, state_tensor, state, name) if nested else Scales(takes)
     return Packed(
-        name, METHOD, label, shape, first | parts, rows, unit, on_output,
-        "columns share the blocks' scales",
-    )  # fmt: skip
+        name=name,
+        method=METHOD,
+        format=f"{kind.upper()}{', doubly quantized' if nested else ''}",
+        shape=shape,
+        parts={name: codes} | parts,  # the dense weight goes where the codes were
+        rows=rows,
+        unit=2 // gcd(2, shape[1]),
+        on_output=on_output,
+        on_input=BY_BLOCK,
+    )
+
+
+def _without_nesting(
+    takes: tuple[ScaleTensor, ...], state_tensor: StoredTensor, state: Mapping[str, Any], name: str
+) -> Scales:
+    """Scales that are no longer quantized themselves: without what they were quantized by, and a state that
+    says so."""
+    plain = {key: value for key, value in state.items() if not key.startswith("nested_")}
+    rewritten = given(state_tensor, np.frombuffer(json.dumps(plain).encode(), "u1"), "U8")
+    return Scales(takes, (f"{name}.nested_absmax", f"{name}.nested_quant_map"), (rewritten,))
 
 
 def _read_state(tensor: StoredTensor) -> dict[str, Any]:
@@ -110,7 +121,8 @@ def _damaged(tensor: StoredTensor, what: str) -> DamagedFile:
 
 
 def _plain(absmax: StoredTensor, blocks: int, shape: tuple[int, ...], blocksize: int) -> StoredTensor:
-    """The blocks' scales, float32. A forward on a CPU with AVX512-BF16 leaves them bfloat16 and transposed."""
+    """The blocks' scales, float32. A forward on a CPU with AVX512-BF16 leaves them bfloat16 and
+    transposed."""
     if len(absmax.shape) == 1:
         expect(absmax, ("F32",), (blocks,))
         return absmax
@@ -198,7 +210,14 @@ def _eight_bit(tensors: Mapping[str, StoredTensor], module: str) -> Packed:
         values *= np.float32(1 / 127)  # a product, in this order, as the library has it
         return values
 
-    on_output = Foldable((ScaleTensor(scales, 1),))
     return Packed(
-        codes.name, METHOD, "LLM.int8", codes.shape, parts, rows, 1, on_output, "every scale belongs to a row"
+        name=codes.name,
+        method=METHOD,
+        format="LLM.int8",
+        shape=codes.shape,
+        parts=parts,
+        rows=rows,
+        unit=1,
+        on_output=Scales((ScaleTensor(scales, 1),)),
+        on_input=BY_ROW,
     )

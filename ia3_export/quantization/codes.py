@@ -8,10 +8,11 @@ from ia3_export.fold import Array
 
 
 def unpack(words: Array, bits: int, count: int) -> Array:
-    """Codes of `bits` bits packed along the last axis of `words` (any unsigned or signed integers), lowest bit first.
+    """Codes of `bits` bits packed along the last axis of `words` (any unsigned or signed integers), lowest
+    bit first.
 
-    (rows, n) → uint8 (rows, count). Codes may cross the words: one continuous stream, as GPTQ's 3-bit files and
-    compressed-tensors have it.
+    (rows, n) → uint8 (rows, count). Codes may cross the words: one continuous stream, as GPTQ's 3-bit files
+    and compressed-tensors have it.
     """
     raw = np.ascontiguousarray(words).view("u1").reshape(len(words), -1)
     if bits == 8:
@@ -35,8 +36,8 @@ def unpack_padded(words: Array, bits: int, count: int) -> Array:
 
 
 def unpack_planes(words: Array, bits: int, count: int) -> Array:
-    """As `unpack`, for GPTQModel's ``gptq_p``: of each 32 codes first the low bits, then the higher ones, in planes of 8, 4,
-    2 or 1 bits that together make `bits`."""
+    """As `unpack`, for GPTQModel's ``gptq_p``: of each 32 codes first the low bits, then the higher ones, in
+    planes of 8, 4, 2 or 1 bits that together make `bits`."""
     groups = np.ascontiguousarray(words).reshape(-1, bits)
     codes = np.zeros((len(groups), 32), "u1")
     low = 0
@@ -60,7 +61,8 @@ def _small_float(exponent_bits: int, mantissa_bits: int, bias: int, nan_codes: t
     return values
 
 
-#: Values by code. OCP 8-bit floating point specification 1.0 (E4M3 without infinities), OCP microscaling formats 1.0.
+#: Values by code. OCP 8-bit floating point specification 1.0 (E4M3 without infinities), OCP microscaling
+#: formats 1.0.
 E4M3 = _small_float(4, 3, 7, (0x7F, 0xFF))
 E5M2 = _small_float(5, 2, 15, (0x7D, 0x7E, 0x7F, 0xFD, 0xFE, 0xFF))
 E5M2[[0x7C, 0xFC]] = [np.inf, -np.inf]
@@ -78,8 +80,9 @@ def code_values(raw: Array, dtype: str) -> Array:
 
 
 def combine_groups(operation: np.ufunc, values: Array, by_group: Array, group: Array) -> None:
-    """``operation(values, by_group[:, group])`` in place: C-ordered values (rows, columns) with one number for every group
-    of columns (rows, groups), `group` saying which a column belongs to. Runs of equal length are broadcast."""
+    """``operation(values, by_group[:, group])`` in place: C-ordered values (rows, columns) with one number
+    for every group of columns (rows, groups), `group` saying which a column belongs to. Runs of equal length
+    are broadcast."""
     rows, columns = values.shape
     groups = by_group.shape[1]
     size = columns // groups
@@ -88,3 +91,11 @@ def combine_groups(operation: np.ufunc, values: Array, by_group: Array, group: A
         operation(runs, by_group[:, :, None], out=runs)
     else:
         operation(values, by_group[:, group], out=values)
+
+
+def dequantize_groups(codes: Array, zeros: Array, scales: Array, group: Array) -> Array:
+    """``(codes - zeros) * scales`` in place: C-ordered float32 codes (rows, columns), a zero point and a
+    scale (rows, groups) for every group of columns."""
+    combine_groups(np.subtract, codes, zeros, group)
+    combine_groups(np.multiply, codes, scales, group)
+    return codes

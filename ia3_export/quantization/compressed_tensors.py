@@ -1,13 +1,13 @@
 """compressed-tensors' packed integers (pack-quantized) and 4-bit floats (NVFP4, MXFP4), and ModelOpt's NVFP4.
 
-Sources: compressed-tensors ``compressors/pack_quantized``, ``nvfp4``, ``mxfp4``; NVIDIA ModelOpt's export, in which the
-global scale multiplies where compressed-tensors' divides.
+Sources: compressed-tensors ``compressors/pack_quantized``, ``nvfp4``, ``mxfp4``; NVIDIA ModelOpt's export, in
+which the global scale multiplies where compressed-tensors' divides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,26 @@ import numpy as np
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import DamagedFile
 from ia3_export.fold import Array
-from ia3_export.quantization.codes import E2M1, E4M3, E8M0, combine_groups, unpack, unpack_padded
+from ia3_export.quantization.codes import (
+    E2M1,
+    E4M3,
+    E8M0,
+    combine_groups,
+    dequantize_groups,
+    unpack,
+    unpack_padded,
+)
 from ia3_export.quantization.packed import (
-    Foldable,
+    BY_ROW,
+    SCALE_DTYPES,
+    NoScale,
     Packed,
+    Scales,
     ScaleTensor,
     as_float,
     expect,
     group_columns,
+    parts_of,
     read_flat,
     read_rows,
 )
@@ -41,10 +53,7 @@ def find(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> It
         nvidia = leaf == "weight" and codes.dtype == "U8" and f"{module}.weight_scale_2" in tensors
         if leaf != "weight_packed" and not nvidia:
             continue
-        parts = {name: codes}
-        for other in _LEAVES:
-            if f"{module}.{other}" in tensors:
-                parts[f"{module}.{other}"] = tensors[f"{module}.{other}"]
+        parts = {name: codes, **parts_of(module, _LEAVES, tensors)}
         if f"{module}.weight_scale" not in parts:
             raise DamagedFile(
                 f"{codes.file.name} holds {name} without {module}.weight_scale",
@@ -61,7 +70,7 @@ def _integers(
 ) -> Packed:
     scale = parts[f"{module}.weight_scale"]
     expect(codes, ("I32", "U32"), (None, None))
-    expect(scale, ("BF16", "F16", "F32"), (codes.shape[0], None))
+    expect(scale, SCALE_DTYPES, (codes.shape[0], None))
     declared = parts.get(f"{module}.weight_shape")
     if declared is None:
         raise DamagedFile(
@@ -73,33 +82,42 @@ def _integers(
     sizes = {s.weights.get("group_size") for s in schemes(settings) if s.weights.get("num_bits") == bits}
     groups = scale.shape[1]
     size = group_columns(scale, columns, groups, sizes, strict=True)
-    order = parts.get(f"{module}.weight_g_idx")
-    group = np.arange(columns) // size
-    if order is not None:
-        expect(order, ("I32", "I64"), (columns,))
-        stored = read_flat(order, 0, columns).astype("<i8")
-        if (stored != -1).any():  # -1 throughout: not ordered by activation
-            group = stored
-        if group.min() < 0 or group.max() >= groups:
-            raise DamagedFile(
-                f"{order.name} names a group beyond {groups}", hint="quantize or fetch the base again"
-            )
+    group = _column_groups(parts.get(f"{module}.weight_g_idx"), size, columns, groups)
     zero = parts.get(f"{module}.weight_zero_point")
     if zero is not None:
         lines = out if zero.dtype == "I8" else -(-out // (32 // bits)) if padded else -(-out * bits // 32)
         expect(zero, ("I8", "I32", "U32"), (lines, groups))
-    rows = partial(_decode, codes, scale, zero, bits, padded, group)
-    label = f"packed int{bits}{', act-order' if (np.diff(group) < 0).any() else ''}"
+    layout = _PackedCodes(codes=codes, scale=scale, zero=zero, bits=bits, padded=padded, group=group)
     return Packed(
-        f"{module}.weight", METHOD, label, (out, columns), parts, rows, 32, Foldable((ScaleTensor(scale, groups),)),
-        "every scale belongs to a row",
-    )  # fmt: skip
+        name=f"{module}.weight",
+        method=METHOD,
+        format=f"packed int{bits}{', act-order' if (np.diff(group) < 0).any() else ''}",
+        shape=(out, columns),
+        parts=parts,
+        rows=layout.rows,
+        unit=32,
+        on_output=Scales((ScaleTensor(scale, groups),)),
+        on_input=BY_ROW,
+    )
 
 
-def _width(
-    codes: StoredTensor, shape: tuple[int, int], settings: Mapping[str, Any]
-) -> tuple[int, bool]:  # fmt: skip
-    """Bits a code, and whether words end in unused bits (versions before 0.13 packed 3, 5, 6 and 7 bits so)."""
+def _column_groups(order: StoredTensor | None, size: int, columns: int, groups: int) -> Array:
+    """The group of every column: `size` in a row, or as stored where activations order them."""
+    if order is None:
+        return np.arange(columns) // size
+    expect(order, ("I32", "I64"), (columns,))
+    stored = read_flat(order, 0, columns).astype("<i8")
+    group = stored if (stored != -1).any() else np.arange(columns) // size  # -1 throughout: not ordered
+    if group.min() < 0 or group.max() >= groups:
+        raise DamagedFile(
+            f"{order.name} names a group beyond {groups}", hint="quantize or fetch the base again"
+        )
+    return group
+
+
+def _width(codes: StoredTensor, shape: tuple[int, int], settings: Mapping[str, Any]) -> tuple[int, bool]:
+    """Bits a code, and whether words end in unused bits (versions before 0.13 packed 3, 5, 6 and 7 bits
+    so)."""
     out, columns = shape
     fits = [
         (bits, padded)
@@ -118,41 +136,45 @@ def _width(
     return best[0]
 
 
-def _decode(
-    codes: StoredTensor,
-    scale: StoredTensor,
-    zero: StoredTensor | None,
-    bits: int,
-    padded: bool,
-    group: Array,
-    first: int,
-    count: int,
-) -> Array:
-    take = unpack_padded if padded else unpack
-    values = take(read_rows(codes, first, count), bits, len(group)).astype("<f4")
-    scales = as_float(read_rows(scale, first, count), scale.dtype)
-    if zero is None:
-        values -= np.float32(1 << (bits - 1))
-    else:
-        combine_groups(np.subtract, values, _zeros(zero, bits, padded, first, count), group)
-    combine_groups(np.multiply, values, scales, group)
-    return values
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class _PackedCodes:
+    """Codes of `bits`, in words that end in unused bits or do not (`padded`), and the `group` of every
+    column; without `zero` points the codes are offset by half their range."""
 
+    codes: StoredTensor
+    scale: StoredTensor
+    zero: StoredTensor | None
+    bits: int
+    padded: bool
+    group: Array
 
-def _zeros(zero: StoredTensor, bits: int, padded: bool, first: int, count: int) -> Array:
-    """Zero points of rows ``first:first+count``, packed along the rows, offset as the codes are: (rows, groups)."""
-    if zero.dtype == "I8":  # not packed: signed, around zero
-        return read_rows(zero, first, count).astype("<f4") + np.float32(1 << (bits - 1))
-    each = 32 // bits
-    if padded:
-        begin = first // each
-        words = read_rows(zero, begin, -(-(first + count) // each) - begin)
-        found = unpack_padded(np.ascontiguousarray(words.T), bits, len(words) * each)
-        return found[:, first - begin * each :][:, :count].T.astype("<f4")
-    # 32 rows fill whole words in every width
-    begin = first * bits // 32
-    words = read_rows(zero, begin, min(-(-count * bits // 32), zero.shape[0] - begin))
-    return unpack(np.ascontiguousarray(words.T), bits, count).T.astype("<f4")
+    def rows(self, first: int, count: int) -> Array:
+        """Rows ``first:first+count`` of the dense weight; `first` is a multiple of 32."""
+        take = unpack_padded if self.padded else unpack
+        values = take(read_rows(self.codes, first, count), self.bits, len(self.group)).astype("<f4")
+        scales = as_float(read_rows(self.scale, first, count), self.scale.dtype)
+        if self.zero is not None:
+            return dequantize_groups(values, self._zeros(self.zero, first, count), scales, self.group)
+        values -= np.float32(1 << (self.bits - 1))
+        combine_groups(np.multiply, values, scales, self.group)
+        return values
+
+    def _zeros(self, zero: StoredTensor, first: int, count: int) -> Array:
+        """Zero points of rows ``first:first+count``, packed along the rows, offset as the codes are: (rows,
+        groups)."""
+        bits = self.bits
+        if zero.dtype == "I8":  # not packed: signed, around zero
+            return read_rows(zero, first, count).astype("<f4") + np.float32(1 << (bits - 1))
+        each = 32 // bits
+        if self.padded:
+            begin = first // each
+            words = read_rows(zero, begin, -(-(first + count) // each) - begin)
+            found = unpack_padded(np.ascontiguousarray(words.T), bits, len(words) * each)
+            return found[:, first - begin * each :][:, :count].T.astype("<f4")
+        # 32 rows fill whole words in every width
+        begin = first * bits // 32
+        words = read_rows(zero, begin, min(-(-count * bits // 32), zero.shape[0] - begin))
+        return unpack(np.ascontiguousarray(words.T), bits, count).T.astype("<f4")
 
 
 def _one(tensor: StoredTensor) -> Any:
@@ -187,8 +209,14 @@ def _four_bit_floats(
         values.reshape(count, -1, size)[...] *= scales[:, :, None]
         return values
 
-    label = "MXFP4" if micro else "NVFP4"
     return Packed(
-        f"{module}.weight", method, label, (out, columns), parts, rows, 1,
-        f"the scales are {'powers of two' if micro else '8-bit floats'}", "every scale belongs to a row",
-    )  # fmt: skip
+        name=f"{module}.weight",
+        method=method,
+        format="MXFP4" if micro else "NVFP4",
+        shape=(out, columns),
+        parts=parts,
+        rows=rows,
+        unit=1,
+        on_output=NoScale(f"the scales are {'powers of two' if micro else '8-bit floats'}"),
+        on_input=BY_ROW,
+    )

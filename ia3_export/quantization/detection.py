@@ -1,4 +1,5 @@
-"""Which weights of a checkpoint are quantized, and how: decided by its tensors, checked against its configuration."""
+"""Which weights of a checkpoint are quantized, and how: decided by its tensors, checked against its
+configuration."""
 
 from __future__ import annotations
 
@@ -64,12 +65,12 @@ _COMPANIONS = (
 class Quantization:
     """The quantized weights of a checkpoint by dense name; ``{}`` of a dense one.
 
-    `settings` is what the configuration says, `kept` the dtype that the checkpoint computes in.
+    `settings` is what the configuration says, `compute_dtype` the dtype that the checkpoint computes in.
     """
 
     packed: Mapping[str, Packed]
     settings: Mapping[str, Any]
-    kept: str
+    compute_dtype: str
     problems: tuple[IA3ExportError, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -90,7 +91,8 @@ class Quantization:
 def find_quantization(base: Checkpoint) -> Quantization:
     """Find the quantized weights of `base`. Reads headers, and of the data what names and shapes leave open.
 
-    What cannot be read is in the result's `problems`. Raises `DamagedFile` for unreadable configuration files.
+    What cannot be read is in the result's `problems`. Raises `DamagedFile` for unreadable configuration
+    files.
     """
     settings = read_settings(base)
     packed: dict[str, Packed] = {}
@@ -105,7 +107,7 @@ def find_quantization(base: Checkpoint) -> Quantization:
                 hint="give the unquantized checkpoint, or one in a format of docs/formats.md",
             )
         )
-        return Quantization({}, settings, _kept(base), tuple(problems))
+        return Quantization({}, settings, _compute_dtype(base), tuple(problems))
     try:
         check_expressions(
             f"the quantization settings of {base.location.given}",
@@ -113,7 +115,7 @@ def find_quantization(base: Checkpoint) -> Quantization:
             {name.rpartition(".")[0] for name in base.tensors},
         )
     except DamagedFile as error:
-        return Quantization({}, settings, _kept(base), (error,))
+        return Quantization({}, settings, _compute_dtype(base), (error,))
     for find in FORMATS.values():
         try:
             for found in find(base.tensors, settings):
@@ -133,7 +135,7 @@ def find_quantization(base: Checkpoint) -> Quantization:
                 )
             )
     packed = dict(gptq_awq.scale_activations(packed, base.tensors))
-    result = Quantization(packed, settings, _kept(base))
+    result = Quantization(packed, settings, _compute_dtype(base))
     if not problems:
         problems += _left_over(base, result)
     if not problems and method and not packed:
@@ -150,7 +152,9 @@ def dense_view(base: Checkpoint, quantization: Quantization) -> Checkpoint:
     """`base` with every quantized weight as the dense tensor that it stands for, under its dense name."""
     hidden = quantization.owners.keys() | (cache_tensors(base) if quantization.packed else set())
     tensors = {name: tensor for name, tensor in base.tensors.items() if name not in hidden}
-    tensors |= {name: packed.dense(quantization.kept) for name, packed in quantization.packed.items()}
+    tensors |= {
+        name: packed.dense(quantization.compute_dtype) for name, packed in quantization.packed.items()
+    }
     return replace(base, tensors=tensors)
 
 
@@ -163,7 +167,7 @@ def _unreadable_settings(settings: Mapping[str, Any]) -> str:
     return ""
 
 
-def _kept(base: Checkpoint) -> str:
+def _compute_dtype(base: Checkpoint) -> str:
     """The dtype that the checkpoint computes in: as configured, else that of most of its dense tensors."""
     config = base.config or {}
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):

@@ -1,4 +1,5 @@
-"""One code an element and a tensor of scales beside it: compressed-tensors' int8 and FP8, fine-grained FP8, FBGEMM, MXFP8.
+"""One code an element and a tensor of scales beside it: compressed-tensors' int8 and FP8, fine-grained FP8,
+FBGEMM, MXFP8.
 
 Sources: compressed-tensors ``compressors/`` and ``quantization/lifecycle/forward.py``, transformers
 ``integrations/finegrained_fp8.py`` and ``fbgemm_fp8.py``. The scale multiplies, whatever its name says.
@@ -17,13 +18,19 @@ from ia3_export.errors import DamagedFile, Unsupported
 from ia3_export.fold import Array
 from ia3_export.quantization.codes import E8M0, FLOAT_CODES, code_values
 from ia3_export.quantization.packed import (
-    Foldable,
+    BY_ROW,
+    OF_WHOLE,
+    SCALE_DTYPES,
+    NoScale,
     Packed,
+    Scales,
     ScaleTensor,
+    Side,
     as_float,
     compute,
     expect,
     group_columns,
+    parts_of,
     read_flat,
     read_rows,
 )
@@ -35,27 +42,25 @@ _COMPANIONS = (
     "weight_zero_point", "input_scale", "input_zero_point", "input_scale_ub", "output_scale", "output_zero_point",
     "activation_scale", "qscale_act",
 )  # fmt: skip
-_FLOATS = ("F32", "BF16", "F16")
 
 
 def find(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> Iterator[Packed]:
-    """The weights of 8-bit codes with one tensor of scales among `tensors`. Raises `DamagedFile`, `Unsupported`."""
+    """The weights of 8-bit codes with one tensor of scales among `tensors`. Raises `DamagedFile`,
+    `Unsupported`."""
     for name, codes in tensors.items():
         if not name.endswith(".weight") or codes.dtype not in ("I8", *FLOAT_CODES) or len(codes.shape) != 2:
             continue
         module = name.removesuffix(".weight")
-        found = [tensors[f"{module}.{leaf}"] for leaf in _SCALES if f"{module}.{leaf}" in tensors]
-        if not found:
+        scale = next(iter(parts_of(module, _SCALES, tensors).values()), None)
+        if scale is None:
             continue
-        scale = found[0]
-        others = [tensors[f"{module}.{leaf}"] for leaf in _COMPANIONS if f"{module}.{leaf}" in tensors]
-        zero = next((t for t in others if t.name.endswith(".weight_zero_point")), None)
-        yield _packed(name, codes, scale, zero, {t.name: t for t in (codes, scale, *others)}, settings)
+        parts = {name: codes, scale.name: scale, **parts_of(module, _COMPANIONS, tensors)}
+        yield _packed(name, codes, scale, parts.get(f"{module}.weight_zero_point"), parts, settings)
 
 
 def find_torchao(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> Iterator[Packed]:
-    """torchao's tensor subclasses of plain codes (Int8Tensor, Float8Tensor, IntxUnpackedToInt8Tensor) among `tensors`, as
-    ``torchao.prototype.safetensors`` flattens them. Raises `DamagedFile`, `Unsupported`."""
+    """torchao's tensor subclasses of plain codes (Int8Tensor, Float8Tensor, IntxUnpackedToInt8Tensor) among
+    `tensors`, as ``torchao.prototype.safetensors`` flattens them. Raises `DamagedFile`, `Unsupported`."""
     for name, codes in tensors.items():
         if not name.endswith("._weight_qdata"):
             continue
@@ -85,8 +90,7 @@ def _packed(
     out, columns = codes.shape
     kind = "int8" if codes.dtype == "I8" else "FP8"
     method = str(settings.get("quant_method", "compressed-tensors"))
-    on_input = "every scale belongs to a row"
-    if scale.dtype not in (*_FLOATS, "U8", "F8_E8M0"):
+    if scale.dtype not in (*SCALE_DTYPES, "U8", "F8_E8M0"):
         raise DamagedFile(
             f"{scale.name} holds scales as {scale.dtype}", hint="fetch the file again, or report it"
         )
@@ -99,25 +103,31 @@ def _packed(
     else:
         grid, strategy = _grid(codes, scale, settings), "block"
     if scale.dtype in ("U8", "F8_E8M0"):
-        on_output: Foldable | str = "its scales are powers of two"
+        on_output: Side = NoScale("its scales are powers of two")
         kind = "MXFP8"
     elif strategy == "block" and grid[0] != 1:
-        on_output = f"{grid[0]} rows share a scale"
+        on_output = NoScale(f"{grid[0]} rows share a scale")
     elif strategy == "tensor":
         on_output = _promote(codes, scale, method, settings)
     else:
-        on_output = Foldable((ScaleTensor(scale, scale.size // out),))
-    rows = partial(_decode, codes, scale, zero, grid)
+        on_output = Scales((ScaleTensor(scale, scale.size // out),))
     return Packed(
-        name, method, f"{kind} by {strategy}", codes.shape, parts, rows, grid[0] if strategy == "block" else 1,
-        on_output, on_input,
-    )  # fmt: skip
+        name=name,
+        method=method,
+        format=f"{kind} by {strategy}",
+        shape=codes.shape,
+        parts=parts,
+        rows=partial(_decode, codes, scale, zero, grid),
+        unit=grid[0] if strategy == "block" else 1,
+        on_output=on_output,
+        on_input=BY_ROW,
+    )
 
 
 def _grid(codes: StoredTensor, scale: StoredTensor, settings: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and columns that share a scale. The configuration's: the last block of a row or column may be smaller, so the
-    extents alone do not tell."""
-    expect(scale, (*_FLOATS, "U8", "F8_E8M0"), (None, None))
+    """Rows and columns that share a scale. The configuration's: the last block of a row or column may be
+    smaller, so the extents alone do not tell."""
+    expect(scale, (*SCALE_DTYPES, "U8", "F8_E8M0"), (None, None))
     out, columns = codes.shape
     if scale.shape[0] == out:  # groups within rows
         sizes = {s.weights.get("group_size") for s in schemes(settings)}
@@ -133,19 +143,20 @@ def _grid(codes: StoredTensor, scale: StoredTensor, settings: Mapping[str, Any])
 
 def _promote(
     codes: StoredTensor, scale: StoredTensor, method: str, settings: Mapping[str, Any]
-) -> Foldable | str:
-    """One scale a tensor becomes one a row, which the configuration then has to say of all modules of its group."""
+) -> Scales | NoScale:
+    """One scale a tensor becomes one a row, which the configuration then has to say of all modules of its
+    group."""
     if method != "compressed-tensors":
-        return "one scale belongs to the whole tensor, and this format has none by row"
+        return NoScale(f"{OF_WHOLE.reason}, and this format has none by row")
     scheme = scheme_of(settings, codes.name.removesuffix(".weight"))
     if scheme is None or scheme.weights.get("strategy") != "tensor":
-        return "one scale belongs to the whole tensor"
+        return OF_WHOLE
 
     def read(_: int, count: int) -> Array:
         return np.repeat(as_float(read_flat(scale, 0, 1), scale.dtype), count)
 
     wide = compute(scale.name, "F32", (codes.shape[0], 1), scale, Computed(1, read, "F32"))
-    return Foldable((ScaleTensor(wide, 1),), group=scheme.name)
+    return Scales((ScaleTensor(wide, 1),), group=scheme.name)
 
 
 def _decode(
@@ -166,7 +177,8 @@ def _decode(
 def _spread(
     tensor: StoredTensor, grid: tuple[int, int], first: int, count: int, shape: tuple[int, ...]
 ) -> Array:
-    """The part of a grid of scales (or zero points) that lies on rows ``first:first+count``: one value an element, or a row."""
+    """The part of a grid of scales (or zero points) that lies on rows ``first:first+count``: one value an
+    element, or a row."""
     lines = -(-shape[0] // grid[0])
     begin, end = first // grid[0], -(-(first + count) // grid[0])
     width = tensor.size // lines

@@ -1,16 +1,18 @@
 """Where the input vector of a projection can be moved: onto the rows of the projection that feeds it.
 
-Quantized weights often have one scale a row (or a group within a row), so that an output vector folds into the scales without
-touching a code, and an input vector does not. But ``down(act(gate(x)) * up(x) * l)`` equals the same with ``up``'s rows and bias
-times l; a ReLU lets a positive l pass; a squared ReLU its root. Whether that holds is a matter of the model's code and not of its
-names: a ``down_proj`` may have no gate, a norm or a clamp before it. So only what ``tools/mlp_kinds.py`` has tried on the real
-classes of transformers is moved: its results are ``feed_forward_table.json``, keyed by model type.
+Quantized weights often have one scale a row (or a group within a row), so that an output vector folds into
+the scales without touching a code, and an input vector does not. But ``down(act(gate(x)) * up(x) * l)``
+equals the same with ``up``'s rows and bias times l; a ReLU lets a positive l pass; a squared ReLU its root.
+Whether that holds is a matter of the model's code and not of its names: a ``down_proj`` may have no gate, a
+norm or a clamp before it. So only what ``tools/mlp_kinds.py`` has tried on the real classes of transformers
+is moved: its results are ``feed_forward_table.json``, keyed by model type.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -19,45 +21,51 @@ from typing import Any, Literal
 import numpy as np
 
 from ia3_export.fold import Array
+from ia3_export.quantization.packed import CannotKeep
 
 #: Components that may stand before the layers of a composed model's own (text) part.
 _OWN_PART = frozenset({"model", "transformer", "encoder", "decoder", "language_model", "layers", "h"})
 
-_RELUS: dict[str, Literal["linear", "sqrt"]] = {"relu": "linear", "relu2": "sqrt"}
+
+#: What stands between a projection and the vector behind it.
+Kind = Literal["gated", "fused gate and up", "relu", "squared relu", "norm", "value"]
+#: Those of the table's ways with which no activation function stands there alone.
+_KINDS: Mapping[str, Kind] = {
+    "gated": "gated",
+    "fused": "fused gate and up",
+    "norm": "norm",
+    "value": "value",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Feeder:
-    """The projection whose output, times l, is the input of the module that has the vector."""
+    """The projection whose output, times l, is the input of the module that has the vector.
 
-    #: Path of the projection whose rows (and bias) are scaled, or of the norm whose weight (and bias) is.
+    `module` is the path of the projection whose rows (and bias) are scaled, or of the norm whose weight (and
+    bias) is: rows ``start:stop``, from 0 or from where the part of a fused projection starts.
+    """
+
     module: str
-    #: First row of the slice: 0, or where the part of a fused projection starts.
     start: int
-    #: One past the last row.
     stop: int
-    #: Rows times l, or times sqrt(l) (squared ReLU).
-    power: Literal["linear", "sqrt"]
-    #: Whether every l has to be greater than zero.
-    positive: bool
-    #: Whether `module` is a norm with a 1-D weight.
-    norm: bool
-    #: For people: "gated", "fused gate and up", "relu", "squared relu", "norm" or "value".
-    kind: str
+    kind: Kind
+
+    @property
+    def only_positive(self) -> bool:
+        """Whether every l has to be greater than zero."""
+        return self.kind in ("relu", "squared relu")
 
 
 def find_feeder(
     module: str, length: int, config: Mapping[str, Any] | None, shapes: Mapping[str, tuple[int, ...]]
-) -> Feeder | str:
-    """The projection that can take the input vector (`length`,) of `module`, or why there is none.
+) -> Feeder:
+    """The projection that can take the input vector (`length`,) of `module`.
 
-    `config` is the checkpoint's config.json, `shapes` gives every parameter of the checkpoint its dense shape, (out, in) for
-    projections, GPT-2's Conv1D too. The reason is a clause for an error message.
+    `config` is the checkpoint's config.json, `shapes` gives every parameter of the checkpoint its dense
+    shape, (out, in) for projections, GPT-2's Conv1D too. Raises `CannotKeep` where there is none.
     """
-    found = _entry(module, config)
-    if isinstance(found, str):
-        return found
-    entry, part = found
+    entry, part = _entry(module, config)
     model_type = part["model_type"]
     for pattern, ways in entry.get("move", {}).items():
         numbers = _match(pattern, module)
@@ -65,57 +73,60 @@ def find_feeder(
             continue
         own = shapes.get(f"{module}.weight", ())
         if len(own) != 2 or own[1] != length:
-            return f"{module} has no weight with {length} columns"
+            raise CannotKeep(f"{module} has no weight with {length} columns")
         names = [_fill(module, way.split()[1], numbers) for way in ways]
         for way, feeder in zip(ways, names, strict=True):
             if f"{feeder}.weight" in shapes:
                 return _check(way.split()[0], feeder, length, shapes, entry, part)
-        return f"the checkpoint has no {' or '.join(names)}, which feeds {module}"
+        raise CannotKeep(f"the checkpoint has no {' or '.join(names)}, which feeds {module}")
     if "reason" in entry and "att" not in module:
-        return str(entry["reason"])
-    return f"no projection that could take the vector of {module} is known for model_type {model_type!r}"
+        raise CannotKeep(str(entry["reason"]))
+    raise CannotKeep(
+        f"no projection that could take the vector of {module} is known for model_type {model_type!r}"
+    )
 
 
 def feeding(module: str, config: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """The projections that feed `module`, as (way, path); ``[]`` where that has not been reviewed. A way is one of the table's:
-    ``gated``, ``value``, ``fused:2/2`` (the second half of the rows), ``plain`` and so on."""
-    found = _entry(module, config)
-    if isinstance(found, str):
-        return []
-    for pattern, ways in found[0].get("move", {}).items():
-        numbers = _match(pattern, module)
-        if numbers is not None:
-            words = [way.split() for way in ways]
-            return [(way, _fill(module, tail, numbers)) for way, tail in words]
+    """The projections that feed `module`, as (way, path); ``[]`` where that has not been reviewed. A way is
+    one of the table's: ``gated``, ``value``, ``fused:2/2`` (the second half of the rows), ``plain`` and so
+    on."""
+    with suppress(CannotKeep):
+        for pattern, ways in _entry(module, config)[0].get("move", {}).items():
+            numbers = _match(pattern, module)
+            if numbers is not None:
+                words = [way.split() for way in ways]
+                return [(way, _fill(module, tail, numbers)) for way, tail in words]
     return []
 
 
 def activation_of(module: str, config: Mapping[str, Any] | None) -> str | None:
-    """The activation between the projection that feeds `module` and `module`, where it matters (no gate) and is known."""
-    found = _entry(module, config)
-    return None if isinstance(found, str) else _activation(*found)
+    """The activation between the projection that feeds `module` and `module`, where it matters (no gate) and
+    is known."""
+    with suppress(CannotKeep):
+        return _activation(*_entry(module, config))
+    return None
 
 
-def move_vector(feeder: Feeder, vector: Array) -> Array | str:
-    """The factors of the feeder's rows, float32 (float64 for a float64 vector), or why the vector cannot move."""
-    if feeder.positive and not np.all(vector > 0):
-        between = "squared ReLU" if feeder.power == "sqrt" else "ReLU"
+def move_vector(feeder: Feeder, vector: Array) -> Array:
+    """The factors of the feeder's rows, float32 (float64 for a float64 vector): the vector, or its root for a
+    squared ReLU. Raises `CannotKeep` for a vector that cannot move."""
+    if feeder.only_positive and not np.all(vector > 0):
+        between = "squared ReLU" if feeder.kind == "squared relu" else "ReLU"
         count = int(np.count_nonzero(~(vector > 0)))
-        return (
+        raise CannotKeep(
             f"a {between} lies between, and {count} of the vector's {len(vector)} elements are not positive"
         )
     dtype = "<f8" if vector.dtype == np.dtype("<f8") else "<f4"
-    if feeder.power == "sqrt":
+    if feeder.kind == "squared relu":
         return np.asarray(np.sqrt(vector.astype("<f8")).astype(dtype))
     return vector.astype(dtype)
 
 
-def _entry(
-    module: str, config: Mapping[str, Any] | None
-) -> tuple[Mapping[str, Any], Mapping[str, Any]] | str:
-    """The table's entry for the part of the model that `module` lies in, and the config of that part."""
+def _entry(module: str, config: Mapping[str, Any] | None) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The table's entry for the part of the model that `module` lies in, and the config of that part. Raises
+    `CannotKeep`."""
     if not config or not isinstance(config.get("model_type"), str):
-        return "config.json names no model_type"
+        raise CannotKeep("config.json names no model_type")
     part, table, first = config, _table(), 0
     steps = _before_number(module)
     for i, step in enumerate(steps):
@@ -123,17 +134,20 @@ def _entry(
         if key is not None and isinstance(part.get(key), Mapping):
             part, first = part[key], i + 1
     if not isinstance(part.get("model_type"), str):
-        return f"config.json names no model_type for the part of the model that holds {module}"
+        raise CannotKeep(f"config.json names no model_type for the part of the model that holds {module}")
     entry = table.get(part["model_type"])
     if entry is None:
-        return f"the feed-forward of model_type {part['model_type']!r} has not been reviewed"
+        raise CannotKeep(f"the feed-forward of model_type {part['model_type']!r} has not been reviewed")
     if entry.get("parts") and not set(steps[first:]) <= _OWN_PART:
-        return f"{module} lies in a part of model_type {part['model_type']!r} that has not been reviewed"
+        raise CannotKeep(
+            f"{module} lies in a part of model_type {part['model_type']!r} that has not been reviewed"
+        )
     return entry, part
 
 
 def _activation(entry: Mapping[str, Any], part: Mapping[str, Any]) -> str | None:
-    """The activation's name by the key that the class reads; one that config.json leaves out has its default."""
+    """The activation's name by the key that the class reads; one that config.json leaves out has its
+    default."""
     if "activation" not in entry:
         return None
     key, default = entry["activation"]
@@ -148,32 +162,34 @@ def _check(
     shapes: Mapping[str, tuple[int, ...]],
     entry: Mapping[str, Any],
     part: Mapping[str, Any],
-) -> Feeder | str:
-    """The feeder, once the conditions of its kind hold."""
+) -> Feeder:
+    """The feeder, once the conditions of its kind hold. Raises `CannotKeep`."""
     kind, _, place = kind.partition(":")
     number, parts = map(int, place.split("/")) if place else (1, 1)
     shape = shapes[f"{feeder}.weight"]
     if shape[0] != parts * length or len(shape) != (1 if kind == "norm" else 2):
         if kind == "value":
-            return f"{feeder} has {shape[0]} rows for {length} columns: heads share keys and values, or are padded"
-        return f"{feeder} has shape {list(shape)}, which does not fit a vector of {length}"
+            raise CannotKeep(
+                f"{feeder} has {shape[0]} rows for {length} columns: heads share keys and values, or are padded"
+            )
+        raise CannotKeep(f"{feeder} has shape {list(shape)}, which does not fit a vector of {length}")
     attention = part.get("attn_config") or {}
     if kind == "value" and (
         part.get("clip_qkv") or attention.get("clip_qkv") or part.get("num_kv_shared_layers")
     ):
-        return f"config.json has the values of {feeder} clipped or shared (clip_qkv, num_kv_shared_layers)"
+        raise CannotKeep(
+            f"config.json has the values of {feeder} clipped or shared (clip_qkv, num_kv_shared_layers)"
+        )
     clamped = any(part[key] for key in part if key.startswith("swiglu_limit"))
     if kind in ("gated", "fused") and clamped and not entry.get("clamps_elsewhere"):
-        return f"config.json has the output of {feeder} clamped (swiglu_limit)"
+        raise CannotKeep(f"config.json has the output of {feeder} clamped (swiglu_limit)")
     start, stop = (number - 1) * length, number * length
     if kind in ("plain", "relu", "always_relu", "squared"):
         between = {"squared": "relu2", "always_relu": "relu"}.get(kind, _activation(entry, part))
-        power = _RELUS.get(between or "")
-        if power is None or (kind == "relu" and power == "sqrt"):
-            return f"a {between} lies between {feeder} and the vector, and there is no gate"
-        return Feeder(feeder, start, stop, power, True, False, "squared relu" if power == "sqrt" else "relu")
-    name = {"fused": "fused gate and up"}.get(kind, kind)
-    return Feeder(feeder, start, stop, "linear", False, kind == "norm", name)
+        if between not in ("relu", "relu2") or (kind == "relu" and between == "relu2"):
+            raise CannotKeep(f"a {between} lies between {feeder} and the vector, and there is no gate")
+        return Feeder(feeder, start, stop, "squared relu" if between == "relu2" else "relu")
+    return Feeder(feeder, start, stop, _KINDS[kind])
 
 
 def _before_number(module: str) -> list[str]:
@@ -207,18 +223,18 @@ def _table() -> dict[str, Any]:
 
 
 def self_check(feeder: Feeder, vector: Array, activation: str | None = None) -> float:
-    """Relative difference between the live vector and the moved one, on random numbers through this kind's arithmetic.
+    """Relative difference between the live vector and the moved one, on random numbers through this kind's
+    arithmetic.
 
-    `activation` stands between the projection and the vector where there is no gate; without a name it is the kind's own. A
-    vector that cannot move gives infinity. float64 throughout; what remains is the rounding of the factors.
+    `activation` stands between the projection and the vector where there is no gate; without a name it is the
+    kind's own. float64 throughout; what remains is the rounding of the factors. Raises `CannotKeep` for a
+    vector that cannot move.
     """
-    factors = move_vector(feeder, vector)
-    if isinstance(factors, str):
-        return float("inf")
+    factors, norm = move_vector(feeder, vector), feeder.kind == "norm"
     rng, n, width = np.random.default_rng(0), len(vector), 8
     slices = feeder.stop // n
-    x = rng.standard_normal((5, n if feeder.norm else width))
-    weight = rng.standard_normal(n if feeder.norm else (feeder.stop if slices > 1 else n, width))
+    x = rng.standard_normal((5, n if norm else width))
+    weight = rng.standard_normal(n if norm else (feeder.stop if slices > 1 else n, width))
     bias, down = rng.standard_normal(len(weight)), rng.standard_normal((width, n))
     mixing = np.exp(rng.standard_normal((5, 5)))  # attention: a value stays in its channel
     gate = rng.standard_normal((n, width))
@@ -226,7 +242,7 @@ def self_check(feeder: Feeder, vector: Array, activation: str | None = None) -> 
     act = _ACTIVATIONS.get(activation or own, _ACTIVATIONS["tanh"])
 
     def middle(weight: Array, bias: Array) -> Array:
-        if feeder.norm:
+        if norm:
             return np.asarray(x / np.sqrt(np.mean(x**2, axis=1, keepdims=True)) * weight + bias)
         made = x @ weight.T + bias
         mine = made[:, feeder.start : feeder.stop]
@@ -240,7 +256,7 @@ def self_check(feeder: Feeder, vector: Array, activation: str | None = None) -> 
     live = (middle(weight, bias) * vector.astype("<f8")) @ down.T
     rows = slice(feeder.start, feeder.stop)
     weight, bias = weight.copy(), bias.copy()
-    weight[rows] *= factors if feeder.norm else factors[:, None]
+    weight[rows] *= factors if norm else factors[:, None]
     bias[rows] *= factors
     moved = middle(weight, bias) @ down.T
     return float(np.linalg.norm(live - moved) / (np.linalg.norm(live) or 1.0))

@@ -1,9 +1,10 @@
 """GGUF: llama.cpp's blocks of codes, whose scales are float16 numbers inside the blocks.
 
-Blocks never cross rows, and a weight is linear in its block's d (and m or dmin): an output vector multiplies those, each rounded
-once to float16, and no code is touched. Layouts: ggml ``ggml-common.h`` (``block_q4_K`` and so on); values:
-``gguf.quants.dequantize``. In files of the permuted architectures (`ia3_export.checkpoint.gguf_models`) the rows of q and k lie in rotary
-pairs; the dense view has Hugging Face's order, and vectors are permuted like the rows.
+Blocks never cross rows, and a weight is linear in its block's d (and m or dmin): an output vector multiplies
+those, each rounded once to float16, and no code is touched. Layouts: ggml ``ggml-common.h`` (``block_q4_K``
+and so on); values: ``gguf.quants.dequantize``. In files of the permuted architectures
+(`ia3_export.checkpoint.gguf_models`) the rows of q and k lie in rotary pairs; the dense view has Hugging
+Face's order, and vectors are permuted like the rows.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ from ia3_export.checkpoint.header import Computed, StoredTensor
 from ia3_export.errors import DamagedFile, NotFinite, Unsupported
 from ia3_export.fold import FLOAT_DTYPES, Array, from_float
 from ia3_export.quantization.packed import (
+    BY_BLOCK,
     ROUNDING,
-    Foldable,
+    BlockScales,
+    NoScale,
     Packed,
     RowReader,
+    Side,
     as_float,
     compute,
     read_flat,
@@ -42,11 +46,11 @@ _UNFOLDABLE = {
     "MXFP4": "MXFP4 scales are powers of two", "NVFP4": "NVFP4 scales are 8-bit floats",
     "IQ1_M": "IQ1_M scatters its scale over the bits of four words",
 }  # fmt: skip
-#: Rows that are decoded to measure what a fold loses: as many of those whose scales lose most, and of all others.
+#: Rows that are decoded to measure what a fold loses: as many of those whose scales lose most, and of all
+#: others.
 _MEASURED = 32
 #: Bytes of blocks that are in memory at a time.
 _BYTES = 1 << 24
-_INPUT = "columns share the blocks' scales"
 
 
 def find(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> Iterator[Packed]:
@@ -65,8 +69,9 @@ def find(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> It
 
 
 def reload_weights(path: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str, Array]]:
-    """Every float or coded tensor of a GGUF file as the gguf package reads it: float32, under its Hugging Face name and in that
-    row order. The package's reader holds the tokenizer as one array a token, 520 MB of them for Llama 3's.
+    """Every float or coded tensor of a GGUF file as the gguf package reads it: float32, under its Hugging
+    Face name and in that row order. The package's reader holds the tokenizer as one array a token, 520 MB of
+    them for Llama 3's.
     """
     from gguf import GGUFReader
     from gguf.quants import dequantize
@@ -86,7 +91,8 @@ def reload_weights(path: Path, settings: Mapping[str, Any]) -> Iterator[tuple[st
 
 
 def head_order(rows: int, head: int) -> Array:
-    """For every row of the file the row of the dense weight that it is (llama.cpp's ``LlamaModel.permute``)."""
+    """For every row of the file the row of the dense weight that it is (llama.cpp's
+    ``LlamaModel.permute``)."""
     return np.arange(rows).reshape(-1, 2, head // 2).swapaxes(1, 2).reshape(-1)
 
 
@@ -96,13 +102,12 @@ def _coded(tensor: StoredTensor, kind: str, head: int) -> Packed:
     if width % nbytes:
         raise DamagedFile(f"{tensor.name} in {tensor.file.name} has rows of {width} bytes for {kind} blocks")
     shape = (rows, width // nbytes * block)
-    on_output: Foldable | str = _UNFOLDABLE.get(kind, f"{kind} has no known scale")
+    on_output: Side = NoScale(_UNFOLDABLE.get(kind, f"{kind} has no known scale"))
     if kind in SCALES:
-        blocks = partial(_scale_blocks, tensor, SCALES[kind], nbytes, head)
-        rounding = partial(_measure_blocks, tensor, kind, head, blocks)
-        on_output = Foldable(blocks=blocks, rounding=rounding)
+        fold = partial(_scale_blocks, tensor, SCALES[kind], nbytes, head)
+        on_output = BlockScales(fold, partial(_measure_blocks, tensor, kind, head, fold))
     read = partial(_decode, tensor, kind)
-    return _packed(tensor, f"GGUF {kind}", shape, read, head, on_output, _INPUT)
+    return _packed(tensor, f"GGUF {kind}", shape, read, head, on_output, BY_BLOCK)
 
 
 def _permuted(tensor: StoredTensor, head: int) -> Packed:
@@ -114,12 +119,10 @@ def _permuted(tensor: StoredTensor, head: int) -> Packed:
         raw = read_flat(tensor, first * columns, count * columns)
         return as_float(raw, tensor.dtype).reshape(count, columns)
 
-    blocks = partial(_scale_floats, tensor, columns, head)
     rounding = ROUNDING.get(tensor.dtype, 0.0)
-    on_output = Foldable(blocks=blocks, rounding=lambda _: rounding)
-    return _packed(
-        tensor, f"GGUF {tensor.dtype}", shape, read, head, on_output, "its rows are permuted for llama.cpp"
-    )
+    on_output = BlockScales(partial(_scale_floats, tensor, columns, head), lambda _: rounding)
+    on_input = NoScale("its rows are permuted for llama.cpp")
+    return _packed(tensor, f"GGUF {tensor.dtype}", shape, read, head, on_output, on_input)
 
 
 def _shifted(tensor: StoredTensor) -> Packed:
@@ -128,8 +131,8 @@ def _shifted(tensor: StoredTensor) -> Packed:
     def read(first: int, count: int) -> Array:
         return as_float(read_flat(tensor, first, count), tensor.dtype).reshape(count, 1) - np.float32(1)
 
-    reason = "its norm is stored plus one"
-    return _packed(tensor, f"GGUF {tensor.dtype}, plus one", tensor.shape, read, 1, reason, reason)
+    neither = NoScale("its norm is stored plus one")
+    return _packed(tensor, f"GGUF {tensor.dtype}, plus one", tensor.shape, read, 1, neither, neither)
 
 
 def _packed(
@@ -138,8 +141,8 @@ def _packed(
     shape: tuple[int, ...],
     read: RowReader,
     head: int,
-    on_output: Foldable | str,
-    on_input: str,
+    on_output: Side,
+    on_input: NoScale,
 ) -> Packed:
     """`read` gives rows in the file's order, float32."""
 
@@ -151,15 +154,15 @@ def _packed(
         return found if head == 1 else _unpermute(found, head)
 
     return Packed(
-        tensor.name,
-        METHOD,
-        label,
-        shape,
-        {tensor.name: tensor},
-        rows,
-        head if len(shape) == 2 else 1,
-        on_output,
-        on_input,
+        name=tensor.name,
+        method=METHOD,
+        format=label,
+        shape=shape,
+        parts={tensor.name: tensor},
+        rows=rows,
+        unit=head if len(shape) == 2 else 1,
+        on_output=on_output,
+        on_input=on_input,
     )
 
 
@@ -216,14 +219,14 @@ def _scale_blocks(
 
 
 def _measure_blocks(
-    tensor: StoredTensor, kind: str, head: int, blocks: Callable[[Array], StoredTensor], factors: Array
+    tensor: StoredTensor, kind: str, head: int, fold: Callable[[Array], StoredTensor], factors: Array
 ) -> float:
-    """The relative error (Frobenius norm) of the row that loses most when `blocks` folds `factors` in.
+    """The relative error (Frobenius norm) of the row that loses most when `fold` folds `factors` in.
 
-    A scale below 6e-5 is subnormal and has fewer bits, as most of Q6_K's are and as small factors make others; of two scales the
-    errors do not cancel as the values do.
+    A scale below 6e-5 is subnormal and has fewer bits, as most of Q6_K's are and as small factors make
+    others; of two scales the errors do not cancel as the values do.
     """
-    laid, folded = _in_file_order(factors, head).astype("<f4"), blocks(factors)
+    laid, folded = _in_file_order(factors, head).astype("<f4"), fold(factors)
     losses = _scale_losses(tensor, SCALES[kind], _sizes(kind)[1], laid)
     worst = np.argsort(losses)[-_MEASURED:]
     spread = np.linspace(0, len(losses) - 1, min(_MEASURED, len(losses))).astype(int)

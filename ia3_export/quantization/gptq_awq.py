@@ -1,14 +1,13 @@
 """GPTQ and AWQ: packed integers with scales and zero points by group.
 
-Sources: GPTQModel ``gptqmodel/utils/model_dequant.py`` and ``utils/model.py`` (versions of the zero points), AutoAWQ
-``awq/modules/linear/gemm.py`` and ``gemv.py``. Weights are (codes - zeros) * scales in float32.
+Sources: GPTQModel ``gptqmodel/utils/model_dequant.py`` and ``utils/model.py`` (versions of the zero points),
+AutoAWQ ``awq/modules/linear/gemm.py`` and ``gemv.py``. Weights are (codes - zeros) * scales in float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,24 +15,38 @@ import numpy as np
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import DamagedFile, Unsupported
 from ia3_export.fold import Array
-from ia3_export.quantization.codes import combine_groups, unpack, unpack_planes
+from ia3_export.quantization.codes import dequantize_groups, unpack, unpack_planes
 from ia3_export.quantization.packed import (
-    Foldable,
+    SCALE_DTYPES,
+    NoScale,
     Packed,
+    Scales,
     ScaleTensor,
     as_float,
     expect,
     group_columns,
+    parts_of,
     read_columns,
     read_flat,
     read_rows,
 )
 
 _UNREADABLE = ("marlin", "gemv_fast", "llm-awq", "exllama", "machete", "bitblas", "qqq", "ipex")
-_FLOATS = ("F16", "BF16", "F32")
 #: Columns of a dense weight that lie behind the nibbles of one word, lowest first (AWQ GEMM).
 _GEMM_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-_ON_INPUT = "every scale belongs to a row and a group of columns"
+_ON_INPUT = NoScale("every scale belongs to a row and a group of columns")
+_WORDS = ("I32", "U32")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Tensors:
+    """The tensors of one weight; `parts` are all of them by name."""
+
+    module: str
+    codes: StoredTensor
+    zeros: StoredTensor
+    scales: StoredTensor
+    parts: Mapping[str, StoredTensor]
 
 
 def find(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> Iterator[Packed]:
@@ -43,26 +56,24 @@ def find(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> It
             continue
         module = name.removesuffix(".qweight")
         _refuse_variants(settings, codes)
-        parts = {name: codes}
-        for leaf in ("qzeros", "scales", "g_idx"):
-            part = tensors.get(f"{module}.{leaf}")
-            if part is not None:
-                parts[part.name] = part
-            elif leaf != "g_idx":
+        parts = parts_of(module, ("qweight", "qzeros", "scales", "g_idx"), tensors)
+        for leaf in ("qzeros", "scales"):
+            if f"{module}.{leaf}" not in parts:
                 raise DamagedFile(
                     f"{codes.file.name} holds {name} without {module}.{leaf}",
                     hint="quantize or fetch the base again",
                 )
         zeros, scales = parts[f"{module}.qzeros"], parts[f"{module}.scales"]
-        expect(codes, ("I32", "U32"), (None, None))
-        expect(zeros, ("I32", "U32"), (None, None))
-        expect(scales, _FLOATS, (None, None))
+        expect(codes, _WORDS, (None, None))
+        expect(zeros, _WORDS, (None, None))
+        expect(scales, SCALE_DTYPES, (None, None))
+        weight = _Tensors(module, codes, zeros, scales, parts)
         if _is_gptq(codes, scales, settings):
-            yield _gptq(module, codes, zeros, scales, parts.get(f"{module}.g_idx"), parts, settings)
+            yield _gptq(weight, settings)
         elif codes.shape[1] * 8 == scales.shape[1]:
-            yield _gemm(module, codes, zeros, scales, parts, settings)
+            yield _gemm(weight, settings)
         elif codes.shape[0] == scales.shape[0] == zeros.shape[0]:
-            yield _gemv(module, codes, zeros, scales, parts, settings)
+            yield _gemv(weight, settings)
         else:
             raise DamagedFile(
                 f"{name} {list(codes.shape)}, its zero points {list(zeros.shape)} and scales {list(scales.shape)} "
@@ -88,16 +99,9 @@ def _is_gptq(codes: StoredTensor, scales: StoredTensor, settings: Mapping[str, A
     return "awq" not in label or codes.shape[0] != scales.shape[0]
 
 
-def _gptq(
-    module: str,
-    codes: StoredTensor,
-    zeros: StoredTensor,
-    scales: StoredTensor,
-    g_idx: StoredTensor | None,
-    parts: Mapping[str, StoredTensor],
-    settings: Mapping[str, Any],
-) -> Packed:
-    groups, out = scales.shape
+def _gptq(weight: _Tensors, settings: Mapping[str, Any]) -> Packed:
+    codes, zeros = weight.codes, weight.zeros
+    groups, out = weight.scales.shape
     bits = zeros.shape[1] * 32 // max(out, 1)
     planar = settings.get("checkpoint_format") == "gptq_p"
     if bits not in (range(2, 9) if planar else (2, 3, 4, 8)) or codes.shape[0] * 32 % bits:
@@ -106,30 +110,40 @@ def _gptq(
             hint="2, 3, 4 and 8 bits are read",
         )
     columns = codes.shape[0] * 32 // bits
-    expect(zeros, ("I32", "U32"), (groups, out * bits // 32))
-    if g_idx is not None:
-        expect(g_idx, ("I32", "I64"), (columns,))
-        group = read_flat(g_idx, 0, columns).astype("<i8")
-        if len(group) and (group.min() < 0 or group.max() >= groups):
-            raise DamagedFile(
-                f"{g_idx.name} names a group beyond {groups}", hint="quantize or fetch the base again"
-            )
-    else:
-        group = np.arange(columns) // _group_size(scales, columns, groups, settings)
+    expect(zeros, _WORDS, (groups, out * bits // 32))
+    group = _column_groups(weight, columns, settings)
     ordered = bool((np.diff(group) >= 0).all())
     offset, note = _zero_offset(zeros, bits, settings)
-    take = unpack_planes if planar else unpack
-    rows = partial(_decode_gptq, codes, zeros, scales, group, bits, offset, take)
-    label = f"GPTQ {bits} bit{', planar' if planar else ''}{'' if ordered else ', act-order'}{note}"
+    layout = _Gptq(weight, bits, unpack_planes if planar else unpack, group, offset)
     return Packed(
-        f"{module}.weight", "gptq", label, (out, columns), parts, rows, 32, Foldable((ScaleTensor(scales, 1),)), _ON_INPUT
-    )  # fmt: skip
+        name=f"{weight.module}.weight",
+        method="gptq",
+        format=f"GPTQ {bits} bit{', planar' if planar else ''}{'' if ordered else ', act-order'}{note}",
+        shape=(out, columns),
+        parts=weight.parts,
+        rows=layout.rows,
+        unit=32,
+        on_output=Scales((ScaleTensor(weight.scales, 1),)),
+        on_input=_ON_INPUT,
+    )
 
 
-def _group_size(scales: StoredTensor, columns: int, groups: int, settings: Mapping[str, Any]) -> int:
-    sizes = [settings.get("group_size"), settings.get("q_group_size")]
-    # GPTQModel's `dynamic` gives modules sizes of their own
-    return group_columns(scales, columns, groups, sizes, strict="dynamic" not in settings)
+def _column_groups(weight: _Tensors, columns: int, settings: Mapping[str, Any]) -> Array:
+    """The group of every column, as stored or by the even division."""
+    groups = weight.scales.shape[0]
+    g_idx = weight.parts.get(f"{weight.module}.g_idx")
+    if g_idx is None:
+        sizes = [settings.get("group_size"), settings.get("q_group_size")]
+        # GPTQModel's `dynamic` gives modules sizes of their own
+        strict = "dynamic" not in settings
+        return np.arange(columns) // group_columns(weight.scales, columns, groups, sizes, strict=strict)
+    expect(g_idx, ("I32", "I64"), (columns,))
+    group = read_flat(g_idx, 0, columns).astype("<i8")
+    if len(group) and (group.min() < 0 or group.max() >= groups):
+        raise DamagedFile(
+            f"{g_idx.name} names a group beyond {groups}", hint="quantize or fetch the base again"
+        )
+    return group
 
 
 def _zero_offset(zeros: StoredTensor, bits: int, settings: Mapping[str, Any]) -> tuple[int, str]:
@@ -151,51 +165,46 @@ def _zero_offset(zeros: StoredTensor, bits: int, settings: Mapping[str, Any]) ->
     return by_label, ""
 
 
-def _decode_gptq(
-    codes: StoredTensor,
-    zeros: StoredTensor,
-    scales: StoredTensor,
-    group: Array,
-    bits: int,
-    offset: int,
-    take: Callable[[Array, int, int], Array],
-    first: int,
-    count: int,
-) -> Array:
-    words = np.ascontiguousarray(read_columns(codes, first, count).T)
-    values = take(words, bits, len(group)).astype("<f4")
-    # 32 zero points fill whole words in every width
-    packed = read_columns(zeros, first * bits // 32, -(-count * bits // 32))
-    zero = _zero_points(packed, bits, count, offset, take)
-    scale = as_float(read_columns(scales, first, count), scales.dtype)
-    zero, scale = zero.T.astype("<f4"), scale.T
-    combine_groups(np.subtract, values, zero, group)
-    combine_groups(np.multiply, values, scale, group)
-    return values
+@dataclass(frozen=True, slots=True, eq=False)
+class _Gptq:
+    """Codes and zero points of `bits` that `take` unpacks, the `group` of every column, and what the writer
+    subtracted from the zero points (`offset`: 1 in version 1)."""
+
+    weight: _Tensors
+    bits: int
+    take: Callable[[Array, int, int], Array]
+    group: Array
+    offset: int
+
+    def rows(self, first: int, count: int) -> Array:
+        """Rows ``first:first+count`` of the dense weight; `first` is a multiple of 32."""
+        words = np.ascontiguousarray(read_columns(self.weight.codes, first, count).T)
+        codes = self.take(words, self.bits, len(self.group)).astype("<f4")
+        # 32 zero points fill whole words in every width
+        packed = read_columns(self.weight.zeros, first * self.bits // 32, -(-count * self.bits // 32))
+        zeros = self._zero_points(packed, count).T.astype("<f4")
+        return dequantize_groups(codes, zeros, _transposed(self.weight.scales, first, count), self.group)
+
+    def _zero_points(self, packed: Array, count: int) -> Array:
+        """Zero points (groups, count). The writers of version 1 subtract one from each with whole words, so
+        that a zero borrows from its neighbour; adding one the same way gives it back. Words of 3 bits are
+        shifted code by code."""
+        if 32 % self.bits:
+            mask = np.uint8((1 << self.bits) - 1)
+            return (self.take(packed, self.bits, count) + np.uint8(self.offset)) & mask
+        ones = sum(self.offset << shift for shift in range(0, 32, self.bits))
+        return self.take(packed.view("<u4") + np.uint32(ones), self.bits, count)
 
 
-def _zero_points(
-    packed: Array, bits: int, count: int, offset: int, take: Callable[[Array, int, int], Array]
-) -> Array:
-    """Zero points (groups, count). The writers of version 1 subtract one from each with whole words, so that a zero borrows
-    from its neighbour; adding one the same way gives it back. Words of 3 bits are shifted code by code."""
-    if 32 % bits:
-        return (take(packed, bits, count) + np.uint8(offset)) & np.uint8((1 << bits) - 1)
-    ones = sum(offset << shift for shift in range(0, 32, bits))
-    return take(packed.view("<u4") + np.uint32(ones), bits, count)
+def _transposed(scales: StoredTensor, first: int, count: int) -> Array:
+    """Scales (groups, out) of rows ``first:first+count``, as (count, groups)."""
+    return as_float(read_columns(scales, first, count), scales.dtype).T
 
 
-def _gemm(
-    module: str,
-    codes: StoredTensor,
-    zeros: StoredTensor,
-    scales: StoredTensor,
-    parts: Mapping[str, StoredTensor],
-    settings: Mapping[str, Any],
-) -> Packed:
-    columns, groups, out = codes.shape[0], scales.shape[0], scales.shape[1]
-    expect(zeros, ("I32", "U32"), (groups, out // 8))
-    size = group_columns(scales, columns, groups, [settings.get("group_size")], strict=True)
+def _gemm(weight: _Tensors, settings: Mapping[str, Any]) -> Packed:
+    columns, (groups, out) = weight.codes.shape[0], weight.scales.shape
+    expect(weight.zeros, _WORDS, (groups, out // 8))
+    size = group_columns(weight.scales, columns, groups, [settings.get("group_size")], strict=True)
     group = np.arange(columns) // size
 
     def rows(first: int, count: int) -> Array:
@@ -204,26 +213,25 @@ def _gemm(
             found = unpack(words, 4, words.shape[1] * 8).reshape(len(words), -1, 8)
             return found[..., np.argsort(_GEMM_ORDER)].reshape(len(words), -1)
 
-        values = np.ascontiguousarray(nibbles(codes).T, "<f4")
-        combine_groups(np.subtract, values, nibbles(zeros).T.astype("<f4"), group)
-        scale = as_float(read_columns(scales, first, count), scales.dtype).T
-        combine_groups(np.multiply, values, scale, group)
-        return values
+        codes = np.ascontiguousarray(nibbles(weight.codes).T, "<f4")
+        zeros = nibbles(weight.zeros).T.astype("<f4")
+        return dequantize_groups(codes, zeros, _transposed(weight.scales, first, count), group)
 
     return Packed(
-        f"{module}.weight", "awq", "AWQ GEMM 4 bit", (out, columns), parts, rows, 8, Foldable((ScaleTensor(scales, 1),)),
-        _ON_INPUT,
-    )  # fmt: skip
+        name=f"{weight.module}.weight",
+        method="awq",
+        format="AWQ GEMM 4 bit",
+        shape=(out, columns),
+        parts=weight.parts,
+        rows=rows,
+        unit=8,
+        on_output=Scales((ScaleTensor(weight.scales, 1),)),
+        on_input=_ON_INPUT,
+    )
 
 
-def _gemv(
-    module: str,
-    codes: StoredTensor,
-    zeros: StoredTensor,
-    scales: StoredTensor,
-    parts: Mapping[str, StoredTensor],
-    settings: Mapping[str, Any],
-) -> Packed:
+def _gemv(weight: _Tensors, settings: Mapping[str, Any]) -> Packed:
+    codes, zeros, scales = weight.codes, weight.zeros, weight.scales
     out, columns = codes.shape[0], codes.shape[1] * 8
     size = settings.get("group_size", settings.get("q_group_size"))
     if (
@@ -241,14 +249,19 @@ def _gemv(
     def rows(first: int, count: int) -> Array:
         values = unpack(read_rows(codes, first, count), 4, columns).astype("<f4")
         zero = unpack(read_rows(zeros, first, count), 4, groups).astype("<f4")
-        combine_groups(np.subtract, values, zero, group)
         scale = as_float(read_rows(scales, first, count)[:, :groups], scales.dtype)
-        combine_groups(np.multiply, values, scale, group)
-        return values
+        return dequantize_groups(values, zero, scale, group)
 
-    fold = Foldable((ScaleTensor(scales, scales.shape[1]),))
     return Packed(
-        f"{module}.weight", "awq", "AWQ GEMV 4 bit", (out, columns), parts, rows, 1, fold, _ON_INPUT
+        name=f"{weight.module}.weight",
+        method="awq",
+        format="AWQ GEMV 4 bit",
+        shape=(out, columns),
+        parts=weight.parts,
+        rows=rows,
+        unit=1,
+        on_output=Scales((ScaleTensor(scales, scales.shape[1]),)),
+        on_input=_ON_INPUT,
     )
 
 
@@ -260,10 +273,11 @@ _FED = ("dense_4h_to_h", "fc_out", "down_proj", "c_proj", "fc2")
 def scale_activations(
     packed: Mapping[str, Packed], tensors: Mapping[str, StoredTensor]
 ) -> Iterator[tuple[str, Packed]]:
-    """`packed` with AWQ's activation scales (transformers ``integrations/awq.py``) in the weights that they feed.
+    """`packed` with AWQ's activation scales (transformers ``integrations/awq.py``) in the weights that they
+    feed.
 
-    The file divides the activation; a dense weight has its columns divided instead. An input vector folds into them.
-    Raises `DamagedFile` for scales that feed nothing.
+    The file divides the activation; a dense weight has its columns divided instead. An input vector folds
+    into them. Raises `DamagedFile` for scales that feed nothing.
     """
     found = {name: tensor for name, tensor in tensors.items() if name.endswith(_SCALED_ACTIVATIONS)}
     fed: dict[str, StoredTensor] = {}
@@ -287,6 +301,9 @@ def _divided(weight: Packed, scales: StoredTensor) -> Packed:
         return values / as_float(read_flat(scales, 0, scales.size), scales.dtype)
 
     return replace(
-        weight, rows=rows, parts={**weight.parts, scales.name: scales}, format=f"{weight.format}, scaled activations",
-        on_input=Foldable((ScaleTensor(scales, 1, divides=True),)),
-    )  # fmt: skip
+        weight,
+        rows=rows,
+        parts={**weight.parts, scales.name: scales},
+        format=f"{weight.format}, scaled activations",
+        on_input=Scales((ScaleTensor(scales, 1, divides=True),)),
+    )

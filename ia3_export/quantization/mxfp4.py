@@ -1,7 +1,7 @@
 """MXFP4 expert parameters of gpt-oss: ``<name>_blocks`` and ``<name>_scales``.
 
-Source: transformers ``integrations/mxfp4.py`` (``convert_moe_packed_tensors``). The dense parameter is the transpose,
-(experts, in, out).
+Source: transformers ``integrations/mxfp4.py`` (``convert_moe_packed_tensors``). The dense parameter is the
+transpose, (experts, in, out).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import DamagedFile
 from ia3_export.fold import Array
 from ia3_export.quantization.codes import E2M1, E8M0, unpack
-from ia3_export.quantization.packed import Packed, expect, read_flat
+from ia3_export.quantization.packed import NoScale, Packed, expect, read_flat
 
 METHOD = "mxfp4"
-_REASON = "its scales are powers of two"
+_NO_SCALE = NoScale("its scales are powers of two")
 
 
 def find(tensors: Mapping[str, StoredTensor], _: Mapping[str, Any]) -> Iterator[Packed]:
@@ -35,7 +35,17 @@ def find(tensors: Mapping[str, StoredTensor], _: Mapping[str, Any]) -> Iterator[
         shape = (experts, groups * 32, out)
         parts = {name: codes, scales.name: scales}
         rows = partial(_decode, codes, scales, shape)
-        yield Packed(dense, METHOD, "MXFP4 experts", shape, parts, rows, shape[1], _REASON, _REASON)
+        yield Packed(
+            name=dense,
+            method=METHOD,
+            format="MXFP4 experts",
+            shape=shape,
+            parts=parts,
+            rows=rows,
+            unit=shape[1],
+            on_output=_NO_SCALE,
+            on_input=_NO_SCALE,
+        )
 
 
 def _decode(

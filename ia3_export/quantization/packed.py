@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,8 @@ READER_ERRORS = (
 )  # fmt: skip
 #: Largest relative error of one rounding to a 16-bit dtype.
 ROUNDING = {"F16": 2.0**-11, "BF16": 2.0**-8}
+#: What scales are stored in, where they are neither powers of two nor quantized themselves.
+SCALE_DTYPES = ("F32", "F16", "BF16")
 _WHOLE = {"I64": "<i8", "U64": "<u8", "I32": "<i4", "U32": "<u4", "I16": "<i2", "U16": "<u2", "I8": "i1"}
 
 
@@ -29,8 +32,8 @@ _WHOLE = {"I64": "<i8", "U64": "<u8", "I32": "<i4", "U32": "<u4", "I16": "<i2", 
 class ScaleTensor:
     """A tensor of the output that absorbs a vector: `inner` consecutive elements share one of its factors.
 
-    `stored` is the file's own tensor, or one computed from it that takes its place (``computed``). One that `divides`
-    takes the reciprocals.
+    `stored` is the file's own tensor, or one computed from it that takes its place (``computed``). One that
+    `divides` takes the reciprocals.
     """
 
     stored: StoredTensor
@@ -39,32 +42,60 @@ class ScaleTensor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Foldable:
-    """The tensors by which rows (or columns) of a packed weight are scaled without touching a code.
+class Scales:
+    """The `tensors` by which the rows (or columns) of a packed weight are scaled without touching a code.
 
-    `drops` are stored tensors that the output no longer has, `rewrites` small ones with new bytes. Modules of one
-    `group` can only be rewritten together (they share an entry of the configuration). `blocks` replaces all that for
-    formats whose scales lie inside the blocks of codes: factors → the packed tensor as it will be; `rounding` says by how much that
-    is off, factors → the relative error of the row that loses most.
+    `drops` are stored tensors that the output no longer has, `rewrites` small ones with new bytes. Modules of
+    one `group` can only be rewritten together (they share an entry of the configuration).
     """
 
-    scales: tuple[ScaleTensor, ...] = ()
+    tensors: tuple[ScaleTensor, ...]
     drops: tuple[str, ...] = ()
     rewrites: tuple[StoredTensor, ...] = ()
     group: str | None = None
-    blocks: Callable[[Array], StoredTensor] | None = None
-    rounding: Callable[[Array], float] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class BlockScales:
+    """Scales that lie inside the blocks of codes: `fold` makes of the factors of the rows the packed tensor
+    as it will be, and `rounding` the relative error of the row that loses most by that."""
+
+    fold: Callable[[Array], StoredTensor]
+    rounding: Callable[[Array], float]
+
+
+@dataclass(frozen=True, slots=True)
+class NoScale:
+    """Why a format has no scale that takes the vectors on one side of a weight: a clause for a message."""
+
+    reason: str
+
+
+#: What takes the vectors on one side of a packed weight.
+Side = Scales | BlockScales | NoScale
+
+#: Of formats whose scales belong to rows, or to groups within them: the side of the inputs.
+BY_ROW = NoScale("every scale belongs to a row")
+#: Of weights with a single scale: the side of the outputs.
+OF_WHOLE = NoScale("one scale belongs to the whole tensor")
+#: Of formats whose blocks run along the rows.
+BY_BLOCK = NoScale("columns share the blocks' scales")
+
+
+class CannotKeep(Exception):
+    """A vector has no place in the scales of a quantized weight. The text is a clause that says why; the
+    planner catches it and writes the weight dense, or refuses it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Packed:
     """One quantized weight of a checkpoint.
 
-    `name` and `shape` are those of the dense parameter as its stored file would have them (nn.Linear: (out, in)), `parts`
-    every stored tensor that belongs to it by name, `rows` reads it dequantized, `unit` rows at a time. `on_output` and
-    `on_input` say how a vector there folds into the scales, or why it cannot. `conv1d`: the quantizer stored (out, in),
-    while `shape` is the dense file's (in, out). `method` is the configuration's word (``quant_method``), `format` names
-    it for people.
+    `name` and `shape` are those of the dense parameter as its stored file would have them (nn.Linear: (out,
+    in)), `parts` every stored tensor that belongs to it by name, `rows` reads it dequantized, `unit` rows at
+    a time. `on_output` and `on_input` say what takes a vector there. `conv1d`: the quantizer stored (out,
+    in), while `shape` is the dense file's (in, out). `method` is the configuration's word (``quant_method``),
+    `format` names it for people.
     """
 
     name: str
@@ -74,8 +105,8 @@ class Packed:
     parts: Mapping[str, StoredTensor]
     rows: RowReader
     unit: int
-    on_output: Foldable | str
-    on_input: Foldable | str
+    on_output: Side
+    on_input: Side
     conv1d: bool = False
 
     @property
@@ -83,22 +114,23 @@ class Packed:
         """The module path."""
         return self.name.removesuffix(".weight")
 
-    def dense(self, kept: str) -> StoredTensor:
-        """The dequantized weight as a float32 tensor that is computed while it is read, to be written as `kept`."""
+    def dense(self, compute_dtype: str) -> StoredTensor:
+        """The dequantized weight as a float32 tensor that is computed while it is read, of `compute_dtype` in
+        a model."""
         columns = self.shape[-1]
 
         def read(first: int, count: int) -> Array:
             return np.ascontiguousarray(self.rows(first // columns, count // columns)).reshape(-1)
 
         main = next(iter(self.parts.values()))
-        return compute(self.name, "F32", self.shape, main, Computed(self.unit * columns, read, kept))
+        return compute(self.name, "F32", self.shape, main, Computed(self.unit * columns, read, compute_dtype))
 
 
 def compute(
     name: str, dtype: str, shape: tuple[int, ...], beside: StoredTensor, computed: Computed
 ) -> StoredTensor:
-    """A computed tensor that is written into the shard of `beside`. What damaged parts make its reader raise becomes a
-    `DamagedFile`."""
+    """A computed tensor that is written into the shard of `beside`. What damaged parts make its reader raise
+    becomes a `DamagedFile`."""
 
     def read(first: int, count: int) -> Array:
         try:
@@ -110,15 +142,24 @@ def compute(
             ) from error
 
     nbytes = tensor_bytes(dtype, shape)
-    guarded = Computed(computed.unit, read, computed.kept)
+    guarded = Computed(computed.unit, read, computed.compute_dtype)
     return StoredTensor(name, dtype, shape, beside.file, beside.offset, nbytes, None, guarded)
+
+
+def parts_of(
+    module: str, leaves: Iterable[str], tensors: Mapping[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """Those of ``module.leaf`` that are among `tensors`, by name, in the order of `leaves`."""
+    names = (f"{module}.{leaf}" for leaf in leaves)
+    return {name: tensors[name] for name in names if name in tensors}
 
 
 def group_columns(
     scales: StoredTensor, columns: int, groups: int, configured: Collection[object], *, strict: bool
 ) -> int:
-    """Columns that share a scale: of the `configured` sizes one that gives `groups` (the last may be smaller), else the
-    even division, which `strict` does not allow where sizes are configured. Raises `DamagedFile`."""
+    """Columns that share a scale: of the `configured` sizes one that gives `groups` (the last may be
+    smaller), else the even division, which `strict` does not allow where sizes are configured. Raises
+    `DamagedFile`."""
     sizes = [size for size in configured if isinstance(size, int) and size > 0]
     fits = [size for size in sizes if -(-columns // size) == groups]
     size = fits[0] if fits else -(-columns // max(groups, 1))
@@ -145,21 +186,26 @@ def numpy_dtype(dtype: str) -> np.dtype[np.generic]:
 
 
 def read_flat(tensor: StoredTensor, first: int, count: int) -> Array:
-    """Elements ``first:first+count`` of a tensor in C order, as stored. Raises `EOFError` when the file is too short."""
+    """Elements ``first:first+count`` of a tensor in C order, as stored. Raises `EOFError` when the file is
+    too short."""
     dtype = numpy_dtype(tensor.dtype)
     if tensor.computed is not None:
         return tensor.computed.read(first, count)
     if tensor.data is not None:
         return tensor.data[first * dtype.itemsize : (first + count) * dtype.itemsize].view(dtype)
     buffer = np.empty(count, dtype)
+    with _opened(tensor) as descriptor:
+        ranges.read_into(descriptor, buffer.view("u1").data, tensor.offset + first * dtype.itemsize)
+    return buffer
+
+
+@contextmanager
+def _opened(tensor: StoredTensor) -> Iterator[int]:
     descriptor = os.open(tensor.file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     try:
-        ranges.read_into(
-            descriptor, buffer.view("u1").data, tensor.offset + first * dtype.itemsize
-        )  # fmt: skip
+        yield descriptor
     finally:
         os.close(descriptor)
-    return buffer
 
 
 def read_rows(tensor: StoredTensor, first: int, count: int) -> Array:
@@ -176,14 +222,10 @@ def read_columns(tensor: StoredTensor, first: int, count: int) -> Array:
     dtype = numpy_dtype(tensor.dtype)
     found = np.empty((rows, count), dtype)
     raw = found.view("u1").reshape(rows, -1)
-    descriptor = os.open(tensor.file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-    try:
+    with _opened(tensor) as descriptor:
         for row in range(rows):
-            ranges.read_into(
-                descriptor, raw[row].data, tensor.offset + (row * columns + first) * dtype.itemsize
-            )  # fmt: skip
-    finally:
-        os.close(descriptor)
+            begin = tensor.offset + (row * columns + first) * dtype.itemsize
+            ranges.read_into(descriptor, raw[row].data, begin)
     return found
 
 
@@ -208,21 +250,17 @@ def expect(tensor: StoredTensor, dtypes: tuple[str, ...], shape: tuple[int | Non
 
 def split_vectors(
     shape: tuple[int, ...], scales: Iterable[Scale], *, conv1d: bool
-) -> tuple[Array | None, Array | None] | str:
-    """The product of output vectors and that of input vectors among `scales` of a dense weight of `shape`, float64; a reason where a
-    scale is neither (parts of fused parameters)."""
-    if len(shape) == 1:  # a bias
-        return np.prod([scale.factors.astype("<f8") for scale in scales], axis=0), None
-    if len(shape) != 2:
-        return "it is no single projection"
-    first, last = shape
-    out = columns = None
+) -> tuple[Array | None, Array | None]:
+    """The product of output vectors and that of input vectors among `scales` of a dense weight (or bias) of
+    `shape`, float64; None where there is none. Raises `CannotKeep` for a scale that is neither."""
+    if len(shape) > 2:
+        raise CannotKeep("it is no single projection")
+    products: list[Array | None] = [None, None]
     for scale in scales:
-        factors = scale.factors.astype("<f8")
-        if scale.inner == last and len(factors) == first:
-            out = factors if out is None else out * factors
-        elif len(factors) == last:
-            columns = factors if columns is None else columns * factors
-        else:
-            return "transformers builds its parameter from several stored tensors"
-    return (columns, out) if conv1d else (out, columns)
+        axis = scale.axis(shape)
+        if axis is None:
+            raise CannotKeep("transformers builds its parameter from several stored tensors")
+        factors, before = scale.factors.astype("<f8"), products[axis]
+        products[axis] = factors if before is None else before * factors
+    first, second = products
+    return (second, first) if conv1d and len(shape) == 2 else (first, second)

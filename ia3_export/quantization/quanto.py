@@ -1,7 +1,7 @@
 """optimum-quanto: qint8, qfloat8 (``weight._data``) and the packed qint4, qint2 (``weight._data._data``).
 
-Source: optimum-quanto ``tensor/packed.py``, ``tensor/grouped.py`` and ``tensor/weights``: codes of the first rows lie in the low
-bits, groups are runs of the flat weight, and ``W = codes * scale - shift``.
+Source: optimum-quanto ``tensor/packed.py``, ``tensor/grouped.py`` and ``tensor/weights``: codes of the first
+rows lie in the low bits, groups are runs of the flat weight, and ``W = codes * scale - shift``.
 """
 
 from __future__ import annotations
@@ -16,18 +16,23 @@ from ia3_export.errors import DamagedFile, Unsupported
 from ia3_export.fold import Array
 from ia3_export.quantization.codes import FLOAT_CODES, code_values
 from ia3_export.quantization.packed import (
-    Foldable,
+    BY_ROW,
+    OF_WHOLE,
+    SCALE_DTYPES,
+    NoScale,
     Packed,
+    Scales,
     ScaleTensor,
+    Side,
     as_float,
     expect,
+    parts_of,
     read_flat,
     read_rows,
 )
 
 METHOD = "quanto"
-_FLOATS = ("F32", "F16", "BF16")
-_ON_INPUT = "every scale belongs to a row"
+_LEAVES = ("weight._data", "weight._data._data", "weight._shift", "input_scale", "output_scale")
 
 
 def find(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> Iterator[Packed]:
@@ -38,14 +43,8 @@ def find(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> It
             continue
         dense = name.removesuffix("._scale")
         module = dense.removesuffix(".weight")
-        leaves = ("weight._data", "weight._data._data", "weight._shift", "input_scale", "output_scale")
-        parts = {
-            f"{module}.{leaf}": tensors[f"{module}.{leaf}"]
-            for leaf in leaves
-            if f"{module}.{leaf}" in tensors
-        }
-        parts[name] = scale
-        expect(scale, _FLOATS, tuple(scale.shape))
+        parts = {**parts_of(module, _LEAVES, tensors), name: scale}
+        expect(scale, SCALE_DTYPES, tuple(scale.shape))
         if f"{dense}._data" in parts:
             yield _whole(dense, parts[f"{dense}._data"], scale, parts)
         elif f"{dense}._data._data" in parts and f"{dense}._shift" in parts:
@@ -77,26 +76,22 @@ def _whole(dense: str, codes: StoredTensor, scale: StoredTensor, parts: Mapping[
 
     if scale.size not in (1, out):
         raise DamagedFile(f"{scale.name} is {list(scale.shape)} for {out} rows", hint="fetch it again")
-    on_output = (
-        Foldable((ScaleTensor(scale, 1),)) if scale.size == out else "one scale belongs to the whole tensor"
-    )
-    kind = "qint8" if codes.dtype == "I8" else "qfloat8"
     return Packed(
-        dense,
-        METHOD,
-        f"quanto {kind}",
-        codes.shape,
-        {codes.name: codes, **parts},
-        rows,
-        1,
-        on_output,
-        _ON_INPUT,
+        name=dense,
+        method=METHOD,
+        format=f"quanto {'qint8' if codes.dtype == 'I8' else 'qfloat8'}",
+        shape=codes.shape,
+        parts={codes.name: codes, **parts},
+        rows=rows,
+        unit=1,
+        on_output=Scales((ScaleTensor(scale, 1),)) if scale.size == out else OF_WHOLE,
+        on_input=BY_ROW,
     )
 
 
 def _shape(codes: StoredTensor, scale: StoredTensor, each: int) -> tuple[int, ...] | None:
-    """The weight's shape where a row is one group: of smaller groups, which have one of four lengths, the file does not tell
-    the shape (``quanto.tensor.weights.qbits``)."""
+    """The weight's shape where a row is one group: of smaller groups, which have one of four lengths, the
+    file does not tell the shape (``quanto.tensor.weights.qbits``)."""
     expect(codes, ("U8",), (None, None))
     whole = scale.size == codes.shape[0] * each and codes.shape[1] not in (128, 96, 64, 32)
     return (scale.size, codes.shape[1]) if whole else None
@@ -119,7 +114,7 @@ def _grouped(
     each = 8 // bits
     lines, length = codes.shape[0] * each, codes.shape[1]
     shift = parts[f"{dense}._shift"]
-    expect(shift, _FLOATS, scale.shape)
+    expect(shift, SCALE_DTYPES, scale.shape)
     if shape is None or len(shape) != 2 or shape[0] * shape[1] != lines * length or scale.size != lines:
         raise Unsupported(
             f"the shape of {dense} cannot be told: the file holds groups of {length}, and config.json names no model "
@@ -141,10 +136,18 @@ def _grouped(
         values -= as_float(read_flat(shift, line, last - line), shift.dtype)[:, None]
         return values.reshape(-1)[begin - line * length :][: end - begin].reshape(count, columns)
 
-    on_output: Foldable | str = f"rows of {columns} elements share groups of {length}"
+    on_output: Side = NoScale(f"rows of {columns} elements share groups of {length}")
     if columns % length == 0:
         inner = columns // length
-        on_output = Foldable((ScaleTensor(scale, inner), ScaleTensor(shift, inner)))
+        on_output = Scales((ScaleTensor(scale, inner), ScaleTensor(shift, inner)))
     return Packed(
-        dense, METHOD, f"quanto qint{bits}", (out, columns), {codes.name: codes, **parts}, rows, 1, on_output, _ON_INPUT
-    )  # fmt: skip
+        name=dense,
+        method=METHOD,
+        format=f"quanto qint{bits}",
+        shape=(out, columns),
+        parts={codes.name: codes, **parts},
+        rows=rows,
+        unit=1,
+        on_output=on_output,
+        on_input=BY_ROW,
+    )

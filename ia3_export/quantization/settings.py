@@ -15,7 +15,8 @@ from ia3_export.ordering import enclosing
 SETTINGS_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quanto_qmap.json")
 #: auto-round's copy of what config.json says: never the only place.
 _COPY = "quantization_config.json"
-#: All that quantizers leave beside the weights, and that is not true of a dense output: settings, logs, recipes.
+#: All that quantizers leave beside the weights, and that is not true of a dense output: settings, logs,
+#: recipes.
 SIDE_FILES = (*SETTINGS_FILES, _COPY, "quant_log.csv", "recipe.yaml")
 #: What stands before an expression: compressed-tensors' mark, GPTQModel's for what is and is not quantized.
 _MARKS = re.compile(r"^(re:|[+-]:)")
@@ -55,8 +56,8 @@ def read_settings(base: Checkpoint) -> dict[str, Any]:
 
 
 def check_expressions(where: str, settings: Mapping[str, Any], modules: Collection[str]) -> None:
-    """Raise `DamagedFile` where an expression in `settings` takes too long with the names of `modules`: here and in the libraries, which
-    take most texts in them for expressions."""
+    """Raise `DamagedFile` where an expression in `settings` takes too long with the names of `modules`: here
+    and in the libraries, which take most texts in them for expressions."""
     names = {outer for module in modules for outer in enclosing(module)}
     bound_expressions(where, {_MARKS.sub("", text) for text in _texts(settings)}, names)
 
@@ -106,7 +107,8 @@ _SKIP_LISTS = {
 }  # fmt: skip
 #: The same lists under names that some files have instead.
 _OTHER_LISTS = ("ignored_layers", "exclude_modules")
-#: Without a list these choose for themselves (the head, in most models): a list replaces that, and has to name all.
+#: Without a list these choose for themselves (the head, in most models): a list replaces that, and has to
+#: name all.
 _CHOOSE = ("bitsandbytes", "fp8", "fbgemm_fp8", "mxfp4", "torchao")
 #: These quantize projections of the layers only, and never a head that is not named.
 ONLY_BLOCKS = ("gptq", "auto-round")
@@ -121,22 +123,27 @@ _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """Which modules of an output are quantized: `leaving` are no longer, `staying` still are, and `dense` are all
-    with a dense weight of two dimensions."""
+    """Which modules of an output are quantized: `leaving` are no longer, `staying` still are, and `dense` are
+    all with a dense weight of two dimensions."""
 
     leaving: Collection[str]
     staying: Collection[str]
     dense: Collection[str]
 
 
-def exclude(settings: Mapping[str, Any], mixture: Mixture) -> dict[str, Any] | str:
-    """`settings` that say which modules of `mixture` are quantized, in the words of every library that reads the format; or
-    why they cannot say it."""
+class CannotExclude(Exception):
+    """Settings cannot say that a module is not quantized. The text is a clause that says why; the planner
+    catches it."""
+
+
+def exclude(settings: Mapping[str, Any], mixture: Mixture) -> dict[str, Any]:
+    """`settings` that say which modules of `mixture` are quantized, in the words of every library that reads
+    the format. Raises `CannotExclude`."""
     method = str(settings.get("quant_method"))
     edited = dict(settings)
     for key in ("dynamic", "extra_config"):
         if not isinstance(settings.get(key) or {}, dict):
-            return f"{key} in the configuration is no table"
+            raise CannotExclude(f"{key} in the configuration is no table")
     if method in ("gptq", "awq"):  # GPTQModel and vLLM; first, since the first rule that matches counts
         rules: dict[str, Any] = {f"-:^{re.escape(module)}$": {} for module in sorted(mixture.leaving)}
         edited["dynamic"] = {**rules, **(settings.get("dynamic") or {})}
@@ -154,18 +161,18 @@ def exclude(settings: Mapping[str, Any], mixture: Mixture) -> dict[str, Any] | s
         if listed is None:
             listed = sorted(mixture.dense) if method in _CHOOSE else []
         if not isinstance(listed, list):
-            return f"{key} in the configuration is no list"
+            raise CannotExclude(f"{key} in the configuration is no list")
         edited[key] = [*listed, *sorted(set(mixture.leaving) - set(map(str, listed)))]
     else:
         own = f"settings of {method}" if settings.get("quant_method") else "its settings"
-        return f"{own} have no list of modules that are not quantized"
+        raise CannotExclude(f"{own} have no list of modules that are not quantized")
     return edited
 
 
-def exclude_beside(base: Checkpoint, method: str, mixture: Mixture) -> dict[str, dict[str, Any]] | str:
-    """The settings that `base` has beside its config.json, by file, edited like those within; or why they cannot be.
+def exclude_beside(base: Checkpoint, method: str, mixture: Mixture) -> dict[str, dict[str, Any]]:
+    """The settings that `base` has beside its config.json, by file, edited like those within.
 
-    GPTQModel reads such a file before config.json.
+    GPTQModel reads such a file before config.json. Raises `CannotExclude`.
     """
     edited: dict[str, dict[str, Any]] = {}
     for name in (*SETTINGS_FILES, _COPY):
@@ -176,8 +183,6 @@ def exclude_beside(base: Checkpoint, method: str, mixture: Mixture) -> dict[str,
         if name == "hf_quant_config.json" and isinstance(whole.get("quantization"), dict):
             own = {"exclude_modules": []} | whole["quantization"]
         found = exclude({"quant_method": method} | own, mixture)
-        if isinstance(found, str):
-            return found
         if "quant_method" not in own:
             del found["quant_method"]
         edited[name] = found if own is whole else whole | {"quantization": found}
@@ -203,8 +208,8 @@ def mixture_warnings(method: str, mixture: Mixture) -> Iterator[str]:
 
 
 def _by_ending(mixture: Mixture) -> list[str]:
-    """The modules that stay quantized by the ends of their names: those behind the number of the layer, and whole names where such an
-    end would be that of a dense one too."""
+    """The modules that stay quantized by the ends of their names: those behind the number of the layer, and
+    whole names where such an end would be that of a dense one too."""
     others = [*mixture.leaving, *mixture.dense]
     ends: dict[str, bool] = {}
     found: dict[str, None] = {}
@@ -235,7 +240,8 @@ def schemes(settings: Mapping[str, Any]) -> Iterator[Scheme]:
 
 
 def scheme_of(settings: Mapping[str, Any], module: str) -> Scheme | None:
-    """The group that `module` belongs to: by its path, else by its class, of which a checkpoint only knows Linear."""
+    """The group that `module` belongs to: by its path, else by its class, of which a checkpoint only knows
+    Linear."""
     found = list(schemes(settings))
     for scheme in found:
         if any(_matches(target, module) for target in scheme.targets):

@@ -80,7 +80,7 @@ def _quantization(plan: Plan) -> str:
     formats = ", ".join(f"{count} {name}" for name, count in plan.base.quantization.formats.items())
     if plan.dequantizes:
         return f"The base's quantized weights ({formats}) were dequantized. "
-    dense = sum(site.outcome == "dense" for site in plan.kept)
+    dense = sum(site.kind == "dense" for site in plan.outcomes)
     return f"The base stays quantized ({formats}), the vectors are in its scales and no code was touched" + (
         f"; {dense} weights that could not take theirs became dense. " if dense else ". "
     )

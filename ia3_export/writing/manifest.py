@@ -73,10 +73,10 @@ def describe_quantization(plan: Plan) -> dict[str, Any]:
         "method": plan.base.quantization.settings.get("quant_method"),
         "how": plan.recipe.quantized,
         "sites": [{
-                "weight": site.weight, "format": site.format, "outcome": site.outcome, "tensors": list(site.tensors),
+                "weight": site.weight, "format": site.format, "outcome": site.kind, "tensors": list(site.tensors),
                 "rounding": site.error, "reason": site.reason, "folds": [describe_fold(fold) for fold in site.folds],
             }
-            for site in plan.kept],
+            for site in plan.outcomes],
         "dropped": sorted(plan.dropped),
     }  # fmt: skip
 

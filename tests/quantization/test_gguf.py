@@ -25,7 +25,7 @@ from ia3_export.errors import IA3ExportError, NotFinite
 from ia3_export.fold import Array
 from ia3_export.quantization.detection import dense_view, find_quantization
 from ia3_export.quantization.gguf import SCALES, find, reload_weights
-from ia3_export.quantization.packed import Foldable, Packed
+from ia3_export.quantization.packed import BlockScales, NoScale, Packed
 from tests.e2e.command import merge, only_complaint, run, run_process
 from tests.support.quantized import (
     FIXTURES,
@@ -193,9 +193,8 @@ def _packed(tensor: StoredTensor, kind: str, head: int = 0) -> Packed:
 
 
 def _folded(packed: Packed, factors: Array) -> StoredTensor:
-    assert isinstance(packed.on_output, Foldable)
-    assert packed.on_output.blocks is not None
-    made = packed.on_output.blocks(factors)
+    assert isinstance(packed.on_output, BlockScales)
+    made = packed.on_output.fold(factors)
     raw = np.frombuffer(read_bytes(made), "u1")
     return StoredTensor("w", "U8", made.shape, Path("none"), 0, raw.size, raw)
 
@@ -223,16 +222,14 @@ def test_the_rounding_of_a_fold_is_measured(case: str, size: float) -> None:
     for seed, packed in enumerate(find_quantization(base).packed.values()):
         rows = packed.shape[0]
         factors = (size * (1 + 0.3 * np.random.default_rng(seed).standard_normal(rows))).astype("<f4")
-        assert isinstance(packed.on_output, Foldable)
-        assert packed.on_output.blocks is not None
-        made = packed.on_output.blocks(factors)
+        assert isinstance(packed.on_output, BlockScales)
+        made = packed.on_output.fold(factors)
         kind = packed.format.removeprefix("GGUF ")
         raw = np.frombuffer(read_bytes(made), "u1")
         stored = StoredTensor("w", "U8", made.shape, Path("none"), 0, raw.size, raw)
         after = _packed(stored, kind, packed.unit if packed.unit > 1 else 0).rows(0, rows)
         wanted = packed.rows(0, rows) * factors[:, None]
         by_row = np.linalg.norm(after - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
-        assert packed.on_output.rounding is not None
         measured = packed.on_output.rounding(factors)
         # rows whose scales lose the same may lose more or less themselves
         assert 0.5 * by_row.max() <= measured <= 1.001 * by_row.max(), packed.name
@@ -265,8 +262,8 @@ def test_scales_that_are_no_float16_numbers_say_so(kind: str) -> None:
     nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
     data = np.zeros(4 * nbytes, "u1")
     packed = _packed(StoredTensor("w", "U8", (4, nbytes), Path("none"), 0, data.size, data), kind)
-    assert isinstance(packed.on_output, str)
-    assert kind in packed.on_output
+    assert isinstance(packed.on_output, NoScale)
+    assert kind in packed.on_output.reason
 
 
 # The command

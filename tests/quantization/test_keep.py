@@ -12,9 +12,13 @@ import numpy as np
 import pytest
 
 from ia3_export import OutputOptions, Recipe, merge
+from ia3_export.adapters.model import Fold
 from ia3_export.checkpoint.folder import read_checkpoint
 from ia3_export.checkpoint.header import read_bytes
 from ia3_export.errors import Refused
+from ia3_export.fold import make_scale
+from ia3_export.planning.keep_quantized import WeightFolds, keep_codes
+from ia3_export.quantization.base import read_base
 from tests.support.quantized import CASES, FIXTURES, dense_model, logits, unmerged_logits, write_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -37,6 +41,7 @@ _NEVER = {
     "gpt2-bnb-nf4": "gelu",
     "gpt2-bnb-int8": "gelu",
 }
+_FOLDS = (Fold("adapter", "model.layers.0.self_attn.o_proj", "out"),)
 #: Largest relative error of the logits, by the dtype of a format's scales.
 _BOUNDS = {
     **dict.fromkeys(("bnb-", "ct-fp8-", "ct-int8", "ct-w4a16-channel", "ct-w8a16"), 1e-6),
@@ -174,3 +179,19 @@ def test_scales_that_would_leave_their_dtype_are_widened_or_refused(
     assert scales == [dtype]
     error = _relative(logits(dense_model(tmp_path / "out")), unmerged_logits(FIXTURES / case, adapter))
     assert error <= 3.3e-4
+
+
+def test_vectors_of_a_weight_are_all_kept_or_none() -> None:
+    base = read_base(FIXTURES / "gptq-4bit-g32")
+    packed = base.quantization.packed["model.layers.0.self_attn.o_proj.weight"]
+    rows, columns = packed.shape
+    out = make_scale(np.full(rows, 2, "<f4"), packed.shape, "out", "linear")
+    into = make_scale(np.full(columns, 2, "<f4"), packed.shape, "in", "linear")
+    kept = keep_codes([WeightFolds(packed, (out,), _FOLDS)], base, or_dense=False)
+    assert [o.kind for o in kept.outcomes] == ["exact"] and kept.changes.keys() == {f"{packed.module}.scales"}
+    kept = keep_codes([WeightFolds(packed, (out, into), _FOLDS)], base, or_dense=False)
+    assert [o.kind for o in kept.outcomes] == ["refused"] and not kept.changes and not kept.warnings
+    assert "heads share keys and values" in kept.outcomes[0].reason
+    kept = keep_codes([WeightFolds(packed, (out, into), _FOLDS)], base, or_dense=True)
+    assert [o.kind for o in kept.outcomes] == ["dense"] and kept.changes.keys() == {packed.name}
+    assert f"{packed.module}.scales" in kept.drops
