@@ -194,4 +194,12 @@ def _no_bias(weight: StoredTensor) -> StoredTensor:
     """transformers' class adds a bias to the logits that the library's head has not: zeros."""
     count = weight.shape[0]
     zeros = np.zeros(count * 4, "u1")
-    return StoredTensor("final_logits_bias", "F32", (1, count), weight.file, 0, zeros.nbytes, zeros)
+    return StoredTensor(
+        name="final_logits_bias",
+        dtype="F32",
+        shape=(1, count),
+        file=weight.file,
+        offset=0,
+        nbytes=zeros.nbytes,
+        data=zeros,
+    )

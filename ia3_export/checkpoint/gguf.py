@@ -309,8 +309,22 @@ def _stored(record: _Record, name: str, path: Path, header: _Header) -> StoredTe
         raise damaged(path, f"tensor {record.name} starts at {record.offset:,}, which is not aligned")
     if dtype is None:
         rows = count_elements(record.shape[:-1])
-        return StoredTensor(name, "U8", (rows, nbytes // rows), path, header.data_at + record.offset, nbytes)
-    return StoredTensor(name, dtype, record.shape, path, header.data_at + record.offset, nbytes)
+        return StoredTensor(
+            name=name,
+            dtype="U8",
+            shape=(rows, nbytes // rows),
+            file=path,
+            offset=header.data_at + record.offset,
+            nbytes=nbytes,
+        )
+    return StoredTensor(
+        name=name,
+        dtype=dtype,
+        shape=record.shape,
+        file=path,
+        offset=header.data_at + record.offset,
+        nbytes=nbytes,
+    )
 
 
 def _check_extents(path: Path, tensors: Sequence[StoredTensor], size: int) -> None:

@@ -37,7 +37,7 @@ class Computed:
     compute_dtype: str
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class StoredTensor:
     """A tensor on disk, never loaded: `nbytes` C-ordered little-endian bytes at `offset` of `file`.
 
@@ -218,7 +218,9 @@ def _entry(path: Path, name: str, value: Any, start: int) -> StoredTensor:
         raise _damaged(
             path, f"tensor {name} is {dtype} {list(shape)} but its offsets span {end - begin:,} bytes"
         )
-    return StoredTensor(name, dtype, shape, path, start + begin, end - begin)
+    return StoredTensor(
+        name=name, dtype=dtype, shape=shape, file=path, offset=start + begin, nbytes=end - begin
+    )
 
 
 def _check_tiling(path: Path, tensors: list[StoredTensor], start: int, size: int) -> None:

@@ -171,7 +171,14 @@ def _address(path: Path, key: str, value: Any) -> StoredTensor | None:
     if start is None or not value.is_contiguous() or value.is_conj() or value.is_neg():
         return None
     offset = start + value.storage_offset() * value.element_size()
-    return StoredTensor(key, dtype, tuple(value.shape), path, offset, tensor_bytes(dtype, value.shape))
+    return StoredTensor(
+        name=key,
+        dtype=dtype,
+        shape=tuple(value.shape),
+        file=path,
+        offset=offset,
+        nbytes=tensor_bytes(dtype, value.shape),
+    )
 
 
 def _in_memory(path: Path, key: str, value: Any) -> StoredTensor:
@@ -179,4 +186,6 @@ def _in_memory(path: Path, key: str, value: Any) -> StoredTensor:
 
     dtype = _dtype_name(path, key, value)
     data = value.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return StoredTensor(key, dtype, tuple(value.shape), path, 0, data.nbytes, data)
+    return StoredTensor(
+        name=key, dtype=dtype, shape=tuple(value.shape), file=path, offset=0, nbytes=data.nbytes, data=data
+    )

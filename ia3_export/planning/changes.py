@@ -163,7 +163,15 @@ def _resized(result: Resolution, base: Checkpoint) -> Iterator[tuple[str, Stored
             common = min(values.size, tensor.size)
             values[:common] = np.frombuffer(read_bytes(tensor), values.dtype)[:common]
             data = values.view("u1")
-            resized = StoredTensor(name, tensor.dtype, shape, tensor.file, 0, data.nbytes, data)
+            resized = StoredTensor(
+                name=name,
+                dtype=tensor.dtype,
+                shape=shape,
+                file=tensor.file,
+                offset=0,
+                nbytes=data.nbytes,
+                data=data,
+            )
             yield name, resized, "resized with the vocabulary"
 
 

@@ -143,7 +143,16 @@ def compute(
 
     nbytes = tensor_bytes(dtype, shape)
     guarded = Computed(computed.unit, read, computed.compute_dtype)
-    return StoredTensor(name, dtype, shape, beside.file, beside.offset, nbytes, None, guarded)
+    return StoredTensor(
+        name=name,
+        dtype=dtype,
+        shape=shape,
+        file=beside.file,
+        offset=beside.offset,
+        nbytes=nbytes,
+        data=None,
+        computed=guarded,
+    )
 
 
 def parts_of(
@@ -175,7 +184,15 @@ def group_columns(
 def given(tensor: StoredTensor, values: Array, dtype: str) -> StoredTensor:
     """`tensor` with other contents: the bytes of `values`, as `dtype`."""
     data = np.frombuffer(np.ascontiguousarray(values).tobytes(), "u1")
-    return StoredTensor(tensor.name, dtype, values.shape, tensor.file, 0, data.nbytes, data)
+    return StoredTensor(
+        name=tensor.name,
+        dtype=dtype,
+        shape=values.shape,
+        file=tensor.file,
+        offset=0,
+        nbytes=data.nbytes,
+        data=data,
+    )
 
 
 def numpy_dtype(dtype: str) -> np.dtype[np.generic]:

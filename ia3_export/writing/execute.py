@@ -87,7 +87,12 @@ def write_outputs(
                     target.truncate(file.size)
             if file.verbatim is not None and not cloned:  # from byte 0 on, so that the copy is aligned
                 header = StoredTensor(
-                    "__header__", "U8", (len(file.prefix),), file.verbatim.path, 0, len(file.prefix)
+                    name="__header__",
+                    dtype="U8",
+                    shape=(len(file.prefix),),
+                    file=file.verbatim.path,
+                    offset=0,
+                    nbytes=len(file.prefix),
                 )
                 sinks.append((header, Sink(i, path, 0, None)))
             for piece in file.pieces:

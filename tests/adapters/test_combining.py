@@ -71,7 +71,15 @@ def site(module: str, vector: Sequence[float], direction: Direction = "out", dty
 
 def stored(name: str, content: Array, dtype: str = "F32") -> StoredTensor:
     data = np.ascontiguousarray(content).view(np.uint8).reshape(-1)
-    return StoredTensor(name, dtype, content.shape, Path("nowhere"), 0, data.nbytes, data)
+    return StoredTensor(
+        name=name,
+        dtype=dtype,
+        shape=content.shape,
+        file=Path("nowhere"),
+        offset=0,
+        nbytes=data.nbytes,
+        data=data,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- arithmetic

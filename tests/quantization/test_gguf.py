@@ -184,7 +184,15 @@ def _blocks(kind: str, rows: int, seed: int) -> StoredTensor:
         scale = rng.uniform(0.001, 0.01, (rows, 512 // block, 1)).astype("<f2")
         raw[:, :, at : at + 2] = scale.view("u1")
     data = raw.reshape(-1)
-    return StoredTensor("w", "U8", (rows, data.size // rows), Path("none"), 0, data.size, data)
+    return StoredTensor(
+        name="w",
+        dtype="U8",
+        shape=(rows, data.size // rows),
+        file=Path("none"),
+        offset=0,
+        nbytes=data.size,
+        data=data,
+    )
 
 
 def _packed(tensor: StoredTensor, kind: str, head: int = 0) -> Packed:
@@ -196,7 +204,9 @@ def _folded(packed: Packed, factors: Array) -> StoredTensor:
     assert isinstance(packed.on_output, BlockScales)
     made = packed.on_output.fold(factors)
     raw = np.frombuffer(read_bytes(made), "u1")
-    return StoredTensor("w", "U8", made.shape, Path("none"), 0, raw.size, raw)
+    return StoredTensor(
+        name="w", dtype="U8", shape=made.shape, file=Path("none"), offset=0, nbytes=raw.size, data=raw
+    )
 
 
 @pytest.mark.parametrize("kind", SCALES)
@@ -226,7 +236,9 @@ def test_the_rounding_of_a_fold_is_measured(case: str, size: float) -> None:
         made = packed.on_output.fold(factors)
         kind = packed.format.removeprefix("GGUF ")
         raw = np.frombuffer(read_bytes(made), "u1")
-        stored = StoredTensor("w", "U8", made.shape, Path("none"), 0, raw.size, raw)
+        stored = StoredTensor(
+            name="w", dtype="U8", shape=made.shape, file=Path("none"), offset=0, nbytes=raw.size, data=raw
+        )
         after = _packed(stored, kind, packed.unit if packed.unit > 1 else 0).rows(0, rows)
         wanted = packed.rows(0, rows) * factors[:, None]
         by_row = np.linalg.norm(after - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
@@ -261,7 +273,12 @@ def test_an_infinite_scale_is_refused_by_name_and_row() -> None:
 def test_scales_that_are_no_float16_numbers_say_so(kind: str) -> None:
     nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
     data = np.zeros(4 * nbytes, "u1")
-    packed = _packed(StoredTensor("w", "U8", (4, nbytes), Path("none"), 0, data.size, data), kind)
+    packed = _packed(
+        StoredTensor(
+            name="w", dtype="U8", shape=(4, nbytes), file=Path("none"), offset=0, nbytes=data.size, data=data
+        ),
+        kind,
+    )
     assert isinstance(packed.on_output, NoScale)
     assert kind in packed.on_output.reason
 
