@@ -5,8 +5,8 @@
     ()
     >>> merge("my-base", ["my-adapter"], "merged")                # doctest: +SKIP
 
-Every command of the ``ia3-export`` command line is a function of the same name. They are resolved on first use, so
-that importing the package costs nothing.
+Every command of the ``ia3-export`` command line is a function of the same name. They are resolved on first
+use, so that importing the package costs nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The public functions refuse what the command line refuses: their annotations are the rules, read once, here."""
+"""The public functions refuse what the command line refuses.
+
+Their annotations are the rules, read once, here.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,21 @@ _LONGEST = 60
 
 
 def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
-    """Raise `UsageError` for an argument that is not of its annotation in `function`: a word that is not offered, a text in the place
-    of a list, a number that is a word. `given` are the values by name: ``locals()`` in the function's first line."""
+    """Raise `UsageError` for an argument that is not of its annotation in `function`.
+
+    That is a word that is not offered, a text in the place of a list, a number that is a word. `given` are
+    the values by name: ``locals()`` in the function's first line.
+    """
     for name, rule in _rules(function).items():
         if name in given:
             _check(f"{function.__name__}({name}={_shown(given[name])})", name, given[name], rule)
 
 
 def real(numbers: Iterable[float]) -> tuple[float, ...]:
-    """`numbers` of any library and in any iterable, as Python's own; infinite where one is larger than those can be. Raises `UsageError`."""
+    """`numbers` of any library and in any iterable, as Python's own.
+
+    Infinite where one is larger than those can be. Raises `UsageError`.
+    """
     return tuple(map(_real, numbers))
 
 
@@ -49,7 +58,8 @@ def _check(where: str, name: str, value: object, rule: Any) -> None:
             raise UsageError(
                 f"{where} is "
                 + ("in no order" if isinstance(value, Set) else "one value, and several are wanted"),
-                hint=f"give a list: {name}=[{', '.join(map(_shown, value)) if isinstance(value, Set) else _shown(value)}]",
+                hint="give a list: "
+                f"{name}=[{', '.join(map(_shown, value)) if isinstance(value, Set) else _shown(value)}]",
             )
         for entry in value if isinstance(value, Sequence) else ():
             _check(f"{where}: {_shown(entry)}", name, entry, get_args(rule)[0])
@@ -85,7 +95,10 @@ def _fits_one(value: object, rule: Any) -> bool:
 
 
 def _is_encodable(text: str) -> bool:
-    """Whether a file can be called so: half a letter of UTF-16 cannot be, bytes of a name that are no UTF-8 (as ``os`` reads them) can."""
+    """Whether a file can be called so.
+
+    Half a letter of UTF-16 cannot be, bytes of a name that are no UTF-8 (as ``os`` reads them) can.
+    """
     try:
         os.fsencode(text)
     except UnicodeEncodeError:

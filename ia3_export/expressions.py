@@ -1,7 +1,8 @@
 """Regular expressions out of other people's files: matched as ``re`` matches, but never for long.
 
-``re`` cannot be interrupted, and the ways in which an expression can explode cannot be told from its text. So all but the
-simplest are matched by a process of their own, many names at once, that ends itself when its time is over.
+``re`` cannot be interrupted, and the ways in which an expression can explode cannot be told from its text. So
+all but the simplest are matched by a process of their own, many names at once, that ends itself when its time
+is over.
 """
 
 from __future__ import annotations
@@ -47,8 +48,10 @@ def check_expression(expression: str) -> None:
 
 
 def bound_expressions(where: str, texts: Iterable[str], names: Iterable[str]) -> None:
-    """Raise `DamagedFile` where one of the `texts`, which a library takes for expressions, is matched with `names` for too long. Those
-    that are none are the library's business."""
+    """Raise `DamagedFile` where matching one of the `texts` with `names` takes too long.
+
+    A library takes them for expressions; those that are none are the library's business.
+    """
     asked: list[tuple[Way, str]] = []
     for text in texts:
         if not _is_simple(text):
@@ -80,7 +83,10 @@ class Matcher:
         return self.found[way, expression, name]
 
     def look_at(self, questions: Iterable[tuple[Way, str]], names: Iterable[str]) -> None:
-        """Match many `names` at once, which costs hardly more than one. Raises `DamagedFile` when that takes too long."""
+        """Match many `names` at once, which costs hardly more than one.
+
+        Raises `DamagedFile` when that takes too long.
+        """
         names = list(names)
         hard = any(len(name) > _LONG for name in names)
         asked = [
@@ -110,8 +116,8 @@ class Matcher:
             self.left = 0.0
             expression = questions[len(done.stdout.splitlines())][1]
             raise DamagedFile(
-                f"{self.where}: the expression {_shown(expression)} is not matched with the names of {len(names):,} modules within "
-                f"{SECONDS:g} seconds",
+                f"{self.where}: the expression {_shown(expression)} is not matched with the names of "
+                f"{len(names):,} modules within {SECONDS:g} seconds",
                 hint="write it without a repeat inside a repeat, such as (a+)+, or as a list of names",
             )
         self.left -= float(last)
@@ -119,8 +125,10 @@ class Matcher:
 
 
 def _is_simple(expression: str) -> bool:
-    """Whether matching a name of usual length takes no time: no group is repeated, and the ways through all single repeats, options and
-    alternatives are few."""
+    """Whether matching a name of usual length takes no time.
+
+    No group is repeated, and the ways through all single repeats, options and alternatives are few.
+    """
     if len(expression) > _LONG or _NOT_SIMPLE.search(expression):
         return False
     ways: int = (1 + expression.count("|")) ** max(expression.count("("), 1)

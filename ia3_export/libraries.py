@@ -1,8 +1,11 @@
-"""What we use of other libraries beyond their documented interface: all of it here, each with what is lost when it is gone.
+"""What we use of other libraries beyond their documented interface.
 
-Everything public is imported where it is used. What is listed in `PRIVATE` may be renamed in any release, so it is looked up by
-name; a test (``tests/test_libraries.py``) looks for every entry, and CI runs it with the newest and the oldest releases that
-``pyproject.toml`` admits. The names of forward arguments that transformers has changed are looked up here as well.
+All of it here, each with what is lost when it is gone.
+
+Everything public is imported where it is used. What is listed in `PRIVATE` may be renamed in any release, so
+it is looked up by name; a test (``tests/test_libraries.py``) looks for every entry, and CI runs it with the
+newest and the oldest releases that ``pyproject.toml`` admits. The names of forward arguments that
+transformers has changed are looked up here as well.
 """
 
 from __future__ import annotations
@@ -16,16 +19,28 @@ from ia3_export.errors import Unsupported
 
 #: ``module:attribute`` → what cannot be done when a release no longer has it.
 PRIVATE: Mapping[str, str] = {
-    "transformers.conversion_mapping:get_model_conversion_mapping": "names that transformers changes while loading",
+    "transformers.conversion_mapping:get_model_conversion_mapping": (
+        "names that transformers changes while loading"
+    ),
     "transformers.core_model_loading:WeightRenaming": "names that transformers changes while loading",
-    "transformers.core_model_loading:WeightConverter": "weights that transformers fuses or splits while loading",
+    "transformers.core_model_loading:WeightConverter": (
+        "weights that transformers fuses or splits while loading"
+    ),
     "transformers.core_model_loading:rename_source_key": "names that transformers changes while loading",
     "transformers.core_model_loading:dot_natural_key": "the order in which transformers fuses weights",
-    "transformers.models.auto.modeling_auto:MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "the class for a task",
-    "transformers.models.auto.modeling_auto:MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": "the class for a task",
-    "transformers.models.auto.modeling_auto:MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES": "the class for a task",
+    "transformers.models.auto.modeling_auto:MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": (
+        "the class for a task"
+    ),
+    "transformers.models.auto.modeling_auto:MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": (
+        "the class for a task"
+    ),
+    "transformers.models.auto.modeling_auto:MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES": (
+        "the class for a task"
+    ),
     "transformers.models.auto.modeling_auto:MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "the class for a task",
-    "transformers.models.auto.modeling_auto:MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES": "the class for a task",
+    "transformers.models.auto.modeling_auto:MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES": (
+        "the class for a task"
+    ),
     "transformers.models.auto.modeling_auto:MODEL_MAPPING_NAMES": "the class for a task",
     "transformers:PreTrainedModel.get_expanded_tied_weights_keys": "tied weights",
     "transformers:PreTrainedModel._keys_to_ignore_on_load_missing": "what a checkpoint must hold",
@@ -59,9 +74,10 @@ def private(name: str) -> Any:
 
 
 def cache_argument(model: Any) -> str | None:
-    """The argument by which the forward of `model` takes the keys and values of past tokens, None where it takes none.
+    """The argument of the forward of `model` for keys and values of past tokens, None where it has none.
 
-    transformers gives the states of Mamba and its like the same name, so a model without attention heads has none.
+    transformers gives the states of Mamba and its like the same name, so a model without
+    attention heads has none.
     """
     if not hasattr(model.config.get_text_config(), "num_attention_heads"):
         return None

@@ -1,11 +1,15 @@
-"""The words of options, and the names of floating dtypes in safetensors files and in torch. Imports nothing heavy."""
+"""The words of options, and the names of floating dtypes in safetensors files and in torch.
+
+Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Literal
 
-#: Several adapters: one after the other, ``sum w l`` (PEFT's ``add_weighted_adapter``), or ``1 + sum w (l - 1)``.
+#: Several adapters: one after the other, ``sum w l`` (PEFT's ``add_weighted_adapter``), or ``1 +
+#: sum w (l - 1)``.
 Combine = Literal["product", "linear", "delta"]
 #: Vectors as saved, or rounded to the base's dtype first, as PEFT's low-memory loading does.
 Cast = Literal["peft", "peft-low-mem"]
@@ -15,7 +19,8 @@ Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 RunDtype = Literal["auto", "float64", "float32", "float16", "bfloat16"]
 #: Who applied the vectors of a live model.
 AppliedBy = Literal["peft", "hooks", "none"]
-#: What becomes of a quantized base: dense; its scales folded, or refused; its scales folded, dense where that fails.
+#: What becomes of a quantized base: dense; its scales folded, or refused; its scales folded,
+#: dense where that fails.
 Quantized = Literal["dequantize", "keep", "keep-or-dense"]
 #: Whose tokenizer, generation and processor settings an output gets.
 TokenizerChoice = Literal["auto", "base", "adapter"]

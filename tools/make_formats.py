@@ -1,9 +1,11 @@
-"""Writes docs/formats.md: what every quantized format can do here, measured on the fixtures of its own writer.
+"""Writes docs/formats.md.
+
+What every quantized format can do here, measured on the fixtures of its own writer.
 
     python tools/make_formats.py
 
-Needs the development dependencies (PEFT, bitsandbytes, compressed-tensors, gguf). tests/quantization/test_formats_page.py
-compares the page with the fixtures.
+Needs the development dependencies (PEFT, bitsandbytes, compressed-tensors, gguf).
+tests/quantization/test_formats_page.py compares the page with the fixtures.
 """
 
 from __future__ import annotations
@@ -69,9 +71,15 @@ def row(case: str) -> tuple[str, ...]:
         before = sum(shard.path.stat().st_size for shard in base.shards)
     formats = " + ".join(sorted(name.split(", version")[0] for name in quantization.formats))
     return (
-        f"`{case}`", formats, _exactness(case, quantization), _cell(sites, "(output)"), _cell(sites, "(input)"),
-        f"{error:.1e}", f"{size / before:.3f}", _reload(manifest.get("reload") or {}),
-    )  # fmt: skip
+        f"`{case}`",
+        formats,
+        _exactness(case, quantization),
+        _cell(sites, "(output)"),
+        _cell(sites, "(input)"),
+        f"{error:.1e}",
+        f"{size / before:.3f}",
+        _reload(manifest.get("reload") or {}),
+    )
 
 
 def _exactness(case: str, quantization: Any) -> str:
@@ -90,7 +98,8 @@ def _cell(sites: list[dict[str, Any]], direction: str) -> str:
         return "not quantized here"
     worst = max(found, key=lambda site: ("exact", "rounded", "moved", "dense").index(site["outcome"]))
     if worst["outcome"] == "dense":
-        return f"dense: {worst['reason'].split(', and the vector cannot move: ')[-1].split(', cannot take the vector: ')[-1]}"
+        why = worst["reason"].split(", and the vector cannot move: ")[-1]
+        return f"dense: {why.split(', cannot take the vector: ')[-1]}"
     rounding = max(site["rounding"] for site in found)
     kind = "exact" if rounding < 2e-7 else f"scales rounded, {rounding:.0e}"
     return f"moved to the rows that feed it, {kind}" if worst["outcome"] == "moved" else kind

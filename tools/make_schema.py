@@ -1,4 +1,6 @@
-"""Writes docs/report.schema.json from the dataclasses of the report. A test fails when the file is out of date.
+"""Writes docs/report.schema.json from the dataclasses of the report.
+
+A test fails when the file is out of date.
 
 python tools/make_schema.py          writes it
 python tools/make_schema.py --check  exits 1 when it would change
@@ -46,7 +48,10 @@ def _closed(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(schema: Any) -> Any:
-    """Without titles and defaults; numbers may be null, because those that are not finite are written as null."""
+    """Without titles and defaults.
+
+    Numbers may be null, because those that are not finite are written as null.
+    """
     if isinstance(schema, list):
         return [_plain(entry) for entry in schema]
     if not isinstance(schema, dict):

@@ -1,13 +1,16 @@
-"""Writes ia3_export/quantization/feed_forward_table.json: where the input vector of a projection can be moved.
+"""Writes ia3_export/quantization/feed_forward_table.json.
 
-Every model type of the installed transformers is built with tiny sizes and random weights, saved, and its stored tensors are
-edited twice: once with a random vector on the columns of a projection, once with the same vector on the rows (and bias) of a
-projection before it. Where the model loaded from both gives the same outputs (float64), the second stands in for the first. So
-it is the whole model that is tried, its loading from a file included, and not what its source code looks like. A second run with
-feeding rows 300 times as large shows clamps.
+Where the input vector of a projection can be moved.
 
-python tools/mlp_kinds.py                    tries all model types (12 minutes on two processes), writes the table
-python tools/mlp_kinds.py llama opt          tries these and prints what it finds
+Every model type of the installed transformers is built with tiny sizes and random weights, saved, and its
+stored tensors are edited twice: once with a random vector on the columns of a projection, once with the same
+vector on the rows (and bias) of a projection before it. Where the model loaded from both gives the same
+outputs (float64), the second stands in for the first. So it is the whole model that is tried, its loading
+from a file included, and not what its source code looks like. A second run with feeding rows 300 times as
+large shows clamps.
+
+python tools/mlp_kinds.py             tries all model types (12 minutes on two processes), writes the table
+python tools/mlp_kinds.py llama opt   tries these and prints what it finds
 """
 
 from __future__ import annotations
@@ -48,13 +51,17 @@ PROCESSES = 2
 SECONDS = 90  # for one model type
 LARGEST = 8_000_000  # parameters: a model that stays larger has sizes by other names
 
-#: Model types in whose attention the value's rows may take the vector: the common ones, whose sources (searched for
-#: norms, clamps and sharing of the values) have nothing more than the clip_qkv that the module looks for.
-_VALUES = """albert bart bert bert-generation big_bird biogpt blenderbot blenderbot-small camembert clip_text_model clip_vision_model
-    cohere cohere2 data2vec-text deberta-v2 distilbert electra ernie esm eurobert gemma gemma2 gemma3_text glm glm4 gpt2 gpt_neo
-    gptj granite helium layoutlm llama longformer m2m_100 marian mbart mistral ministral mixtral mpnet mt5 olmo olmo2 opt pegasus
-    phi phi3 plbart qwen2 qwen2_moe qwen3 qwen3_moe roberta roberta-prelayernorm siglip_vision_model siglip_text_model smollm3
-    stablelm starcoder2 switch_transformers t5 umt5 vit whisper xglm xlm-roberta xlm-roberta-xl xmod"""
+#: Model types in whose attention the value's rows may take the vector: the common ones, whose sources
+#: (searched for norms, clamps and sharing of the values) have nothing more than the clip_qkv that the module
+#: looks for.
+_VALUES = """
+    albert bart bert bert-generation big_bird biogpt blenderbot blenderbot-small camembert clip_text_model
+    clip_vision_model cohere cohere2 data2vec-text deberta-v2 distilbert electra ernie esm eurobert gemma
+    gemma2 gemma3_text glm glm4 gpt2 gpt_neo gptj granite helium layoutlm llama longformer m2m_100 marian
+    mbart mistral ministral mixtral mpnet mt5 olmo olmo2 opt pegasus phi phi3 plbart qwen2 qwen2_moe qwen3
+    qwen3_moe roberta roberta-prelayernorm siglip_vision_model siglip_text_model smollm3 stablelm starcoder2
+    switch_transformers t5 umt5 vit whisper xglm xlm-roberta xlm-roberta-xl xmod
+"""
 VALUES = frozenset(_VALUES.split())
 
 #: Model types in which a norm stands right before the projection and takes the vector into its weight.
@@ -89,8 +96,8 @@ REASONS = {
 
 #: Projections that read the hidden state: an input vector there would move into a norm that others read too.
 _FIRST = (
-    "q_proj k_proj v_proj query key value q k v qkv qkv_proj query_key_value c_attn in_proj gate_proj up_proj gate_up_proj w1 w3 wi "
-    "wi_0 wi_1 fc1 c_fc dense_h_to_4h gate router q_lin k_lin v_lin lin1"
+    "q_proj k_proj v_proj query key value q k v qkv qkv_proj query_key_value c_attn in_proj gate_proj "
+    "up_proj gate_up_proj w1 w3 wi wi_0 wi_1 fc1 c_fc dense_h_to_4h gate router q_lin k_lin v_lin lin1"
 )
 FIRST = frozenset(_FIRST.split())
 
@@ -100,25 +107,38 @@ Edit = Callable[[State], None]
 #: Sizes by the names that configs give them. All widths differ, so that shapes tell projections apart.
 SIZES: dict[str, Any] = {
     32: "hidden_size d_model n_embd dim emb_dim embed_dim embedding_size word_embed_proj_dim",
-    48: "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff n_inner ffn_hidden_size hidden_dim dim_feedforward "
-    "d_inner inner_dim intermediate_size_mlp ffn_hidden_dim mlp_hidden_size",
+    48: (
+        "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff n_inner ffn_hidden_size hidden_dim "
+        "dim_feedforward d_inner inner_dim intermediate_size_mlp ffn_hidden_dim mlp_hidden_size"
+    ),
     40: "moe_intermediate_size expert_ffn_hidden_size",
     56: "shared_expert_intermediate_size moe_shared_expert_intermediate_size shared_intermediate_size",
-    2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers num_encoder_layers "
-    "num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts",
-    4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads num_key_value_heads "
-    "num_kv_heads num_experts num_local_experts n_routed_experts moe_num_experts",
-    8: "head_dim d_kv attention_head_size qk_nope_head_dim qk_rope_head_dim v_head_dim linear_key_head_dim linear_value_head_dim "
-    "global_head_dim mamba_d_head mamba_head_dim image_size_ relative_attention_num_buckets num_mel_bins_ mamba_d_state ssm_state_size",
+    2: (
+        "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers "
+        "num_encoder_layers num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts"
+    ),
+    4: (
+        "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "
+        "num_key_value_heads num_kv_heads num_experts num_local_experts n_routed_experts moe_num_experts"
+    ),
+    8: (
+        "head_dim d_kv attention_head_size qk_nope_head_dim qk_rope_head_dim v_head_dim linear_key_head_dim "
+        "linear_value_head_dim global_head_dim mamba_d_head mamba_head_dim image_size_ "
+        "relative_attention_num_buckets num_mel_bins_ mamba_d_state ssm_state_size"
+    ),
     16: "q_lora_rank kv_lora_rank rank",
     128: "vocab_size max_position_embeddings_ vocab_size_per_layer_input",
     64: "max_position_embeddings n_positions n_ctx max_source_positions max_target_positions",
-    1: "n_group topk_group n_shared_experts first_k_dense_replace num_shared_experts expert_interval moe_layer_start_index",
-}  # fmt: skip
+    1: (
+        "n_group topk_group n_shared_experts first_k_dense_replace num_shared_experts expert_interval "
+        "moe_layer_start_index"
+    ),
+}
 FIXED: dict[str, Any] = {
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": 2,
-    "layer_types": None, "rope_scaling": None, "n_mels": 8, "hidden_size_per_layer_input": 8, "type_vocab_size": 2,
-    "original_max_position_embeddings": 64, "image_size": 32, "out_hidden_size": 32, "patch_size": 8,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
+    "forced_eos_token_id": 2, "layer_types": None, "rope_scaling": None, "n_mels": 8,
+    "hidden_size_per_layer_input": 8, "type_vocab_size": 2, "original_max_position_embeddings": 64,
+    "image_size": 32, "out_hidden_size": 32, "patch_size": 8,
 }  # fmt: skip
 for _size, _names in list(SIZES.items()):
     FIXED |= dict.fromkeys(_names.split(), _size)
@@ -146,7 +166,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(model_type: str) -> Any:
-    """The config of a model type with small sizes: that of the zoo, else the defaults with known names made small."""
+    """The config of a model type with small sizes.
+
+    That of the zoo, else the defaults with known names made small.
+    """
     special = SPECIAL.get(model_type, {})
     return _shrink(CONFIG_MAPPING[model_type], special)
 
@@ -330,7 +353,10 @@ def vector_of(module: str, length: int, *, signed: bool) -> torch.Tensor:
 
 
 def pattern_of(path: str) -> str | None:
-    """What follows the first number of a path, with further numbers as ``*``; None where there is no number."""
+    """What follows the first number of a path, with further numbers as ``*``.
+
+    None where there is no number.
+    """
     found = re.search(r"\.\d+\.(.+)", path)
     return re.sub(r"(?<![^.])\d+(?=\.)", "*", found[1]) if found else None
 
@@ -357,7 +383,7 @@ class Trial:
         return edit
 
     def rows(self, feeders: list[str], start: int, factor: Callable[[str, int], Any]) -> Edit:
-        """`factor` of (down, length) on the rows from ``start * length`` of the feeders, and on their biases."""
+        """`factor` of (down, length) on the feeders' rows from ``start * length``, and on their biases."""
 
         def edit(state: State) -> None:
             for down, feeder in zip(self.downs, feeders, strict=True):
@@ -396,7 +422,10 @@ class Trial:
         return True
 
     def candidates(self) -> Iterator[tuple[list[str], int, int]]:
-        """(a feeder per projection, slice, slices): those of the same parent first, then those one level up."""
+        """(a feeder per projection, slice, slices).
+
+        Those of the same parent first, then those one level up.
+        """
         first = self.downs[0]
         seen = set()
         for level in (1, 2):
@@ -434,7 +463,10 @@ class Trial:
 
 
 def review(model_type: str) -> dict[str, Any]:
-    """What is found for a model type: ``{owner: {pattern: [kind, feeder, activation key, default]}}``, parts and misses."""
+    """What is found for a model type.
+
+    ``{owner: {pattern: [kind, feeder, activation key, default]}}``, parts and misses.
+    """
     signal.signal(signal.SIGALRM, _too_long)
     signal.alarm(SECONDS)
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
@@ -685,7 +717,10 @@ def _add(entry: dict[str, Any], owner: str, patterns: Mapping[str, Any]) -> None
 def render(table: Mapping[str, Any]) -> str:
     """The table as JSON, one model type a line."""
     lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in table.items())
-    return f'{{\n  "transformers": {json.dumps(transformers.__version__)},\n  "model_types": {{\n{lines}\n  }}\n}}\n'
+    return (
+        f'{{\n  "transformers": {json.dumps(transformers.__version__)},\n  "model_types": {{\n'
+        f"{lines}\n  }}\n}}\n"
+    )
 
 
 def main(chosen: list[str]) -> None:

@@ -36,7 +36,10 @@ READERS: Mapping[str, Format] = {
 
 
 def read_adapters(sources: Sequence[str | Path | Adapter], rules: Sequence[str] = ()) -> list[Adapter]:
-    """`read_adapter` of each. Raises `UsageError` when `rules` are given and every adapter is in a known format."""
+    """`read_adapter` of each.
+
+    Raises `UsageError` when `rules` are given and every adapter is in a known format.
+    """
     read = [read_adapter(source, rules=rules) for source in sources]
     if rules and all(adapter.format != "mapped" for adapter in read):
         kinds = ", ".join(dict.fromkeys(adapter.format for adapter in read))
@@ -50,8 +53,9 @@ def read_adapters(sources: Sequence[str | Path | Adapter], rules: Sequence[str] 
 def read_adapter(source: str | Path | Adapter, *, rules: Sequence[str] = ()) -> Adapter:
     """Read an adapter: a folder, a file or a hub id, in whatever format of `READERS` it is.
 
-    `rules` (``REGEX=output`` or ``REGEX=input``, see `read_mapped`) say what the vectors are in a file without a configuration
-    that names its format. An `Adapter` that was read before is returned as it is. Raises `IA3ExportError`.
+    `rules` (``REGEX=output`` or ``REGEX=input``, see `read_mapped`) say what the vectors are in a file
+    without a configuration that names its format. An `Adapter` that was read before is returned as it is.
+    Raises `IA3ExportError`.
     """
     check_arguments(read_adapter, locals())
     if isinstance(source, Adapter):

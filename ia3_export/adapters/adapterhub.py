@@ -1,9 +1,10 @@
 """Reader of AdapterHub's (IA)³ adapters (library ``adapters``, 1.x and its forerunner).
 
-``adapter_config.json`` has no ``peft_type`` but a ``config`` of ``architecture: lora`` and ``composition_mode: scale``. Keys are
-``<module path>.loras.<name>.lora_B``, (out, 1); every vector scales an output, times ``alpha``: ``(W x + b) * (l * alpha)``
-(``adapters/methods/lora.py``, class ``IA3``). Vectors therefore lie before the non-linearity, where PEFT's lie behind it. The
-library's own merge forgets the bias; the fold here equals its unmerged forward.
+``adapter_config.json`` has no ``peft_type`` but a ``config`` of ``architecture: lora`` and
+``composition_mode: scale``. Keys are ``<module path>.loras.<name>.lora_B``, (out, 1); every vector scales an
+output, times ``alpha``: ``(W x + b) * (l * alpha)`` (``adapters/methods/lora.py``, class ``IA3``). Vectors
+therefore lie before the non-linearity, where PEFT's lie behind it. The library's own merge forgets the bias;
+the fold here equals its unmerged forward.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def is_adapterhub(source: Source) -> bool:
 def read_adapterhub(source: Source) -> Adapter:
     """The adapter in files that ``save_adapter`` wrote, with its head where there is one.
 
-    Raises `Unsupported` for every method but (IA)³, for gating and for models whose forward the library changes, `Refused`,
-    `DamagedFile`, `ShapeMismatch`.
+    Raises `Unsupported` for every method but (IA)³, for gating and for models whose forward the library
+    changes, `Refused`, `DamagedFile`, `ShapeMismatch`.
     """
     settings: Mapping[str, Any] = source.config["config"]
     _check_method(source, settings)
@@ -49,7 +50,8 @@ def read_adapterhub(source: Source) -> Adapter:
         match = _VECTOR.fullmatch(tensor.name)
         if match is None or match["name"] != (source.config.get("name") or match["name"]):
             raise Unsupported(
-                f"{source.weights.path} holds {tensor.name}, which is no (IA)³ vector of {source.config.get('name')}",
+                f"{source.weights.path} holds {tensor.name}, which is no (IA)³ vector of "
+                f"{source.config.get('name')}",
                 hint="save the adapter alone, with save_adapter()",
             )
         module = match["module"] if head.keeps_wrapper else unwrapped(match["module"])
@@ -62,9 +64,18 @@ def read_adapterhub(source: Source) -> Adapter:
     # layers that were left out are missing on purpose, and the decoder's are counted on from the encoder's
     target = tuple(sorted(sites)) if settings.get("leave_out") else same_in_every_layer(sites)
     return Adapter(
-        name=source.name, format="adapterhub", location=source.location, files=(*source.files, *head.files), sites=sites, extras=head.tensors, rules=TargetRules(target=target, feedforward=()),
-        config=_as_config(source, head), labels=head.labels, unplaced=head.unplaced, warnings=head.warnings,
-    )  # fmt: skip
+        name=source.name,
+        format="adapterhub",
+        location=source.location,
+        files=(*source.files, *head.files),
+        sites=sites,
+        extras=head.tensors,
+        rules=TargetRules(target=target, feedforward=()),
+        config=_as_config(source, head),
+        labels=head.labels,
+        unplaced=head.unplaced,
+        warnings=head.warnings,
+    )
 
 
 def _check_method(source: Source, settings: Mapping[str, Any]) -> None:
@@ -74,8 +85,8 @@ def _check_method(source: Source, settings: Mapping[str, Any]) -> None:
             f", composition_mode {settings['composition_mode']!r}" if "composition_mode" in settings else ""
         )
         raise Unsupported(
-            f"{file} is an AdapterHub adapter of architecture {architecture!r}{mode}; ia3-export folds (IA)³ only "
-            "(architecture 'lora', composition_mode 'scale')",
+            f"{file} is an AdapterHub adapter of architecture {architecture!r}{mode}; ia3-export folds "
+            "(IA)³ only (architecture 'lora', composition_mode 'scale')",
             hint="the library's own merge_adapter() merges LoRA",
         )
     if settings.get("use_gating") or any(".gate." in tensor.name for tensor in source.weights.tensors):
@@ -86,13 +97,17 @@ def _check_method(source: Source, settings: Mapping[str, Any]) -> None:
     model_type = str(source.config.get("model_type"))
     if model_type in _OTHERS:
         raise Unsupported(
-            f"{file} was trained on {model_type}: {_OTHERS[model_type]}, so no merge equals the trained forward",
+            f"{file} was trained on {model_type}: {_OTHERS[model_type]}, so no merge equals "
+            "the trained forward",
             hint="train the adapter with PEFT",
         )
 
 
 def _factor(source: Source, settings: Mapping[str, Any]) -> float:
-    """What multiplies every vector. Versions 1.0.x divided ``alpha`` by ``r`` here (1.1 reads their files as alpha = r)."""
+    """What multiplies every vector.
+
+    Versions 1.0.x divided ``alpha`` by ``r`` here (1.1 reads their files as alpha = r).
+    """
     alpha, rank = settings.get("alpha", 1), settings.get("r", 1)
     version = str(source.config.get("version") or "")
     if (

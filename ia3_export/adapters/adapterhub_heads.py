@@ -1,9 +1,9 @@
 """Heads of AdapterHub's library, under the names that transformers' classes have for the same layers.
 
-A static model (``adapters.init`` of a transformers class) saves its head under transformers' names. A flexible one
-(``BertAdapterModel`` and the like) saves ``heads.<name>.<i>.weight`` of a sequence of layers; some of these sequences are what a
-transformers class computes (the library's own table is ``STATIC_TO_FLEX_HEAD_MAP`` of ``adapters/head_utils.py``), the others
-have no class to be saved for.
+A static model (``adapters.init`` of a transformers class) saves its head under transformers' names. A
+flexible one (``BertAdapterModel`` and the like) saves ``heads.<name>.<i>.weight`` of a sequence of layers;
+some of these sequences are what a transformers class computes (the library's own table is
+``STATIC_TO_FLEX_HEAD_MAP`` of ``adapters/head_utils.py``), the others have no class to be saved for.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LABELLED = ("classification", "multilabel_classification", "tagging")
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Head:
-    """A head's `tensors` by the names of the transformers class `class_name` (None: of no class), and what it is for."""
+    """A head's `tensors` by the names of class `class_name` (None: of no class), and what it is for."""
 
     files: tuple[str, ...] = ()
     tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
@@ -51,7 +51,10 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """A flexible head that a transformers class has: its kind and hidden activation, and the class's name of each layer."""
+    """A flexible head that a transformers class has.
+
+    Its kind and hidden activation, and the class's name of each layer.
+    """
 
     model_types: tuple[str, ...]
     head_types: tuple[str, ...]
@@ -64,26 +67,33 @@ class _Form:
 
 _ROBERTA, _BART = ("roberta", "xlm-roberta"), ("bart", "mbart", "plbart", "t5", "mt5")
 _CLASSES = {
-    "bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "distilbert": "DistilBert", "bart": "Bart",
-    "mbart": "MBart", "plbart": "PLBart", "t5": "T5", "mt5": "MT5",
+    "bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "distilbert": "DistilBert",
+    "bart": "Bart", "mbart": "MBart", "plbart": "PLBart", "t5": "T5", "mt5": "MT5",
 }  # fmt: skip
 _POOLED = {1: "bert.pooler.dense", 4: "classifier"}
 _FORMS = (
-    _Form(("bert",), ("classification", "multilabel_classification"), _POOLED, "ForSequenceClassification", activation="tanh"),
-    _Form(("bert",), ("classification", "multilabel_classification"), {1: "classifier"}, "ForSequenceClassification", pooler=True),
+    _Form(("bert",), ("classification", "multilabel_classification"), _POOLED, "ForSequenceClassification",
+          activation="tanh"),
+    _Form(("bert",), ("classification", "multilabel_classification"), {1: "classifier"},
+          "ForSequenceClassification", pooler=True),
     _Form(("bert",), ("multiple_choice",), _POOLED, "ForMultipleChoice", activation="tanh"),
     _Form(
         ("bert",), ("masked_lm",),
-        {0: "cls.predictions.transform.dense", 2: "cls.predictions.transform.LayerNorm", 3: "cls.predictions.decoder"},
+        {0: "cls.predictions.transform.dense", 2: "cls.predictions.transform.LayerNorm",
+         3: "cls.predictions.decoder"},
         "ForMaskedLM", activation="gelu",
     ),
-    _Form(_ROBERTA, ("classification", "multilabel_classification"), {1: "classifier.dense", 4: "classifier.out_proj"}, "ForSequenceClassification", activation="tanh"),
-    _Form(("distilbert",), ("classification", "multilabel_classification"), {1: "pre_classifier", 4: "classifier"}, "ForSequenceClassification", activation="relu"),
+    _Form(_ROBERTA, ("classification", "multilabel_classification"),
+          {1: "classifier.dense", 4: "classifier.out_proj"}, "ForSequenceClassification", activation="tanh"),
+    _Form(("distilbert",), ("classification", "multilabel_classification"),
+          {1: "pre_classifier", 4: "classifier"}, "ForSequenceClassification", activation="relu"),
     _Form(("bert", *_ROBERTA, "distilbert"), ("tagging",), {1: "classifier"}, "ForTokenClassification"),
-    _Form(("bert", *_ROBERTA, "distilbert"), ("question_answering",), {1: "qa_outputs"}, "ForQuestionAnswering"),
+    _Form(("bert", *_ROBERTA, "distilbert"), ("question_answering",), {1: "qa_outputs"},
+          "ForQuestionAnswering"),
     _Form(
         _BART, ("classification", "multilabel_classification"),
-        {1: "classification_head.dense", 4: "classification_head.out_proj"}, "ForSequenceClassification", activation="tanh",
+        {1: "classification_head.dense", 4: "classification_head.out_proj"}, "ForSequenceClassification",
+        activation="tanh",
     ),
     _Form(_BART, ("seq2seq_lm",), {0: "lm_head"}, "ForConditionalGeneration"),
 )  # fmt: skip
@@ -92,8 +102,8 @@ _FORMS = (
 def read_head(source: Source) -> Head:
     """The head beside an adapter; an empty one where there is none.
 
-    One that no transformers class has keeps its own names, which have no place in a model, and a warning says so. Raises
-    `NotFound` and `DamagedFile`.
+    One that no transformers class has keeps its own names, which have no place in a model, and a warning says
+    so. Raises `NotFound` and `DamagedFile`.
     """
     folder = source.folder
     if not (folder / _CONFIG).is_file():
@@ -120,9 +130,11 @@ def read_head(source: Source) -> Head:
             found, warnings=(f"the head beside the adapter is called {', '.join(sorted(owners))}",)
         )
     found = replace(
-        found, task_type=_TASKS.get(kind), labels=_labels(settings) if kind in _LABELLED else (),
+        found,
+        task_type=_TASKS.get(kind),
+        labels=_labels(settings) if kind in _LABELLED else (),
         problem_type="multi_label_classification" if kind.startswith("multilabel") else None,
-    )  # fmt: skip
+    )
     return _flexible(found, kind, settings, str(config.get("model_type")))
 
 
@@ -132,9 +144,11 @@ def _static(found: Head, config: Mapping[str, Any]) -> Head:
         ("ForSequenceClassification", "ForTokenClassification")
     )
     return replace(
-        found, tensors={unwrapped(key): tensor for key, tensor in found.tensors.items()},
-        class_name=name if isinstance(name, str) else None, labels=_labels(config) if labelled else (),
-    )  # fmt: skip
+        found,
+        tensors={unwrapped(key): tensor for key, tensor in found.tensors.items()},
+        class_name=name if isinstance(name, str) else None,
+        labels=_labels(config) if labelled else (),
+    )
 
 
 def _flexible(found: Head, kind: str, settings: Mapping[str, Any], model_type: str) -> Head:
@@ -151,8 +165,8 @@ def _flexible(found: Head, kind: str, settings: Mapping[str, Any], model_type: s
         or {i for i, _ in layers} != set(places)
     ):
         warning = (
-            f"its head ({kind}, {settings.get('layers')} layers, {settings.get('activation_function')}) is one that no class of "
-            "transformers computes"
+            f"its head ({kind}, {settings.get('layers')} layers, {settings.get('activation_function')}) is "
+            "one that no class of transformers computes"
         )
         return replace(
             found, unplaced=frozenset(found.tensors), labels=(), warnings=(*found.warnings, warning)

@@ -1,8 +1,8 @@
 """Several adapters as one vector a module.
 
-``product`` multiplies them, which a merge does one after the other. ``linear`` is PEFT's ``IA3Model.add_weighted_adapter``:
-the plain sum of weight times vector, in which a missing vector counts as zero. ``delta`` adds the changes instead,
-``1 + sum w (l - 1)``, in which a missing vector counts as ones.
+``product`` multiplies them, which a merge does one after the other. ``linear`` is PEFT's
+``IA3Model.add_weighted_adapter``: the plain sum of weight times vector, in which a missing vector counts as
+zero. ``delta`` adds the changes instead, ``1 + sum w (l - 1)``, in which a missing vector counts as ones.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ def combine_vectors(
 ) -> Array:
     """One vector from those of several adapters for one module (None where an adapter has none).
 
-    `stored` is the dtype of the module's weight in the base, or without a base that of the vectors. ``linear`` has PEFT's
-    bits: its new vector lives in that dtype, and is rounded after every addition. ``delta`` and ``product`` are computed in float64 and rounded once, to float32
+    `stored` is the dtype of the module's weight in the base, or without a base that of the
+    vectors. ``linear`` has PEFT's bits: its new vector lives in that dtype, and is rounded after
+    every addition. ``delta`` and ``product`` are computed in float64 and rounded once, to float32
     (float64 for float64 bases).
     """
     length = next(len(vector) for vector in vectors if vector is not None)
@@ -49,21 +50,25 @@ def combine_vectors(
 
 
 def linear_warnings(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[str]:
-    """What PEFT's sum does without a word: it scales everything where the weights do not sum to one, and a vector that an
-    adapter has not got counts as zeros, not as ones."""
+    """What PEFT's sum does without a word.
+
+    It scales everything where the weights do not sum to one, and a vector that an adapter has not got counts
+    as zeros, not as ones.
+    """
     found = []
     if abs(sum(weights) - 1.0) > 1e-6:
         found.append(
-            f"--combine linear: the weights sum to {sum(weights):g}, so every combined vector is scaled by that, also where "
-            "the adapters change nothing; delta does not"
+            f"--combine linear: the weights sum to {sum(weights):g}, so every combined vector is scaled by "
+            "that, also where the adapters change nothing; delta does not"
         )
     everywhere = {key for adapter in adapters for key in adapter.sites}
     for adapter in adapters:
         missing = sorted(everywhere - adapter.sites.keys())
         if missing:
             found.append(
-                f"--combine linear: {adapter.name} has no vector for {len(missing)} modules of the others, first "
-                f"{missing[0]}; as in PEFT it counts as zeros there, which takes its weight from the sum; delta counts ones"
+                f"--combine linear: {adapter.name} has no vector for {len(missing)} modules of the others, "
+                f"first {missing[0]}; as in PEFT it counts as zeros there, which takes its weight from the "
+                "sum; delta counts ones"
             )
     return found
 
@@ -85,7 +90,8 @@ def combine_sites(adapters: Sequence[Adapter], weights: Sequence[float], how: Co
                 )
             if len(other.vector) != len(first.vector):
                 raise ShapeMismatch(
-                    f"the vectors of {first.module} have {len(first.vector):,} and {len(other.vector):,} elements",
+                    f"the vectors of {first.module} have {len(first.vector):,} and "
+                    f"{len(other.vector):,} elements",
                     hint="the adapters were trained on different base models",
                 )
         dtype = "F64" if any(site.dtype == "F64" for site in present) else "F32"
@@ -95,8 +101,10 @@ def combine_sites(adapters: Sequence[Adapter], weights: Sequence[float], how: Co
             vector = combine_vectors(vectors, weights, how, dtype)
         if not np.isfinite(vector).all():
             raise NotFinite(
-                f"the combined vector of {first.module} does not fit {dtype} at element {int(np.argmin(np.isfinite(vector)))}",
-                hint="the adapters' vectors are too large for each other; look at them with ia3-export inspect",
+                f"the combined vector of {first.module} does not fit {dtype} at element "
+                f"{int(np.argmin(np.isfinite(vector)))}",
+                hint="the adapters' vectors are too large for each other; look at them with "
+                "ia3-export inspect",
             )
         combined[key] = Site(first.module, first.direction, vector, shape, dtype)
     return combined

@@ -19,16 +19,22 @@ _CLASSIFIERS = ("classifier", "score")
 
 
 def may_be_damaged(adapter: Adapter) -> bool:
-    """Whether PEFT below 0.18 can have written the names: later versions record themselves, and we what was checked."""
+    """Whether PEFT below 0.18 can have written the names.
+
+    Later versions record themselves, and we what was checked.
+    """
     return adapter.format == "peft" and not {"peft_version", "names_checked"} & adapter.config.keys()
 
 
 def restore_names(adapter: Adapter, modules: Collection[str]) -> Adapter | None:
-    """`adapter` with the module paths it must have had, given the `modules` of its base; None when nothing explains them.
+    """`adapter` with the module paths it must have had, given the `modules` of its base.
 
-    The name that was removed is the adapter's own or, where the folder has another name now, any beginning of a path's
-    components (but not a whole one everywhere). It must explain every vector, and every head that lost its path, each by one
-    targeted module only, and no other name may explain them differently. Raises `Refused` when the removal made two keys one.
+    None when nothing explains them.
+
+    The name that was removed is the adapter's own or, where the folder has another name now, any beginning of
+    a path's components (but not a whole one everywhere). It must explain every vector, and every head that
+    lost its path, each by one targeted module only, and no other name may explain them differently. Raises
+    `Refused` when the removal made two keys one.
     """
     if not may_be_damaged(adapter):
         return None
@@ -72,15 +78,19 @@ def _saved(name: str, module: str, wrapper: str = "") -> str:
 
 
 def _refuse_collisions(adapter: Adapter, name: str, modules: Collection[str]) -> None:
-    """Two modules with the same path after the removal: the file holds the vector of one of them, nobody knows of which."""
+    """Two modules with the same path after the removal.
+
+    The file holds the vector of one of them, nobody knows of which.
+    """
     first: dict[str, str] = {}
     for module in sorted(filter(adapter.rules.targets, modules)):
         other = first.setdefault(_saved(name, module), module)
         if other != module:
             raise Refused(
-                f"the vectors of {other} and {module} were saved under one key, because the adapter was called {name!r}: "
-                "one of them is lost",
-                hint="save the adapter again from the training run, with PEFT 0.18 or later or under another name",
+                f"the vectors of {other} and {module} were saved under one key, because the adapter was "
+                f"called {name!r}: one of them is lost",
+                hint="save the adapter again from the training run, with PEFT 0.18 or later or under "
+                "another name",
             )
 
 
@@ -108,8 +118,9 @@ def _renamed(adapter: Adapter, name: str, paths: Mapping[str, str]) -> Adapter:
         module, _, leaf = stored.rpartition(".")
         extras[f"{paths.get(module, module)}.{leaf}"] = tensor
     warning = (
-        f"{adapter.name}: PEFT removed {'.' + name!r} from its keys when it saved the adapter (versions below 0.18 do, wherever "
-        f"the adapter's name occurs); {len(paths)} module paths were restored by the base's, such as {min(paths.values())}"
+        f"{adapter.name}: PEFT removed {'.' + name!r} from its keys when it saved the adapter (versions "
+        f"below 0.18 do, wherever the adapter's name occurs); {len(paths)} module paths were restored by "
+        f"the base's, such as {min(paths.values())}"
     )
     sites = {site.module: site for site in moved}
     return replace(adapter, sites=sites, extras=extras, warnings=(*adapter.warnings, warning))

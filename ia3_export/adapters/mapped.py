@@ -35,10 +35,11 @@ def parse_rules(rules: Sequence[str]) -> list[tuple[re.Pattern[str], Direction]]
 def read_mapped(source: Source, rules: Sequence[str]) -> Adapter:
     """The adapter in a file of vectors under any names.
 
-    The first rule whose expression matches a whole key says the side that the vector scales. The module path is what the
-    expression's groups matched, joined by dots; without groups the key without its last component. Keys that no rule matches
-    are tensors that replace the base's. Raises `UsageError`, `UnusedVector` (no rule matches anything), `DamagedFile` (two
-    vectors for one place), `Unsupported` and `ShapeMismatch`.
+    The first rule whose expression matches a whole key says the side that the vector scales. The module path
+    is what the expression's groups matched, joined by dots; without groups the key without its last
+    component. Keys that no rule matches are tensors that replace the base's. Raises `UsageError`,
+    `UnusedVector` (no rule matches anything), `DamagedFile` (two vectors for one place), `Unsupported` and
+    `ShapeMismatch`.
     """
     parsed = parse_rules(rules)
     names = [tensor.name for tensor in source.weights.tensors]

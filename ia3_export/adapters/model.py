@@ -17,19 +17,21 @@ from ia3_export.ordering import enclosing
 
 Pattern = str | frozenset[str] | tuple[str, ...] | None
 
-#: What PEFT trains a copy of for a task, whether ``modules_to_save`` names it or not (``PeftModelForSequenceClassification``
-#: and its like).
+#: What PEFT trains a copy of for a task, whether ``modules_to_save`` names it or not
+#: (``PeftModelForSequenceClassification`` and its like).
 _TASK_HEADS = {
-    "SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",),
-}  # fmt: skip
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Site:
     """One learned vector: `vector` is 1-D and exact (float32 or float64), `dtype` as stored.
 
-    `shape` is (n, 1) on an output and (1, n) on an input of Linear and Conv1D, (1, n, 1, 1[, 1]) for convolutions, as PEFT
-    stores it, or (n,) where the format does not say what the module is.
+    `shape` is (n, 1) on an output and (1, n) on an input of Linear and Conv1D, (1, n, 1, 1[, 1]) for
+    convolutions, as PEFT stores it, or (n,) where the format does not say what the module is.
     """
 
     module: str
@@ -46,7 +48,9 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """A vector folded into a tensor: whose (``0.7 a + 0.3 b`` where several are combined), of which module, and on which side.
+    """A vector folded into a tensor.
+
+    Whose (``0.7 a + 0.3 b`` where several are combined), of which module, and on which side.
 
     Without a `direction` it stands for the vectors of all experts in the fused parameter `module`.
     """
@@ -61,8 +65,9 @@ class TargetRules:
     """Which modules an adapter covers, matched as PEFT matches them (``check_target_module_exists``).
 
     A list entry matches a path equal to it or ending in ``.entry``; a string is a regular expression for
-    the whole path, and so is each entry of ``to_save``, for a path or its part after a dot. ``feedforward`` is different in PEFT: a list entry matches any path that *ends* in it,
-    without the dot. `earlier` are the names that modules had when the rules were written, where they have others now.
+    the whole path, and so is each entry of ``to_save``, for a path or its part after a dot. ``feedforward``
+    is different in PEFT: a list entry matches any path that *ends* in it, without the dot. `earlier` are the
+    names that modules had when the rules were written, where they have others now.
     """
 
     target: Pattern
@@ -122,11 +127,11 @@ class TargetRules:
 class Adapter:
     """An IA3 adapter: its vectors by module path, and the tensors it brings besides (heads, embeddings).
 
-    Module paths and the names of `extras` are those of the model that was trained, without PEFT's prefix. PEFT has one
-    vector a module; where a format has two, `sites` holds the second under `second_key`. `files` lie in
-    `folder`. `labels` are the names of a classification head's labels, where the format keeps them, `unplaced` names
-    extras that no class of transformers has, and `warnings` is what its reader noticed. With `vectors_only` its extras were left
-    out on purpose.
+    Module paths and the names of `extras` are those of the model that was trained, without PEFT's prefix.
+    PEFT has one vector a module; where a format has two, `sites` holds the second under `second_key`. `files`
+    lie in `folder`. `labels` are the names of a classification head's labels, where the format keeps them,
+    `unplaced` names extras that no class of transformers has, and `warnings` is what its reader noticed. With
+    `vectors_only` its extras were left out on purpose.
     """
 
     name: str
@@ -156,25 +161,32 @@ class Adapter:
 
     @property
     def copied(self) -> tuple[str, ...]:
-        """Ends of the paths of modules that PEFT trains a copy of: ``modules_to_save``, and the heads of the task."""
+        """Ends of the paths of modules that PEFT trains a copy of.
+
+        ``modules_to_save``, and the heads of the task.
+        """
         if self.vectors_only:
             return ()
         heads = _TASK_HEADS.get(self.task_type or "", ()) if self.format == "peft" else ()
         return tuple(name for name in dict.fromkeys((*self.rules.to_save, *heads)) if name)
 
     def copy_of(self, path: str) -> str | None:
-        """The outermost module on the way to `path` that PEFT trains a copy of; unlike targets, it need not end in a whole
-        component (``_set_trainable``)."""
+        """The outermost module on the way to `path` that PEFT trains a copy of.
+
+        Unlike targets, it need not end in a whole component (``_set_trainable``).
+        """
         return next((outer for outer in enclosing(path) if outer.endswith(self.copied)), None)
 
     def inner_copy(self, module: str, entry: str) -> str | None:
-        """The module in `module` and on the way to its parameter `entry` that PEFT trains a copy of as well."""
+        """The module on the way from `module` to its parameter `entry` that PEFT trains a copy of as well."""
         around = [outer for outer in enclosing(entry.rpartition(".")[0]) if len(outer) > len(module)]
         return next((inner for inner in around if inner.endswith(self.copied)), None)
 
     def without_module(self, paths: Iterable[str]) -> set[str]:
-        """Those of `copied` that are the end of none of `paths`. Of the heads of a task, which PEFT names for every class, one
-        is enough."""
+        """Those of `copied` that are the end of none of `paths`.
+
+        Of the heads of a task, which PEFT names for every class, one is enough.
+        """
         known = list(paths) if self.copied else []
         missing = {name for name in self.copied if not any(path.endswith(name) for path in known)}
         heads = set(_TASK_HEADS.get(self.task_type or "", ()))
@@ -197,7 +209,7 @@ class Adapter:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the vectors' values and sides, whatever the file, its format, dtype and prefixes of names are."""
+        """SHA-256 of the vectors' values and sides, whatever the format, dtype and prefixes of names."""
         vectors = (
             site.direction.encode() + site.vector.astype("<f8").tobytes() for site in self.sites.values()
         )
@@ -210,8 +222,10 @@ def second_key(module: str, direction: Direction) -> str:
 
 
 def same_in_every_layer(modules: Iterable[str]) -> str:
-    """A regular expression for `modules` and their like in all other layers: what a format without a list of target
-    modules must hold to be complete."""
+    """A regular expression for `modules` and their like in all other layers.
+
+    This is what a format without a list of target modules must hold to be complete.
+    """
     patterns = {
         r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in module.split("."))
         for module in modules

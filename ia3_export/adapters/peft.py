@@ -5,7 +5,8 @@ Layout as written by ``PeftModel.save_pretrained`` (peft 0.4 to 0.21, ``utils/sa
 Conv1D, (1, n, 1, 1[, 1]) for convolutions; further base tensors (``modules_to_save``, embeddings) lie beside
 them under ``base_model.model.<name>``.
 
-Keys that PEFT itself would load as nothing, leaving every vector at one, are read for what they are, with a warning.
+Keys that PEFT itself would load as nothing, leaving every vector at one, are read for what they
+are, with a warning.
 """
 
 from __future__ import annotations
@@ -49,14 +50,16 @@ def is_peft(source: Source) -> bool:
 def read_peft(source: Source) -> Adapter:
     """The adapter in files that PEFT wrote.
 
-    Raises `Unsupported` (another PEFT method, a mixed adapter), `DamagedFile`, `Refused` (a configuration that
-    contradicts the vectors, or leaves the direction of convolutions open), `ShapeMismatch`, `UnusedVector`.
+    Raises `Unsupported` (another PEFT method, a mixed adapter), `DamagedFile`, `Refused` (a configuration
+    that contradicts the vectors, or leaves the direction of convolutions open), `ShapeMismatch`,
+    `UnusedVector`.
     """
     config_file, config = source.config_file, source.config
     assert config_file is not None
     if config["peft_type"] != "IA3":
         raise Unsupported(
-            f"{config_file} is a PEFT adapter of type {config['peft_type']}; ia3-export folds IA3 adapters only",
+            f"{config_file} is a PEFT adapter of type {config['peft_type']}; ia3-export folds "
+            "IA3 adapters only",
             hint="PEFT's own merge_and_unload() merges LoRA and its relatives",
         )
     for key in ("task_type", "base_model_name_or_path"):
@@ -67,7 +70,10 @@ def read_peft(source: Source) -> Adapter:
     warnings: list[str] = []
     vectors, extras = _sort_keys(source, warnings)
     warnings += [
-        f"{file.name} beside the adapter holds further trained weights (a projector), which are no part of it and are not merged"
+        (
+            f"{file.name} beside the adapter holds further trained weights (a projector), which are no "
+            "part of it and are not merged"
+        )
         for pattern in _BESIDE
         for file in sorted(source.folder.glob(pattern))
     ]
@@ -75,12 +81,21 @@ def read_peft(source: Source) -> Adapter:
     sites = {module: _read_site(module, tensor, rules) for module, tensor in vectors.items()}
     labels, config = _recorded(source, config)
     return Adapter(
-        name=source.name, format="peft", location=source.location, files=source.files, sites=sites, extras=extras, rules=rules, config=config, labels=labels, warnings=tuple(warnings)
-    )  # fmt: skip
+        name=source.name,
+        format="peft",
+        location=source.location,
+        files=source.files,
+        sites=sites,
+        extras=extras,
+        rules=rules,
+        config=config,
+        labels=labels,
+        warnings=tuple(warnings),
+    )
 
 
 def _recorded(source: Source, config: Mapping[str, Any]) -> tuple[tuple[str, ...], Mapping[str, Any]]:
-    """What our own ``convert`` and ``combine`` keep beside an adapter, for which PEFT's configuration has no place."""
+    """What ``convert``, ``combine`` keep beside an adapter, for which PEFT's configuration has no place."""
     try:
         manifest = read_config(source.folder / MANIFEST)
     except (NotFound, DamagedFile):
@@ -126,21 +141,26 @@ def _sort_keys(
         _add(by_adapter.setdefault("" if owner == "weight" else owner, {}), match["module"], tensor)
     if odd:
         warnings.append(
-            f"{len(odd)} keys of {shard.path.name} are not of PEFT's form, first: {odd[0]}; they were read all the same, "
-            "PEFT would load such an adapter as ones"
+            f"{len(odd)} keys of {shard.path.name} are not of PEFT's form, first: {odd[0]}; they were read "
+            "all the same, PEFT would load such an adapter as ones"
         )
     vectors = _choose_adapter(shard, by_adapter, own, warnings)
     for name, tensor in extras.items():
         if name.rpartition(".")[0] in vectors and ".base_layer." not in tensor.name:
             raise Refused(
-                f"{shard.path} holds {tensor.name} beside a vector for the same module; PEFT ignores that tensor",
+                f"{shard.path} holds {tensor.name} beside a vector for the same module; PEFT "
+                "ignores that tensor",
                 hint="remove it from the adapter, or put the weight into the base",
             )
     return vectors, extras
 
 
 def _vector_key(shard: Shard, adapter: str) -> re.Pattern[str]:
-    """Keys of vectors; of an adapter called ``ia3``, whatever its folder is called now, PEFT below 0.18 left ``_l`` of ``.ia3_l``."""
+    """Keys of vectors.
+
+    Of an adapter called ``ia3``, whatever its folder is called now, PEFT below 0.18 left ``_l``
+    of ``.ia3_l``.
+    """
     keys = [tensor.name for tensor in shard.tensors]
     if not any(_VECTOR in key for key in keys):
         for suffix in (_VECTOR.replace(f".{adapter}", ""), "_l"):
@@ -150,9 +170,10 @@ def _vector_key(shard: Shard, adapter: str) -> re.Pattern[str]:
 
 
 def _unwrapped(name: str, adapter: str, whole: set[str] | None) -> str:
-    """The name in the model of a tensor that PEFT wrote under its wrapper's name, as it does for resized embeddings.
+    """The model's name of a tensor that PEFT wrote under its wrapper's name, as it does resized embeddings.
 
-    PEFT below 0.18 may have removed more than that from names; there the rest must be one of the `whole` names of the file.
+    PEFT below 0.18 may have removed more than that from names; there the rest must be one of the `whole`
+    names of the file.
     """
     name = re.sub(rf"\.modules_to_save\.(?:default|{re.escape(adapter)})\.", ".", name)
     plain = name.replace(".modules_to_save.", ".")
@@ -160,7 +181,10 @@ def _unwrapped(name: str, adapter: str, whole: set[str] | None) -> str:
 
 
 def _add_extra(extras: dict[str, StoredTensor], name: str, tensor: StoredTensor) -> None:
-    """Add a tensor of ``modules_to_save``; of a resized embedding PEFT writes the same twice, once under its wrapper's name."""
+    """Add a tensor of ``modules_to_save``.
+
+    Of a resized embedding PEFT writes the same twice, once under its wrapper's name.
+    """
     if name not in extras or not same_bytes(extras[name], tensor):
         _add(extras, name, tensor)
 
@@ -177,7 +201,9 @@ def _add(table: dict[str, StoredTensor], name: str, tensor: StoredTensor) -> Non
 def _choose_adapter(
     shard: Shard, by_adapter: Mapping[str, dict[str, StoredTensor]], own: str, warnings: list[str]
 ) -> dict[str, StoredTensor]:
-    """The adapter's own vectors: those without any adapter's name, else those of its `own`, or of the only name there is.
+    """The adapter's own vectors.
+
+    Those without any adapter's name, else those of its `own`, or of the only name there is.
 
     Before peft 0.20, saving one of several IA3 adapters wrote the keys of all of them.
     """
@@ -189,15 +215,16 @@ def _choose_adapter(
     chosen = next((name for name in ("", own, "default") if name in by_adapter), None)
     if chosen is None and len(by_adapter) > 1:
         raise UnusedVector(
-            f"{shard.path} holds vectors of {', '.join(sorted(by_adapter))}, and none without an adapter's name",
+            f"{shard.path} holds vectors of {', '.join(sorted(by_adapter))}, and none without "
+            "an adapter's name",
             hint="save each adapter alone: save_pretrained(..., selected_adapters=[name])",
         )
     chosen = next(iter(by_adapter)) if chosen is None else chosen
     others = {name: len(vectors) for name, vectors in by_adapter.items() if name != chosen}
     if others:
         warnings.append(
-            f"{shard.path.name} also holds {sum(others.values())} vectors of other adapters ({', '.join(sorted(others))}), which are "
-            "left out"
+            f"{shard.path.name} also holds {sum(others.values())} vectors of other adapters "
+            f"({', '.join(sorted(others))}), which are left out"
         )
     return by_adapter[chosen]
 
@@ -214,12 +241,13 @@ def _read_rules(
     if inputs is None:
         inputs = _by_shape(config_file, vectors)
         warnings.append(
-            f"{config_file.name} has no feedforward_modules: by the shapes of the vectors, inputs are scaled in {len(inputs or ())} "
-            "modules (PEFT takes a table of model types instead)"
+            f"{config_file.name} has no feedforward_modules: by the shapes of the vectors, inputs are "
+            f"scaled in {len(inputs or ())} modules (PEFT takes a table of model types instead)"
         )
     if target is None:
         warnings.append(
-            f"{config_file.name} has no target_modules: what the vectors are on, in all layers, counts as them"
+            f"{config_file.name} has no target_modules: what the vectors are on, in all "
+            "layers, counts as them"
         )
         target = same_in_every_layer(vectors)
     rules = TargetRules(
@@ -240,12 +268,15 @@ def _read_pattern(config_file: Path, config: Mapping[str, Any], key: str) -> Pat
 
 
 def _by_shape(config_file: Path, vectors: Mapping[str, StoredTensor]) -> Pattern:
-    """Modules whose vector is (1, n). Raises `Refused` where a shape is the same either way (convolutions)."""
+    """Modules whose vector is (1, n).
+
+    Raises `Refused` where a shape is the same either way (convolutions).
+    """
     unclear = [name for name, t in vectors.items() if len(t.shape) != 2 or t.shape == (1, 1)]
     if unclear:
         raise Refused(
-            f"{config_file} has no feedforward_modules, and the vector of {unclear[0]} does not tell by its shape "
-            "whether it scales an input",
+            f"{config_file} has no feedforward_modules, and the vector of {unclear[0]} does not tell by "
+            "its shape whether it scales an input",
             hint='add "feedforward_modules": [...] with the modules whose input is scaled',
         )
     return tuple(sorted(name for name, tensor in vectors.items() if tensor.shape[0] == 1))

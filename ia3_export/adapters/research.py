@@ -1,14 +1,15 @@
 """Readers of the formats of research code that saves its vectors in plain checkpoints.
 
 T-Few, by the method's authors (``r-three/t-few``), saves the trainable parameters alone with ``torch.save``:
-``<module path>.multi_lora_b``, (out, 1), multiplies the output of that Linear, bias included, and ``multi_lora_a``, (1, in), where
-it was trained, its input (``src/models/lora.py``, ``LoRALinear.forward``). The paper's feed-forward vector lies on ``wi_1``, whose
-product with the gate it scales. MTTL has the same keys with 1-D vectors. MaTS (``r-three/mats``, ``src/model/ia3.py``) has
-``<module path>.ia3_layer.ia3_vector`` on the output, allenai's Tango (``tango/integrations/transformers/ia3.py``) ``<module
-path>.ia3``; of a fused projection Tango scales all rows but the first third.
+``<module path>.multi_lora_b``, (out, 1), multiplies the output of that Linear, bias included, and
+``multi_lora_a``, (1, in), where it was trained, its input (``src/models/lora.py``, ``LoRALinear.forward``).
+The paper's feed-forward vector lies on ``wi_1``, whose product with the gate it scales. MTTL has the same
+keys with 1-D vectors. MaTS (``r-three/mats``, ``src/model/ia3.py``) has ``<module
+path>.ia3_layer.ia3_vector`` on the output, allenai's Tango (``tango/integrations/transformers/ia3.py``)
+``<module path>.ia3``; of a fused projection Tango scales all rows but the first third.
 
-None says which modules it was meant for, so what has a vector in one layer must have one in all. Tensors besides the vectors,
-such as layer norms, replace the base's.
+None says which modules it was meant for, so what has a vector in one layer must have one in all. Tensors
+besides the vectors, such as layer norms, replace the base's.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _LOW_RANK = re.compile(r".+\.lora_[ab]")
 
 
 def is_tfew(source: Source) -> bool:
-    """Whether the file has keys of T-Few's rescaling (or of its low-rank updates, which `read_tfew` refuses)."""
+    """Whether the file has keys of T-Few's rescaling (or of low-rank updates, which `read_tfew` refuses)."""
     names = [tensor.name for tensor in source.weights.tensors]
     return any(_TFEW.fullmatch(name) or _LOW_RANK.fullmatch(name) for name in names)
 
@@ -48,7 +49,10 @@ def is_tango(source: Source) -> bool:
 
 
 def read_tfew(source: Source) -> Adapter:
-    """The adapter in a checkpoint of T-Few. Raises `Unsupported` for its low-rank variants, and `ShapeMismatch`."""
+    """The adapter in a checkpoint of T-Few.
+
+    Raises `Unsupported` for its low-rank variants, and `ShapeMismatch`.
+    """
     sites: dict[str, Site] = {}
     extras: dict[str, StoredTensor] = {}
     for tensor in source.weights.tensors:
@@ -67,7 +71,8 @@ def read_tfew(source: Source) -> Adapter:
         rank = min(tensor.shape) if len(tensor.shape) == 2 else 1
         if rank > 1:
             raise Unsupported(
-                f"{tensor.file} holds {tensor.name} of scaling rank {rank}: it rescales the weight element by element",
+                f"{tensor.file} holds {tensor.name} of scaling rank {rank}: it rescales the "
+                "weight element by element",
                 hint="ia3-export folds checkpoints that were trained with lora_scaling_rank 1",
             )
         add_site(sites, make_site(module, direction, tensor), tensor)
@@ -80,7 +85,10 @@ def read_mats(source: Source) -> Adapter:
 
 
 def read_tango(source: Source) -> Adapter:
-    """The adapter in a state dict of Tango, with or without the whole model around it. Raises as `read_mats`."""
+    """The adapter in a state dict of Tango, with or without the whole model around it.
+
+    Raises as `read_mats`.
+    """
     read = _read_outputs(source, "tango", _TANGO)
     sites = {
         name: over_fused(site, "kv") if name.rpartition(".")[2] in _TANGO_FUSED else site

@@ -19,12 +19,14 @@ from ia3_export.fold import FLOAT_DTYPES, Direction
 
 #: What training leaves in an adapter's repository besides the adapter.
 _DOWNLOAD_IGNORE = (
-    "*.onnx*", "*.gguf", "*.h5", "*.msgpack", "*optimizer*", "*scheduler*", "*rng_state*", "*training_args*", "*checkpoint-*/*",
-    "*global_step*/*", "*runs/*", "tf_model*", "model.safetensors", "model-*.safetensors", "pytorch_model.bin*", "pytorch_model-*",
+    "*.onnx*", "*.gguf", "*.h5", "*.msgpack", "*optimizer*", "*scheduler*", "*rng_state*", "*training_args*",
+    "*checkpoint-*/*", "*global_step*/*", "*runs/*", "tf_model*", "model.safetensors", "model-*.safetensors",
+    "pytorch_model.bin*", "pytorch_model-*",
 )  # fmt: skip
 _CONFIG = "adapter_config.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-#: Weight files by name, in the order in which their libraries look for them (PEFT, then AdapterHub's adapters).
+#: Weight files by name, in the order in which their libraries look for them (PEFT, then
+#: AdapterHub's adapters).
 _NAMES = ("adapter_model.safetensors", "adapter_model.bin", "adapter.safetensors", "pytorch_adapter.bin")
 
 
@@ -33,7 +35,8 @@ _WRAPPED_T5 = re.compile(
     r"^(transformer|model)\.(?=shared\.|lm_head\.|(en|de)coder\.(block|final_layer_norm|embed_tokens)\.)"
 )
 
-#: What torch.compile, FSDP and activation checkpoints put before the names of a module that they wrap, with DataParallel's.
+#: What torch.compile, FSDP and activation checkpoints put before the names of a module that they wrap, with
+#: DataParallel's.
 _WRAPPER = re.compile(
     r"(?<![^.])(module\.)*(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.(module\.)*"
 )
@@ -42,10 +45,12 @@ _PARALLEL = re.compile(r"^(base_model\.model\.)?(module\.)+")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Source:
-    """An adapter's files: `config` is its ``adapter_config.json``, empty where there is none (`config_file` is None then).
+    """An adapter's files.
 
-    ``location.path`` is the folder, or a file that stands for itself; `name` the folder's name, the repository's, or the
-    file's without suffix.
+    `config` is its ``adapter_config.json``, empty where there is none (`config_file` is None then).
+
+    ``location.path`` is the folder, or a file that stands for itself; `name` the folder's name, the
+    repository's, or the file's without suffix.
     """
 
     location: Location
@@ -67,8 +72,11 @@ class Source:
 
 
 def open_source(given: str | Path) -> Source:
-    """Find an adapter's configuration and weights: in its folder, in the one subfolder that holds an adapter, beside or in
-    the weight file given. Raises `NotFound`, `DamagedFile`, `Unsupported`."""
+    """Find an adapter's configuration and weights.
+
+    They lie in its folder, in the one subfolder that holds an adapter, beside or in the weight file given.
+    Raises `NotFound`, `DamagedFile`, `Unsupported`.
+    """
     location = locate(given, ignore=_DOWNLOAD_IGNORE)
     path = location.path
     folder = _folder(path) if path.is_dir() else path.parent
@@ -86,13 +94,18 @@ def open_source(given: str | Path) -> Source:
     else:
         name = folder.resolve().name if config_file is not None or not lone else path.stem
     return Source(
-        Location(location.given, folder if config_file or not lone else path, location.hub_id, location.revision),
-        name, config, config_file, weights,
-    )  # fmt: skip
+        Location(
+            location.given, folder if config_file or not lone else path, location.hub_id, location.revision
+        ),
+        name,
+        config,
+        config_file,
+        weights,
+    )
 
 
 def unwrapped(name: str) -> str:
-    """A name of T5 without the prefix of a class that wraps the whole model, which transformers' own has not."""
+    """A name of T5 without the prefix of a class around the whole model, which transformers' own has not."""
     return _WRAPPED_T5.sub("", name)
 
 
@@ -105,7 +118,10 @@ def unwrapped_key(key: str) -> str:
 
 
 def read_weights(file: Path) -> Shard:
-    """Headers of a safetensors file, or of a torch file, which needs torch but executes none of its pickled code."""
+    """Headers of a safetensors file, or of a torch file.
+
+    The latter needs torch, but executes none of its pickled code.
+    """
     if file.suffix in _PICKLES:
         from ia3_export.checkpoint.pickled import read_bin
 
@@ -116,8 +132,8 @@ def read_weights(file: Path) -> Shard:
 def make_site(module: str, direction: Direction, tensor: StoredTensor, factor: float = 1.0) -> Site:
     """The vector in `tensor`, of any shape with one extent above 1, times `factor`.
 
-    A shape of four or five dimensions says that the module is a convolution, one of two that it is Linear or Conv1D.
-    Raises `Unsupported` and `ShapeMismatch`.
+    A shape of four or five dimensions says that the module is a convolution, one of two that it is Linear or
+    Conv1D. Raises `Unsupported` and `ShapeMismatch`.
     """
     where = f"{tensor.file}: {tensor.name}"
     if tensor.dtype not in FLOAT_DTYPES:
@@ -144,26 +160,32 @@ def make_site(module: str, direction: Direction, tensor: StoredTensor, factor: f
 
 
 def add_site(sites: dict[str, Site], site: Site, tensor: StoredTensor) -> None:
-    """Put `site`, read from `tensor`, among `sites`. Raises `DamagedFile` for a second vector on one side of a module."""
+    """Put `site`, read from `tensor`, among `sites`.
+
+    Raises `DamagedFile` for a second vector on one side of a module.
+    """
     before = sites.get(site.module)
     key = site.module if before is None else second_key(site.module, site.direction)
     if not site.module or key in sites or (before is not None and before.direction == site.direction):
         raise DamagedFile(
             f"{tensor.file}: {tensor.name} and another key are both the {site.direction}put vector of "
             f"{site.module or 'no module at all'}",
-            hint="a file holds one adapter; with --map, put the part of the key that is the module path into a group",
+            hint="a file holds one adapter; with --map, put the part of the key that is the module path "
+            "into a group",
         )
     sites[key] = site
 
 
 def over_fused(site: Site, parts: Sequence[str], factor: float = 1.0) -> Site:
-    """The vector of some `parts` (of q, k and v, in this order) over the whole projection that computes all three.
+    """The vector of some `parts` (of q, k and v, in this order) over the projection that computes all three.
 
-    The parts without a vector are multiplied by `factor`. Raises `DamagedFile` when the vector does not divide into its parts.
+    The parts without a vector are multiplied by `factor`. Raises `DamagedFile` when the vector does not
+    divide into its parts.
     """
     if not parts or len(site.vector) % len(parts):
         raise DamagedFile(
-            f"the vector of {site.module} has {len(site.vector)} elements for {len(parts)} of queries, keys and values",
+            f"the vector of {site.module} has {len(site.vector)} elements for {len(parts)} of queries, "
+            "keys and values",
             hint="the configuration is not the one of these weights, or the file is incomplete",
         )
     own = dict(zip(parts, np.split(site.vector, len(parts)), strict=True))
@@ -186,7 +208,10 @@ def _folder(path: Path) -> Path:
 
 
 def _is_part_of(config_file: Path | None, weights: Shard) -> bool:
-    """Whether `weights`, of an unusual name, are those that `config_file` is about: no usual ones are there, and the keys fit."""
+    """Whether `weights`, of an unusual name, are those that `config_file` is about.
+
+    No usual ones are there, and the keys fit.
+    """
     if config_file is None or any((config_file.parent / name).is_file() for name in _NAMES):
         return False
     return any("ia3_l" in tensor.name or ".loras." in tensor.name for tensor in weights.tensors)

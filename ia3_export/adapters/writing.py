@@ -1,7 +1,7 @@
 """Writes an adapter in PEFT's layout, for PEFT 0.4 and later.
 
-``adapter_config.json`` has only fields that every version knows; ``target_modules`` are whole module paths, which match a module
-of that path and one whose path ends in it after a dot (``check_target_module_exists``).
+``adapter_config.json`` has only fields that every version knows; ``target_modules`` are whole module paths,
+which match a module of that path and one whose path ends in it after a dot (``check_target_module_exists``).
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from ia3_export.fold import from_float
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConfigFacts:
-    """What ``adapter_config.json`` says beside the modules: PEFT's task, the base's name, the transformers class, and the
-    modules of which a copy is trained."""
+    """What ``adapter_config.json`` says beside the modules.
+
+    PEFT's task, the base's name, the transformers class, and the modules of which a copy is trained.
+    """
 
     task_type: str | None = None
     base_model: str | None = None
@@ -39,7 +41,8 @@ def write_peft(
 ) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into `folder`.
 
-    `rules` say the target modules, and unless None the feed-forward ones, instead of lists of `sites`. Vectors keep their dtype and become (n, 1), (1, n) or (1, n, 1, 1[, 1]). At most one site a module. The
+    `rules` say the target modules, and unless None the feed-forward ones, instead of lists of `sites`.
+    Vectors keep their dtype and become (n, 1), (1, n) or (1, n, 1, 1[, 1]). At most one site a module. The
     same input gives the same bytes.
     """
     ordered = sorted(sites, key=lambda site: site.module)
@@ -63,10 +66,12 @@ def write_peft(
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
     entries: dict[str, tuple[str, tuple[int, ...], bytes]] = {
         f"{PREFIX}{site.module}.ia3_l": (
-            site.dtype, peft_shape(site), from_float(site.vector.copy(), site.dtype).tobytes()
+            site.dtype,
+            peft_shape(site),
+            from_float(site.vector.copy(), site.dtype).tobytes(),
         )
         for site in ordered
-    }  # fmt: skip
+    }
     scaled = {site.module for site in ordered}
     for name, tensor in extras.items():
         module, _, leaf = name.rpartition(".")
@@ -93,7 +98,10 @@ def _plain(pattern: Pattern) -> list[str] | str:
 
 
 def _feedforward(sites: Sequence[Site]) -> list[str] | str:
-    """The modules whose input is scaled: a list, or, where PEFT would find the end of another path in it, an expression."""
+    """The modules whose input is scaled.
+
+    A list, or, where PEFT would find the end of another path in it, an expression.
+    """
     inputs = [site.module for site in sites if site.direction == "in"]
     outputs = [site.module for site in sites if site.direction == "out"]
     if any(output.endswith(tuple(inputs)) for output in outputs if inputs):

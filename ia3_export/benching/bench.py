@@ -37,10 +37,11 @@ def bench(
     *,
     on_step: Callable[[str], None] | None = None,
 ) -> Benchmark:
-    """Measure base, unmerged (live adapters) and merged model in PyTorch and in ONNX Runtime, in float32 on the CPU.
+    """Measure base, unmerged (live adapters) and merged model: PyTorch and ONNX Runtime, float32, on the CPU.
 
-    Every variant is loaded once, in a process of its own; rounds go round-robin, so that the machine's noise hits all alike. The
-    merged model and its graphs are made in a temporary folder and not compared with anything: `export_onnx` and `verify` do that.
+    Every variant is loaded once, in a process of its own; rounds go round-robin, so that the machine's noise
+    hits all alike. The merged model and its graphs are made in a temporary folder and not compared with
+    anything: `export_onnx` and `verify` do that.
 
     Args:
         base, adapters: as in `merge`.
@@ -65,7 +66,8 @@ def bench(
             measured = _run(jobs, settings.rounds, scratch)
         else:
             say(
-                f"{free / 1e9:.1f} GB of memory are free, all variants may take {needed / 1e9:.1f} GB: one runs after the other"
+                f"{free / 1e9:.1f} GB of memory are free, all variants may take {needed / 1e9:.1f} GB: one "
+                "runs after the other"
             )
             measured = [result for job in jobs for result in _run([job], settings.rounds, scratch)]
     return Benchmark(
@@ -84,7 +86,10 @@ def bench(
 
 
 def _run(jobs: Sequence[Job], rounds: int, scratch: Path) -> list[tuple[int, Rounds]]:
-    """Resident memory after the imports, and the answers of all counted rounds, for each of `jobs`, which take turns."""
+    """For each of `jobs`, which take turns.
+
+    Resident memory after the imports, answers of all counted rounds.
+    """
     with ExitStack() as stack:
         workers = [
             stack.enter_context(start_worker(job, scratch / f"worker-{i}.log")) for i, job in enumerate(jobs)
@@ -141,10 +146,13 @@ def _machine() -> dict[str, Any]:
     versions = environment()
     versions.pop("machine")
     return {
-        "system": f"{platform.system()} {platform.machine()}", "cpu": _cpu_name(),
-        "physical_cores": psutil.cpu_count(logical=False), "logical_cores": psutil.cpu_count(),
-        "memory": psutil.virtual_memory().total, "versions": versions,
-    }  # fmt: skip
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "physical_cores": psutil.cpu_count(logical=False),
+        "logical_cores": psutil.cpu_count(),
+        "memory": psutil.virtual_memory().total,
+        "versions": versions,
+    }
 
 
 def _cpu_name() -> str:

@@ -25,8 +25,8 @@ class Sources:
 class Job:
     """One variant in one runtime.
 
-    `graphs` are its ``.onnx`` files (none in PyTorch), `inputs` an ``.npz`` file with the arguments of a forward, `start` the token
-    that an encoder-decoder's decoder starts with.
+    `graphs` are its ``.onnx`` files (none in PyTorch), `inputs` an ``.npz`` file with the arguments of a
+    forward, `start` the token that an encoder-decoder's decoder starts with.
     """
 
     runtime: Runtime
@@ -49,8 +49,11 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Runnable:
-    """A loaded model: `forward` gives a state from which `step` decodes one token greedily, giving the next state (None for
-    models that generate nothing)."""
+    """A loaded model.
+
+    `forward` gives a state from which `step` decodes one token greedily, giving the next state (None for
+    models that generate nothing).
+    """
 
     forward: Callable[[], Any]
     step: Callable[[Any], Any] | None

@@ -22,7 +22,10 @@ from ia3_export.onnx.runtime import (
 
 
 def load_onnx(job: Job) -> Runnable:
-    """Open the graphs of a job and give them their inputs. Raises `DamagedFile` for a graph that does not load."""
+    """Open the graphs of a job and give them their inputs.
+
+    Raises `DamagedFile` for a graph that does not load.
+    """
     model = _open(job)
     arrays = dict(np.load(job.inputs))
     inputs = ort_values(arrays)

@@ -58,14 +58,23 @@ class Worker:
 
 @contextmanager
 def start_worker(job: Job, log: Path) -> Iterator[Worker]:
-    """Start the process of `job`; its first answer comes when its libraries are imported. It ends with this context."""
+    """Start the process of `job`; its first answer comes when its libraries are imported.
+
+    It ends with this context.
+    """
     command = [sys.executable, "-P", "-m", "ia3_export.benching.worker"]
     environment = os.environ | {"OMP_NUM_THREADS": str(job.threads)}
     with log.open("w", encoding="utf-8") as said:
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, env=environment, text=True,
-            encoding="utf-8", start_new_session=True,  # Ctrl-C is for the parent, which ends the workers
-        )  # fmt: skip
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            env=environment,
+            text=True,
+            encoding="utf-8",
+            start_new_session=True,  # Ctrl-C is for the parent, which ends the workers
+        )
     try:
         worker = Worker(job, process, log)
         worker.tell(json.dumps(asdict(job)))

@@ -20,8 +20,11 @@ MEASURES: Mapping[Measure, str] = {"forward": "one forward", "token": "one token
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Milliseconds. `rounds` holds the median of every round, `median` and `iqr` (third less first quartile) are theirs, `p95` is
-    that of all `samples` single measurements, `ratio` is `median` over the base's in the same runtime."""
+    """Milliseconds.
+
+    `rounds` holds the median of every round, `median` and `iqr` (third less first quartile) are theirs, `p95`
+    is that of all `samples` single measurements, `ratio` is `median` over the base's in the same runtime.
+    """
 
     median: float
     p95: float
@@ -35,9 +38,10 @@ class Timing:
 class Row:
     """One variant in one runtime.
 
-    `forward` is a whole forward (a generator's prefill), `token` a decoding step with the cache, in which `batch` tokens are made.
-    `files` are bytes on disk (weights, or graphs with their external data), `imported` and `peak` the resident memory of its
-    process after importing the libraries and at most, `operators` the nodes of its graphs (None in PyTorch).
+    `forward` is a whole forward (a generator's prefill), `token` a decoding step with the cache, in which
+    `batch` tokens are made. `files` are bytes on disk (weights, or graphs with their external data),
+    `imported` and `peak` the resident memory of its process after importing the libraries and at most,
+    `operators` the nodes of its graphs (None in PyTorch).
     """
 
     runtime: Runtime
@@ -58,9 +62,12 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
-    """The document of ``bench``. `inputs` are the shapes of a forward's arguments, `tokens` the decoding steps of a round,
-    `interleaved`: the variants took turns, round by round; otherwise each ran by itself. `busy` is how much of the CPU others took
-    shortly before, in percent."""
+    """The document of ``bench``.
+
+    `inputs` are the shapes of a forward's arguments, `tokens` the decoding steps of a round, `interleaved`:
+    the variants took turns, round by round; otherwise each ran by itself. `busy` is how much of the CPU
+    others took shortly before, in percent.
+    """
 
     base: ModelId
     adapters: tuple[ModelId, ...]
@@ -101,8 +108,8 @@ class Benchmark:
                 "Merged and base run the same operators: what they differ by is the noise of this machine."
             )
         lines.append(
-            "The spread is the larger interquartile range of the two over the base's median: a ratio that is nearer to 1 than that is no "
-            "difference."
+            "The spread is the larger interquartile range of the two over the base's median: a ratio that "
+            "is nearer to 1 than that is no difference."
         )
         if not self.interleaved:
             lines.append(

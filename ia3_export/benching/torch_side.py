@@ -16,9 +16,12 @@ from ia3_export.quantization.base import read_base
 
 
 def load_variant(variant: Variant, sources: Sources, task: Task) -> Any:
-    """The transformers model, of the class that the adapter was trained on; for tasks without logits the part below its head.
+    """The transformers model, of the class that the adapter was trained on.
 
-    Live vectors are PEFT's (or hooks, where PEFT leaves one out). Raises `Unsupported` when it cannot be loaded.
+    For tasks without logits the part below its head.
+
+    Live vectors are PEFT's (or hooks, where PEFT leaves one out). Raises `Unsupported` when it
+    cannot be loaded.
     """
     cpu = RunDevice("cpu")
     if variant == "merged":
@@ -58,7 +61,7 @@ def _encoder(model: Any, job: Job, inputs: dict[str, Any]) -> Runnable:
 
 
 def _generator(model: Any, inputs: dict[str, Any], first: dict[str, Any], ids_name: str) -> Runnable:
-    """Prefill of all `inputs` (an encoder-decoder: the encoder and its decoder's first step), then a token a step."""
+    """Prefill of all `inputs` (of encoder-decoders also the decoder's first step), then a token a step."""
     import torch
 
     argument = str(cache_argument(model))

@@ -33,8 +33,8 @@ from ia3_export.writing.options import OutputOptions
 
 _TRACED: tuple[Variant, ...] = ("base", "unmerged")
 _GENERATED = ("input_ids", "attention_mask")
-#: Bytes of a process before it loads anything, and copies of the weights that it holds at most; with a margin over what a model
-#: of 250 MB took.
+#: Bytes of a process before it loads anything, and copies of the weights that it holds at most; with a margin
+#: over what a model of 250 MB took.
 _TORCH, _ONNX = (900_000_000, 1.5), (200_000_000, 2.5)
 
 
@@ -66,9 +66,12 @@ def prepare(
     settings: BenchSettings,
     say: Callable[[str], None],
 ) -> Setup:
-    """Merge and export into `scratch`. Nothing is compared here: ``onnx`` and ``verify`` prove what they write.
+    """Merge and export into `scratch`.
 
-    Raises `IA3ExportError` for inputs that cannot be read, merged or exported, `UsageError` for texts longer than the model takes.
+    Nothing is compared here: ``onnx`` and ``verify`` prove what they write.
+
+    Raises `IA3ExportError` for inputs that cannot be read, merged or exported, `UsageError` for texts longer
+    than the model takes.
     """
     checkpoint, read = read_checkpoint(base), tuple(read_adapter(source) for source in adapters)
     say("merging")

@@ -1,6 +1,7 @@
 """The process that holds one variant: ``python -m ia3_export.benching.worker``, spoken to in lines of JSON.
 
-It answers every line with one: its `Job` when its libraries are imported, ``load``, and ``round``, of which the first warms up.
+It answers every line with one: its `Job` when its libraries are imported, ``load``, and ``round``, of which
+the first warms up.
 """
 
 from __future__ import annotations
@@ -65,8 +66,10 @@ def read_job(line: str) -> Job:
 
 
 def measure(runnable: Runnable, repeats: int, tokens: int) -> tuple[list[float], list[float]]:
-    """Seconds of `repeats` forwards and of `tokens` decoding steps, each by itself; one forward before them, to have the weights
-    in this core's caches again, is not timed."""
+    """Seconds of `repeats` forwards and of `tokens` decoding steps, each by itself.
+
+    One forward before them, to have the weights in this core's caches again, is not timed.
+    """
     state = runnable.forward()
     forwards, steps = [], []
     for _ in range(repeats):
@@ -132,7 +135,10 @@ def _take_stdout() -> Any:
 
 
 def _listen() -> Iterator[str]:
-    """Lines of standard input. When it ends, because the parent did, so does this process, in the middle of a forward if need be."""
+    """Lines of standard input.
+
+    When it ends, because the parent did, so does this process, in the middle of a forward if need be.
+    """
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def listen() -> None:

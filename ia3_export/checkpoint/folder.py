@@ -23,19 +23,21 @@ from ia3_export.fold import FLOAT_DTYPES
 _OTHER_WEIGHTS = (
     "model*.safetensors", "consolidated*", "pytorch_model*.bin", "tf_model*.h5", "flax_model*.msgpack",
     "rust_model.ot", "*.gguf", "*.onnx", "*.onnx_data*", "*.tflite", "*.pth", "model*.safetensors.index.json",
-    "pytorch_model*.bin.index.json", "tf_model*.h5.index.json", "flax_model*.msgpack.index.json", "*.ckpt", "*.ckpt.*",
-    "model.pt", "pytorch_model*.pt",
+    "pytorch_model*.bin.index.json", "tf_model*.h5.index.json", "flax_model*.msgpack.index.json", "*.ckpt",
+    "*.ckpt.*", "model.pt", "pytorch_model*.pt",
 )  # fmt: skip
-#: PEFT's, AdapterHub's and LLaVA's files of a fine-tune: transformers would apply them to the merged weights once more.
+#: PEFT's, AdapterHub's and LLaVA's files of a fine-tune: transformers would apply them to the merged weights
+#: once more.
 _ADAPTER_FILES = (
     "adapter_config.json", "adapter_model*", "adapter.safetensors", "pytorch_adapter.bin", "head_config.json",
     "adapter_fusion_config.json", "non_lora_trainables.bin",
 )  # fmt: skip
-#: What trainers (transformers, accelerate, DeepSpeed, FSDP) leave to go on from; most of it pickled, none of it loaded with a model.
+#: What trainers (transformers, accelerate, DeepSpeed, FSDP) leave to go on from; most of it pickled, none of
+#: it loaded with a model.
 _TRAINING_STATE = (
-    "training_args.bin", "trainer_state.json", "optimizer*.pt", "optimizer*.bin", "scheduler*.pt", "scheduler*.bin",
-    "scaler*.pt", "scaler*.bin", "sampler*.bin", "dl_state_dict*.bin", "custom_checkpoint_*", "*.pkl", "*.pickle",
-    "zero_to_fp32.py",
+    "training_args.bin", "trainer_state.json", "optimizer*.pt", "optimizer*.bin", "scheduler*.pt",
+    "scheduler*.bin", "scaler*.pt", "scaler*.bin", "sampler*.bin", "dl_state_dict*.bin",
+    "custom_checkpoint_*", "*.pkl", "*.pickle", "zero_to_fp32.py",
 )  # fmt: skip
 _TRAINING_FOLDERS = (
     "checkpoint-[0-9]*",
@@ -58,9 +60,12 @@ _LAYOUTS = (  # the order in which transformers looks for weights
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A base model's files. `tensors` maps stored names to where their bytes lie, `folded` is what its manifest says they hold.
+    """A base model's files.
 
-    Of a base that was saved inside a wrapper `tensors` have the model's own names, and `of_adapter` are those left out.
+    `tensors` maps stored names to where their bytes lie, `folded` is what its manifest says they hold.
+
+    Of a base that was saved inside a wrapper `tensors` have the model's own names, and `of_adapter` are those
+    left out.
     """
 
     location: Location
@@ -86,7 +91,10 @@ class Checkpoint:
 
     @property
     def holds_adapter(self) -> bool:
-        """Whether an adapter lies beside the weights, which transformers would apply to whatever it loads from there."""
+        """Whether an adapter lies beside the weights.
+
+        transformers would apply it to whatever it loads from there.
+        """
         return ADAPTER_CONFIG in self.left_out
 
     @property
@@ -107,8 +115,8 @@ class Checkpoint:
 def read_checkpoint(source: str | Path) -> Checkpoint:
     """Read the headers of a base: a folder, a single weight file, or a hub id.
 
-    A lone file stands for itself: no configuration or tokenizer is looked for beside it (a GGUF file holds both).
-    Raises `NotFound`, `DamagedFile`, `Unsupported`, `Refused`.
+    A lone file stands for itself: no configuration or tokenizer is looked for beside it (a GGUF file holds
+    both). Raises `NotFound`, `DamagedFile`, `Unsupported`, `Refused`.
     """
     check_arguments(read_checkpoint, locals())
     location = locate(source, ignore=_DOWNLOAD_IGNORE)
@@ -133,7 +141,10 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
 
 
 def architectures(config: Mapping[str, Any]) -> list[str]:
-    """Names of model classes that a configuration states. Raises `DamagedFile` for anything but a list of names."""
+    """Names of model classes that a configuration states.
+
+    Raises `DamagedFile` for anything but a list of names.
+    """
     named = config.get("architectures") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise DamagedFile(
@@ -311,7 +322,7 @@ def _check_index(index_file: Path, index: Mapping[str, Any], shards: tuple[Shard
 
 
 def _side_files(folder: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Every other file of the folder, as (to copy, left out: unmerged weights, adapters and states of trainings)."""
+    """Every other file of the folder, as (to copy, left out: unmerged weights, adapters, training states)."""
     adapters = {
         path.parent.relative_to(folder) for path in folder.glob(f"*/{ADAPTER_CONFIG}") if _is_ia3(path)
     }
@@ -347,7 +358,10 @@ def _is_left_out(relative: Path) -> bool:
 
 
 def _is_ia3(config_file: Path) -> bool:
-    """Whether an adapter in a folder of its own was trained like ours; a LoRA there belongs to the model (Phi-4-multimodal)."""
+    """Whether an adapter in a folder of its own was trained like ours.
+
+    A LoRA there belongs to the model (Phi-4-multimodal).
+    """
     try:
         value = json.loads(config_file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -356,9 +370,12 @@ def _is_ia3(config_file: Path) -> bool:
 
 
 def adapterless(checkpoint: Checkpoint, place: Path) -> Path:
-    """The folder of `checkpoint` as transformers must see it: itself, or, where an adapter lies in it, links to the rest in `place`.
+    """The folder of `checkpoint` as transformers must see it.
 
-    transformers looks for ``adapter_config.json`` in every folder that it loads, and has no argument against it.
+    Itself, or, where an adapter lies in it, links to the rest in `place`.
+
+    transformers looks for ``adapter_config.json`` in every folder that it loads, and has no
+    argument against it.
     """
     if not checkpoint.holds_adapter:
         return checkpoint.folder

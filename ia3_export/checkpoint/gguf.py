@@ -1,9 +1,9 @@
 """GGUF files: parse, validate, write a header with other tensor types.
 
-Format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): magic, version, counts, metadata pairs, one record a
-tensor, padding, then the data, every tensor aligned. Sizes of the block types come from the ``gguf`` package; its own reader is
-not used, since it keeps an array for every token (9 s and 520 MB for Llama 3's vocabulary) and trusts every count. Nothing here
-allocates more than the file holds.
+Format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): magic, version, counts, metadata pairs,
+one record a tensor, padding, then the data, every tensor aligned. Sizes of the block types come from the
+``gguf`` package; its own reader is not used, since it keeps an array for every token (9 s and 520 MB for
+Llama 3's vocabulary) and trusts every count. Nothing here allocates more than the file holds.
 
 Tensors are named as in the Hugging Face checkpoint that the file was converted from, where that name is known
 (`ia3_export.checkpoint.gguf_models`).
@@ -66,8 +66,11 @@ class _Record:
 
 @dataclass(frozen=True, slots=True)
 class _Header:
-    """A parsed header: `values` are scalars, strings and short lists of integers, `records_at` is where the tensors start,
-    `data_at` where their data does."""
+    """A parsed header.
+
+    `values` are scalars, strings and short lists of integers, `records_at` is where the tensors start,
+    `data_at` where their data does.
+    """
 
     values: Mapping[str, Any]
     records: tuple[_Record, ...]
@@ -79,9 +82,9 @@ class _Header:
 def read_gguf(path: Path, name: str | None = None) -> tuple[Shard, dict[str, Any]]:
     """Parse and validate the GGUF file `path`; tensors come in file order.
 
-    Blocks of codes are ``U8`` of shape (rows, bytes a row). The second result is what the metadata says of a ``config.json``;
-    its ``quantization_config`` holds the ggml `types` of coded tensors, and by name the rows of one head where those are permuted.
-    Raises `NotFound`, `DamagedFile` and `Unsupported`.
+    Blocks of codes are ``U8`` of shape (rows, bytes a row). The second result is what the metadata says of a
+    ``config.json``; its ``quantization_config`` holds the ggml `types` of coded tensors, and by name the rows
+    of one head where those are permuted. Raises `NotFound`, `DamagedFile` and `Unsupported`.
     """
     try:
         size = path.stat().st_size
@@ -123,10 +126,12 @@ def read_gguf(path: Path, name: str | None = None) -> tuple[Shard, dict[str, Any
 def write_prefix(
     prefix: bytes, rows: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> tuple[bytes, dict[str, int], int]:
-    """`prefix` for tensors of other dtypes: `rows` gives dtype and shape of every tensor by name, in the order of the data.
+    """`prefix` for tensors of other dtypes.
 
-    Metadata is copied byte for byte, and types of coded tensors stay. Returns the new bytes, the file offset of every tensor,
-    and the size of the file.
+    `rows` gives dtype and shape of every tensor by name, in the order of the data.
+
+    Metadata is copied byte for byte, and types of coded tensors stay. Returns the new bytes, the file offset
+    of every tensor, and the size of the file.
     """
     path = Path("the base")
     header = _parse(prefix, path)
@@ -201,8 +206,8 @@ def _parse(data: Any, path: Path) -> _Header:
     if version not in _VERSIONS:
         swapped = version & 0xFFFF == 0
         raise Unsupported(
-            f"{path} is {'a big-endian GGUF file' if swapped else f'GGUF version {version}'}; versions 2 and 3 in "
-            "little-endian order are read",
+            f"{path} is {'a big-endian GGUF file' if swapped else f'GGUF version {version}'}; versions 2 "
+            "and 3 in little-endian order are read",
             hint="convert the model again with a recent llama.cpp",
         )
     tensors, pairs = cursor.number("<Q"), cursor.count(8 + 4 + 1, "metadata entries")
@@ -337,6 +342,7 @@ def _check_extents(path: Path, tensors: Sequence[StoredTensor], size: int) -> No
         end = tensor.offset + tensor.nbytes
         if end > size:
             raise DamagedFile(
-                f"{path} is {end - size:,} bytes short: tensor {tensor.name} ends at {end:,}, the file at {size:,}",
+                f"{path} is {end - size:,} bytes short: tensor {tensor.name} ends at {end:,}, "
+                f"the file at {size:,}",
                 hint="the download was cut off; fetch the file again",
             )

@@ -1,4 +1,7 @@
-"""What a GGUF file says of its model: the architectures of llama.cpp that are known, tensor names, ``config.json``."""
+"""What a GGUF file says of its model.
+
+The architectures of llama.cpp that are known, tensor names, ``config.json``.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,9 @@ from ia3_export.errors import DamagedFile, Unsupported
 class Architecture:
     """What llama.cpp's converter (``conversion/*.py``) makes of a Hugging Face model.
 
-    `permuted`: rows of q and k lie in the order of consecutive rotary pairs (``LlamaModel.permute``). All other rows keep
-    their order. `shifted`: norms are stored plus one. `leaves` replaces entries of `_LEAVES`, `settings` adds to `_CONFIG`.
+    `permuted`: rows of q and k lie in the order of consecutive rotary pairs (``LlamaModel.permute``). All
+    other rows keep their order. `shifted`: norms are stored plus one. `leaves` replaces entries of `_LEAVES`,
+    `settings` adds to `_CONFIG`.
     """
 
     model_type: str
@@ -31,15 +35,18 @@ class Architecture:
 _GEMMA_NORMS = {"ffn_norm": "pre_feedforward_layernorm"}
 _WINDOW = {"attention.sliding_window": "sliding_window"}
 _SOFTCAPS = {
-    "attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping",
-}  # fmt: skip
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
 _GRANITE = {
-    "embedding_scale": "embedding_multiplier", "residual_scale": "residual_multiplier",
-    "attention.scale": "attention_multiplier", "logit_scale": "logits_scaling",
-}  # fmt: skip
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "attention.scale": "attention_multiplier",
+    "logit_scale": "logits_scaling",
+}
 _LOGIT_SCALE = {"logit_scale": "logit_scale"}
-#: Layers of the one size of a family whose attention is scaled by the width of a head's share of the model, not by that of a head
-#: (llama.cpp's ``LLM_TYPE_27B``).
+#: Layers of the one size of a family whose attention is scaled by the width of a head's share of the model,
+#: not by that of a head (llama.cpp's ``LLM_TYPE_27B``).
 _WIDE_SCALE = {"gemma2": 46, "gemma3": 62}
 #: Tensors that change the rotary embedding, and of which config.json has no word.
 _ROTARY = re.compile(r"rope_(freqs|factors_(long|short))\.weight")
@@ -96,8 +103,10 @@ def find_architecture(path: Path, values: Mapping[str, Any]) -> Architecture:
         )
     if name not in ARCHITECTURES:
         raise Unsupported(
-            f"{path} holds a model of llama.cpp's architecture {name!r}, whose conversion this version does not know",
-            hint=f"known are {', '.join(ARCHITECTURES)}; or merge into the Hugging Face checkpoint and convert that",
+            f"{path} holds a model of llama.cpp's architecture {name!r}, whose conversion this version "
+            "does not know",
+            hint=f"known are {', '.join(ARCHITECTURES)}; or merge into the Hugging Face checkpoint and "
+            "convert that",
         )
     return ARCHITECTURES[name]
 
@@ -149,9 +158,12 @@ def make_config(
     shifted = [name for name in shapes if known.shifted and name.endswith("norm.weight")]
     if types or rows or shifted:
         config["quantization_config"] = {
-            "quant_method": "gguf", "types": dict(types), "head_rows": rows, "shifted": shifted,
+            "quant_method": "gguf",
+            "types": dict(types),
+            "head_rows": rows,
+            "shifted": shifted,
             "not_in_forward": list(_not_in_forward(values, prefix, shapes)),
-        }  # fmt: skip
+        }
     return config
 
 
@@ -171,7 +183,10 @@ def _rotary(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _gemma(config: Mapping[str, Any], values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    """What llama.cpp knows of Gemma without being told: the scale of the attention, and the rotary embedding of local layers."""
+    """What llama.cpp knows of Gemma without being told.
+
+    The scale of the attention, and the rotary embedding of local layers.
+    """
     heads, width = config.get("num_attention_heads"), config.get("hidden_size")
     if config.get("num_hidden_layers") == _WIDE_SCALE[prefix] and heads and width:
         yield "query_pre_attn_scalar", width // heads
@@ -191,7 +206,10 @@ def _gemma(config: Mapping[str, Any], values: Mapping[str, Any], prefix: str) ->
 def _not_in_forward(
     values: Mapping[str, Any], prefix: str, shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[str]:
-    """What the file says of its model and the config.json made here does not: a forward of transformers then leaves it out."""
+    """What the file says of its model and the config.json made here does not.
+
+    A forward of transformers then leaves it out.
+    """
     yield from sorted(name for name in shapes if _ROTARY.fullmatch(name))
     kind = values.get(f"{prefix}.rope.scaling.type")
     if kind is not None and kind not in ("none", "linear", "yarn"):
@@ -199,11 +217,12 @@ def _not_in_forward(
 
 
 _CONFIG = {
-    "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size", "block_count": "num_hidden_layers",
-    "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim", "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "attention.layer_norm_epsilon": "layer_norm_eps", "context_length": "max_position_embeddings",
-    "expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok",
+    "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
+    "block_count": "num_hidden_layers", "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps", "attention.layer_norm_epsilon": "layer_norm_eps",
+    "context_length": "max_position_embeddings", "expert_count": "num_local_experts",
+    "expert_used_count": "num_experts_per_tok",
 }  # fmt: skip
 
 

@@ -25,12 +25,18 @@ class Location:
 
     @property
     def name(self) -> str:
-        """The hub id, or the last part of the path: what may be written down, since it names no place of this machine."""
+        """The hub id, or the last part of the path.
+
+        This may be written down, since it names no place of this machine.
+        """
         return self.hub_id or self.path.resolve().name
 
     @property
     def inputs(self) -> list[Path]:
-        """What must not be written into: the place that was found, and the one that was given, which may lie above."""
+        """What must not be written into.
+
+        The place that was found, and the one that was given, which may lie above.
+        """
         return [self.path] if self.hub_id is not None else [self.path, Path(self.given).expanduser()]
 
 
@@ -71,7 +77,8 @@ def _download(text: str, repo: str, revision: str | None, ignore: Sequence[str])
             snapshot_download(repo, revision=revision, ignore_patterns=list(ignore), tqdm_class=TerminalBar)
         )
     except Exception as error:
-        # also of httpx, of the parser of answers that are no hub's, of the check of names: all about the input
+        # also of httpx, of the parser of answers that are no hub's, of the check of names: all
+        # about the input
         raise _not_fetched(text, repo, revision, error) from None
     if not folder.is_dir():
         raise NotFound(
@@ -113,5 +120,8 @@ def _not_fetched(text: str, repo: str, revision: str | None, error: Exception) -
         hint = "HF_HOME says where the cache is"
     else:
         what = f"cannot be fetched from the hub ({type(cause).__name__})"
-        hint = "check the spelling and the network, and HF_ENDPOINT and HF_TOKEN where they are set; or give a folder"
+        hint = (
+            "check the spelling and the network, and HF_ENDPOINT and HF_TOKEN where they are "
+            "set; or give a folder"
+        )
     return NotFound(f"{text} {what}", hint=hint)

@@ -71,13 +71,19 @@ def _check_key(path: Path, key: str) -> None:
 
 
 def _state_dict(value: Any) -> Any:
-    """The table of tensors in what ``torch.save`` saved: trainers put it under ``state_dict``, beside other things."""
+    """The table of tensors in what ``torch.save`` saved.
+
+    Trainers put it under ``state_dict``, beside other things.
+    """
     nested = value.get("state_dict") if isinstance(value, dict) else None
     return nested if isinstance(nested, dict) else value
 
 
 def _records(path: Path) -> dict[int, int] | None:
-    """Start and size of every uncompressed record of a zip-format file; None when its bytes cannot be addressed."""
+    """Start and size of every uncompressed record of a zip-format file.
+
+    None when its bytes cannot be addressed.
+    """
     try:
         if not zipfile.is_zipfile(path):
             return None
@@ -96,7 +102,10 @@ def _records(path: Path) -> dict[int, int] | None:
 
 
 def _where_torch_thinks(path: Path, state: dict[Any, Any], records: dict[int, int]) -> bool:
-    """Whether every storage lies where torch computes it to lie: it knows the layout of its own writer only."""
+    """Whether every storage lies where torch computes it to lie.
+
+    It knows the layout of its own writer only.
+    """
     for key, value in state.items():
         _dtype_name(path, str(key), value)
         storage = value.untyped_storage()

@@ -1,7 +1,7 @@
 """Moving byte ranges between files, as fast as the platform allows.
 
-Linux copies inside the kernel (``copy_file_range``; ``FICLONE`` shares blocks on btrfs and xfs). Elsewhere, and
-with ``IA3_EXPORT_PLAIN_IO=1``, plain reads and writes do the same work.
+Linux copies inside the kernel (``copy_file_range``; ``FICLONE`` shares blocks on btrfs and xfs). Elsewhere,
+and with ``IA3_EXPORT_PLAIN_IO=1``, plain reads and writes do the same work.
 """
 
 from __future__ import annotations
@@ -54,10 +54,11 @@ def copy_range(
     report: Callable[[int], None],
     buffer: memoryview,
 ) -> None:
-    """Copy `count` bytes between two open files (descriptors) through `buffer`, telling `report` every portion.
+    """Copy `count` bytes between two open descriptors through `buffer`, telling `report` every portion.
 
-    Whole pages that keep their place in the file move inside the kernel, in aligned steps; it is slow at anything else
-    (on ext4 and Linux 6.18 unaligned ``copy_file_range`` took 2.5 times as long as reading and writing).
+    Whole pages that keep their place in the file move inside the kernel, in aligned steps; it is
+    slow at anything else (on ext4 and Linux 6.18 unaligned ``copy_file_range`` took 2.5 times as
+    long as reading and writing).
     """
     fast = fast_paths() and offset % PAGE == position % PAGE
     while count:
@@ -77,7 +78,10 @@ def copy_range(
 
 
 def read_into(source: int, buffer: memoryview, offset: int) -> int:
-    """Fill `buffer` from `offset`; returns its length. Raises `EOFError` when the file ends before, and `ReadError`."""
+    """Fill `buffer` from `offset`; returns its length.
+
+    Raises `EOFError` when the file ends before, and `ReadError`.
+    """
     done = 0
     while done < len(buffer):
         try:

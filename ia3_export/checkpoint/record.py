@@ -1,4 +1,7 @@
-"""What the manifest in a folder says of it: whose the folder is, and what was folded into its weights before."""
+"""What the manifest in a folder says of it.
+
+Whose the folder is, and what was folded into its weights before.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ _LARGEST = 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """An adapter whose vectors the weights already hold. `vectors` is ``Adapter.digest``, None in older manifests."""
+    """An adapter whose vectors the weights already hold.
+
+    `vectors` is ``Adapter.digest``, None in older manifests.
+    """
 
     name: str
     parameters: int
@@ -40,7 +46,7 @@ def read_record(folder: Path) -> Mapping[str, Any] | None:
 
 
 def read_folded(folder: Path, name: str | None = None) -> tuple[Folded, ...]:
-    """What the manifest in `folder` says was folded into the weights there, or into the weight file `name`."""
+    """What the manifest in `folder` says was folded into the weights there, or the weight file `name`."""
     record = read_record(folder)
     if record is None or (name is not None and name not in _mapping(record.get("files"))):
         return ()

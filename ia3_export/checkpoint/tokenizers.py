@@ -1,4 +1,4 @@
-"""What the files of a tokenizer, of generation and of processors say, in whichever form a version of transformers wrote it.
+"""What files of tokenizers, generation and processors say, in whichever form transformers wrote it.
 
 Only JSON and text are read; sentencepiece's own files are compared byte for byte.
 """
@@ -19,27 +19,32 @@ VOCABULARIES = (
     "tokenizer.json", "vocab.json", "vocab.txt", "vocab.bpe", "*.model", "*.spm", "*.tiktoken", "tekken.json",
 )  # fmt: skip
 TOKENIZERS = (
-    *VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "normalizer.json",
-    *TEMPLATES,
+    *VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
+    "normalizer.json", *TEMPLATES,
 )  # fmt: skip
 GENERATION = ("generation_config.json",)
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _LARGEST = 512 << 20
 _SPECIAL = (
-    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token", "additional_special_tokens",
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+    "additional_special_tokens",
 )  # fmt: skip
 #: Keys that say who wrote the file, or name the class that reads it.
 _BOOKKEEPING = (
-    "transformers_version", "_from_model_config", "image_processor_type", "feature_extractor_type", "processor_class",
-    "video_processor_type", "_processor_class", "auto_map", "return_unused_kwargs",
+    "transformers_version", "_from_model_config", "image_processor_type", "feature_extractor_type",
+    "processor_class", "video_processor_type", "_processor_class", "auto_map", "return_unused_kwargs",
     "use_cache", "output_attentions", "output_hidden_states",  # of the training run
 )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokenizer:
-    """What tells two tokenizers apart: `ids` of the vocabulary (None where its form is not read), `added` tokens, `merges`,
-    digests of `binary` vocabularies, `special` tokens by role, chat `templates` by name; `code`: whether it names code of its own."""
+    """What tells two tokenizers apart.
+
+    `ids` of the vocabulary (None where its form is not read), `added` tokens, `merges`, digests
+    of `binary` vocabularies, `special` tokens by role, chat `templates` by name; `code`: whether
+    it names code of its own.
+    """
 
     ids: Mapping[str, int] | None = None
     added: Mapping[str, int] = field(default_factory=dict)
@@ -125,11 +130,14 @@ def read_tokenizer(folder: Path, names: Sequence[str]) -> Tokenizer:
     added |= {text: number for text, number in entries if isinstance(text, str) and isinstance(number, int)}
     merges = model.get("merges")
     return Tokenizer(
-        ids=ids, added=added, merges=tuple(map(_pair, merges)) if isinstance(merges, list) else None,
+        ids=ids,
+        added=added,
+        merges=tuple(map(_pair, merges)) if isinstance(merges, list) else None,
         binary={name: _digest(folder / name) for name in names if _is_binary(name)},
         special=_special({**read.get("special_tokens_map.json", {}), **config}),
-        templates=_templates(folder, names, config, read.get("chat_template.json", {})), code="auto_map" in config,
-    )  # fmt: skip
+        templates=_templates(folder, names, config, read.get("chat_template.json", {})),
+        code="auto_map" in config,
+    )
 
 
 def read_generation(folder: Path, names: Sequence[str]) -> Settings:
@@ -138,7 +146,10 @@ def read_generation(folder: Path, names: Sequence[str]) -> Settings:
 
 
 def read_processors(folder: Path, names: Sequence[str]) -> Settings:
-    """The settings of image, video and audio processors, of all their files. Raises `OSError` and `ValueError`."""
+    """The settings of image, video and audio processors, of all their files.
+
+    Raises `OSError` and `ValueError`.
+    """
     return Settings(
         {key: value for name in sorted(names) for key, value in _flat(_read_object(folder / name))}
     )

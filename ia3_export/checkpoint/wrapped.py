@@ -1,5 +1,8 @@
-"""Bases that were saved inside a wrapper: ``q_proj.base_layer.weight`` of PEFT, with vectors and copied heads in the same file, and the names
-of torch.compile, FSDP and activation checkpoints."""
+"""Bases that were saved inside a wrapper.
+
+``q_proj.base_layer.weight`` of PEFT, with vectors and copied heads in the same file, and the names of
+torch.compile, FSDP and activation checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from ia3_export.checkpoint.header import Shard
 _PREFIX = "base_model.model."
 #: What data parallelism puts around the whole, beside one of the others.
 _PARALLEL = "module."
-#: What PEFT puts around a Linear and around a module of which it trains a copy, and what the others put around any module.
+#: What PEFT puts around a Linear and around a module of which it trains a copy, and what the others put
+#: around any module.
 _WRAPPED = re.compile(
     r"\.base_layer(?=\.[^.]+$)|\.original_module(?=\.)|"
     r"(?:(?<=^)|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
@@ -21,8 +25,11 @@ _OF_ADAPTER = re.compile(r"\.ia3_l(\.|$)|\.modules_to_save\.")
 
 
 def unwrap(shards: Sequence[Shard]) -> tuple[tuple[Shard, ...], tuple[str, ...] | None]:
-    """`shards` under the names of the model itself (``tuners_utils.BaseTunerLayer``, ``utils.ModulesToSaveWrapper``), and the names of the
-    adapter's tensors in them, which are left out; None for a base that is not wrapped."""
+    """`shards` under the names of the model itself, and the names of the adapter's tensors, left out.
+
+    None for a base that is not wrapped (by ``tuners_utils.BaseTunerLayer`` or
+    ``utils.ModulesToSaveWrapper``).
+    """
     names = [tensor.name for shard in shards for tensor in shard.tensors]
     if not any(_WRAPPED.search(name) for name in names):
         return tuple(shards), None

@@ -64,7 +64,8 @@ def _of_machine(error: Exception) -> IA3ExportError | None:
     if isinstance(error, MemoryError):
         return InputError(
             f"there is not enough memory ({kind_and_line(error)})",
-            hint="close other programs, or use a machine with more; verify has --weights-only and --max-memory",
+            hint="close other programs, or use a machine with more; verify has --weights-only and "
+            "--max-memory",
         )
     if not isinstance(error, OSError):
         return None
@@ -84,8 +85,8 @@ def _crash(error: Exception) -> _Crash:
     version = metadata.version("ia3-export")
     return _Crash(
         f"ia3-export {version} crashed{where}: {kind_and_line(error)}",
-        hint="this is a mistake in ia3-export and no verdict on your files: please report this line and the command; --verbose "
-        "shows the traceback",
+        hint="this is a mistake in ia3-export and no verdict on your files: please report this line and "
+        "the command; --verbose shows the traceback",
     )
 
 
@@ -121,7 +122,8 @@ def cli() -> None:
 
 
 for _command in (
-    inspect_command, merge_command, onnx_command, verify_command, convert_command, combine_command, unmerge_command, bench_command,
+    inspect_command, merge_command, onnx_command, verify_command, convert_command, combine_command,
+    unmerge_command, bench_command,
 ):  # fmt: skip
     cli.add_command(_command)
 

@@ -28,9 +28,11 @@ if TYPE_CHECKING:
 @output_option
 @rules_option
 @click.option(
-    "--base", metavar="BASE",
-    help="The model it belongs to: checks names and shapes, restores names that old versions of PEFT damaged.",
-)  # fmt: skip
+    "--base",
+    metavar="BASE",
+    help="The model it belongs to: checks names and shapes, restores names that old versions "
+    "of PEFT damaged.",
+)
 @click.option(
     "--task-type",
     type=click.Choice(
@@ -72,8 +74,14 @@ def convert_command(
 
     read = read_adapters([adapter], rules)[0]
     done = convert(
-        read, output, base=base, task_type=task_type, allow_missing=allow_missing, allow_unused=allow_unused, overwrite=overwrite
-    )  # fmt: skip
+        read,
+        output,
+        base=base,
+        task_type=task_type,
+        allow_missing=allow_missing,
+        allow_unused=allow_unused,
+        overwrite=overwrite,
+    )
     _show(out, done)
 
 
@@ -84,7 +92,8 @@ def convert_command(
 @click.option(
     "--combine",
     type=choice(Combine),
-    help="Product of the vectors, PEFT's sum of w*l, or 1 + sum of w*(l-1). Default: linear with --weights, product without.",
+    help="Product of the vectors, PEFT's sum of w*l, or 1 + sum of w*(l-1). Default: linear with "
+    "--weights, product without.",
 )
 @weights_option
 @click.option("--base", metavar="BASE", help="The model they belong to; as in convert.")

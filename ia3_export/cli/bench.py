@@ -20,22 +20,33 @@ _WIDTH = 40
 @adapters_option
 @click.option("--task", help="As in onnx; inferred by default.")
 @click.option(
-    "--precision", "precisions", default="fp32", show_default=True, callback=parse_words, metavar="LIST",
+    "--precision",
+    "precisions",
+    default="fp32",
+    show_default=True,
+    callback=parse_words,
+    metavar="LIST",
     help="Of fp32, fp16, int8, int4: the merged graphs are measured in these, too. Float32 always is.",
-)  # fmt: skip
+)
 @click.option("--threads", type=click.IntRange(1), help="Threads of either runtime. Default: physical cores.")
 @click.option(
     "--length", type=click.IntRange(1), default=32, show_default=True, help="Tokens in a forward's text."
 )
 @click.option(
-    "--tokens", type=click.IntRange(1), default=32, show_default=True,
+    "--tokens",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
     help="Greedy decoding steps in a round, for models that generate.",
-)  # fmt: skip
+)
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences in a forward.")
 @click.option(
-    "--rounds", type=click.IntRange(5), default=15, show_default=True,
+    "--rounds",
+    type=click.IntRange(5),
+    default=15,
+    show_default=True,
     help="Rounds that count; one more warms up.",
-)  # fmt: skip
+)
 @output_options
 def bench_command(
     base: str,
@@ -51,9 +62,9 @@ def bench_command(
 ) -> None:
     """Measure base, live adapter and merged model side by side, in PyTorch and in ONNX Runtime.
 
-    Each runs in float32 in a process of its own, on the CPU, all in turns. Folding costs nothing over the base: the graph has
-    the base's operators. What it saves over the live adapter is what the table says; differences within the spread of the
-    rounds are none.
+    Each runs in float32 in a process of its own, on the CPU, all in turns. Folding costs nothing over the
+    base: the graph has the base's operators. What it saves over the live adapter is what the table says;
+    differences within the spread of the rounds are none.
 
     \b
       ia3-export bench --base my-base --adapter my-adapter
@@ -112,11 +123,15 @@ def _show_sizes(out: Output, done: Benchmark) -> None:
     columns = ("runtime", "variant", "files", "operators", "peak memory", "imports")
     rows = [
         (
-            row.runtime, _label(row), human_bytes(row.files), "" if row.operators is None else row.operators,
-            human_bytes(row.peak), human_bytes(row.imported),
+            row.runtime,
+            _label(row),
+            human_bytes(row.files),
+            "" if row.operators is None else row.operators,
+            human_bytes(row.peak),
+            human_bytes(row.imported),
         )
         for row in done.rows
-    ]  # fmt: skip
+    ]
     out.table(columns, rows, numbers=columns[2:])
 
 

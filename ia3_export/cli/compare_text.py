@@ -18,8 +18,8 @@ def show_comparison(out: Output, compared: Comparison) -> None:
     a, b = compared.a, compared.b
     for letter, adapter in (("a", a), ("b", b)):
         out.text(
-            f"{letter}: {adapter.name}, {adapter.format}, {len(adapter.sites)} vectors, {adapter.parameters:,} parameters, task "
-            f"{adapter.task_type or 'not stated'}"
+            f"{letter}: {adapter.name}, {adapter.format}, {len(adapter.sites)} vectors, "
+            f"{adapter.parameters:,} parameters, task {adapter.task_type or 'not stated'}"
         )
     both = [site for site in compared.sites if site.where == "both"]
     alike = (
@@ -30,16 +30,26 @@ def show_comparison(out: Output, compared: Comparison) -> None:
     channels = sum(site.a.length for site in both if site.a is not None)
     opposite, agreeing = sum(s.opposite or 0 for s in both), sum(s.agreeing or 0 for s in both)
     out.text(
-        f"{len(both)} of {len(compared.sites)} sites in both: {alike}; of {channels:,} channels {agreeing:,} are treated alike, "
-        f"{opposite:,} inhibited by one and amplified by the other"
+        f"{len(both)} of {len(compared.sites)} sites in both: {alike}; of {channels:,} channels "
+        f"{agreeing:,} are treated alike, {opposite:,} inhibited by one and amplified by the other"
     )
     shown = compared.sites if out.verbose else compared.sites[:_SHOWN]
     out.table(
-        ("module path", "in", "cosine", "rms apart", "most apart", "channel", "opposite", "a: inhibits, amplifies", "b: inhibits, amplifies"),
+        (
+            "module path",
+            "in",
+            "cosine",
+            "rms apart",
+            "most apart",
+            "channel",
+            "opposite",
+            "a: inhibits, amplifies",
+            "b: inhibits, amplifies",
+        ),
         [_row(site) for site in shown],
         numbers=("cosine", "rms apart", "most apart", "channel", "opposite"),
         optional=("channel", "most apart", "opposite"),
-    )  # fmt: skip
+    )
     if len(shown) < len(compared.sites):
         out.text(f"... and {len(compared.sites) - len(shown)} sites that differ less (--verbose shows all)")
     for what, names in (("equal", compared.extras_equal), ("different", compared.extras_different)):

@@ -56,7 +56,8 @@ def inspect_command(
 ) -> None:
     """Show what an adapter is and, with --base, what a merge would change; with --compare, how two differ.
 
-    Reads headers and the vectors only, and the 16-bit scales of a quantized base. Refusals of the plan are findings: the exit code stays 0.
+    Reads headers and the vectors only, and the 16-bit scales of a quantized base. Refusals of the plan are
+    findings: the exit code stays 0.
 
     \b
       ia3-export inspect my-adapter
@@ -104,18 +105,38 @@ def _show_adapter(out: Output, found: Inspection, content: dict[str, Any]) -> No
         f"task: {adapter.task_type or 'not stated'}; base named in it: {content['base_model'] or 'none'}"
     )
     out.table(
-        ("module path", "scales", "length", "dtype", "min", "max", "mean", "from ones", "inhibited", "amplified", "negative"),
+        (
+            "module path",
+            "scales",
+            "length",
+            "dtype",
+            "min",
+            "max",
+            "mean",
+            "from ones",
+            "inhibited",
+            "amplified",
+            "negative",
+        ),
         [
             (
-                row.module, f"{row.direction}put", row.length, row.dtype, f"{row.min:.4f}", f"{row.max:.4f}",
-                f"{row.mean:.4f}", f"{row.from_ones:.4f}" + (" not finite!" if row.not_finite else ""),
-                row.inhibited, row.amplified, row.negative,
+                row.module,
+                f"{row.direction}put",
+                row.length,
+                row.dtype,
+                f"{row.min:.4f}",
+                f"{row.max:.4f}",
+                f"{row.mean:.4f}",
+                f"{row.from_ones:.4f}" + (" not finite!" if row.not_finite else ""),
+                row.inhibited,
+                row.amplified,
+                row.negative,
             )
             for row in found.sites
         ],
         numbers=("length", "min", "max", "mean", "from ones", "inhibited", "amplified", "negative"),
         optional=("mean", "dtype", "negative", "min", "max", "inhibited", "amplified"),
-    )  # fmt: skip
+    )
     for warning in adapter.warnings:
         out.text(f"warning: {warning}")
     if adapter.extras:
@@ -146,14 +167,17 @@ def show_quantization(out: Output, quantization: dict[str, Any]) -> None:
             ("weight", "format", "vectors", "rounding", "into, or why not"),
             [
                 (
-                    site["weight"], site["format"], site["outcome"], f"{site['rounding']:.1e}" if site["rounding"] else "",
+                    site["weight"],
+                    site["format"],
+                    site["outcome"],
+                    f"{site['rounding']:.1e}" if site["rounding"] else "",
                     site["reason"] or ", ".join(site["tensors"]),
                 )
                 for site in shown
             ],
             numbers=("rounding",),
             optional=("format", "rounding"),
-        )  # fmt: skip
+        )
 
 
 def show_plan(out: Output, plan: Plan) -> None:
@@ -165,9 +189,10 @@ def show_plan(out: Output, plan: Plan) -> None:
     total = summarize(plan)
     share = total["adapter_parameters"] / max(1, total["base_parameters"])
     out.text(
-        f"plan: {total['adapter_parameters']:,} adapter parameters ({share:.4%} of {total['base_parameters']:,}) "
-        f"change {total['tensors_changed']} of {total['tensors']} tensors, {human_bytes(total['bytes_changed'])} of "
-        f"{human_bytes(total['bytes'])}, in {len(total['shards_touched'])} of {total['shards']} shards"
+        f"plan: {total['adapter_parameters']:,} adapter parameters ({share:.4%} of "
+        f"{total['base_parameters']:,}) change {total['tensors_changed']} of {total['tensors']} tensors, "
+        f"{human_bytes(total['bytes_changed'])} of {human_bytes(total['bytes'])}, in "
+        f"{len(total['shards_touched'])} of {total['shards']} shards"
     )
     show_quantization(out, describe_quantization(plan))
     rows = sorted(plan.changes.values(), key=lambda change: natural(change.name))

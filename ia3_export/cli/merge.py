@@ -59,7 +59,8 @@ if TYPE_CHECKING:
     type=choice(Quantized),
     default="dequantize",
     show_default=True,
-    help="A quantized base: written dense, its scales folded (or refused), or folded with dense weights where it must be.",
+    help="A quantized base: written dense, its scales folded (or refused), or folded with dense weights "
+    "where it must be.",
 )
 @click.option(
     "--cast",
@@ -88,8 +89,8 @@ if TYPE_CHECKING:
     type=choice(TokenizerChoice),
     default="auto",
     show_default=True,
-    help="Tokenizer, chat template, generation and processor settings: the adapter's where they differ and fit, the base's, "
-    "the adapter's.",
+    help="Tokenizer, chat template, generation and processor settings: the adapter's where they differ and "
+    "fit, the base's, the adapter's.",
 )
 @click.option(
     "--digests",
@@ -127,11 +128,12 @@ def merge_command(
 
     \b
       ia3-export merge --base my-base --adapter my-adapter --output merged
-      ia3-export merge --base org/model@main --adapter a --adapter b --combine linear --weights 0.7,0.3 --output ab
+      ia3-export merge --base org/model@main --adapter a --adapter b --combine linear --weights 0.7,0.3 \
+--output ab
 
     \f
     More than seven parameters: one an option.
-    """  # fmt: skip
+    """
     if not dry_run and (output is None) == (output_per_adapter is None):
         raise click.UsageError("give either --output or --output-per-adapter")
     if output_per_adapter is not None and (recipe.combine != "product" or recipe.weights):
@@ -175,14 +177,17 @@ def _show(out: Output, manifest: Manifest) -> None:
             )
     flushed = sum(row["flushed_to_zero"] for row in changed)
     out.text(
-        f"{manifest.folder}: {len(changed)} tensors changed, {human_bytes(sum(row['bytes'] for row in changed))}, "
-        f"{len(content['files'])} files" + (f", {flushed} elements became zero" if flushed else "")
+        (
+            f"{manifest.folder}: {len(changed)} tensors changed, "
+            f"{human_bytes(sum(row['bytes'] for row in changed))}, {len(content['files'])} files"
+        )
+        + (f", {flushed} elements became zero" if flushed else "")
     )
     reload = content.get("reload")
     if reload is not None and reload["skipped"]:
         out.text(f"not reloaded: {reload['skipped']}")
     elif reload is not None:
         out.text(
-            f"reloaded through {reload['library']}: {reload['weights']} weights are what was written, largest relative "
-            f"difference {reload['error']:.1e}"
+            f"reloaded through {reload['library']}: {reload['weights']} weights are what was written, "
+            f"largest relative difference {reload['error']:.1e}"
         )

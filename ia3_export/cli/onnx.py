@@ -25,21 +25,35 @@ if TYPE_CHECKING:
 @output_option
 @click.option(
     "--task",
-    help="text-generation, text2text-generation, automatic-speech-recognition, feature-extraction, sentence-similarity, "
-    "fill-mask, text-, token-, image-, audio-classification, question-answering; inferred by default.",
+    help="text-generation, text2text-generation, automatic-speech-recognition, feature-extraction, "
+    "sentence-similarity, fill-mask, text-, token-, image-, audio-classification, question-answering; "
+    "inferred by default.",
 )
 @click.option(
-    "--precision", "precisions", default="fp32", show_default=True, callback=parse_words, metavar="LIST",
+    "--precision",
+    "precisions",
+    default="fp32",
+    show_default=True,
+    callback=parse_words,
+    metavar="LIST",
     help="Of fp32, fp16, int8, int4, separated by commas; all from one trace.",
-)  # fmt: skip
+)
 @click.option(
-    "--target", "targets", default="", callback=parse_words, metavar="LIST",
+    "--target",
+    "targets",
+    default="",
+    callback=parse_words,
+    metavar="LIST",
     help="Runtimes besides optimum and transformers.js, whose layout the folder always has: genai, mobile.",
-)  # fmt: skip
+)
 @click.option(
-    "--decoder", type=click.Choice(["merged", "separate", "if"]), default="merged", show_default=True,
-    help="Encoder-decoders: one decoder file that is its own first step, optimum's two, or those two in one If.",
-)  # fmt: skip
+    "--decoder",
+    type=click.Choice(["merged", "separate", "if"]),
+    default="merged",
+    show_default=True,
+    help="Encoder-decoders: one decoder file that is its own first step, optimum's two, or "
+    "those two in one If.",
+)
 @click.option("--opset", default=20, show_default=True, help="ONNX operator set.")
 @click.option("--no-verify", is_flag=True, help="Do not run the files through ONNX Runtime.")
 @overwrite_option
@@ -59,10 +73,12 @@ def onnx_command(
     overwrite: bool,
     out: Output,
 ) -> None:
-    """Export a model to ONNX: files that ONNX Runtime, transformers.js, optimum and onnxruntime-genai load as they are.
+    """Export a model to ONNX: files that ONNX Runtime, transformers.js, optimum and onnxruntime-genai load as
+    they are.
 
-    Every file is verified through ONNX Runtime before the folder is put in place: with --base and --adapter against the live
-    adapter, with --model against that model. A file that is not in parity is exit 1, and the folder is kept aside.
+    Every file is verified through ONNX Runtime before the folder is put in place: with --base and --adapter
+    against the live adapter, with --model against that model. A file that is not in parity is exit 1, and the
+    folder is kept aside.
 
     \b
       ia3-export onnx --model merged --output exported
@@ -94,7 +110,8 @@ def onnx_command(
     _show_files(out, done)
     for loss in done.losses:
         out.text(
-            f"warning: quantization costs much here: {loss}; ia3-export verify would fail it (--text measures on your texts)"
+            f"warning: quantization costs much here: {loss}; ia3-export verify would fail it (--text "
+            "measures on your texts)"
         )
     out.document(done.to_json())
 

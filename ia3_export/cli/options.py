@@ -19,7 +19,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def gathered(record: type, name: str) -> Callable[[F], F]:
-    """The options of a command that are fields of `record`, as one argument `name`: a record is made once, here."""
+    """The options of a command that are fields of `record`, as one argument `name`.
+
+    A record is made once, here.
+    """
 
     def decorate(function: F) -> F:
         @wraps(function)
@@ -51,14 +54,21 @@ base_option = click.option(
     "--base", required=True, metavar="BASE", help="Base model: folder, file or hub id."
 )
 adapters_option = click.option(
-    "--adapter", "adapters", required=True, multiple=True, metavar="ADAPTER",
+    "--adapter",
+    "adapters",
+    required=True,
+    multiple=True,
+    metavar="ADAPTER",
     help="IA3 adapter: folder, file or hub id. Repeat it for several, in the order of folding.",
-)  # fmt: skip
+)
 rules_option = click.option(
-    "--map", "rules", multiple=True, metavar="'REGEX=output|input'",
-    help="Adapter file in no known format: keys that match the expression are vectors on that side; its groups, joined by "
-    "dots, are the module path. Repeat it; the first rule that matches counts.",
-)  # fmt: skip
+    "--map",
+    "rules",
+    multiple=True,
+    metavar="'REGEX=output|input'",
+    help="Adapter file in no known format: keys that match the expression are vectors on that side; its "
+    "groups, joined by dots, are the module path. Repeat it; the first rule that matches counts.",
+)
 output_option = click.option(
     "--output", required=True, type=click.Path(path_type=Path), help="Folder to create."
 )

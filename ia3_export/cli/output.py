@@ -56,7 +56,10 @@ class Output:
         numbers: Sequence[str] = (),
         optional: Sequence[str] = (),
     ) -> None:
-        """A plain table; `numbers` are set flush right, `optional` ones are left out, last first, if it is too wide."""
+        """A plain table.
+
+        `numbers` are set flush right, `optional` ones are left out, last first, if it is too wide.
+        """
         if self.quiet:
             return
         from rich import box
@@ -116,8 +119,10 @@ def _printable(line: str) -> str:
 
 
 def _visible(text: str) -> str:
-    """`text` with control characters and the like spelled out (``\\x1b``): names come from untrusted files, and terminals obey
-    escapes."""
+    """`text` with control characters and the like spelled out (``\\x1b``).
+
+    Names come from untrusted files, and terminals obey escapes.
+    """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -9,7 +9,10 @@ _FINDINGS = 10
 
 
 def show_report(out: Output, report: Report) -> None:
-    """Weights, chain, control, and at the end the verdict; ``--verbose`` adds inputs, gates and all metrics."""
+    """Weights, chain, control, and at the end the verdict.
+
+    ``--verbose`` adds inputs, gates and all metrics.
+    """
     for proof in report.weights:
         _show_proof(out, proof)
     if report.reference is not None:
@@ -22,8 +25,8 @@ def show_report(out: Output, report: Report) -> None:
 def _show_proof(out: Output, proof: WeightsProof) -> None:
     made = f", {proof.computed:,} made by the exporter" if proof.computed else ""
     out.text(
-        f"weights of {proof.name}: {proof.verdict if proof.passed else 'WRONG'}. {proof.changed:,} folded and "
-        f"{proof.unchanged:,} untouched tensors equal bit for bit{made} ({human_bytes(proof.nbytes)})"
+        f"weights of {proof.name}: {proof.verdict if proof.passed else 'WRONG'}. {proof.changed:,} folded "
+        f"and {proof.unchanged:,} untouched tensors equal bit for bit{made} ({human_bytes(proof.nbytes)})"
     )
     shown = proof.findings if out.verbose else proof.findings[:_FINDINGS]
     for finding in shown:
@@ -41,7 +44,8 @@ def _show_chain(out: Output, report: Report) -> None:
         f"base + live adapters (applied by {reference.applied_by})" if report.adapters else "the model itself"
     )
     out.text(
-        f"{reference.model_class} in {reference.dtype}, {reference.runs_on}; reference: {live} in {reference.precision}"
+        f"{reference.model_class} in {reference.dtype}, {reference.runs_on}; reference: {live} in "
+        f"{reference.precision}"
     )
     if out.verbose:
         for name in reference.inputs:
@@ -90,8 +94,8 @@ def _show_step(out: Output, step: Step) -> None:
             )
     if step.library is not None:
         out.text(
-            f"{step.name}: max error {step.library.max_error:.3g} (mean {step.library.mean_error:.3g}) to the base as its "
-            "own quantization library runs it, with live adapters"
+            f"{step.name}: max error {step.library.max_error:.3g} (mean {step.library.mean_error:.3g}) to "
+            "the base as its own quantization library runs it, with live adapters"
         )
     if step.generation is not None and (out.verbose or step.generation.first_divergence is not None):
         out.text(f"{step.name}: {_generation(step.generation)}")
@@ -104,7 +108,10 @@ def _generation(generation: Generation) -> str:
     if generation.first_divergence is None:
         return f"{text}: all equal"
     why = "which rounding explains" if generation.excused else "which rounding does not explain"
-    return f"{text}: differs from token {generation.first_divergence} on, by a margin of {generation.margin:.3g}, {why}"
+    return (
+        f"{text}: differs from token {generation.first_divergence} on, by a margin of "
+        f"{generation.margin:.3g}, {why}"
+    )
 
 
 def _show_metrics(out: Output, step: Step) -> None:
@@ -126,7 +133,8 @@ def _show_metrics(out: Output, step: Step) -> None:
                 else ""
             )
             out.text(
-                f"    KL {distance.kl:.2e} (largest {distance.max_kl:.2e}) nats, top-1 {_share(distance.top1)}{more}"
+                f"    KL {distance.kl:.2e} (largest {distance.max_kl:.2e}) nats, top-1 "
+                f"{_share(distance.top1)}{more}"
             )
 
 

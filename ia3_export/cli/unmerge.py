@@ -53,8 +53,8 @@ def unmerge_command(
 ) -> None:
     """Divide an adapter's vectors out of a merged model again, and say how far from exact that is.
 
-    A merge rounds, so not every weight can be told from its product: each quotient is folded again, and counts as certain
-    when no other value of the dtype gives the merged one. Zeros are refused; heads stay.
+    A merge rounds, so not every weight can be told from its product: each quotient is folded again, and
+    counts as certain when no other value of the dtype gives the merged one. Zeros are refused; heads stay.
 
     \b
       ia3-export unmerge --model merged --adapter my-adapter --output base-again
@@ -84,31 +84,48 @@ def unmerge_command(
 def _show(out: Output, done: UnmergedModel) -> None:
     rows = done.tensors if out.verbose else done.tensors[:8]
     out.table(
-        ("tensor", "dtype", "elements", "certain", "ambiguous", "does not fold back", "as in the base", "apart (ulp)"),
+        (
+            "tensor",
+            "dtype",
+            "elements",
+            "certain",
+            "ambiguous",
+            "does not fold back",
+            "as in the base",
+            "apart (ulp)",
+        ),
         [
             (
-                row.tensor, row.dtype, f"{row.elements:,}", f"{row.certain / max(1, row.elements):.2%}", f"{row.ambiguous:,}",
-                f"{row.unfolded:,}", "" if row.equal is None else f"{row.equal / max(1, row.elements):.2%}",
+                row.tensor,
+                row.dtype,
+                f"{row.elements:,}",
+                f"{row.certain / max(1, row.elements):.2%}",
+                f"{row.ambiguous:,}",
+                f"{row.unfolded:,}",
+                "" if row.equal is None else f"{row.equal / max(1, row.elements):.2%}",
                 "" if row.distance is None else row.distance,
             )
             for row in rows
         ],
         numbers=("elements", "certain", "ambiguous", "does not fold back", "as in the base", "apart (ulp)"),
         optional=("dtype", "elements"),
-    )  # fmt: skip
+    )
     if len(rows) < len(done.tensors):
         out.text(f"... and {len(done.tensors) - len(rows)} more tensors (--verbose shows all)")
     total = sum(row.elements for row in done.tensors)
     certain = sum(row.certain for row in done.tensors)
     out.text(
-        f"{done.folder}: {len(done.tensors)} tensors divided; {certain / max(1, total):.2%} of {total:,} elements are certainly what "
-        f"they were, {sum(row.ambiguous for row in done.tensors):,} may be a neighbouring value"
+        f"{done.folder}: {len(done.tensors)} tensors divided; {certain / max(1, total):.2%} of {total:,} "
+        f"elements are certainly what they were, {sum(row.ambiguous for row in done.tensors):,} may be a "
+        "neighbouring value"
     )
     known = [row for row in done.tensors if row.equal is not None]
     if known:
         out.text(
-            f"compared with the base: {sum(row.equal or 0 for row in known) / max(1, total):.2%} have its bits, the others are at "
-            f"most {max(row.distance or 0 for row in known)} units of the last place away"
+            "compared with the base: "
+            f"{sum(row.equal or 0 for row in known) / max(1, total):.2%} have its bits, the "
+            f"others are at most {max(row.distance or 0 for row in known)} units of the last "
+            "place away"
         )
     for warning in done.warnings:
         out.text(f"warning: {warning}")

@@ -31,13 +31,19 @@ _FILE = click.Path(path_type=Path)
 @rules_option
 @click.option("--merged", type=_FILE, metavar="DIR", help="Folder that merge wrote.")
 @click.option(
-    "--onnx", type=_FILE, multiple=True, metavar="DIR|FILE",
-    help="Folder that onnx wrote, with all precisions in it, or a file. Repeat it for several, in the order of the chain.",
-)  # fmt: skip
+    "--onnx",
+    type=_FILE,
+    multiple=True,
+    metavar="DIR|FILE",
+    help="Folder that onnx wrote, with all precisions in it, or a file. Repeat it for several, in the "
+    "order of the chain.",
+)
 @click.option(
-    "--base-onnx", type=_FILE, metavar="DIR|FILE",
+    "--base-onnx",
+    type=_FILE,
+    metavar="DIR|FILE",
     help="The base's own export: the graphs must have the same operators.",
-)  # fmt: skip
+)
 @click.option(
     "--weights-only",
     is_flag=True,
@@ -65,18 +71,23 @@ _FILE = click.Path(path_type=Path)
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where the forwards run."
 )
 @click.option(
-    "--dtype", type=choice(RunDtype), default="auto",
-    show_default=True, help="In which PyTorch runs the live and the merged model; auto: as stored.",
-)  # fmt: skip
+    "--dtype",
+    type=choice(RunDtype),
+    default="auto",
+    show_default=True,
+    help="In which PyTorch runs the live and the merged model; auto: as stored.",
+)
 @click.option("--tf32", is_flag=True, help="Let CUDA use TF32 in float32 products.")
 @click.option(
     "--atol", type=click.FloatRange(min=0), help="|a - b| <= atol + rtol |b| instead of every gate."
 )
 @click.option("--rtol", type=click.FloatRange(min=0), help="See --atol.")
 @click.option(
-    "--max-memory", callback=parse_size, metavar="SIZE",
+    "--max-memory",
+    callback=parse_size,
+    metavar="SIZE",
     help="Memory for models, such as 16GB; larger ones run layer by layer. Default: what is free.",
-)  # fmt: skip
+)
 @click.option(
     "--report", type=_FILE, metavar="FILE", help="Write the report as JSON (docs/report.schema.json)."
 )

@@ -22,10 +22,11 @@ from ia3_export.vectors.channels import cosine, kinds_of
 class SiteComparison:
     """One module of two adapters, ``a`` and ``b``.
 
-    `where`: both have a vector for it, or one of them only, or they scale different ``sides``, or vectors of different
-    ``lengths``. Only vectors in both are compared: `cosine` of ``a - 1`` and ``b - 1`` (None where one of them is all ones),
-    `distance` their root mean square difference, `largest` the largest difference and `channel` where it is; `opposite`
-    channels are inhibited by one adapter and amplified by the other, `agreeing` ones are treated alike by both.
+    `where`: both have a vector for it, or one of them only, or they scale different ``sides``, or vectors of
+    different ``lengths``. Only vectors in both are compared: `cosine` of ``a - 1`` and ``b - 1`` (None where
+    one of them is all ones), `distance` their root mean square difference, `largest` the largest difference
+    and `channel` where it is; `opposite` channels are inhibited by one adapter and amplified by the other,
+    `agreeing` ones are treated alike by both.
     """
 
     module: str
@@ -42,8 +43,11 @@ class SiteComparison:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Comparison:
-    """What `compare` returns: the adapters, every site of either, most different first, and their further tensors: equal in
-    both, or different or in one only."""
+    """What `compare` returns.
+
+    The adapters, every site of either, most different first, and their further tensors: equal in both, or
+    different or in one only.
+    """
 
     a: Adapter
     b: Adapter
@@ -65,9 +69,12 @@ class Comparison:
 
 
 def compare(a: str | Path | Adapter, b: str | Path | Adapter) -> Comparison:
-    """How two adapters differ: which modules each scales, which channels it inhibits or amplifies, how alike they are.
+    """How two adapters differ.
 
-    Adapters of any format; modules are compared by their paths. Raises `IA3ExportError` for what cannot be read.
+    Which modules each scales, which channels it inhibits or amplifies, how alike they are.
+
+    Adapters of any format; modules are compared by their paths. Raises `IA3ExportError` for what
+    cannot be read.
     """
     check_arguments(compare, locals())
     one, other = read_adapter(a), read_adapter(b)
@@ -81,9 +88,10 @@ def compare(a: str | Path | Adapter, b: str | Path | Adapter) -> Comparison:
     ] or [np.empty(0), np.empty(0)]
     names = sorted({*one.extras, *other.extras})
     equal = {
-        n for n in names
+        n
+        for n in names
         if n in one.extras and n in other.extras and same_bytes(one.extras[n], other.extras[n])
-    }  # fmt: skip
+    }
     return Comparison(
         a=one,
         b=other,
@@ -127,6 +135,10 @@ def _compare(a: Site | None, b: Site | None) -> SiteComparison:
 
 def _describe(adapter: Adapter) -> dict[str, Any]:
     return {
-        "name": adapter.name, "format": adapter.format, "task_type": adapter.task_type, "vectors": len(adapter.sites),
-        "parameters": adapter.parameters, "warnings": list(adapter.warnings),
-    }  # fmt: skip
+        "name": adapter.name,
+        "format": adapter.format,
+        "task_type": adapter.task_type,
+        "vectors": len(adapter.sites),
+        "parameters": adapter.parameters,
+        "warnings": list(adapter.warnings),
+    }

@@ -33,7 +33,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class WrittenAdapter:
-    """What `convert` and `combine` wrote. `content` is the JSON document that lies in the folder as ``ia3_export.json``."""
+    """What `convert` and `combine` wrote.
+
+    `content` is the JSON document that lies in the folder as ``ia3_export.json``.
+    """
 
     folder: Path
     content: Mapping[str, Any]
@@ -50,30 +53,36 @@ def convert(
     allow_unused: bool = False,
     overwrite: bool = False,
 ) -> WrittenAdapter:
-    """Write an adapter of any format in PEFT's layout: it loads with ``PeftModel.from_pretrained`` and has the same forward.
+    """Write an adapter of any format in PEFT's layout.
+
+    It loads with ``PeftModel.from_pretrained`` and has the same forward.
 
     Args:
         adapter: folder, file or hub id in any format of `READERS`, or what `read_adapter` returned.
         output: folder to create.
-        base: the model that it belongs to. Names and shapes are then checked against it, names that old versions of PEFT
-            damaged are restored, and bare vectors of convolutions get their shape.
-        task_type: PEFT's, such as ``SEQ_2_SEQ_LM``, for the configuration; default what the adapter says, if anything.
+        base: the model that it belongs to. Names and shapes are then checked against it, names that old
+            versions of PEFT damaged are restored, and bare vectors of convolutions get their shape.
+        task_type: PEFT's, such as ``SEQ_2_SEQ_LM``, for the configuration; default what the
+            adapter says, if anything.
         allow_missing: accept targeted modules of the base without a vector.
         allow_unused: leave out what has no place in the base, or in any class of transformers.
         overwrite: replace an output folder that a command of ours wrote, and in which nothing else lies.
 
-    Raises `Refused` where a module has vectors on both sides: PEFT's layer takes its side for all its adapters, so not even
-    two adapters can hold them (`merge` folds both). Other `IA3ExportError`; nothing is left behind then.
+    Raises `Refused` where a module has vectors on both sides: PEFT's layer takes its side for all its
+    adapters, so not even two adapters can hold them (`merge` folds both). Other `IA3ExportError`; nothing is
+    left behind then.
     """
     check_arguments(convert, locals())
     checkpoint = read_checkpoint(base) if base is not None else None
     read, warnings = _fit(read_adapter(adapter), checkpoint, allow_missing, allow_unused)
     if task_type is not None and not _has_head(task_type, read.extras):
         raise UsageError(
-            f"--task-type {task_type}, and {read.name} brings no classifier, without which PEFT does not load such an adapter",
+            f"--task-type {task_type}, and {read.name} brings no classifier, without which PEFT does not "
+            "load such an adapter",
             hint="leave it out; the task of the base's own head counts then",
         )
-    # with a base it is known to be complete, or allowed not to be; without one the rules must stay what they are
+    # with a base it is known to be complete, or allowed not to be; without one the rules must
+    # stay what they are
     rules = None if base is not None or read.rules.exclude is not None else read.rules
     if rules is not None and read.format != "peft":
         rules = TargetRules(target=rules.target, feedforward=None)
@@ -102,17 +111,19 @@ def combine(
     Args:
         adapters: at least two folders, files or hub ids, in any format of `READERS`.
         output: folder to create.
-        combine: ``product`` multiplies the vectors, as folding one after the other does but rounded once; ``linear`` is PEFT's
-            ``IA3Model.add_weighted_adapter``, ``sum w l`` with its bits in float32, in which a missing vector counts as zeros;
-            ``delta`` is ``1 + sum w (l - 1)``. By default ``linear`` with `weights`, ``product`` without.
+        combine: ``product`` multiplies the vectors, as folding one after the other does but rounded once;
+            ``linear`` is PEFT's ``IA3Model.add_weighted_adapter``, ``sum w l`` with its bits in float32, in
+            which a missing vector counts as zeros; ``delta`` is ``1 + sum w (l - 1)``. By default ``linear``
+            with `weights`, ``product`` without.
         weights: one number an adapter, for ``linear`` and ``delta``.
         base: as in `convert`.
         overwrite: replace an output folder that a command of ours wrote, and in which nothing else lies.
 
-    Heads and other tensors besides the vectors are kept where at most one adapter brings them, or all bring the same.
+    Heads and other tensors besides the vectors are kept where at most one adapter brings them, or all bring
+    the same.
 
-    Raises `UsageError`, `Refused` (different sides of a module, different heads), `ShapeMismatch`, `NotFinite` and what reading
-    raises.
+    Raises `UsageError`, `Refused` (different sides of a module, different heads), `ShapeMismatch`,
+    `NotFinite` and what reading raises.
     """
     check_arguments(globals()["combine"], locals())  # its own name is also an option
     weights = real(weights)
@@ -140,7 +151,7 @@ def combine(
 def _fit(
     adapter: Adapter, base: Checkpoint | None, allow_missing: bool, allow_unused: bool
 ) -> tuple[Adapter, list[str]]:
-    """`adapter` with the names and shapes that it has in `base`, if there is one, and what a user should know."""
+    """`adapter` with its names and shapes in `base`, if there is one, and what a user should know."""
     for problem in not_finite(adapter):
         raise problem
     if base is not None:
@@ -160,8 +171,8 @@ def _fit(
     warnings = list(adapter.warnings)
     if may_be_damaged(adapter):
         warnings.append(
-            f"PEFT below 0.18 may have written {adapter.name}: it damaged module paths that the adapter's name occurs in; --base "
-            "checks and restores them"
+            f"PEFT below 0.18 may have written {adapter.name}: it damaged module paths that the adapter's "
+            "name occurs in; --base checks and restores them"
         )
     if adapter.unplaced and not allow_unused:
         raise UnusedVector(
@@ -174,8 +185,11 @@ def _fit(
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class _Draft:
-    """An adapter that is to be written: the `command` that makes it (with these `options`) of `adapters`, its vectors, and what
-    PEFT's configuration shall say where the adapters do not."""
+    """An adapter that is to be written.
+
+    The `command` that makes it (with these `options`) of `adapters`, its vectors, and what PEFT's
+    configuration shall say where the adapters do not.
+    """
 
     command: str
     adapters: Sequence[Adapter]
@@ -195,7 +209,8 @@ def _write(draft: _Draft, target: Path, base: Checkpoint | None, *, overwrite: b
     twice = sorted(module for module, count in Counter(site.module for site in sites).items() if count > 1)
     if twice:
         raise Refused(
-            f"{len(twice)} modules have vectors on both sides, first {twice[0]}; PEFT's layers have one side, also for several adapters",
+            f"{len(twice)} modules have vectors on both sides, first {twice[0]}; PEFT's layers have one "
+            "side, also for several adapters",
             hint="merge folds both into the weights; there is no PEFT adapter for it",
         )
     extras, said = combine_extras(adapters), _agreed(a.task_type for a in adapters)
@@ -216,8 +231,12 @@ def _write(draft: _Draft, target: Path, base: Checkpoint | None, *, overwrite: b
             "options": dict(draft.options),
             "sources": [
                 {
-                    "name": a.name, "format": a.format, "id": a.location.name,
-                    "revision": a.location.revision, "vectors": len(a.sites), "parameters": a.parameters,
+                    "name": a.name,
+                    "format": a.format,
+                    "id": a.location.name,
+                    "revision": a.location.revision,
+                    "vectors": len(a.sites),
+                    "parameters": a.parameters,
                     "files": {name: hash_file(a.folder / name) for name in a.files},
                 }
                 for a in adapters
@@ -229,7 +248,7 @@ def _write(draft: _Draft, target: Path, base: Checkpoint | None, *, overwrite: b
             "parameters": sum(len(site.vector) for site in sites),
             "warnings": list(draft.warnings),
             "files": list_files(stage, known={}, hashed=True),
-        }  # fmt: skip
+        }
         (stage / NAME).write_text(Manifest(target, content).to_json(), encoding="utf-8")
     return WrittenAdapter(target, content, tuple(draft.warnings))
 
@@ -249,7 +268,7 @@ def _shaped(placement: Placement) -> Site:
 
 
 def _as_stored(site: Site, placement: Placement) -> Site:
-    """The site under the path of the base's own class where that has another prefix than the class that was trained."""
+    """The site under the path of the base's own class, if that has another prefix than the class trained."""
     part = placement.parts[0]
     stored = part.source.removesuffix(".weight")
     other_prefix = stored.endswith(f".{site.module}") or site.module.endswith(f".{stored}")

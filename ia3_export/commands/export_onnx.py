@@ -1,4 +1,4 @@
-"""``export_onnx``: a merged model as an ONNX folder, proven through ONNX Runtime before it is put in place."""
+"""``export_onnx``: a merged model as an ONNX folder, proven in ONNX Runtime before it is put in place."""
 
 from __future__ import annotations
 
@@ -51,8 +51,11 @@ _NOT_COPIED = ("README.md", BASE_CARD, NAME)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnnxFile:
-    """A graph that was written: its path in the folder, its size with external data in bytes, and how many of its weights
-    (bytes in float32) its precision reached. `left` names the float32 weights it did not."""
+    """A graph that was written.
+
+    Its path in the folder, its size with external data in bytes, and how many of its weights (bytes in
+    float32) its precision reached. `left` names the float32 weights it did not.
+    """
 
     path: str
     precision: str
@@ -64,7 +67,10 @@ class OnnxFile:
 
 @dataclass(frozen=True, slots=True)
 class OnnxExport:
-    """What `export_onnx` wrote. `report` compares every graph with the live adapters (or, without adapters, with the model)."""
+    """What `export_onnx` wrote.
+
+    `report` compares every graph with the live adapters (or, without adapters, with the model).
+    """
 
     folder: Path
     task: str
@@ -81,10 +87,13 @@ class OnnxExport:
     def to_json(self) -> dict[str, Any]:
         """The JSON document of ``onnx --json``."""
         return {
-            "schema": SCHEMA, "task": self.task, "opset": self.opset, "files": [asdict(f) for f in self.files],
+            "schema": SCHEMA,
+            "task": self.task,
+            "opset": self.opset,
+            "files": [asdict(f) for f in self.files],
             "losses": list(self.losses),
             "report": None if self.report is None else self.report.to_json(),
-        }  # fmt: skip
+        }
 
 
 def export_onnx(
@@ -98,14 +107,17 @@ def export_onnx(
     overwrite: bool = False,
     on_step: Callable[[str], None] | None = None,
 ) -> OnnxExport:
-    """Export a model to an ONNX folder in the layout of optimum and transformers.js: graphs in ``onnx/``, configuration, tokenizer
-    and the like beside it. (Eight parameters: there are two ways in, `model` or `base` with `adapters`.)
+    """Export a model to an ONNX folder in the layout of optimum and transformers.js.
+
+    Graphs in ``onnx/``, configuration, tokenizer and the like beside it. (Eight parameters: there are two
+    ways in, `model` or `base` with `adapters`.)
 
     Args:
         output: folder to create.
-        model: folder that `merge` wrote (or any checkpoint folder). One that stays quantized is exported as the dense model that it
-            stands for.
-        base, adapters: instead of `model`; merged into a temporary folder first, compared with the live adapters.
+        model: folder that `merge` wrote (or any checkpoint folder). One that stays quantized is exported as
+            the dense model that it stands for.
+        base, adapters: instead of `model`; merged into a temporary folder first, compared with
+            the live adapters.
         graphs: task, precisions, targets, form of the decoder, operator set.
         check: `verify` every graph through ONNX Runtime before the folder is put in place.
         overwrite: replace an output folder that a command of ours wrote, and in which nothing else lies.
@@ -113,11 +125,11 @@ def export_onnx(
 
     Weights are traced in float32 (those of 16-bit checkpoints are widened exactly).
 
-    A graph of int8 or int4 weights whose codes are right but whose quantization costs more than `verify` allows is written all the
-    same, and named in `OnnxExport.losses`.
+    A graph of int8 or int4 weights whose codes are right but whose quantization costs more than `verify`
+    allows is written all the same, and named in `OnnxExport.losses`.
 
-    Raises `UsageError`, `InputError` and its kinds, `OutputError`, and `CheckFailed` when a graph is not in parity; the folder is
-    then kept aside as ``<output>.failed``.
+    Raises `UsageError`, `InputError` and its kinds, `OutputError`, and `CheckFailed` when a graph is not in
+    parity; the folder is then kept aside as ``<output>.failed``.
     """
     check_arguments(export_onnx, locals())
     adapters = tuple(adapters)
@@ -164,8 +176,11 @@ def export_onnx(
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """What is exported (`checkpoint`), the plan that made it (of no adapter where it was there), and what the user `named`,
-    which may be neither."""
+    """What is exported.
+
+    `plan` made the `checkpoint` (of no adapter where it was there); the user `named` a folder that may be
+    neither the base nor the checkpoint.
+    """
 
     checkpoint: Checkpoint
     plan: Plan
@@ -194,8 +209,10 @@ def _read_model(model: str | Path, scratch: Path, say: Callable[[str], None]) ->
     named = base.stored.location
     if base.stored.holds_adapter:
         raise Refused(
-            f"{model} holds a model and an adapter ({ADAPTER_CONFIG}): transformers would apply it to these weights",
-            hint=f"to fold it, --base {model} --adapter {model}; for the model alone, move {ADAPTER_CONFIG} away",
+            f"{model} holds a model and an adapter ({ADAPTER_CONFIG}): transformers would apply it "
+            "to these weights",
+            hint=f"to fold it, --base {model} --adapter {model}; for the model alone, move "
+            f"{ADAPTER_CONFIG} away",
         )
     if base.is_quantized or base.stored.is_gguf:
         say("dequantizing")
@@ -254,8 +271,11 @@ def _describe(path: Path, precision: str, coverage: Coverage | None = None) -> O
 
 
 def _limit(checkpoint: Checkpoint) -> int | None:
-    """Bytes that the proof's models may take. Of models above `_LARGE` the reference is float32, which needs half: the proof then
-    takes no more than the export, and the rounding noise of the reference is measured instead."""
+    """Bytes that the proof's models may take.
+
+    Of models above `_LARGE` the reference is float32, which needs half: the proof then takes no more than the
+    export, and the rounding noise of the reference is measured instead.
+    """
     import psutil
 
     elements = sum(tensor.size for tensor in checkpoint.tensors.values())
@@ -273,14 +293,17 @@ def _require(report: Report, stage: Path, target: Path) -> None:
     aside = set_aside(stage, target)
     raise CheckFailed(
         f"the exported graph does not compute what was trained: {findings[0]}",
-        hint=f"the files and report.json are kept in {aside}, {target} was not written; try another --precision or "
-        "--opset, and please report the architecture",
+        hint=f"the files and report.json are kept in {aside}, {target} was not written; try another "
+        "--precision or --opset, and please report the architecture",
     )
 
 
 def _only_loses(step: Step) -> bool:
-    """Whether a quantized graph is wrong by nothing but its quantization: its codes are those of the weights (the proof of the
-    weights says so), and it gives numbers. How much may be lost is the user's choice, and `verify`'s gate."""
+    """Whether a quantized graph is wrong by nothing but its quantization.
+
+    Its codes are those of the weights (the proof of the weights says so), and it gives numbers. How much may
+    be lost is the user's choice, and `verify`'s gate.
+    """
     error = step.distance.max_error if step.distance is not None else math.inf
     return step.precision in ("int8", "int4") and math.isfinite(error)
 

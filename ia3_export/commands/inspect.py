@@ -25,7 +25,8 @@ from ia3_export.writing.manifest import describe_plan
 class SiteStatistics:
     """One vector. ``from_ones`` is the root mean square of ``l - 1``: 0 for a vector that changes nothing.
 
-    Channels are counted as in `Counts`; ``most_inhibited`` and ``most_amplified`` are their indices, strongest first.
+    Channels are counted as in `Counts`; ``most_inhibited`` and ``most_amplified`` are their indices,
+    strongest first.
     """
 
     module: str
@@ -46,7 +47,10 @@ class SiteStatistics:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Inspection:
-    """What `inspect` returns: the adapter, statistics of every vector, and with a base the plan of a merge."""
+    """What `inspect` returns.
+
+    The adapter, statistics of every vector, and with a base the plan of a merge.
+    """
 
     adapter: Adapter
     sites: tuple[SiteStatistics, ...]
@@ -80,9 +84,10 @@ def inspect(
 ) -> Inspection:
     """Describe an IA3 adapter, and with `base` plan its merge without writing anything.
 
-    `quantized` is that of `merge`; by default the plan says which vectors the scales of a quantized base can take.
-    Neither torch nor transformers is imported while names and shapes settle everything (``.bin`` files need torch).
-    Refusals of the plan are part of the result. Raises `IA3ExportError` for inputs that cannot be read.
+    `quantized` is that of `merge`; by default the plan says which vectors the scales of a quantized base can
+    take. Neither torch nor transformers is imported while names and shapes settle everything (``.bin`` files
+    need torch). Refusals of the plan are part of the result. Raises `IA3ExportError` for inputs that cannot
+    be read.
     """
     check_arguments(inspect, locals())
     read = read_adapter(adapter)

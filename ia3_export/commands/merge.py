@@ -56,9 +56,9 @@ def merge(
 ) -> Manifest:
     """Fold IA3 `adapters` into `base` and write a complete checkpoint folder.
 
-    Every changed tensor is bit-identical to PEFT's ``merge_and_unload`` after a default ``from_pretrained`` in
-    the stored dtype: ``round_to_dtype(f32(W) * f32(l))``, once per adapter, in float64 for float64 tensors;
-    every other tensor is byte-identical to the base (Liu et al. 2022, arXiv:2205.05638; peft 0.21,
+    Every changed tensor is bit-identical to PEFT's ``merge_and_unload`` after a default ``from_pretrained``
+    in the stored dtype: ``round_to_dtype(f32(W) * f32(l))``, once per adapter, in float64 for float64
+    tensors; every other tensor is byte-identical to the base (Liu et al. 2022, arXiv:2205.05638; peft 0.21,
     ``tuners/ia3/layer.py``).
 
     Args:
@@ -73,8 +73,8 @@ def merge(
     Returns the manifest that was written as ``ia3_export.json``.
 
     Raises `IA3ExportError`: `NotFound`, `DamagedFile`, `Unsupported`, `Refused` and its kinds for inputs,
-    `UsageError` for options, `OutputError` for the output, `CheckFailed` when the reload check fails. Nothing is left
-    behind in any of these cases.
+    `UsageError` for options, `OutputError` for the output, `CheckFailed` when the reload check fails. Nothing
+    is left behind in any of these cases.
     """
     check_arguments(merge, locals())
     plan = plan_merge(base, adapters, recipe)
@@ -122,7 +122,8 @@ def write_merges(
 ) -> list[Manifest]:
     """Carry out plans of one base, each into a folder of its own, reading the base once.
 
-    All folders are put in place, or none. Raises `OutputError`, and `CheckFailed` when the reload check fails.
+    All folders are put in place, or none. Raises `OutputError`, and `CheckFailed` when the reload
+    check fails.
     """
     for plan, target in merges:
         inputs = [
@@ -150,7 +151,10 @@ def write_merges(
 
 
 def _reload(plan: Plan, stage: Path, target: Path) -> Mapping[str, Any] | None:
-    """Open the output of a quantized base through its users' library; one that is not what was written is kept aside."""
+    """Open the output of a quantized base through its users' library.
+
+    One that is not what was written is kept aside.
+    """
     if not plan.base.is_quantized:
         return None
     from ia3_export.parity.reload_check import check_output

@@ -14,10 +14,10 @@ from ia3_export.vectors.plot import write_plot
 
 
 def plot_vectors(adapters: Sequence[str | Path | Adapter], file: str | Path) -> None:
-    """Draw one adapter, or two beside each other, into an ``.html`` or ``.png`` file (the latter needs matplotlib).
+    """Draw one adapter, or two side by side, into an ``.html`` or ``.png`` file (that needs matplotlib).
 
-    Raises `UsageError` for another suffix or number of adapters, `Unsupported` without matplotlib, `OutputError`, and what
-    reading adapters raises.
+    Raises `UsageError` for another suffix or number of adapters, `Unsupported` without matplotlib,
+    `OutputError`, and what reading adapters raises.
     """
     check_arguments(plot_vectors, locals())
     if len(adapters) not in (1, 2):

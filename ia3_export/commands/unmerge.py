@@ -1,8 +1,9 @@
 """``unmerge``: divide the vectors out of a merged model again, and measure how far from exact that is.
 
-A fold rounds, so several weights may have given the same product and no division can tell which one it was. For every
-element the quotient is therefore folded again, and so are its neighbours in the dtype: where only one of them gives back the
-merged value, it is the weight that was there before (the quotient itself may not be it, next to a power of two).
+A fold rounds, so several weights may have given the same product and no division can tell which one it was.
+For every element the quotient is therefore folded again, and so are its neighbours in the dtype: where only
+one of them gives back the merged value, it is the weight that was there before (the quotient itself may not
+be it, next to a power of two).
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ from ia3_export.writing.wording import describe_fold
 SCHEMA = "ia3-export/unmerge/1"
 #: Share of a tensor's elements that may not fold back, since several adapters round several times.
 _EXPLAINED = 0.02
-#: Places from the quotient that are tried, in this order. What folds back lies side by side, since a fold keeps the order of values:
-#: so one whose two neighbours do not is the only one.
+#: Places from the quotient that are tried, in this order. What folds back lies side by side, since a fold
+#: keeps the order of values: so one whose two neighbours do not is the only one.
 _STEPS = (0, 1, -1, 2, -2)
 
 
@@ -48,9 +49,10 @@ _STEPS = (0, 1, -1, 2, -2)
 class Exactness:
     """How surely the elements of a tensor are what they were before the merge.
 
-    `certain`: no other value of the dtype folds to the merged one. `ambiguous`: several in a row do, and the original is one of
-    them. `unfolded`: nothing near the quotient gives the merged value. With a base that has the tensor, `equal` elements
-    have its bits, and `distance` is the largest difference in units of the last place.
+    `certain`: no other value of the dtype folds to the merged one. `ambiguous`: several in a row do, and the
+    original is one of them. `unfolded`: nothing near the quotient gives the merged value. With a base that
+    has the tensor, `equal` elements have its bits, and `distance` is the largest difference in units of the
+    last place.
     """
 
     tensor: str
@@ -86,26 +88,27 @@ def unmerge(
 ) -> UnmergedModel:
     """Divide the vectors of `adapters` out of a merged `model`.
 
-    Every element becomes ``round_to_dtype(W / l)``, the quotient in float64, the last adapter first, or the neighbour of that which
-    gives the merged value when it is folded. Streaming, as `merge`.
+    Every element becomes ``round_to_dtype(W / l)``, the quotient in float64, the last adapter first, or the
+    neighbour of that which gives the merged value when it is folded. Streaming, as `merge`.
 
     Args:
         model: folder, weight file or hub id of a dense merged model.
         adapters: what was folded into it, in the same order.
         output: folder to create.
         base: the original, if it is at hand: the result is then compared with it.
-        recipe: how several adapters were merged (``combine`` and ``weights``); by default what the model's manifest says.
+        recipe: how several adapters were merged (``combine`` and ``weights``); by default what the model's
+            manifest says.
         allow_missing: accept targeted modules without a vector.
         overwrite: replace an output folder that a command of ours wrote, and in which nothing else lies.
         on_progress: called with bytes done and in total.
 
-    Tensors that the adapters brought (heads, embeddings) stay, as does ``config.json``: what was there before is not in the
-    merged model.
+    Tensors that the adapters brought (heads, embeddings) stay, as does ``config.json``: what was there before
+    is not in the merged model.
 
     More than seven parameters: each but the last is an input, or what the command line asks of it.
 
-    Raises `Refused` for a zero in a vector (what it multiplied is lost), `Unsupported` for a quantized model, and what `merge`
-    raises.
+    Raises `Refused` for a zero in a vector (what it multiplied is lost), `Unsupported` for a quantized model,
+    and what `merge` raises.
     """
     check_arguments(unmerge, locals())
     whole = read_base(model)
@@ -165,7 +168,9 @@ def _staying(adapters: Sequence[Adapter]) -> Iterator[str]:
     for adapter in adapters:
         if adapter.extras:
             names = ", ".join(sorted(adapter.extras)[:3]) + (" ..." if len(adapter.extras) > 3 else "")
-            yield f"{adapter.name} brought {names}: they stay, since the model does not hold what they replaced"
+            yield (
+                f"{adapter.name} brought {names}: they stay, since the model does not hold what they replaced"
+            )
 
 
 def _places(stage: Path, files: Sequence[OutputFile]) -> dict[str, tuple[Path, int]]:
@@ -180,7 +185,10 @@ def _compare_record(model: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[
         manifest = json.loads((model.folder / NAME).read_text(encoding="utf-8"))
         folded = [(str(row["name"]), int(row["parameters"])) for row in manifest["adapters"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        yield "the model has no manifest that says what was folded into it: a wrong adapter would be divided out all the same"
+        yield (
+            "the model has no manifest that says what was folded into it: a wrong adapter would be divided "
+            "out all the same"
+        )
         return
     taken = manifest.get("taken_from_adapters")
     if taken:
@@ -188,8 +196,8 @@ def _compare_record(model: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[
     given = [(adapter.name, adapter.parameters) for adapter in adapters]
     if folded != given:
         yield (
-            f"the model's manifest says that {', '.join(name for name, _ in folded)} were folded into it, given are "
-            f"{', '.join(name for name, _ in given)}"
+            f"the model's manifest says that {', '.join(name for name, _ in folded)} were folded into it, "
+            f"given are {', '.join(name for name, _ in given)}"
         )
 
 
@@ -211,7 +219,8 @@ def _reciprocal(scale: Scale, fold: Fold) -> Scale:
     zeros = np.flatnonzero(scale.factors == 0)
     if len(zeros):
         raise Refused(
-            f"the vector of {describe_fold(fold)} is zero at element {zeros[0]} ({len(zeros)} such elements): what it multiplied is lost",
+            f"the vector of {describe_fold(fold)} is zero at element {zeros[0]} ({len(zeros)} such "
+            "elements): what it multiplied is lost",
             hint="merging cannot be undone for these channels; keep the original base",
         )
     with np.errstate(over="ignore"):
@@ -238,7 +247,7 @@ def _settle(
     places: Mapping[str, tuple[Path, int]],
     same_dtype: bool,
 ) -> Iterator[Exactness]:
-    """Look at every quotient that was written (`places`: file and byte), and correct those whose neighbour it must be.
+    """Look at every quotient written (`places`: file and byte), and correct those whose neighbour it must be.
 
     Nothing is certain of a merge that did not keep the `same_dtype`.
     """
@@ -272,7 +281,8 @@ def _settle_tensor(
     stored = storage_dtype(dtype)
     if original is not None and (original.dtype, original.shape) != (dtype, tensor.shape):
         raise ShapeMismatch(
-            f"{tensor.name} is {original.dtype} {list(original.shape)} in the base, {dtype} {list(tensor.shape)} in the model",
+            f"{tensor.name} is {original.dtype} {list(original.shape)} in the base, {dtype} "
+            f"{list(tensor.shape)} in the model",
             hint="--base is not the merge's base, or the merge changed the dtype",
         )
     row = Expected(
@@ -305,9 +315,15 @@ def _settle_tensor(
             equal += int(np.sum(apart == 0))
             distance = max(distance, int(apart.max(initial=0)))
     return Exactness(
-        tensor=tensor.name, dtype=dtype, elements=tensor.size, certain=certain, ambiguous=ambiguous, unfolded=unfolded,
-        equal=equal if original is not None else None, distance=distance if original is not None else None,
-    )  # fmt: skip
+        tensor=tensor.name,
+        dtype=dtype,
+        elements=tensor.size,
+        certain=certain,
+        ambiguous=ambiguous,
+        unfolded=unfolded,
+        equal=equal if original is not None else None,
+        distance=distance if original is not None else None,
+    )
 
 
 def _bits(values: Array, dtype: str) -> Array:
@@ -317,7 +333,8 @@ def _bits(values: Array, dtype: str) -> Array:
 def _ordinal(values: Array, dtype: str) -> Array:
     """Stored bits as integers in the order of the values, so that neighbours differ by one; both zeros are 0.
 
-    float64 ordinals do not fit the difference of opposite signs, whose distance is then meaningless and large.
+    float64 ordinals do not fit the difference of opposite signs, whose distance is then
+    meaningless and large.
     """
     bits = _bits(values, dtype)
     sign = bits.dtype.type(2 ** (8 * bits.itemsize - 1))
@@ -340,6 +357,7 @@ def _found(tensors: Sequence[Exactness]) -> Iterator[str]:
     wrong = [row for row in tensors if row.unfolded > _EXPLAINED * row.elements]
     if wrong:
         yield (
-            f"{sum(row.unfolded for row in wrong):,} elements in {len(wrong)} tensors, first {wrong[0].tensor}, do not fold back to "
-            "the model's values: these adapters were not folded into it, or in another way"
+            f"{sum(row.unfolded for row in wrong):,} elements in {len(wrong)} tensors, first "
+            f"{wrong[0].tensor}, do not fold back to the model's values: these adapters were not folded "
+            "into it, or in another way"
         )

@@ -53,21 +53,24 @@ def verify(
 ) -> Report:
     """Prove a merged folder and/or ONNX files equal to base + live adapters.
 
-    First the weights: every changed tensor must be the fold of base and adapters bit for bit, every other the base's
-    bytes. Then the forwards: the reference is the unmerged forward in float64, and an artifact is in parity when
-    ``err(artifact) <= k * err(unmerged) + eps`` (docs/parity.md derives k and eps); quantized ONNX files have gates
-    of their own. The control is the adapters' whole effect on the base.
+    First the weights: every changed tensor must be the fold of base and adapters bit for bit, every other the
+    base's bytes. Then the forwards: the reference is the unmerged forward in float64, and an artifact is in
+    parity when ``err(artifact) <= k * err(unmerged) + eps`` (docs/parity.md derives k and eps); quantized
+    ONNX files have gates of their own. The control is the adapters' whole effect on the base.
 
     Args:
-        base, adapters: as in `merge`. Without an adapter an ONNX file is compared with the model `base` itself.
-        merged: folder that `merge` wrote. Of another tool's dense merge into a quantized base only the forwards are compared:
-            its rounding is its own. With neither `merged` nor `onnx`, a merge into a temporary folder is verified.
-        onnx: folders that `export_onnx` wrote (all precisions in them), or ``.onnx`` files, in the order of the chain.
+        base, adapters: as in `merge`. Without an adapter an ONNX file is compared with the model
+            `base` itself.
+        merged: folder that `merge` wrote. Of another tool's dense merge into a quantized base only the
+            forwards are compared: its rounding is its own. With neither `merged` nor `onnx`, a merge into a
+            temporary folder is verified.
+        onnx: folders that `export_onnx` wrote (all precisions in them), or ``.onnx`` files, in the order of
+            the chain.
         base_onnx: the base's own export, whose operators the graphs must then have.
-        recipe: how several adapters act together (``combine`` and ``weights``); by default what the manifest of `merged` says, as it
-            does of everything else in a recipe.
-        settings: how the forwards run. None: no forward at all; streaming, in little memory, without torch unless a head or renamed
-            tensors need it.
+        recipe: how several adapters act together (``combine`` and ``weights``); by default what the manifest
+            of `merged` says, as it does of everything else in a recipe.
+        settings: how the forwards run. None: no forward at all; streaming, in little memory, without torch
+            unless a head or renamed tensors need it.
         on_progress: told how much of the weights has been compared.
 
     More than seven parameters: each is an input of its own; all that are settings are in two records.
@@ -96,7 +99,10 @@ def verify(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shipped:
-    """What shall compute what was trained: a `merged` folder, `graphs` in the order of the chain, and the base's own export."""
+    """What shall compute what was trained.
+
+    A `merged` folder, `graphs` in the order of the chain, and the base's own export.
+    """
 
     merged: Base | None
     graphs: tuple[Graph, ...]
@@ -104,7 +110,10 @@ class Shipped:
 
 
 def read_exported(location: str | Path) -> list[Graph]:
-    """The graphs of an exported folder, the plain one first, or of one file. Raises what reading them raises."""
+    """The graphs of an exported folder, the plain one first, or of one file.
+
+    Raises what reading them raises.
+    """
     return [read_graphs(paths) for paths in find_onnx(location)]
 
 
@@ -115,21 +124,26 @@ def prove(
     *,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Report:
-    """`verify` of what is read already: `shipped` beside what `plan` makes, and beside the live model that it was made of."""
+    """`verify` of what is read already.
+
+    `shipped` beside what `plan` makes, and beside the live model that it was made of.
+    """
     graphs = _name_graphs(shipped.graphs)
     foreign = shipped.merged is not None and settings is not None and _is_foreign(plan.base, shipped.merged)
     warnings: list[str] = []
     with scratch_folder() as scratch:
         compared = shipped.merged
         if compared is None and settings is not None and (not graphs or _widened(plan.base.stored, graphs)):
-            # without an adapter there is nothing to merge: the checkpoint itself is what the graphs must compute
+            # without an adapter there is nothing to merge: the checkpoint itself is what the
+            # graphs must compute
             compared = _merge(plan, scratch / "merged") if plan.adapters else plan.base
         # a merge made for an ONNX file's sake is no artifact
         judged = shipped.merged is not None or not graphs
         proofs: list[WeightsProof] = []
         if foreign:
             warnings.append(
-                "the base is quantized and another tool merged into it, with roundings of its own: only forwards are compared"
+                "the base is quantized and another tool merged into it, with roundings of its own: only "
+                "forwards are compared"
             )
         else:
             warnings += plan.warnings
@@ -187,8 +201,10 @@ def _is_foreign(base: Base, merged: Base) -> bool:
 
 
 def _rounded(plan: Plan | None) -> str | None:
-    """The coarsest dtype that vectors were folded into, of a merge that stays quantized. GGUF's scales are float16 numbers
-    inside the blocks of codes."""
+    """The coarsest dtype that vectors were folded into, of a merge that stays quantized.
+
+    GGUF's scales are float16 numbers inside the blocks of codes.
+    """
     if plan is None or not plan.outcomes:
         return None
     dtypes = {change.dtype for change in plan.changes.values() if change.how in _VALUES}

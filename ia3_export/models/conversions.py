@@ -130,7 +130,8 @@ def spread(
     traced = np.empty(0) if numbers is None else np.asarray(numbers.contiguous().numpy())
     if traced.shape != multiplier.shape or not np.array_equal(traced, np.floor(traced)):
         raise Refused(
-            f"transformers computes {name} from {', '.join(sources)} while loading, instead of moving elements",
+            f"transformers computes {name} from {', '.join(sources)} while loading, instead of "
+            "moving elements",
             hint="load the base with transformers, save it again, and merge into that copy",
         )
     sizes = [tensors[stored].size for stored in sources]
@@ -163,8 +164,8 @@ def fused_multipliers(
         for modules in by_pattern.values():
             if len(modules) != shape[0]:
                 raise MissingVector(
-                    f"{entry} holds {shape[0]} experts, but the adapter has vectors for {len(modules)} of them "
-                    f"({modules[0]}, ...)",
+                    f"{entry} holds {shape[0]} experts, but the adapter has vectors for {len(modules)} of "
+                    f"them ({modules[0]}, ...)",
                     hint="the adapter file is incomplete",
                 )
         multiplier = None
@@ -238,8 +239,8 @@ def _run(
     ) as error:  # whatever transformers' operations and torch raise for tensors of another model
         raise Refused(
             f"transformers cannot make {entry} of the tensors stored for it: {type(error).__name__}: {error}",
-            hint="config.json does not belong to these weights, or load the base with transformers, save it again, and merge "
-            "into that copy",
+            hint="config.json does not belong to these weights, or load the base with transformers, save "
+            "it again, and merge into that copy",
         ) from error
     for name, value in made.items():
         yield name, value[0] if isinstance(value, list) else value

@@ -106,7 +106,8 @@ def _best_class(
     if best is None:
         raise Unsupported(
             f"transformers has no model class for model_type {config.get('model_type')!r}",
-            hint="the adapter's module names must be the stored names for such a model; remote code is not run",
+            hint="the adapter's module names must be the stored names for such a model; remote "
+            "code is not run",
         )
     return best[1]
 
@@ -166,7 +167,8 @@ def make_config(config: Mapping[str, Any]) -> Any:
     if model_type not in CONFIG_MAPPING:
         raise Unsupported(
             f"transformers does not know model_type {model_type!r}",
-            hint="the adapter's module names must be the stored names for such a model; remote code is not run",
+            hint="the adapter's module names must be the stored names for such a model; remote "
+            "code is not run",
         )
     fields = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
     return CONFIG_MAPPING[model_type].from_dict(_with_numbers(copy.deepcopy(fields)))
@@ -315,8 +317,11 @@ def _describe(
     from transformers.pytorch_utils import Conv1D
 
     kinds: tuple[tuple[type, Layout], ...] = (
-        (nn.Linear, "linear"), (Conv1D, "conv1d"), (nn.Conv2d, "conv"), (nn.Conv3d, "conv"),
-    )  # fmt: skip
+        (nn.Linear, "linear"),
+        (Conv1D, "conv1d"),
+        (nn.Conv2d, "conv"),
+        (nn.Conv3d, "conv"),
+    )
     modules = dict(model.named_modules())
     layouts: dict[str, Layout] = {
         path: layout for path, module in modules.items() for cls, layout in kinds if isinstance(module, cls)

@@ -30,8 +30,8 @@ _STORED: Mapping[Layout, str] = {
 #: What PEFT writes of its other methods.
 _WRAPPERS = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_magnitude_vector", "modules_to_save"})
 _REPARAMETRIZED = (
-    "parametrizations.weight.original0", "parametrizations.weight.original1", "parametrizations.weight.original",
-    "weight_g", "weight_v", "weight_orig",
+    "parametrizations.weight.original0", "parametrizations.weight.original1",
+    "parametrizations.weight.original", "weight_g", "weight_v", "weight_orig",
 )  # fmt: skip
 
 
@@ -61,8 +61,10 @@ def refuse_wrapped(names: Iterable[str]) -> None:
     for name in names:
         if not _WRAPPERS.isdisjoint(name.split(".")):
             raise Refused(
-                f"the base was saved while PEFT wrapped it: it holds {name}, which no model of transformers loads",
-                hint="save the plain model (model.merge_and_unload() or model.unload(), then save_pretrained), or give the base it was loaded from",
+                f"the base was saved while PEFT wrapped it: it holds {name}, which no model of "
+                "transformers loads",
+                hint="save the plain model (model.merge_and_unload() or model.unload(), then "
+                "save_pretrained), or give the base it was loaded from",
             )
 
 
@@ -78,13 +80,14 @@ def refuse_untraceable(module: str, present: Collection[str]) -> None:
         raise Refused(
             f"module {module} is parametrized (weight or spectral norm): its weight is computed from "
             f"{', '.join(reparametrized)}",
-            hint="remove the parametrization (torch.nn.utils.parametrize.remove_parametrizations) and save the base again",
+            hint="remove the parametrization (torch.nn.utils.parametrize.remove_parametrizations) and save "
+            "the base again",
         )
     parent, _, leaf = module.rpartition(".")
     if leaf == "out_proj" and f"{parent}.in_proj_weight" in present:
         raise Refused(
-            f"module {module} belongs to torch.nn.MultiheadAttention, which reads its weight without calling it: "
-            "the vector had no effect in training",
+            f"module {module} belongs to torch.nn.MultiheadAttention, which reads its weight without "
+            "calling it: the vector had no effect in training",
             hint="leave this module out of target_modules",
         )
 
@@ -128,8 +131,8 @@ def mismatch(site: Site, shape: tuple[int, ...], fits: Sequence[Layout] = ()) ->
         f"; on its {site.direction}put it would fit only one stored {_STORED[fits[0]]}" if fits else ""
     )
     return ShapeMismatch(
-        f"the vector of {site.module} has {len(site.vector):,} elements (shape {list(site.shape)}), but the weight in the "
-        f"base is {list(shape)}{otherwise}",
+        f"the vector of {site.module} has {len(site.vector):,} elements (shape {list(site.shape)}), but "
+        f"the weight in the base is {list(shape)}{otherwise}",
         hint="the vector was cut (a sharded save?), or trained on another model or another size of it"
         + ("" if len(site.shape) == 2 else "; or (--map) it scales the other side"),
     )

@@ -12,10 +12,13 @@ from ia3_export.errors import DamagedFile, Refused, Unsupported
 
 #: By the names that sentence-transformers 5 writes, with the flag of earlier versions.
 _MODES = {
-    "cls": "pooling_mode_cls_token", "max": "pooling_mode_max_tokens", "mean": "pooling_mode_mean_tokens",
-    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens", "weightedmean": "pooling_mode_weightedmean_tokens",
+    "cls": "pooling_mode_cls_token",
+    "max": "pooling_mode_max_tokens",
+    "mean": "pooling_mode_mean_tokens",
+    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
+    "weightedmean": "pooling_mode_weightedmean_tokens",
     "lasttoken": "pooling_mode_lasttoken",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, slots=True)

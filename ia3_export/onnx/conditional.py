@@ -1,4 +1,7 @@
-"""optimum's ``decoder_model_merged.onnx``: both decoders as the branches of one ``If`` on ``use_cache_branch``."""
+"""optimum's ``decoder_model_merged.onnx``.
+
+Both decoders as the branches of one ``If`` on ``use_cache_branch``.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ def merge_decoders(first: Any, cached: Any) -> Any:
     """The ``onnx_ir.Model`` of two, which it takes apart: that of `cached` (decoder with past) where
     ``use_cache_branch`` is true, else that of `first`.
 
-    Inputs are those of both, outputs those of `first`; the cross-attention cache, which `cached` does not give, passes through it.
-    Weights lie in the main graph, those that both branches use once.
+    Inputs are those of both, outputs those of `first`; the cross-attention cache, which `cached` does not
+    give, passes through it. Weights lie in the main graph, those that both branches use once.
     """
     import onnx_ir as ir
 
@@ -29,22 +32,32 @@ def merge_decoders(first: Any, cached: Any) -> Any:
     order = [port.name for port in first.graph.inputs]
     branches = {branch: _branch(branch, model, inputs, weights, names) for branch, model in models.items()}
     choice = ir.node(
-        "If", [condition], {"then_branch": branches["cached"], "else_branch": branches["first"]}, num_outputs=len(outputs)
-    )  # fmt: skip
+        "If",
+        [condition],
+        {"then_branch": branches["cached"], "else_branch": branches["first"]},
+        num_outputs=len(outputs),
+    )
     for value, (name, shape, kind) in zip(choice.outputs, outputs, strict=True):
         value.name, value.shape, value.type = name, shape, kind
     rest = [value for name, value in inputs.items() if name not in order]
     graph = ir.Graph(
-        [*(inputs[name] for name in order), *rest, condition], list(choice.outputs), nodes=[choice], initializers=list(weights.values()),
-        opset_imports=first.graph.opset_imports, name="main_graph",
-    )  # fmt: skip
+        [*(inputs[name] for name in order), *rest, condition],
+        list(choice.outputs),
+        nodes=[choice],
+        initializers=list(weights.values()),
+        opset_imports=first.graph.opset_imports,
+        name="main_graph",
+    )
     return ir.Model(graph, ir_version=first.ir_version, producer_name=first.producer_name)
 
 
 def _branch(
     name: str, model: Any, inputs: Mapping[str, Any], weights: dict[str, Any], outputs: list[str]
 ) -> Any:
-    """The graph of `model` as a branch: its inputs and initializers become those of the main graph (`inputs`, `weights`)."""
+    """The graph of `model` as a branch.
+
+    Its inputs and initializers become those of the main graph (`inputs`, `weights`).
+    """
     import onnx_ir as ir
 
     graph = model.graph
@@ -76,7 +89,10 @@ def _branch(
 
 
 def _shared(branch: str, value: Any, weights: dict[str, Any]) -> Any:
-    """The main graph's initializer for `value`: the one of its name if the bytes are equal, else one of its own."""
+    """The main graph's initializer for `value`.
+
+    The one of its name if the bytes are equal, else one of its own.
+    """
     import onnx_ir as ir
 
     for name in (value.name, f"{branch}/{value.name}"):

@@ -1,7 +1,9 @@
-"""What the exported graphs take and give: names, free axes and order are those of optimum and transformers.js.
+"""What the exported graphs take and give.
 
-A graph is traced through a function from named inputs to a tuple of tensors; this module makes these functions, one for
-each form of graph, and measures the shapes of the cache on a forward of the model itself.
+Names, free axes and order are those of optimum and transformers.js.
+
+A graph is traced through a function from named inputs to a tuple of tensors; this module makes these
+functions, one for each form of graph, and measures the shapes of the cache on a forward of the model itself.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from ia3_export.onnx.options import DecoderForm
 from ia3_export.onnx.tasks import Task
 
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-#: Lengths of the samples: 2 and more and all different, since torch specialises 0 and 1 and may merge equal ones.
+#: Lengths of the samples: 2 and more and all different, since torch specialises 0 and 1 and may
+#: merge equal ones.
 _LENGTH, _NEW, _PAST, _PAST_ENCODER = 11, 3, 5, 4
 _TOTAL = "past_sequence_length + sequence_length"
 
@@ -34,7 +37,10 @@ class Port:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GraphSpec:
-    """One ONNX file to be: ``function(model, {input: tensor}) -> outputs``, traced with `samples` for `inputs`."""
+    """One ONNX file to be.
+
+    ``function(model, {input: tensor}) -> outputs``, traced with `samples` for `inputs`.
+    """
 
     file: str
     function: Callable[[Any, dict[str, Any]], tuple[Any, ...]]
@@ -66,7 +72,10 @@ def plan_graphs(
 
 
 def input_names(model: Any) -> list[str]:
-    """The inputs of an encoder of text, in optimum's order: ``token_type_ids`` where there are types to tell apart."""
+    """The inputs of an encoder of text, in optimum's order.
+
+    ``token_type_ids`` where there are types to tell apart.
+    """
     accepted = inspect.signature(model.forward).parameters
     names = [name for name in _TEXT_INPUTS if name in accepted]
     if getattr(model.config, "type_vocab_size", 0) < 2 and "token_type_ids" in names:
@@ -94,7 +103,7 @@ def _encoder(model: Any, task: Task, sample: Mapping[str, Any], sentence: Senten
 
 
 def _encoder_inputs(model: Any, sample: Mapping[str, Any]) -> tuple[tuple[Port, ...], tuple[Any, ...]]:
-    """Text with a free length, or the one tensor of images or sound with the shape that the model is made for."""
+    """Text of free length, or the one tensor of images or sound in the shape that the model is made for."""
     import torch
 
     if "input_ids" in sample:
@@ -201,8 +210,11 @@ def _empty(port: Port, sizes: Mapping[str, int]) -> Any:
 
 
 def _decoder(model: Any, sample: Mapping[str, Any]) -> GraphSpec:
-    """One graph for prefill and decoding: past length 0 is allowed, and the cache is plain: a full-length one, in
-    which sliding windows are the mask's business."""
+    """One graph for prefill and decoding.
+
+    Past length 0 is allowed, and the cache is plain: a full-length one, in which sliding windows are the
+    mask's business.
+    """
     import torch
     from transformers import DynamicCache
 
@@ -273,8 +285,9 @@ def _cross_decoder(
 ) -> GraphSpec:
     """The decoder of an encoder-decoder: its ``first`` step, a ``cached`` one, or ``either`` in one graph.
 
-    For ``either`` the model is given only those encoder states whose keys and values are not in the cache yet (all at first, none
-    later), and the cache's own concatenation joins both: no ``If``, every weight once, and nothing in it depends on the model.
+    For ``either`` the model is given only those encoder states whose keys and values are not in the cache yet
+    (all at first, none later), and the cache's own concatenation joins both: no ``If``, every weight once,
+    and nothing in it depends on the model.
     """
     import torch
 
@@ -341,9 +354,12 @@ def _cross_function(
         mask = named.get("encoder_attention_mask")
         extra = {} if mask is None else {"attention_mask": _additive(mask)}
         out = traced(
-            encoder_outputs=(states,), decoder_input_ids=named["input_ids"], use_cache=True,
-            **{argument: cache}, **extra,
-        )  # fmt: skip
+            encoder_outputs=(states,),
+            decoder_input_ids=named["input_ids"],
+            use_cache=True,
+            **{argument: cache},
+            **extra,
+        )
         filled = returned_cache(out)
         own = _tensors(filled.self_attention_cache)
         if step == "cached":

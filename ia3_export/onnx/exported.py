@@ -9,8 +9,11 @@ from pathlib import Path
 from ia3_export.errors import NotFound
 
 ENCODER, MERGED, FIRST, CACHED = (
-    "encoder_model", "decoder_model_merged", "decoder_model", "decoder_with_past_model",
-)  # fmt: skip
+    "encoder_model",
+    "decoder_model_merged",
+    "decoder_model",
+    "decoder_with_past_model",
+)
 #: What the files of a precision end in.
 SUFFIXES: Mapping[str, str] = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "int4": "_q4"}
 _STEMS = sorted(("model", ENCODER, MERGED, FIRST, CACHED), key=len, reverse=True)
@@ -22,13 +25,18 @@ def file_name(stem: str, precision: str) -> str:
 
 
 def plain_stem(path: Path) -> str | None:
-    """``decoder_model_merged`` of ``decoder_model_merged_int8.onnx``: what a file of an exported folder is; None for other names."""
+    """What a file of an exported folder is; None for other names.
+
+    ``decoder_model_merged`` of ``decoder_model_merged_int8.onnx``.
+    """
     return next((s for s in _STEMS if path.stem == s or path.stem.startswith(f"{s}_")), None)
 
 
 def find_onnx(location: str | Path) -> list[tuple[Path, ...]]:
-    """The models in an exported folder, the plain one first, then its other precisions; each is one ``.onnx`` file, or encoder and
-    decoder(s). A single file is itself, with the other half of an encoder-decoder beside it.
+    """The models in an exported folder, the plain one first, then its other precisions.
+
+    Each is one ``.onnx`` file, or encoder and decoder(s). A single file is itself, with the other half of an
+    encoder-decoder beside it.
 
     Files that are links to each other count once. Raises `NotFound`.
     """

@@ -1,4 +1,4 @@
-"""Writing ONNX files: external data in the layout of transformers.js, checked, the same bytes for the same model."""
+"""Writing ONNX files: external data as in transformers.js, checked, the same bytes for the same model."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ INLINE = 1024
 
 
 def save_model(model: Any, path: Path, *, external_above: int = EXTERNAL, chunk: int = CHUNK) -> None:
-    """Write an ``onnx_ir.Model``; large ones with their weights in ``<name>_data``, ``<name>_data_1``, ... of at most
-    `chunk` bytes (or one tensor). Weights are streamed. The file passes ``onnx.checker``."""
+    """Write an ``onnx_ir.Model``.
+
+    Large ones with their weights in ``<name>_data``, ``<name>_data_1``, ... of at most `chunk` bytes (or one
+    tensor). Weights are streamed. The file passes ``onnx.checker``.
+    """
     import onnx
     import onnx_ir
 

@@ -1,8 +1,11 @@
-"""float16 where float16 suffices: a graph whose matrices are halved, and whose positions, masks and norms are not.
+"""float16 where float16 suffices.
 
-``onnxruntime.transformers.float16`` halves every node. But positions above 2048 have no float16, squares in a norm overflow beyond
-255, and its casts around operators that stay float32 land outside of the bodies of ``If``. transformers computes positions and
-norms in float32 for that reason; a trace of a float32 model has lost these casts.
+A graph whose matrices are halved, and whose positions, masks and norms are not.
+
+``onnxruntime.transformers.float16`` halves every node. But positions above 2048 have no float16, squares in a
+norm overflow beyond 255, and its casts around operators that stay float32 land outside of the bodies of
+``If``. transformers computes positions and norms in float32 for that reason; a trace of a float32 model has
+lost these casts.
 """
 
 from __future__ import annotations
@@ -17,8 +20,8 @@ from ia3_export.errors import Unsupported
 from ia3_export.fold import Array
 from ia3_export.onnx.quantize import SMALL
 
-#: What a mask's minimum becomes. exp(-30000) is 0, and mask plus score stays above float16's least number (-65504), so that a row
-#: with nothing to attend to has a finite softmax.
+#: What a mask's minimum becomes. exp(-30000) is 0, and mask plus score stays above float16's least number
+#: (-65504), so that a row with nothing to attend to has a finite softmax.
 _MASKED = -30000.0
 _REDUCTIONS = ("ReduceL2", "ReduceMean", "ReduceSum", "ReduceSumSquare")
 _SQUARES = ("Mul", "Pow")
@@ -28,9 +31,10 @@ _SCALINGS = ("Div", "Mul")
 def to_float16(model: Any) -> Any:
     """The pass that makes an ``onnx_ir.Model`` of float32 compute in float16. float32 remain
 
-    - inputs and outputs, the cache too: the file stands in for the float32 one, and nothing is to be configured.
-      transformers.js before 4 and ONNX Runtime's examples make an empty float32 cache, images and sound come as float32, and
-      JavaScript often has no float16 numbers. What leaves was float16 before, so a cache loses nothing on its way round;
+    - inputs and outputs, the cache too: the file stands in for the float32 one, and nothing is to be
+      configured. transformers.js before 4 and ONNX Runtime's examples make an empty float32 cache, images and
+      sound come as float32, and JavaScript often has no float16 numbers. What leaves was float16 before, so a
+      cache loses nothing on its way round;
     - what follows from positions and masks alone: rotary angles, buckets of distances, ALiBi;
     - the statistics of norms and poolings, from the square to the division;
     - operators that ONNX Runtime has no float16 kernels for, by its own list.
@@ -90,8 +94,10 @@ def _check_types(nodes: list[Any]) -> None:
 
 
 def _positional(graph: Any, active: set[Any]) -> Iterator[Any]:
-    """Nodes that no weight and no float input reaches, so that they know positions, masks and sizes only. `active` collects the
-    values that one of them does reach."""
+    """Nodes that no weight and no float input reaches, so that they know positions, masks and sizes only.
+
+    `active` collects the values that one of them does reach.
+    """
     from onnx_ir import DataType
 
     active |= {value for value in graph.inputs if value.dtype == DataType.FLOAT}

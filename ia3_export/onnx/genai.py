@@ -1,4 +1,4 @@
-"""``genai_config.json``: onnxruntime-genai generates with the decoder graph that every other runtime loads too."""
+"""``genai_config.json``: onnxruntime-genai generates with the decoder graph that other runtimes load too."""
 
 from __future__ import annotations
 
@@ -26,15 +26,18 @@ _SEARCH = (
 
 
 def write_genai_config(folder: Path, filename: str | None = None) -> Path:
-    """Write ``genai_config.json`` into the exported `folder`, for the decoder graph ``folder / filename``; returns it.
+    """Write ``genai_config.json`` into the exported `folder`, for the decoder graph ``folder / filename``.
 
-    onnxruntime-genai loads one graph a folder, of any precision: without `filename` it is the most exact one that there
-    is. Layers, heads, head size, vocabulary and inputs are read from the graph, so that it does not matter how an
-    architecture's configuration calls them; the special tokens, the longest sequence and the defaults of the search
-    come from ``generation_config.json`` and ``config.json``.
+    Returns it.
+
+    onnxruntime-genai loads one graph a folder, of any precision: without `filename` it is the most exact one
+    that there is. Layers, heads, head size, vocabulary and inputs are read from the graph, so that it does
+    not matter how an architecture's configuration calls them; the special tokens, the longest sequence and
+    the defaults of the search come from ``generation_config.json`` and ``config.json``.
 
     Raises `Unsupported` for a graph that is no decoder with a cache of equal layers: encoders, classifiers,
-    encoder-decoder models, latent attention (keys and values of different sizes), hybrids with recurrent layers.
+    encoder-decoder models, latent attention (keys and values of different sizes), hybrids with
+    recurrent layers.
 
     Format: https://onnxruntime.ai/docs/genai/reference/config.html
     """
@@ -57,7 +60,8 @@ def write_genai_config(folder: Path, filename: str | None = None) -> Path:
     context = next((config[key] for key in _CONTEXT if config.get(key)), _NO_CONTEXT)
     content = {
         "model": {
-            # The name for any decoder. Those of architectures choose the same code, where there is one at all.
+            # The name for any decoder. Those of architectures choose the same code, where there
+            # is one at all.
             "type": "decoder",
             **_special_tokens(config | generation, int(vocabulary)),
             "context_length": context,
@@ -84,7 +88,8 @@ def write_genai_config(folder: Path, filename: str | None = None) -> Path:
         "search": {
             **_search(generation),
             "max_length": context,
-            # one buffer for past and present needs operators that write into their input, such as GroupQueryAttention
+            # one buffer for past and present needs operators that write into their input, such as
+            # GroupQueryAttention
             "past_present_share_buffer": False,
         },
     }
@@ -94,13 +99,17 @@ def write_genai_config(folder: Path, filename: str | None = None) -> Path:
 
 
 def _cache(inputs: Mapping[str, list[int | str]], filename: str) -> tuple[int, int, int]:
-    """Layers, heads and head size of the cache. Raises `Unsupported` where onnxruntime-genai could not make it."""
+    """Layers, heads and head size of the cache.
+
+    Raises `Unsupported` where onnxruntime-genai could not make it.
+    """
     caches = {name: shape for name, shape in inputs.items() if name.startswith("past_key_values.")}
     layers = len(caches) // 2
     if not caches:
         raise Unsupported(
             f"{filename} has no key-value cache, and onnxruntime-genai only generates text",
-            hint="leave out --target genai: ONNX Runtime, optimum's ORTModel and transformers.js run this folder",
+            hint="leave out --target genai: ONNX Runtime, optimum's ORTModel and "
+            "transformers.js run this folder",
         )
     wanted = {f"past_key_values.{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")}
     if unknown := sorted((inputs.keys() - wanted - set(_FED)) | (wanted - inputs.keys())):
@@ -111,8 +120,8 @@ def _cache(inputs: Mapping[str, list[int | str]], filename: str) -> tuple[int, i
     sizes = {(shape[1], shape[3]) for shape in caches.values()}
     if len(sizes) > 1 or not all(isinstance(size, int) for size in next(iter(sizes))):
         raise Unsupported(
-            f"{filename} caches keys and values of (heads, head size) {', '.join(map(str, sorted(sizes, key=str)))}; "
-            "onnxruntime-genai makes them all alike",
+            f"{filename} caches keys and values of (heads, head size) "
+            f"{', '.join(map(str, sorted(sizes, key=str)))}; onnxruntime-genai makes them all alike",
             hint="leave out --target genai: ONNX Runtime and optimum's ORTModelForCausalLM run this folder",
         )
     heads, head_size = sizes.pop()

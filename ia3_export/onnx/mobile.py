@@ -16,13 +16,15 @@ _LEVEL = "ORT_CONVERT_ONNX_MODELS_TO_ORT_OPTIMIZATION_LEVEL"
 
 
 def write_ort(graph: Path) -> list[Path]:
-    """Convert ``<stem>.onnx`` to ``<stem>.ort`` beside it, weights included; returns it and its operators list.
+    """Convert ``<stem>.onnx`` to ``<stem>.ort`` beside it, weights included.
+
+    Returns it and its operators list.
 
     ``<stem>.required_operators.config`` is what a reduced build of ONNX Runtime takes
     (``--include_ops_by_config``); the ready-made Android and iOS packages run the ``.ort`` without it.
 
-    Converting twice gives the same content, but not the same bytes: ONNX Runtime writes one small table, of operators
-    and their types, in the order of a hash map with a random seed.
+    Converting twice gives the same content, but not the same bytes: ONNX Runtime writes one small table, of
+    operators and their types, in the order of a hash map with a random seed.
 
     Raises `Unsupported` for weights of 2 GB and more, and when ONNX Runtime cannot convert the graph;
     `DamagedFile` for none.
@@ -33,16 +35,24 @@ def write_ort(graph: Path) -> list[Path]:
     if size > _FLATBUFFER:
         raise Unsupported(
             f"{graph.name} holds {size / 1e9:.1f} GB, and an .ort file at most 2.1 GB",
-            hint="add --precision int8 or int4, or leave out --target mobile: ONNX Runtime's mobile packages read "
-            ".onnx files too",
+            hint="add --precision int8 or int4, or leave out --target mobile: ONNX Runtime's mobile "
+            "packages read .onnx files too",
         )
-    # Fixed: fused once, here, and the application sets nothing. The other style, Runtime, leaves the fusions to the
-    # phone, for CoreML and NNAPI to have first choice of the nodes, and the application must ask for their replay.
-    # arm: no layouts and integer types of x86. The tool configures logging and prints, so it gets its own process.
+    # Fixed: fused once, here, and the application sets nothing. The other style, Runtime, leaves the fusions
+    # to the phone, for CoreML and NNAPI to have first choice of the nodes, and the application must ask for
+    # their replay. arm: no layouts and integer types of x86. The tool configures logging and prints, so it
+    # gets its own process.
     command = [
-        sys.executable, "-P", "-m", "onnxruntime.tools.convert_onnx_models_to_ort",
-        "--optimization_style", "Fixed", "--target_platform", "arm", str(graph),
-    ]  # fmt: skip
+        sys.executable,
+        "-P",
+        "-m",
+        "onnxruntime.tools.convert_onnx_models_to_ort",
+        "--optimization_style",
+        "Fixed",
+        "--target_platform",
+        "arm",
+        str(graph),
+    ]
     environment = {key: value for key, value in os.environ.items() if key != _LEVEL}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     converted, operators = graph.with_suffix(".ort"), graph.with_suffix(".required_operators.config")

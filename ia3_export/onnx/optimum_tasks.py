@@ -15,10 +15,11 @@ _CACHED = "-with-past"
 #: By the ends of their names, classes that it does not list: T5EncoderModel, DeiTForImageClassification,
 #: LayoutLMForQuestionAnswering.
 _UNLISTED = {
-    "ForCausalLM": "text-generation", "ForMaskedLM": "fill-mask", "ForSequenceClassification": "text-classification",
-    "ForTokenClassification": "token-classification", "ForQuestionAnswering": "question-answering",
-    "ForImageClassification": "image-classification", "ForAudioClassification": "audio-classification",
-    "ForCTC": "automatic-speech-recognition", "Model": "feature-extraction",
+    "ForCausalLM": "text-generation", "ForMaskedLM": "fill-mask",
+    "ForSequenceClassification": "text-classification", "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering", "ForImageClassification": "image-classification",
+    "ForAudioClassification": "audio-classification", "ForCTC": "automatic-speech-recognition",
+    "Model": "feature-extraction",
 }  # fmt: skip
 
 

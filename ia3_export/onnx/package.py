@@ -1,4 +1,7 @@
-"""What lies beside the graphs: names by precision, ``transformers.js_config``, and the files of further targets."""
+"""What lies beside the graphs.
+
+Names by precision, ``transformers.js_config``, and the files of further targets.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,10 @@ def package(folder: Path, precisions: Sequence[str], targets: Sequence[str]) -> 
 
 
 def _javascript(chunks: Mapping[Path, int], precisions: Sequence[str]) -> dict[str, Any]:
-    """The settings that transformers.js reads: the best file for a browser by default, and how many chunks of external data there are."""
+    """The settings that transformers.js reads.
+
+    The best file for a browser by default, and how many chunks of external data there are.
+    """
     chosen = next(p for p in ("int8", "int4", "fp16", "fp32") if p in precisions)
     dtype = _DTYPES[chosen]
     if dtype == "q8" and not any(

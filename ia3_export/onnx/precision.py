@@ -19,9 +19,9 @@ from ia3_export.onnx.quantize import is_weight, quantize
 class Coverage:
     """How much of a graph's weights a precision reached.
 
-    Weights are the float32 initializers of more than 1 KB with two axes longer than 1 (biases and norms are none):
-    `weight_bytes` is their size in the source, `converted_bytes` the part that is no longer held in float32, and `left` names
-    the others, largest first.
+    Weights are the float32 initializers of more than 1 KB with two axes longer than 1 (biases and norms are
+    none): `weight_bytes` is their size in the source, `converted_bytes` the part that is no longer held in
+    float32, and `left` names the others, largest first.
     """
 
     weight_bytes: int
@@ -40,9 +40,9 @@ def convert_precision(source: Path, target: Path, precision: str) -> Coverage:
     """Write the float32 graph `source` to `target` in `precision`: ``fp16``, ``int8`` or ``int4``; inputs and
     outputs stay as they are.
 
-    ``fp16``: weights and activations are float16, except what float16 cannot hold (`to_float16`). ``int8`` and
-    ``int4``: weights are codes (`quantize`), all else is float32. External data are read tensor by tensor; what is held
-    in memory is the result.
+    ``fp16``: weights and activations are float16, except what float16 cannot hold (`to_float16`). ``int8``
+    and ``int4``: weights are codes (`quantize`), all else is float32. External data are read tensor by
+    tensor; what is held in memory is the result.
 
     Raises `Unsupported` when no weight of the graph can be held in `precision`.
     """

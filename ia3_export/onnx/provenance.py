@@ -12,18 +12,23 @@ from ia3_export.models.conversions import loading_rules, state_entry
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The stored tensor that an initializer holds, `transposed` or as it is. `tensor` is None where several stored tensors were put
-    together while loading (fused experts), or where torch computed the values (folded constants)."""
+    """The stored tensor that an initializer holds, `transposed` or as it is.
+
+    `tensor` is None where several stored tensors were put together while loading (fused experts), or where
+    torch computed the values (folded constants).
+    """
 
     tensor: str | None
     transposed: bool
 
 
 def trace_origins(graph: Any, model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, Origin]:
-    """The origin of every initializer of the ``onnx_ir.Model`` `graph`, traced from `model`, that is a parameter or buffer of it, by name.
+    """The origin, by name, of every initializer of `graph` that is a parameter or buffer of `model`.
 
-    Stored names become paths by transformers' own loading rules (prefixes, renames); one that was loaded from another (tied) tensor is
-    listed under that tensor.
+    `graph` is an ``onnx_ir.Model`` that was traced from `model`.
+
+    Stored names become paths by transformers' own loading rules (prefixes, renames); one that was loaded from
+    another (tied) tensor is listed under that tensor.
     """
     state = model.state_dict(keep_vars=True)
     rules = loading_rules(model)

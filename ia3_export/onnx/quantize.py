@@ -1,8 +1,9 @@
 """Weights of 8 and 4 bits: the operators of ONNX Runtime's own quantizers, placed weight by weight.
 
-``onnxruntime.quantization`` makes the same nodes, but leaves out what our graphs are full of (``Gemm``, weights that reach a
-``MatMul`` through a ``Transpose`` or a ``Split``, tied heads), holds all weights in memory three times over, and gives a whole
-embedding one scale. So its kernel and its formats are used here, and its walk over the graph is not.
+``onnxruntime.quantization`` makes the same nodes, but leaves out what our graphs are full of (``Gemm``,
+weights that reach a ``MatMul`` through a ``Transpose`` or a ``Split``, tied heads), holds all weights in
+memory three times over, and gives a whole embedding one scale. So its kernel and its formats are used here,
+and its walk over the graph is not.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ def quantize(model: Any, *, precision: Literal["int8", "int4"]) -> Any:
     - ``Gather`` of the token embedding takes codes and scales;
     - a ``Conv`` computes in float32 after ``DequantizeLinear``.
 
-    In ``int4`` a scale and a zero point belong to 32 weights, and activations stay float32 (``MatMulNBits``); the token embedding
-    has 8 bits.
+    In ``int4`` a scale and a zero point belong to 32 weights, and activations stay float32 (``MatMulNBits``);
+    the token embedding has 8 bits.
 
-    In ``int8`` a tied embedding stays tied: lookup and head read the same codes. Tables of positions stay float32: they are small, and all
-    layers see their error.
+    In ``int8`` a tied embedding stays tied: lookup and head read the same codes. Tables of positions stay
+    float32: they are small, and all layers see their error.
     """
     import onnx_ir
 
@@ -61,8 +62,8 @@ def quantize(model: Any, *, precision: Literal["int8", "int4"]) -> Any:
 def eight_bits(array: Array, axis: int) -> tuple[Array, Array]:
     """Codes (uint8, 128 is zero) and scales of `array`; those along `axis` share a scale.
 
-    Unsigned, since ONNX Runtime saturates sums of products of uint8 activations and int8 weights on x86 processors
-    without VNNI: the same file would give other numbers there.
+    Unsigned, since ONNX Runtime saturates sums of products of uint8 activations and int8 weights on x86
+    processors without VNNI: the same file would give other numbers there.
     """
     largest = np.maximum(array.max(axis=axis, keepdims=True), -array.min(axis=axis, keepdims=True))
     scale = np.where(largest == 0, np.float32(1), largest / np.float32(127))
@@ -73,10 +74,11 @@ def eight_bits(array: Array, axis: int) -> tuple[Array, Array]:
 
 
 def four_bits(array: Array, axis: int) -> tuple[Array, ...]:
-    """Codes, scales and zero points of the matrix `array`, whose inputs lie along `axis`, as ``MatMulNBits`` takes them.
+    """Codes, scales, zero points of the matrix `array`, inputs along `axis`, as ``MatMulNBits`` takes them.
 
-    By ONNX Runtime's own kernel: blocks of 32 from least to largest value. An odd number of blocks is symmetric and has no zero
-    points: ``GatherBlockQuantized`` reads them from the wrong places then (ONNX Runtime before 1.27).
+    By ONNX Runtime's own kernel: blocks of 32 from least to largest value. An odd number of blocks is
+    symmetric and has no zero points: ``GatherBlockQuantized`` reads them from the wrong places then (ONNX
+    Runtime before 1.27).
     """
     handlers, level = logging.root.handlers[:], logging.root.level
     from onnxruntime.quantization import matmul_nbits_quantizer as tool
@@ -91,7 +93,10 @@ def four_bits(array: Array, axis: int) -> tuple[Array, ...]:
 
 
 def constant(value: Any) -> Array | None:
-    """What `value` always holds: a weight, possibly transposed, cut or reshaped on its way. None if it depends on inputs."""
+    """What `value` always holds: a weight, possibly transposed, cut or reshaped on its way.
+
+    None if it depends on inputs.
+    """
     from onnx.reference import ReferenceEvaluator
     from onnx_ir import to_proto
 
@@ -116,7 +121,10 @@ def is_weight(array: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Written:
-    """What is there already, to be used again: the codes of weights, and the quantized activations of each graph."""
+    """What is there already, to be used again.
+
+    The codes of weights, and the quantized activations of each graph.
+    """
 
     model: Any
     int4: bool
@@ -124,7 +132,10 @@ class _Written:
     activations: dict[tuple[Any, Any], tuple[Any, ...]] = field(default_factory=dict)
 
     def coded(self, weight: Any, array: Array, axis: int, bits: int) -> tuple[Any, ...]:
-        """Codes, scales and, with 4 `bits`, zero points of `weight`: it holds `array`, whose inputs lie along `axis`."""
+        """Codes, scales and, with 4 `bits`, zero points of `weight`.
+
+        It holds `array`, whose inputs lie along `axis`.
+        """
         key = (weight, axis, bits)
         if key not in self.codes:
             suffixes = ("_Q4", "_scales", "_zero_points") if bits == 4 else ("_quantized", "_scale")
@@ -199,8 +210,11 @@ def _eight_bit_product(
 
 
 def _embedding(written: _Written, tape: Any, node: Any) -> Any:
-    """Rows of the table of tokens, in 8 bits whatever the precision: the WebAssembly build that transformers.js loads by itself has no
-    kernel for rows of 4 bits (``GatherBlockQuantized``), and plain operators run everywhere."""
+    """Rows of the table of tokens, in 8 bits whatever the precision.
+
+    The WebAssembly build that transformers.js loads by itself has no kernel for rows of 4 bits
+    (``GatherBlockQuantized``), and plain operators run everywhere.
+    """
     table, ids = node.inputs
     along = node.attributes.get("axis")
     array = constant(table)
@@ -220,7 +234,10 @@ def _embedding(written: _Written, tape: Any, node: Any) -> Any:
 
 
 def _convolution(written: _Written, tape: Any, node: Any) -> Any:
-    """A convolution in float32 whose weight is held in 8 bits; ``ConvInteger`` is no faster, and rounds activations too."""
+    """A convolution in float32 whose weight is held in 8 bits.
+
+    ``ConvInteger`` is no faster, and rounds activations too.
+    """
     x, weight, *bias = node.inputs
     array = constant(weight)
     if written.int4 or array is None or not is_weight(array):

@@ -41,12 +41,14 @@ TASKS: Mapping[str, Task] = {
         Task("image-classification", "encoder", _LOGITS),
         Task("audio-classification", "encoder", _LOGITS),
     )
-}  # fmt: skip
+}
 
 
 def choose_task(config: Mapping[str, Any], *, asked: str | None, sentence: bool) -> Task:
-    """The task that was `asked` for (optimum's names and synonyms), else that of the checkpoint's first architecture;
-    `sentence`: the folder is a sentence-transformers model.
+    """The task that was `asked` for, else that of the checkpoint's first architecture.
+
+    `asked` may be any of optimum's names and synonyms; `sentence`: the folder is a
+    sentence-transformers model.
 
     Raises `UsageError` for a task that is not offered, `Unsupported` for an architecture without one.
     """
@@ -79,9 +81,13 @@ def load_model(folder: Any, task: Task, config: Mapping[str, Any]) -> Any:
     cls = _model_class(task, config)
     try:
         model, info = cls.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, trust_remote_code=False,
+            folder,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            output_loading_info=True,
+            trust_remote_code=False,
             ignore_mismatched_sizes=True,  # they are refused below, by name
-        )  # fmt: skip
+        )
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise Unsupported(
             f"{cls.__name__} does not load this checkpoint: {first_line(error)}",

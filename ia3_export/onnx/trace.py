@@ -1,7 +1,10 @@
-"""From a torch function to a clean ONNX model: ``torch.onnx.export(dynamo=True)`` with transformers' own patches.
+"""From a torch function to a clean ONNX model.
 
-``transformers.exporters`` knows which torch functions, FX nodes and translations ONNX gets wrong; its patches, fixes and table
-are used as they are. Its exporter class is not: names, one graph for prefill and decoding, and packaging are other here.
+``torch.onnx.export(dynamo=True)`` with transformers' own patches.
+
+``transformers.exporters`` knows which torch functions, FX nodes and translations ONNX gets wrong; its
+patches, fixes and table are used as they are. Its exporter class is not: names, one graph for prefill and
+decoding, and packaging are other here.
 """
 
 from __future__ import annotations
@@ -22,8 +25,10 @@ _PREFIX = "model."
 
 
 def trace(model: Any, spec: GraphSpec, opset: int) -> Any:
-    """The ``onnx_ir.Model`` of `spec`: parameters are initializers under their own names (a weight that is only used transposed is
-    stored so), and nothing in it belongs to this machine. Weights are not copied.
+    """The ``onnx_ir.Model`` of `spec`.
+
+    Parameters are initializers under their own names (a weight that is only used transposed is stored so),
+    and nothing in it belongs to this machine. Weights are not copied.
 
     `model` is expected in float32 and eval mode. Raises `Unsupported` when torch cannot trace it.
     """
@@ -47,15 +52,24 @@ def trace(model: Any, spec: GraphSpec, opset: int) -> Any:
             torch.no_grad(),
         ):
             program = torch.export.export(
-                _wrap(model, spec), spec.samples, dynamic_shapes=(dynamic,), strict=False,
+                _wrap(model, spec),
+                spec.samples,
+                dynamic_shapes=(dynamic,),
+                strict=False,
                 prefer_deferred_runtime_asserts_over_guards=True,
-            )  # fmt: skip
+            )
             apply_fx_node_fixes("onnx", program.graph_module)
             exported = torch.onnx.export(
-                program, args=(), dynamo=True, opset_version=opset, verbose=False, optimize=False,
-                input_names=[port.name for port in spec.inputs], output_names=[port.name for port in spec.outputs],
+                program,
+                args=(),
+                dynamo=True,
+                opset_version=opset,
+                verbose=False,
+                optimize=False,
+                input_names=[port.name for port in spec.inputs],
+                output_names=[port.name for port in spec.outputs],
                 custom_translation_table=translations,
-            )  # fmt: skip
+            )
             apply_onnx_ir_fixes(exported)
     except Exception as error:  # torch.export and torch.onnx fail in many ways, without a common base
         cause = error.__cause__ or error
@@ -142,8 +156,11 @@ def _wrap(model: Any, spec: GraphSpec) -> Any:
 
 @contextmanager
 def _patched(model: Any) -> Iterator[None]:
-    """Llama 4 rotates complex numbers, of which ONNX has no ``unsqueeze``: the same in pairs of real ones, as transformers itself
-    rewrites it for OpenVINO. And no reports of missing vision operators (of torchvision) and of constants that are not folded."""
+    """Llama 4 rotates complex numbers, of which ONNX has no ``unsqueeze``.
+
+    This does the same in pairs of real ones, as transformers itself rewrites it for OpenVINO. And no reports
+    of missing vision operators (of torchvision) and of constants that are not folded.
+    """
     module: Any = sys.modules[type(model).__module__]
     has_complex = model.config.model_type.startswith("llama4")
     rotate = getattr(module, "apply_rotary_emb", None)
@@ -167,7 +184,10 @@ def _patched(model: Any) -> Iterator[None]:
 
 
 def _rotate_pairs(query: Any, key: Any, frequencies: Any) -> tuple[Any, Any]:
-    """``apply_rotary_emb`` of Llama 4: query and key (batch, length, heads, size), complex frequencies (batch, length, size / 2)."""
+    """``apply_rotary_emb`` of Llama 4.
+
+    Query and key (batch, length, heads, size), complex frequencies (batch, length, size / 2).
+    """
     import torch
 
     cos, sin = torch.view_as_real(frequencies)[:, :, None].unbind(-1)
@@ -196,7 +216,8 @@ def _name_parameters(model: Any) -> Any:
 def _transpose_weights(model: Any) -> Any:
     """Store a weight that is only ever read through a transposition as its transpose, under its own name.
 
-    The optimizer would do the same and lose the name. A tied embedding, which is also read as it is, stays one tensor.
+    The optimizer would do the same and lose the name. A tied embedding, which is also read as it is, stays
+    one tensor.
     """
     import onnx_ir
 
@@ -223,8 +244,11 @@ def _transpose_weights(model: Any) -> Any:
 
 
 def _state_sizes(model: Any) -> Any:
-    """Write the size that the trace knows where the shape of a ``Reshape`` says -1: with an empty cache another axis has length 0,
-    and ONNX Runtime before 1.30 refuses to infer a size beside it."""
+    """Write the size that the trace knows where the shape of a ``Reshape`` says -1.
+
+    With an empty cache another axis has length 0, and ONNX Runtime before 1.30 refuses to infer a
+    size beside it.
+    """
     import onnx_ir
 
     sizes: dict[int, Any] = {}

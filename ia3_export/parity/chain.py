@@ -29,13 +29,16 @@ from ia3_export.quantization.base import Base
 from ia3_export.report.model import Reference, Step
 from ia3_export.words import TORCH_NAMES
 
-#: A loaded model takes its parameters in the widest dtype it is run in, and as much again while it is cast or run.
+#: A loaded model takes its parameters in the widest dtype it is run in, and as much again while
+#: it is cast or run.
 _HEADROOM = 1.5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Subject:
-    """What is compared with the live model: a `merged` one (`judged`, or run for the graphs' sake alone) and named `graphs`.
+    """What is compared with the live model.
+
+    A `merged` one (`judged`, or run for the graphs' sake alone) and named `graphs`.
 
     `rounded` is the dtype to which a merge that stays quantized rounded its scales.
     """
@@ -48,7 +51,7 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class _Dtypes:
-    """Torch dtypes: of the live model's run (`working`), of the merged model's weights (`written`) and run (`used`)."""
+    """Torch dtypes: of the live run (`working`), of the merged weights (`written`) and run (`used`)."""
 
     working: str
     written: str
@@ -58,9 +61,12 @@ class _Dtypes:
 def run_chain(
     trained: FineTune, subject: Subject, evidence: Evidence, settings: RunSettings, scratch: Path
 ) -> tuple[Reference, tuple[Step, ...], list[str]]:
-    """Run everything and judge it: the reference, a step for the merged model (if it is judged) and for each graph, warnings.
+    """Run everything and judge it.
 
-    Raises `UsageError` for a device that is not there, `Unsupported` when the live model cannot be loaded or run.
+    The reference, a step for the merged model (if it is judged) and for each graph, warnings.
+
+    Raises `UsageError` for a device that is not there, `Unsupported` when the live model cannot
+    be loaded or run.
     """
     place = choose_device(settings.device)
     warnings: list[str] = []
@@ -84,7 +90,8 @@ def run_chain(
         )
         if unmerged.library_failure:
             warnings.append(
-                f"bitsandbytes cannot run this base here ({unmerged.library_failure}); nothing is compared with it"
+                f"bitsandbytes cannot run this base here ({unmerged.library_failure}); nothing "
+                "is compared with it"
             )
         before: Outputs = unmerged.runs[dtypes.working].outputs
         steps: list[Step] = []
@@ -147,7 +154,10 @@ def _merged_artifact(merged: Base, runs: MergedRuns, dtypes: _Dtypes, device: st
 
 
 def _tokenizer_folder(base: Base, subject: Subject) -> Path:
-    """Whose tokenizer reads the texts: the artifact's, which may be the adapter's; the base's where it has none."""
+    """Whose tokenizer reads the texts.
+
+    The artifact's, which may be the adapter's; the base's where it has none.
+    """
     shipped = [subject.merged.stored.folder] if subject.merged is not None else []
     shipped += [graph.paths[0].parent.parent for _, graph in subject.graphs]
     return next((folder for folder in shipped if has_tokenizer(folder)), base.stored.folder)
@@ -190,7 +200,10 @@ def _run_graph(name: str, graph: Graph, written: str, device: str, unmerged: Unm
 
 
 def _after(before: Outputs, artifact: Artifact) -> list[dict[str, Array]]:
-    """What the next step is compared with: the outputs of `artifact`, on inputs it was not run on those before it."""
+    """What the next step is compared with.
+
+    The outputs of `artifact`, on inputs it was not run on those before it.
+    """
     whole = [dict(case) for case in before]
     for i, output in zip(artifact.cases, artifact.outputs, strict=True):
         whole[i] |= output
@@ -244,7 +257,8 @@ def _run_device(
         warnings.append("the reference is float32: float64 does not fit into memory")
         return RunDevice(device, None, 0, "float32")
     warnings.append(
-        "the model does not fit into memory: it ran layer by layer, the reference in float32, without greedy decoding"
+        "the model does not fit into memory: it ran layer by layer, the reference in float32, "
+        "without greedy decoding"
     )
     return RunDevice(device, scratch / "offload", int(limit / _HEADROOM), "float32")
 
@@ -269,8 +283,10 @@ def _weak(reference: Reference, steps: Sequence[Step]) -> list[str]:
     """Where the control says that the forwards could not have told the artifact from the base."""
     limits = {step.name: step.bound for step in steps if step.bound is not None}
     return [
-        f"the adapters change the outputs by {reference.effect:.3g} only, hardly more than the bound {limit:.3g} of "
-        f"{name}: its forwards could not tell it from the base, only the weights proof can"
+        (
+            f"the adapters change the outputs by {reference.effect:.3g} only, hardly more than the bound "
+            f"{limit:.3g} of {name}: its forwards could not tell it from the base, only the weights proof can"
+        )
         for name, limit in limits.items()
         if reference.effect <= 4 * limit
     ]

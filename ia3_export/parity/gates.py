@@ -7,19 +7,21 @@ from collections.abc import Iterable
 from ia3_export.parity.metrics import EPSILON
 from ia3_export.report.model import Distance, Gate
 
-#: ``err(artifact) <= FACTOR * adapters * err(unmerged) + MARGIN * eps(dtype) * max|reference|``. Folding rounds every
-#: changed weight once per adapter, the live adapter every activation once: errors of the same size, and the factor bounds how far
-#: the maxima of two such samples lie apart. The margin covers outputs on which the live model happens to round to nothing.
+#: ``err(artifact) <= FACTOR * adapters * err(unmerged) + MARGIN * eps(dtype) * max|reference|``. Folding
+#: rounds every changed weight once per adapter, the live adapter every activation once: errors of the same
+#: size, and the factor bounds how far the maxima of two such samples lie apart. The margin covers outputs on
+#: which the live model happens to round to nothing.
 FACTOR = 6.0
 MARGIN = 2.0
-#: Another runtime orders sums differently and approximates exp, erf and tanh to some units in the last place where
-#: PyTorch stays within one or two; so its errors may be this many times as large.
+#: Another runtime orders sums differently and approximates exp, erf and tanh to some units in the last place
+#: where PyTorch stays within one or two; so its errors may be this many times as large.
 RUNTIME = 4.0
-#: Inner layers are compared one by one, and the first to leave its bound is named: twice as wide, since many are looked at.
+#: Inner layers are compared one by one, and the first to leave its bound is named: twice as wide, since many
+#: are looked at.
 LAYER = 2.0
 
-#: Largest mean KL divergence (nats), least top-1 agreement, largest relative change of perplexity, least cosine where
-#: there are no logits. They bound what the *precision* may cost, not what rounding explains.
+#: Largest mean KL divergence (nats), least top-1 agreement, largest relative change of perplexity, least
+#: cosine where there are no logits. They bound what the *precision* may cost, not what rounding explains.
 QUANTIZED = {
     "int8": {"kl": 0.02, "top1": 0.95, "perplexity": 0.02, "cosine": 0.98},
     "int4": {"kl": 0.10, "top1": 0.85, "perplexity": 0.10, "cosine": 0.95},
@@ -38,8 +40,11 @@ def coarser(*dtypes: str) -> str:
 def rounding_bound(
     unmerged: float, scale: float, dtype: str, adapters: int, *, runtime: bool = False, layer: bool = False
 ) -> float:
-    """The error that rounding in `dtype` explains, when the unmerged model's own is `unmerged` and the largest
-    reference value `scale`, for so many `adapters` (each rounds once). `runtime`: not run by PyTorch."""
+    """The error that rounding in `dtype` explains, for so many `adapters` (each rounds once).
+
+    `unmerged` is the unmerged model's own error, `scale` the largest reference value. `runtime`:
+    not run by PyTorch.
+    """
     wider = (RUNTIME if runtime else 1.0) * (LAYER if layer else 1.0)
     return wider * (FACTOR * max(1, adapters) * unmerged + MARGIN * EPSILON[dtype] * scale)
 

@@ -36,8 +36,11 @@ from ia3_export.report.model import (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Evidence:
-    """What is known of the weights: the `proofs` of artifacts, and modules with a vector → the stored tensors that it is folded
-    into (`sites`)."""
+    """What is known of the weights.
+
+    The `proofs` of artifacts, and modules with a vector → the stored tensors that it is folded
+    into (`sites`).
+    """
 
     proofs: Sequence[WeightsProof]
     sites: Mapping[str, Sequence[str]]
@@ -49,8 +52,11 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Artifact:
-    """One artifact's outputs and what is known of it: `weights` is the dtype its weights were rounded to, `cases` the
-    indices of the inputs it was run on, `decoded` its greedy decoding."""
+    """One artifact's outputs and what is known of it.
+
+    `weights` is the dtype its weights were rounded to, `cases` the indices of the inputs it was run on,
+    `decoded` its greedy decoding.
+    """
 
     name: str
     kind: Kind
@@ -71,8 +77,10 @@ def judge(
     evidence: Evidence,
     tolerance: Tolerance | None,
 ) -> Step:
-    """Compare one artifact with the reference. `before` are the outputs of the step before it (on all inputs), `merged`
-    the merged model's runs."""
+    """Compare one artifact with the reference.
+
+    `before` are the outputs of the step before it (on all inputs), `merged` the merged model's runs.
+    """
     outputs, cases = artifact.outputs, artifact.cases
     reference = _part(unmerged.reference.outputs, outputs, cases)
     plain = _part(unmerged.plain.outputs, outputs, cases)
@@ -191,8 +199,11 @@ def _bound(artifact: Artifact, unmerged: UnmergedRuns, reference: Outputs) -> fl
 
 
 def _step_gates(artifact: Artifact, merged: MergedRuns | None, adapters: int) -> list[Gate]:
-    """Where a graph computes in float32 with weights that were rounded to 16 bits, the bound above is as wide as that
-    rounding; beside the merged weights themselves, widened, the graph must be as exact as float32 is."""
+    """Hold a graph that computes in float32 with weights of 16 bits to the exactness of float32.
+
+    The bound above is as wide as the rounding of the weights; beside the merged weights themselves, widened,
+    the graph must be as exact as float32 is.
+    """
     if artifact.kind != "onnx" or merged is None or merged.single is None or merged.double is None:
         return []
     if artifact.precision != "float32":
@@ -234,7 +245,10 @@ def _locate(
     proof: WeightsProof | None,
     sites: Mapping[str, Sequence[str]],
 ) -> FaultLocation | None:
-    """The first module out of its bound; its site is the last one executed up to there whose weights are wrong, else the last."""
+    """The first module out of its bound.
+
+    Its site is the last one executed up to there whose weights are wrong, else the last.
+    """
     first = next((layer.module for layer in layers if not layer.passed), None)
     if first is None:
         return None
@@ -256,7 +270,7 @@ def _locate(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Effect:
-    """Outputs of an artifact, of the base and of the reference, and the `share` of the adapters' effect that is in the first."""
+    """What the adapters do to the outputs, and which `share` of it an artifact's show."""
 
     outputs: Outputs
     plain: Outputs

@@ -13,7 +13,8 @@ from ia3_export.report.model import Distance
 #: Distance from 1 to the next number.
 EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 _SMALLEST_EXPONENT = {"float64": -1022, "float32": -126, "float16": -14, "bfloat16": -126}
-#: Relative errors and units in the last place are taken of elements that are at least this share of the largest.
+#: Relative errors and units in the last place are taken of elements that are at least this share
+#: of the largest.
 _RELEVANT = 1e-3
 
 #: What one model gives: by input, output name → array.
@@ -23,8 +24,8 @@ Outputs = Sequence[Mapping[str, Array]]
 def compare(outputs: Outputs, reference: Outputs, dtype: str) -> Distance:
     """`Distance` of `outputs` from `reference`; `dtype` is the precision whose last place is counted.
 
-    Output names that `reference` has not are ignored; NaN counts as infinitely far. Raises `ValueError` when shapes
-    differ and `KeyError` when an output is missing.
+    Output names that `reference` has not are ignored; NaN counts as infinitely far. Raises `ValueError` when
+    shapes differ and `KeyError` when an output is missing.
     """
     scale = largest(reference)
     worst = total = dot = norm_a = norm_b = 0.0
@@ -68,7 +69,7 @@ def compare(outputs: Outputs, reference: Outputs, dtype: str) -> Distance:
 
 
 def last_place(values: Array, dtype: str) -> Array:
-    """The unit in the last place of `dtype` at each of `values` (of its smallest normal number below that)."""
+    """The unit in the last place of `dtype` at `values` (of its smallest normal number below that)."""
     with np.errstate(divide="ignore"):
         exponent = np.floor(np.log2(np.abs(values)))
     return EPSILON[dtype] * 2.0 ** np.maximum(exponent, _SMALLEST_EXPONENT[dtype])
@@ -99,7 +100,10 @@ def effect_present(outputs: Outputs, reference: Outputs, plain: Outputs) -> floa
 
 
 def error_histogram(outputs: Outputs, reference: Outputs) -> tuple[tuple[int, int], ...]:
-    """Elements by the power of ten of their error relative to the largest reference value; exact ones under -99."""
+    """Elements by the power of ten of their error relative to the largest reference value.
+
+    Exact ones under -99.
+    """
     scale = largest(reference) or 1.0
     counts: Counter[int] = Counter()
     for a, b in _pairs(outputs, reference):
@@ -111,10 +115,12 @@ def error_histogram(outputs: Outputs, reference: Outputs) -> tuple[tuple[int, in
 
 
 def perplexity(outputs: Outputs, token_ids: Sequence[Array], masks: Sequence[Array | None]) -> float | None:
-    """Perplexity of next tokens: exp of the mean negative log-likelihood of each attended token after the first.
+    """Perplexity of next tokens.
 
-    `token_ids` (batch, length) belong to ``logits`` (batch, length, vocabulary); inputs whose logits have another
-    length are left out.
+    Exp of the mean negative log-likelihood of each attended token after the first.
+
+    `token_ids` (batch, length) belong to ``logits`` (batch, length, vocabulary); inputs whose logits have
+    another length are left out.
     """
     total, count = 0.0, 0
     for output, ids, mask in zip(outputs, token_ids, masks, strict=True):
@@ -151,10 +157,10 @@ def _mean(values: Array) -> float:
 def _of_logits(
     pairs: Sequence[tuple[Array, Array]],
 ) -> tuple[float | None, float | None, float | None, float | None]:
-    """KL divergence of the reference from the outputs (mean and largest), top-1 and top-5 agreement, over rows.
+    """KL divergence of the reference from the outputs (mean, largest), top-1 and top-5 agreement, over rows.
 
-    Rows that are zero on both sides are padding. Top-5 is the share of the reference's five likeliest classes that
-    are among the five likeliest of the outputs.
+    Rows that are zero on both sides are padding. Top-5 is the share of the reference's five likeliest classes
+    that are among the five likeliest of the outputs.
     """
     divergences, first, five = [], [], []
     for a, b in pairs:
@@ -174,9 +180,10 @@ def _of_logits(
     kl = np.concatenate(divergences)
     return (
         float(min(kl.mean(), kl.max())),  # the mean of equal numbers can be rounded above them
-        float(kl.max()), float(np.concatenate(first).mean()),
+        float(kl.max()),
+        float(np.concatenate(first).mean()),
         float(np.concatenate(five).mean()) if five else None,
-    )  # fmt: skip
+    )
 
 
 def _log_softmax(logits: Array) -> Array:

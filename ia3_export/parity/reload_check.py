@@ -36,9 +36,12 @@ TOLERANCE = {"bitsandbytes": 1e-6, "gguf": 0.0, "dense": 0.0}
 _SIXTEEN_BITS = 6e-3
 #: Methods that transformers loads on a CPU with one more package, or without any.
 _PACKAGES = {
-    "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_tensors", "fp8": "", "torchao": "torchao",
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed_tensors",
+    "fp8": "",
+    "torchao": "torchao",
     "mxfp4": "",
-}  # fmt: skip
+}
 #: Copies of the dense weights that loading and comparing take.
 _COPIES = 3.0
 _REPORT = "please report it with the base's name; --no-reload-check writes the output all the same"
@@ -183,7 +186,8 @@ def _load(
             found -= _harmless(found, dense, base)
         if found:
             raise CheckFailed(
-                f"transformers reports {kind.replace('_', ' ')} in the output: {', '.join(sorted(found)[:3])}",
+                f"transformers reports {kind.replace('_', ' ')} in the output: "
+                f"{', '.join(sorted(found)[:3])}",
                 hint=_REPORT,
             )
     with torch.no_grad():

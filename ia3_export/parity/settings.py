@@ -23,15 +23,17 @@ class Tolerance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSettings:
-    """On which inputs, where and how exactly the live, the merged and the exported model run, and what is compared.
+    """On which inputs, where and how exactly models are run, and what is compared.
 
     Attributes:
-        inputs: file with the inputs (``.jsonl``, ``.npz`` or ``.safetensors``) by argument name; made up by default.
+        inputs: file with the inputs (``.jsonl``, ``.npz`` or ``.safetensors``) by argument name;
+            made up by default.
         text: file with one text a line, for the base's tokenizer.
         device: ``auto``, ``cpu`` or ``cuda[:N]``.
         dtype: in which PyTorch runs the live and the merged model; ``auto`` is the stored one.
         tf32: let CUDA use TF32 in float32 products.
-        atol, rtol: ``|a - b| <= atol + rtol |b|`` replaces every gate, and the weights proof is shown but decides nothing.
+        atol, rtol: ``|a - b| <= atol + rtol |b|`` replaces every gate, and the weights proof is shown but
+            decides nothing.
         max_memory: bytes that models may take in memory; a larger one runs layer by layer, the rest on disk.
             Default: what is free.
         seed: of made-up inputs.

@@ -1,4 +1,7 @@
-"""Whether an adapter meets the base that it was trained on: the name that it states, its quantization, and what it holds already."""
+"""Whether an adapter meets the base that it was trained on.
+
+The name that it states, its quantization, and what it holds already.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +19,28 @@ from ia3_export.quantization.detection import Quantization
 #: What names of repositories say of a quantization.
 _IN_NAMES = (
     (re.compile(r"bnb-?(4|8)bit|-4bit$|-8bit$|nf4|int8", re.I), "bitsandbytes"),
-    (re.compile(r"gptq", re.I), "gptq"), (re.compile(r"awq", re.I), "awq"), (re.compile(r"fp8", re.I), "fp8"),
-    (re.compile(r"gguf", re.I), "gguf"), (re.compile(r"hqq", re.I), "hqq"), (re.compile(r"w4a16|w8a8", re.I), "compressed-tensors"),
-)  # fmt: skip
+    (re.compile(r"gptq", re.I), "gptq"),
+    (re.compile(r"awq", re.I), "awq"),
+    (re.compile(r"fp8", re.I), "fp8"),
+    (re.compile(r"gguf", re.I), "gguf"),
+    (re.compile(r"hqq", re.I), "hqq"),
+    (re.compile(r"w4a16|w8a8", re.I), "compressed-tensors"),
+)
 
 
 def base_warnings(adapter: Adapter, base: Checkpoint, quantization: Quantization) -> Iterator[str]:
     """Why the vectors may not act in `base` as they did in training; nothing where the adapter names no base.
 
-    A vector trained over rounded weights has learned to make up for their rounding, and meets other weights in the
-    original (or the other way round): the merge is exact, what it computes is not what was evaluated.
+    A vector trained over rounded weights has learned to make up for their rounding, and meets other weights
+    in the original (or the other way round): the merge is exact, what it computes is not what was evaluated.
     """
     if base.of_adapter is not None:
         count = len(base.of_adapter)
         left = f", and {count} tensors of its adapter are left out" if count else ""
         yield (
-            f"{base.location.given} was saved inside a wrapper (PEFT, torch.compile, FSDP): it is read under the model's own names{left}; "
-            "vectors that had been merged in place before it was saved would count twice"
+            f"{base.location.given} was saved inside a wrapper (PEFT, torch.compile, FSDP): it is read "
+            f"under the model's own names{left}; vectors that had been merged in place before it was saved "
+            "would count twice"
         )
     named = adapter.config.get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
@@ -47,13 +55,14 @@ def base_warnings(adapter: Adapter, base: Checkpoint, quantization: Quantization
     if trained and trained not in methods:
         given = ", ".join(methods) or "not quantized"
         yield (
-            f"{adapter.name} was trained on a base quantized by {trained} ({named}), this one is {given}: the rounding that "
-            "its vectors have learned to live with is another here, so measure the merged model's quality again"
+            f"{adapter.name} was trained on a base quantized by {trained} ({named}), this one is {given}: "
+            "the rounding that its vectors have learned to live with is another here, so measure the "
+            "merged model's quality again"
         )
     elif trained is None and methods and Path(named).is_dir():
         yield (
-            f"{adapter.name} was trained on unquantized weights ({named}), this base is quantized by {', '.join(methods)}: "
-            "the merge is exact, the quantization error of the base comes on top"
+            f"{adapter.name} was trained on unquantized weights ({named}), this base is quantized by "
+            f"{', '.join(methods)}: the merge is exact, the quantization error of the base comes on top"
         )
 
 
@@ -64,9 +73,10 @@ def folded_before(adapter: Adapter, base: Checkpoint) -> Refused | None:
         return None
     same = "" if found.vectors is not None else ", of the same name and size,"
     return Refused(
-        f"{base.location.given} already holds the vectors of {adapter.name}: its {MANIFEST} says that {found.name}{same} was "
-        "folded into it",
-        hint=f"give the base without it (unmerge takes it out); to fold it twice on purpose, move {MANIFEST} away",
+        f"{base.location.given} already holds the vectors of {adapter.name}: its {MANIFEST} says that "
+        f"{found.name}{same} was folded into it",
+        hint="give the base without it (unmerge takes it out); to fold it twice on purpose, move "
+        f"{MANIFEST} away",
     )
 
 
@@ -84,8 +94,9 @@ def merge_warnings(base: Checkpoint) -> Iterator[str]:
         yield f"{base.location.given} already holds {names}: what is folded now acts on top of it"
     if base.holds_adapter:
         yield (
-            f"{base.location.given} also holds an adapter ({ADAPTER_CONFIG}): it is left out, since transformers would apply it to "
-            "the merged model; what was trained by loading that folder was trained on top of it"
+            f"{base.location.given} also holds an adapter ({ADAPTER_CONFIG}): it is left out, since "
+            "transformers would apply it to the merged model; what was trained by loading that folder was "
+            "trained on top of it"
         )
 
 
@@ -101,7 +112,10 @@ def _same(named: str, base: Checkpoint) -> bool:
 
 
 def _method(named: str) -> str | None:
-    """The quantization of the named base: of its configuration where it lies on this disk, else what its name says."""
+    """The quantization of the named base.
+
+    That of its configuration where it lies on this disk, else what its name says.
+    """
     try:
         config = json.loads((Path(named) / "config.json").read_text(encoding="utf-8"))
         settings = config.get("quantization_config") or {}

@@ -111,7 +111,8 @@ def replace_tensors(resolutions: Sequence[Resolution], ledger: Ledger) -> None:
             tensor = result.adapter.extras[name]
             if target in owners and not same_bytes(changes[target].source, tensor):
                 raise Refused(
-                    f"{owners[target].adapter.name} and {result.adapter.name} both bring {target}, and they differ",
+                    f"{owners[target].adapter.name} and {result.adapter.name} both bring "
+                    f"{target}, and they differ",
                     hint="merge the adapters one at a time, or drop the head from one of them",
                 )
             stored = base.tensors.get(target)

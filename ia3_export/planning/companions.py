@@ -1,8 +1,8 @@
 """Tokenizer, generation and processor settings of a merge: the base's, or those that lie beside an adapter.
 
-A fine-tune may bring tokens, another chat template or another end of text, and saves them beside its vectors; training scripts
-also put plain copies of the base's files there. What differs in meaning (transformers writes the same thing in several forms) is
-taken as a whole set: two tokenizers are never mixed.
+A fine-tune may bring tokens, another chat template or another end of text, and saves them beside its vectors;
+training scripts also put plain copies of the base's files there. What differs in meaning (transformers writes
+the same thing in several forms) is taken as a whole set: two tokenizers are never mixed.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Companions:
-    """The output's files besides weights and configuration: `files` maps names to what they are copied from, `taken` names of
-    an adapter's files to that adapter."""
+    """The output's files besides weights and configuration.
+
+    `files` maps names to what they are copied from, `taken` names of an adapter's files to that adapter.
+    """
 
     files: Mapping[str, Path]
     taken: Mapping[str, str]
@@ -58,14 +60,17 @@ def choose_companions(
 ) -> Companions:
     """Decide whose files the output gets; `config` is its configuration.
 
-    An adapter's token ids must lie in the output's embedding, and several adapters must agree; else the base's files stay, with a
-    warning (``auto``) or a refusal (``adapter``).
+    An adapter's token ids must lie in the output's embedding, and several adapters must agree; else the
+    base's files stay, with a warning (``auto``) or a refusal (``adapter``).
     """
     made = _Choice(base, choice, config)
     sides = [side for adapter in adapters if (side := _beside(adapter)) is not None]
     if choice == "auto" and base.is_gguf:
         made.warnings += [
-            f"the tokenizer and chat template beside {side.adapter} are not written into the GGUF file, which keeps its own"
+            (
+                f"the tokenizer and chat template beside {side.adapter} are not written into the GGUF "
+                "file, which keeps its own"
+            )
             for side in sides
             if side.of(TOKENIZERS)
         ]
@@ -73,7 +78,8 @@ def choose_companions(
         if choice == "adapter":
             made.problems.append(
                 Refused(
-                    f"{base.location.given} has its tokenizer and settings in no files of their own, so none of an adapter take their place",
+                    f"{base.location.given} has its tokenizer and settings in no files of their own, so "
+                    "none of an adapter take their place",
                     hint="leave --tokenizer adapter out",
                 )
             )
@@ -81,7 +87,8 @@ def choose_companions(
     if choice == "adapter" and not any(side.names for side in sides):
         made.problems.append(
             NotFound(
-                f"no tokenizer, generation or processor settings lie beside {' or '.join(a.name for a in adapters)}",
+                "no tokenizer, generation or processor settings lie beside "
+                f"{' or '.join(a.name for a in adapters)}",
                 hint="leave --tokenizer adapter out, or put those files into the adapter's folder",
             )
         )
@@ -96,8 +103,9 @@ def choose_companions(
 def other_companions(wanted: Companions, folder: Path) -> Iterator[str]:
     """Kinds of files in which `folder` says something else than a merge writes there."""
     kinds: tuple[tuple[str, Sequence[str], Callable[[Path, Sequence[str]], Any]], ...] = (
-        ("tokenizer", TOKENIZERS, read_tokenizer), ("generation settings", GENERATION, read_generation),
-    )  # fmt: skip
+        ("tokenizer", TOKENIZERS, read_tokenizer),
+        ("generation settings", GENERATION, read_generation),
+    )
     for what, patterns, read in kinds:
         names = [name for name in wanted.files if any(fnmatch(name, pattern) for pattern in patterns)]
         present = [name for name in _names(folder) if any(fnmatch(name, pattern) for pattern in patterns)]
@@ -131,7 +139,10 @@ class _Side:
 
 
 def _beside(adapter: Adapter) -> _Side | None:
-    """The files in the adapter's folder, or in the one above that was given (of an adapter that PEFT saved under its name)."""
+    """The files in the adapter's folder, or in the one above that was given.
+
+    The latter of an adapter that PEFT saved under its name.
+    """
     if not adapter.location.path.is_dir():
         return None
     above = Path(adapter.location.given).expanduser()
@@ -163,7 +174,7 @@ class _Choice:
         return Companions(self.files, self.taken, tuple(self.warnings), tuple(self.problems))
 
     def take_tokenizer(self, sides: Sequence[_Side]) -> None:
-        """The tokenizer of the adapters as a whole, or, where they bring nothing else of it, their chat template alone."""
+        """The adapters' tokenizer, or, where they bring nothing else of it, their chat template alone."""
         own = self._own(TOKENIZERS)
         if self._copies(sides, TOKENIZERS):
             return
@@ -191,7 +202,10 @@ class _Choice:
         self._take(side, patterns, what, differences if own and patterns is TOKENIZERS else [])
 
     def take_generation(self, sides: Sequence[_Side]) -> None:
-        """The generation settings of the adapters; a base without any has those that its configuration says."""
+        """The generation settings of the adapters.
+
+        A base without any has those that its configuration says.
+        """
         own = self._own(GENERATION)
         if self._copies(sides, GENERATION):
             return
@@ -212,7 +226,10 @@ class _Choice:
         self._compare_config(theirs)
 
     def take_processors(self, sides: Sequence[_Side]) -> None:
-        """The processor settings of the adapters; what only one version of transformers writes is no difference."""
+        """The processor settings of the adapters.
+
+        What only one version of transformers writes is no difference.
+        """
         own = self._own(PROCESSORS)
         if self._copies(sides, PROCESSORS):
             return
@@ -242,7 +259,8 @@ class _Choice:
         if own is not None and ends is not None and own not in (ends if isinstance(ends, list) else [ends]):
             where = "generation_config.json" if settings is not None else "config.json"
             self.warnings.append(
-                f"the adapter's tokenizer ends a text with {token!r} (id {own}), {where} with {ends}: generation would not stop there"
+                f"the adapter's tokenizer ends a text with {token!r} (id {own}), {where} with {ends}: "
+                "generation would not stop there"
             )
 
     def _compare_config(self, generation: Settings) -> None:
@@ -253,7 +271,8 @@ class _Choice:
         ]
         if other:
             self.warnings.append(
-                f"config.json still says the base's {', '.join(other)}; generation goes by generation_config.json"
+                f"config.json still says the base's {', '.join(other)}; generation goes by "
+                "generation_config.json"
             )
 
     def _own(self, patterns: Sequence[str]) -> tuple[str, ...]:
@@ -290,7 +309,10 @@ class _Choice:
                 self._keep(f"the {what} beside {side.adapter} cannot be read ({first_line(error)})")
 
     def _agree(self, found: Sequence[tuple[_Side, Any, list[str]]], what: str) -> bool:
-        """Whether there is one to take: adapters that bring some bring the same; says so where they do not."""
+        """Whether there is one to take.
+
+        Adapters that bring some bring the same; says so where they do not.
+        """
         if not any(differences or self.choice == "adapter" for _, _, differences in found):
             return False
         if all(not found[0][1].differences(other) for _, other, _ in found[1:]):
@@ -305,8 +327,8 @@ class _Choice:
         highest = theirs.highest()
         if highest is not None and self.rows is not None and highest[1] >= self.rows:
             return (
-                f"the tokenizer beside {side.adapter} has ids up to {highest[1]} ({highest[0]!r}), and the output's embedding has "
-                f"{self.rows} rows"
+                f"the tokenizer beside {side.adapter} has ids up to {highest[1]} ({highest[0]!r}), and the "
+                f"output's embedding has {self.rows} rows"
             )
         return None
 

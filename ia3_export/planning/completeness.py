@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from ia3_export.models.model_class import RuntimeModel
 
 
-#: Stored modules that are never meant by ``all-linear``: the embedding and the output layer, by their usual names.
+#: Stored modules that are never meant by ``all-linear``: the embedding and the output layer, by
+#: their usual names.
 _NOT_LINEAR = ("embed_tokens", "lm_head")
 
 
@@ -71,7 +72,8 @@ def report_missing(adapter: Adapter, base: Checkpoint, result: Resolution, *, al
                 if module not in adapter.sites
                 and adapter.rules.targets(module)
                 and (not rules.is_all_linear or (layout != "conv" and module != output))
-                # a module that the class has and the checkpoint has not (a head made anew) cannot be folded either
+                # a module that the class has and the checkpoint has not (a head made anew) cannot
+                # be folded either
                 and _is_stored(f"{module}.weight", runtime)
             ),
             key=natural,
@@ -84,13 +86,17 @@ def report_missing(adapter: Adapter, base: Checkpoint, result: Resolution, *, al
             missing += sorted(absent, key=natural)  # trained where every expert was a module of its own
         elif absent:
             result.warnings.append(
-                f"{len(absent)} stored modules match target_modules but are no modules of {runtime.class_name} "
-                f"(fused at run time), first: {min(absent, key=natural)}; the adapter has no vectors for them"
+                f"{len(absent)} stored modules match target_modules but are no modules of "
+                f"{runtime.class_name} (fused at run time), first: {min(absent, key=natural)}; the adapter "
+                "has no vectors for them"
             )
     if not missing:
         return
     message = f"{len(missing)} modules that {adapter.name} targets have no vector in it, first: {missing[0]}"
-    hint = "the adapter file is incomplete, or belongs to another base; --allow-missing leaves those modules as they are"
+    hint = (
+        "the adapter file is incomplete, or belongs to another base; --allow-missing leaves "
+        "those modules as they are"
+    )
     _report(result, message, hint, allowed=allow_missing)
 
 
@@ -103,8 +109,10 @@ def _report(result: Resolution, message: str, hint: str, *, allowed: bool) -> No
 
 
 def report_lost(adapter: Adapter, base: Checkpoint, result: Resolution, *, allow_missing: bool) -> None:
-    """Modules that were trained whole (heads) and of which the file lacks a tensor: a problem, or with `allow_missing` a
-    warning. What neither class nor base has does not count."""
+    """Modules that were trained whole (heads) and of which the file lacks a tensor.
+
+    A problem, or with `allow_missing` a warning. What neither class nor base has does not count.
+    """
     if not adapter.copied and adapter.format != "adapterhub":
         return
     runtime, stored, ties = result.runtime, {name: name for name in base.tensors}, dict[str, str]()
@@ -132,8 +140,10 @@ def report_lost(adapter: Adapter, base: Checkpoint, result: Resolution, *, allow
 
 
 def _check_nesting(module: str, parts: list[str], result: Resolution) -> None:
-    """``modules_to_save`` that match a module and others in it (``embeddings`` and ``word_embeddings``): PEFT saves the copies of
-    the inner ones, which its forward never reads, and its loader refuses the file."""
+    """``modules_to_save`` that match a module and others in it (``embeddings`` and ``word_embeddings``).
+
+    PEFT saves the copies of the inner ones, which its forward never reads, and its loader refuses the file.
+    """
     adapter = result.adapter
     if adapter.format != "peft":
         return
@@ -141,8 +151,8 @@ def _check_nesting(module: str, parts: list[str], result: Resolution) -> None:
     if inner is not None:
         result.problems.append(
             Refused(
-                f"modules_to_save of {adapter.name} match {module} and, in it, {inner}: what PEFT saves of that is not "
-                f"what was trained",
+                f"modules_to_save of {adapter.name} match {module} and, in it, {inner}: what PEFT saves of "
+                "that is not what was trained",
                 hint=f"train again with modules_to_save that match one of them only, such as {module}",
             )
         )
@@ -157,12 +167,18 @@ def _report_lost(
         f"{adapter.name} was trained with {declared} of its own, but of its {count} tensors {len(lost)} are "
         f"not in {adapter.location.given}, first: {lost[0]}"
     )
-    hint = "the adapter file is incomplete: save it again from the training run; --allow-missing leaves the base's tensors"
+    hint = (
+        "the adapter file is incomplete: save it again from the training run; --allow-missing leaves the "
+        "base's tensors"
+    )
     _report(result, message, hint, allowed=allow_missing)
 
 
 def heads_in_question(adapter: Adapter, base: Checkpoint) -> bool:
-    """Whether only the class knows of a module that was trained whole: neither base nor adapter holds one of that name."""
+    """Whether only the class knows of a module that was trained whole.
+
+    Neither base nor adapter holds one of that name.
+    """
     if not adapter.copied:
         return False
     modules = {name.rpartition(".")[0] for name in (*base.tensors, *adapter.extras)}
@@ -181,7 +197,10 @@ def _trained_whole(adapter: Adapter, entry: str) -> str | None:
 
 
 def _left_out_of_all_linear(adapter: Adapter, runtime: RuntimeModel) -> str | None:
-    """The output layer, which PEFT's ``all-linear`` spares: the output embedding, or the head of a classifier."""
+    """The output layer, which PEFT's ``all-linear`` spares.
+
+    The output embedding, or the head of a classifier.
+    """
     if runtime.output_embedding is not None:
         return runtime.output_embedding.rpartition(".")[0]
     heads = ("score", "classifier") if adapter.task_type == "SEQ_CLS" else ()
@@ -197,8 +216,9 @@ def report_random(result: Resolution) -> None:
     absent = [entry for entry in absent_entries(result.runtime) if entry not in result.adapter.extras]
     if absent:
         result.warnings.append(
-            f"{result.runtime.class_name} needs {', '.join(absent[:3])}{' ...' if len(absent) > 3 else ''}, which "
-            "neither the base nor the adapter holds: transformers will fill in random values"
+            f"{result.runtime.class_name} needs "
+            f"{', '.join(absent[:3])}{' ...' if len(absent) > 3 else ''}, which neither the base nor the "
+            "adapter holds: transformers will fill in random values"
         )
 
 

@@ -19,9 +19,9 @@ def edit_config(
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """The smallest edit of ``config.json`` that makes it true of the output, and what it changes.
 
-    `dtype` is the ``--dtype`` option, or the dtype that the output has where the base's was none of a dense model;
-    `adjusted` is the configuration to start from (other quantization settings, or none). What a user should know is
-    added to `warnings`.
+    `dtype` is the ``--dtype`` option, or the dtype that the output has where the base's was none of a dense
+    model; `adjusted` is the configuration to start from (other quantization settings, or none). What a user
+    should know is added to `warnings`.
     """
     if base.config is None or adjusted is None:
         return None, []
@@ -36,8 +36,8 @@ def edit_config(
             config.pop("num_labels", None)
             if not result.adapter.labels:
                 warnings.append(
-                    f"the adapter carries no label names: config.json calls them LABEL_0 to LABEL_{len(fitted['id2label']) - 1}, "
-                    "in the order of training"
+                    "the adapter carries no label names: config.json calls them LABEL_0 to "
+                    f"LABEL_{len(fitted['id2label']) - 1}, in the order of training"
                 )
         brings_head = any(runtime.stored.get(name) is None for name in result.extras)
         if brings_head and config.get("architectures") != [runtime.class_name]:
@@ -47,8 +47,9 @@ def edit_config(
                 config = _untie(config)
             else:
                 warnings.append(
-                    f"{runtime.class_name} reads tie_word_embeddings for more than the tie, so it is left as it is; "
-                    "transformers 5 keeps the two tensors apart because they differ, transformers 4 would tie them"
+                    f"{runtime.class_name} reads tie_word_embeddings for more than the tie, so it is left "
+                    "as it is; transformers 5 keeps the two tensors apart because they differ, "
+                    "transformers 4 would tie them"
                 )
     if dtype != "auto":
         for key in ("dtype", "torch_dtype"):
@@ -66,7 +67,10 @@ def edit_config(
 
 
 def output_class(resolutions: Sequence[Resolution]) -> str | None:
-    """The class that the output is for, if a class was asked: that of the last adapter with a head that the base has not."""
+    """The class that the output is for, if a class was asked.
+
+    That of the last adapter with a head that the base has not.
+    """
     asked = [(result, result.runtime) for result in resolutions if result.runtime is not None]
     heads = [
         runtime
@@ -86,8 +90,10 @@ def check_vocabulary(
     shapes: Mapping[str, tuple[int, ...]],
     base_config: Mapping[str, Any] | None,
 ) -> list[IA3ExportError]:
-    """With a resized vocabulary or other labels, every tensor of the output (its `shapes` by stored name) must have the size
-    that the class then gives it."""
+    """With a resized vocabulary or other labels, hold the output against the class.
+
+    Every tensor of the output (its `shapes` by stored name) must have the size that the class then gives it.
+    """
     found: list[IA3ExportError] = []
     for result in resolutions:
         runtime = result.runtime
@@ -100,8 +106,8 @@ def check_vocabulary(
             if shape is not None and shape != runtime.shapes[entry]:
                 found.append(
                     Refused(
-                        f"the adapter's vocabulary or labels make {entry} {list(runtime.shapes[entry])}, but the base's "
-                        f"{list(shape)} is not replaced",
+                        f"the adapter's vocabulary or labels make {entry} {list(runtime.shapes[entry])}, "
+                        f"but the base's {list(shape)} is not replaced",
                         hint="save the adapter with save_embedding_layers=True"
                         if entry in embeddings
                         else "the adapter file is incomplete: save it again from the training run",

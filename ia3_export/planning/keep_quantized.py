@@ -373,5 +373,8 @@ def _sign_warnings(laid: Iterable[_Laid]) -> list[str]:
         return []
     found = " and ".join(f"{n} {what}" for n, what in ((negative, "negative"), (zero, "zero")) if n)
     return [
-        f"{found} scales are written: the libraries tried on CPUs read them rightly, kernels of GPUs were not tried"
+        (
+            f"{found} scales are written: the libraries tried on CPUs read them rightly, kernels of GPUs "
+            "were not tried"
+        )
     ]

@@ -19,8 +19,8 @@ class Part:
     """A tensor that a site's vector multiplies.
 
     ``direct``: the stored tensor `source` (written as `tensor`, another name where a tie is split) holds the
-    weight or bias in `layout`. ``converted``: transformers builds the state-dict entry `tensor` while loading.
-    ``expert``: the entry is not known yet, the module is an expert of a fused parameter.
+    weight or bias in `layout`. ``converted``: transformers builds the state-dict entry `tensor` while
+    loading. ``expert``: the entry is not known yet, the module is an expert of a fused parameter.
     """
 
     kind: Literal["direct", "converted", "expert"]
@@ -43,8 +43,8 @@ class Resolution:
     """One adapter laid over one checkpoint.
 
     `placements` is keyed by the tensor that holds the weight (so that two adapters can be compared), `extras`
-    maps names of the adapter's further tensors to stored names. `untied` are the entries that leave a tie, `shared` is what the
-    adapter brings for all others of a tie, by its source.
+    maps names of the adapter's further tensors to stored names. `untied` are the entries that leave a tie,
+    `shared` is what the adapter brings for all others of a tie, by its source.
     """
 
     adapter: Adapter

@@ -1,4 +1,7 @@
-"""Adapters + checkpoint → Plan: one row a changed tensor. Every refusal is made here, nothing is decided later."""
+"""Adapters + checkpoint → Plan: one row a changed tensor.
+
+Every refusal is made here, nothing is decided later.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +40,8 @@ from ia3_export.words import TORCH_NAMES, Combine
 class Plan:
     """All that a merge will do, as plain data. `config` is the output's ``config.json`` if it must differ.
 
-    `companions` are the files beside the weights. Of a quantized base the output has no `dropped` tensors, and
-    `settings_files` are side files of the quantizer with other contents.
+    `companions` are the files beside the weights. Of a quantized base the output has no `dropped` tensors,
+    and `settings_files` are side files of the quantizer with other contents.
     """
 
     base: Base
@@ -79,7 +82,8 @@ class Plan:
 def make_plan(base: Base, adapters: Sequence[Adapter], recipe: Recipe) -> Plan:
     """Decide what a merge of `adapters` (in order) into `base` changes.
 
-    Refusals are collected in ``Plan.problems``. Raises `UsageError` for weights that do not fit ``recipe.combine``.
+    Refusals are collected in ``Plan.problems``. Raises `UsageError` for weights that do not fit
+    ``recipe.combine``.
     """
     check_weights(adapters, recipe.combine, recipe.weights)
     stored = base.stored
@@ -156,7 +160,7 @@ def _findings(
 
 @dataclass(slots=True)
 class _Configuration:
-    """``config.json`` of the output (None: the base's), what is edited in it, the quantizer's side files, what a user should know."""
+    """``config.json`` of the output (None: the base's), with its edits, and the quantizer's side files."""
 
     config: Mapping[str, Any] | None = None
     edits: Sequence[str] = ()
@@ -194,7 +198,8 @@ def check_weights(adapters: Sequence[Adapter], combine: Combine, weights: Sequen
         raise UsageError("--weights belongs to --combine linear or delta", hint="product has no weights")
     if combine != "product" and len(weights) != len(adapters):
         raise UsageError(
-            f"--combine {combine} needs one weight per adapter: {len(adapters)} adapters, {len(weights)} weights",
+            f"--combine {combine} needs one weight per adapter: {len(adapters)} adapters, "
+            f"{len(weights)} weights",
             hint="for example --weights " + ",".join(["0.5"] * len(adapters)),
         )
     if not all(np.isfinite(weight) for weight in weights):

@@ -13,22 +13,26 @@ from ia3_export.words import Cast, Combine, Dtype, Quantized, TokenizerChoice
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How adapters are folded into a base. Two merges of the same inputs by the same recipe give the same tensors.
+    """How adapters are folded into a base.
+
+    Two merges of the same inputs by the same recipe give the same tensors.
 
     Attributes:
         combine: ``product`` folds one adapter after the other; ``linear`` is PEFT's ``add_weighted_adapter``
             (``sum w l``); ``delta`` is ``1 + sum w (l - 1)``.
         weights: one number an adapter, for ``linear`` and ``delta``.
-        cast: ``peft`` multiplies with the vector as saved; ``peft-low-mem`` rounds it to the base's dtype first.
-        dtype: ``auto`` keeps every tensor's stored dtype (of dequantized ones the dtype that the checkpoint computes
-            in); others convert all floating tensors, rounding once.
-        quantized: of a quantized base. ``dequantize`` writes it dense; ``keep`` folds the vectors into the stored
-            scales and leaves every code alone, or refuses; ``keep-or-dense`` writes the weights dense for which that
-            is impossible.
+        cast: ``peft`` multiplies with the vector as saved; ``peft-low-mem`` rounds it to the
+            base's dtype first.
+        dtype: ``auto`` keeps every tensor's stored dtype (of dequantized ones the dtype that the checkpoint
+            computes in); others convert all floating tensors, rounding once.
+        quantized: of a quantized base. ``dequantize`` writes it dense; ``keep`` folds the vectors into the
+            stored scales and leaves every code alone, or refuses; ``keep-or-dense`` writes the weights dense
+            for which that is impossible.
         allow_missing: leave targeted modules without a vector as they are.
         allow_unused: drop vectors and tensors that have no place in the base.
-        tokenizer: whose tokenizer, chat template, generation and processor settings the output gets: ``auto`` an
-            adapter's where they differ from the base's and their ids fit the vocabulary, ``base``, or ``adapter``.
+        tokenizer: whose tokenizer, chat template, generation and processor settings the output
+            gets: ``auto`` an adapter's where they differ from the base's and their ids fit the
+            vocabulary, ``base``, or ``adapter``.
 
     Raises `UsageError` for values that are not offered.
     """

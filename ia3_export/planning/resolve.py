@@ -47,8 +47,10 @@ if TYPE_CHECKING:
 def resolve(
     adapter: Adapter, base: Checkpoint, *, allow_missing: bool = False, allow_unused: bool = False
 ) -> Resolution:
-    """Lay `adapter` over `base`; whatever does not fit is in the result's `problems`. Raises `DamagedFile` only, for an expression
-    of the adapter's configuration that takes too long."""
+    """Lay `adapter` over `base`; whatever does not fit is in the result's `problems`.
+
+    Raises `DamagedFile` only, for an expression of the adapter's configuration that takes too long.
+    """
     result = Resolution(adapter=adapter)
     try:
         refuse_wrapped(base.tensors)
@@ -142,7 +144,7 @@ def _open_questions(adapter: Adapter, base: Checkpoint) -> bool:
 
 
 def _possible_layouts(result: Resolution, base: Checkpoint) -> tuple[Layout, ...]:
-    """How the weights of modules that no class answers for may be stored, with a warning where that is an assumption."""
+    """How weights of modules that no class answers for may be stored, with a warning if that is assumed."""
     adapter, types = result.adapter, model_types(base.config)
     # the orientation of other formats' vectors is a reader's word, which a model type outweighs
     known = result.runtime is not None or (bool(types) and adapter.format != "peft")
@@ -248,7 +250,8 @@ def _find_part(
         others = {name.rpartition(".")[0] for name in (*tied_to, *tied_from)} & set(result.adapter.sites)
         if others - {module}:
             raise Refused(
-                f"modules {module} and {', '.join(sorted(others))} share {entry}, but have vectors of their own",
+                f"modules {module} and {', '.join(sorted(others))} share {entry}, but have "
+                "vectors of their own",
                 hint="this architecture cannot hold two weights for them",
             )
         if tied_from and not in_output(entry, runtime):
@@ -311,7 +314,8 @@ def _place_extra(name: str, base: Checkpoint, result: Resolution, *, allow_unuse
         result.warnings.append(message + "; dropped")
     elif expected != tensor.shape:
         raise ShapeMismatch(
-            f"the adapter brings {name} as {list(tensor.shape)}, its place in the model is {list(expected or ())}",
+            f"the adapter brings {name} as {list(tensor.shape)}, its place in the model is "
+            f"{list(expected or ())}",
             hint="the adapter was trained on another base model, or on another size of it",
         )
     else:
@@ -321,9 +325,9 @@ def _place_extra(name: str, base: Checkpoint, result: Resolution, *, allow_unuse
 def _place_in_tie(name: str, target: str, result: Resolution, runtime: RuntimeModel) -> str:
     """Where a tensor that is tied to others in the class goes.
 
-    A member of ``modules_to_save`` is a copy of its own in PEFT, so it leaves the tie, unless the copy holds the whole tie; any
-    other tensor is loaded into the shared parameter and stays tied (``PeftModel.load_adapter``), also beside copies that leave.
-    Two equal tensors stay tied as well.
+    A member of ``modules_to_save`` is a copy of its own in PEFT, so it leaves the tie, unless the copy holds
+    the whole tie; any other tensor is loaded into the shared parameter and stays tied
+    (``PeftModel.load_adapter``), also beside copies that leave. Two equal tensors stay tied as well.
     """
     adapter = result.adapter
     source = runtime.ties.get(name, name)

@@ -169,13 +169,15 @@ def _warnings(outputs: Mapping[str, OutputFactors], static: Mapping[str, Packed]
     into_stream = [module for module in outputs if module.rpartition(".")[2] in (*_LAST, *_BEFORE_NORM)]
     if into_stream:
         yield (
-            f"the vector on {into_stream[0]} ({len(into_stream)} such) changes what all later layers read, and their static "
-            "scales of activations were calibrated without it: calibrate again, or use --quantized dequantize"
+            f"the vector on {into_stream[0]} ({len(into_stream)} such) changes what all later layers read, "
+            "and their static scales of activations were calibrated without it: calibrate again, or use "
+            "--quantized dequantize"
         )
     if outputs:
         yield (
-            "the base quantizes activations with static scales: those that a vector reaches grow by its largest magnitude. The "
-            "forwards of verify do not quantize activations and cannot see what that costs"
+            "the base quantizes activations with static scales: those that a vector reaches "
+            "grow by its largest magnitude. The forwards of verify do not quantize activations "
+            "and cannot see what that costs"
         )
 
 
@@ -207,6 +209,6 @@ def _reaching(
 
 def _behind(source: str) -> str:
     return (
-        f"the vector on {source} reaches its inputs through an activation function, or in a way that is not known, and they have a "
-        "static scale that was calibrated without it"
+        f"the vector on {source} reaches its inputs through an activation function, or in a way that is "
+        "not known, and they have a static scale that was calibrated without it"
     )

@@ -47,17 +47,19 @@ FORMATS: Mapping[str, Finder] = {
 #: Methods that are known and not read, with what to do.
 _UNREADABLE = {
     "aqlm": "AQLM keeps codebooks", "vptq": "VPTQ keeps codebooks", "spqr": "SpQR keeps outliers apart",
-    "eetq": "EETQ interleaves its codes for one kind of GPU", "higgs": "HIGGS mixes its inputs by a Hadamard transform",
-    "bitnet": "BitNet keeps ternary codes", "fp_quant": "FP-Quant mixes its inputs by a Hadamard transform",
-    "quark": "Quark has formats of its own", "vq": "its codes are vectors", "sinq": "SINQ has two scales",
-    "exl2": "EXL2 mixes widths by column", "exl3": "EXL3 keeps trellis codes", "qqq": "QQQ permutes its codes",
+    "eetq": "EETQ interleaves its codes for one kind of GPU",
+    "higgs": "HIGGS mixes its inputs by a Hadamard transform", "bitnet": "BitNet keeps ternary codes",
+    "fp_quant": "FP-Quant mixes its inputs by a Hadamard transform", "quark": "Quark has formats of its own",
+    "vq": "its codes are vectors", "sinq": "SINQ has two scales", "exl2": "EXL2 mixes widths by column",
+    "exl3": "EXL3 keeps trellis codes", "qqq": "QQQ permutes its codes",
 }  # fmt: skip
 
 #: Names that only quantizers give; one of them left over means a format that is not understood.
 _COMPANIONS = (
     ".qweight", ".qzeros", ".g_idx", ".SCB", ".absmax", ".quant_map", ".weight_packed", ".weight_scale",
-    ".weight_scale_inv", ".weight_zero_point", ".weight_global_scale", ".codebooks", ".codes", ".W_q", "_blocks",
-    ".weight_scales", ".pre_quant_scale", "._weight_qdata", ".weight._data", ".weight._scale", ".trellis",
+    ".weight_scale_inv", ".weight_zero_point", ".weight_global_scale", ".codebooks", ".codes", ".W_q",
+    "_blocks", ".weight_scales", ".pre_quant_scale", "._weight_qdata", ".weight._data", ".weight._scale",
+    ".trellis",
 )  # fmt: skip
 
 
@@ -130,7 +132,8 @@ def find_quantization(base: Checkpoint) -> Quantization:
         except READER_ERRORS as error:
             problems.append(
                 DamagedFile(
-                    f"the quantized weights of {base.location.given} cannot be read: {type(error).__name__}: {error}",
+                    f"the quantized weights of {base.location.given} cannot be read: "
+                    f"{type(error).__name__}: {error}",
                     hint="tensors or quantization_config are damaged; fetch the files again",
                 )
             )
@@ -141,8 +144,10 @@ def find_quantization(base: Checkpoint) -> Quantization:
     if not problems and method and not packed:
         problems.append(
             Unsupported(
-                f"the base {base.location.given} says that it is quantized by {method}, but every weight in it is dense",
-                hint="config.json belongs to another checkpoint; if the weights are right, remove quantization_config from it",
+                f"the base {base.location.given} says that it is quantized by {method}, but every weight "
+                "in it is dense",
+                hint="config.json belongs to another checkpoint; if the weights are right, remove "
+                "quantization_config from it",
             )
         )
     return replace(result, problems=tuple(problems), warnings=tuple(_compare(result)))
@@ -189,8 +194,8 @@ def _left_over(base: Checkpoint, result: Quantization) -> Iterator[IA3ExportErro
         )
         if coded or name.endswith(_COMPANIONS):
             yield Unsupported(
-                f"{name} in {tensor.file.name} is {tensor.dtype} {list(tensor.shape)}: quantized in a way that this "
-                "version does not read",
+                f"{name} in {tensor.file.name} is {tensor.dtype} {list(tensor.shape)}: quantized in a way "
+                "that this version does not read",
                 hint="give the unquantized checkpoint, or one in a format of docs/formats.md",
             )
             return
@@ -202,7 +207,10 @@ def _compare(result: Quantization) -> Iterator[str]:
     if method is None and found:
         yield f"the tensors are quantized ({', '.join(sorted(result.formats))}), but no configuration says so"
     for what in result.settings.get("not_in_forward") or ():
-        yield f"{what} is not part of the forwards of verify and onnx, which have the rotary embedding without it"
+        yield (
+            f"{what} is not part of the forwards of verify and onnx, which have the rotary "
+            "embedding without it"
+        )
     notes = [packed.format for packed in result.packed.values() if "although labelled" in packed.format]
     if notes:
         yield f"{len(notes)} weights are {notes[0]}: decided by their zero points"

@@ -39,8 +39,8 @@ from ia3_export.quantization.settings import block_shape, scheme_of, schemes
 #: Names of the scale, after the module path; all of them multiply.
 _SCALES = ("weight_scale", "weight_scale_inv", "scale", "qscale_weight")
 _COMPANIONS = (
-    "weight_zero_point", "input_scale", "input_zero_point", "input_scale_ub", "output_scale", "output_zero_point",
-    "activation_scale", "qscale_act",
+    "weight_zero_point", "input_scale", "input_zero_point", "input_scale_ub", "output_scale",
+    "output_zero_point", "activation_scale", "qscale_act",
 )  # fmt: skip
 
 
@@ -69,8 +69,8 @@ def find_torchao(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any
         scale, zero = (tensors.get(f"{module}.{leaf}") for leaf in leaves)
         if codes.dtype not in ("I8", *FLOAT_CODES) or len(codes.shape) != 2 or scale is None:
             raise Unsupported(
-                f"{name} in {codes.file.name} is {codes.dtype} {list(codes.shape)}, a packed torchao tensor that this "
-                "version does not read",
+                f"{name} in {codes.file.name} is {codes.dtype} {list(codes.shape)}, a packed torchao "
+                "tensor that this version does not read",
                 hint="int8, float8 and unpacked intx weights are read",
             )
         parts = {tensor.name: tensor for tensor in (codes, scale, zero) if tensor is not None}
@@ -135,7 +135,8 @@ def _grid(codes: StoredTensor, scale: StoredTensor, settings: Mapping[str, Any])
     size = block_shape(settings, scheme_of(settings, codes.name.removesuffix(".weight"))) or (128, 128)
     if (-(-out // size[0]), -(-columns // size[1])) != scale.shape:
         raise DamagedFile(
-            f"{scale.name} is {list(scale.shape)}: blocks of {list(size)} of {list(codes.shape)} give another grid",
+            f"{scale.name} is {list(scale.shape)}: blocks of {list(size)} of {list(codes.shape)} give "
+            "another grid",
             hint="weight_block_size in the configuration is not that of the file",
         )
     return size

@@ -170,7 +170,8 @@ def _check(
     if shape[0] != parts * length or len(shape) != (1 if kind == "norm" else 2):
         if kind == "value":
             raise CannotKeep(
-                f"{feeder} has {shape[0]} rows for {length} columns: heads share keys and values, or are padded"
+                f"{feeder} has {shape[0]} rows for {length} columns: heads share keys and "
+                "values, or are padded"
             )
         raise CannotKeep(f"{feeder} has shape {list(shape)}, which does not fit a vector of {length}")
     attention = part.get("attn_config") or {}

@@ -39,13 +39,15 @@ METHOD = "gguf"
 #: Byte offsets of the float16 scales of a block, by ggml type.
 SCALES: Mapping[str, tuple[int, ...]] = {
     "Q4_0": (0,), "Q5_0": (0,), "Q8_0": (0,), "Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2),
-    "Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,),
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,), "IQ3_XXS": (0,),
+    "IQ3_S": (0,),
     "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,), "IQ1_S": (0,), "TQ1_0": (52,), "TQ2_0": (64,),
 }  # fmt: skip
 _UNFOLDABLE = {
-    "MXFP4": "MXFP4 scales are powers of two", "NVFP4": "NVFP4 scales are 8-bit floats",
+    "MXFP4": "MXFP4 scales are powers of two",
+    "NVFP4": "NVFP4 scales are 8-bit floats",
     "IQ1_M": "IQ1_M scatters its scale over the bits of four words",
-}  # fmt: skip
+}
 #: Rows that are decoded to measure what a fold loses: as many of those whose scales lose most, and of all
 #: others.
 _MEASURED = 32

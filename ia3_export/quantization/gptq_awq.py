@@ -76,8 +76,8 @@ def find(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> It
             yield _gemv(weight, settings)
         else:
             raise DamagedFile(
-                f"{name} {list(codes.shape)}, its zero points {list(zeros.shape)} and scales {list(scales.shape)} "
-                "fit neither GPTQ nor AWQ",
+                f"{name} {list(codes.shape)}, its zero points {list(zeros.shape)} and scales "
+                f"{list(scales.shape)} fit neither GPTQ nor AWQ",
                 hint="the file is damaged, or of a variant that this version does not read",
             )
 
@@ -87,7 +87,8 @@ def _refuse_variants(settings: Mapping[str, Any], codes: StoredTensor) -> None:
     found = next((label for label in labels if str(label).lower() in _UNREADABLE), None)
     if found is not None or codes.dtype == "I16":
         raise Unsupported(
-            f"{codes.name} is packed for the kernels of {found or 'gemv_fast'}, which this version does not read",
+            f"{codes.name} is packed for the kernels of {found or 'gemv_fast'}, which this "
+            "version does not read",
             hint="give the checkpoint in GPTQ (v1, v2) or AWQ (gemm, gemv) packing",
         )
 

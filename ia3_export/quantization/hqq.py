@@ -31,9 +31,9 @@ from ia3_export.quantization.packed import (
 
 METHOD = "hqq"
 _LEAVES = (
-    "W_q", "scale", "zero", "shape", "axis", "group_size", "nbits", "packing", "channel_wise", "compute_dtype",
-    "encoded_state_dict", "offload_meta", "optimize", "quant_scale", "quant_zero", "round_zero", "stores_quant_config",
-    "unpack_view_dtype", "view_as_float", "meta_scale", "meta_zero",
+    "W_q", "scale", "zero", "shape", "axis", "group_size", "nbits", "packing", "channel_wise",
+    "compute_dtype", "encoded_state_dict", "offload_meta", "optimize", "quant_scale", "quant_zero",
+    "round_zero", "stores_quant_config", "unpack_view_dtype", "view_as_float", "meta_scale", "meta_zero",
 )  # fmt: skip
 #: Codes in a packed element, and bits of the element that hold them, by bits a code
 #: (``Quantizer.bit_to_packing``).
@@ -168,7 +168,8 @@ def _layout(
         or {scale.dtype, zero.dtype} - set(SCALE_DTYPES)
     ):
         raise DamagedFile(
-            f"{codes.name}: {bits} bits, axis {axis}, shape {list(shape)} and {groups} scales do not fit together",
+            f"{codes.name}: {bits} bits, axis {axis}, shape {list(shape)} and {groups} scales "
+            "do not fit together",
             hint="the file is damaged, or of a variant that this version does not read",
         )
     layout = _Layout(codes=codes, scale=scale, zero=zero, bits=bits, axis=axis, shape=(shape[0], shape[1]))

@@ -117,8 +117,8 @@ def _grouped(
     expect(shift, SCALE_DTYPES, scale.shape)
     if shape is None or len(shape) != 2 or shape[0] * shape[1] != lines * length or scale.size != lines:
         raise Unsupported(
-            f"the shape of {dense} cannot be told: the file holds groups of {length}, and config.json names no model "
-            "that has it",
+            f"the shape of {dense} cannot be told: the file holds groups of {length}, and config.json "
+            "names no model that has it",
             hint="give the folder with its config.json, or the unquantized checkpoint",
         )
     out, columns = shape

@@ -43,7 +43,8 @@ def written_scale(scale: ScaleTensor, factors: Array, packed: Packed) -> tuple[s
         if error <= (_COARSEST if dtype == choices[-1] else _HALF):
             return dtype, error
     raise CannotKeep(
-        f"a scale times the vector leaves the range of {TORCH_NAMES[stored.dtype]} (it would be off by {error:.1e})"
+        f"a scale times the vector leaves the range of {TORCH_NAMES[stored.dtype]} (it would be off by "
+        f"{error:.1e})"
     )
 
 

@@ -102,8 +102,9 @@ def with_settings(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dic
 #: Where a method's settings list the modules that are not quantized.
 _SKIP_LISTS = {
     "awq": "modules_to_not_convert", "fp8": "modules_to_not_convert", "fbgemm_fp8": "modules_to_not_convert",
-    "mxfp4": "modules_to_not_convert", "torchao": "modules_to_not_convert", "bitsandbytes": "llm_int8_skip_modules",
-    "compressed-tensors": "ignore", "modelopt": "ignore", "hqq": "skip_modules",
+    "mxfp4": "modules_to_not_convert", "torchao": "modules_to_not_convert",
+    "bitsandbytes": "llm_int8_skip_modules", "compressed-tensors": "ignore", "modelopt": "ignore",
+    "hqq": "skip_modules",
 }  # fmt: skip
 #: The same lists under names that some files have instead.
 _OTHER_LISTS = ("ignored_layers", "exclude_modules")
@@ -114,7 +115,9 @@ _CHOOSE = ("bitsandbytes", "fp8", "fbgemm_fp8", "mxfp4", "torchao")
 ONLY_BLOCKS = ("gptq", "auto-round")
 #: What reads files in which some weights are dense, where not everything does that reads the format.
 _READ_BY = {
-    "gptq": "GPTQModel, vLLM, and transformers with optimum know them by name; AutoGPTQ cannot load such a file",
+    "gptq": (
+        "GPTQModel, vLLM, and transformers with optimum know them by name; AutoGPTQ cannot load such a file"
+    ),
     "auto-round": "auto-round, and transformers through it, know them by name (extra_config)",
 }
 #: Projections that vLLM and SGLang load as one, all of them quantized or none.
@@ -202,8 +205,8 @@ def mixture_warnings(method: str, mixture: Mixture) -> Iterator[str]:
     )
     if split:
         yield (
-            f"{split[0]} is dense and what vLLM and SGLang fuse with it is not ({len(split)} such weights): they cannot "
-            "load such a file"
+            f"{split[0]} is dense and what vLLM and SGLang fuse with it is not ({len(split)} such "
+            "weights): they cannot load such a file"
         )
 
 

@@ -1,7 +1,7 @@
 """Charts of the HTML report as inline SVG.
 
-Positions are percentages and lines lie in a stretched inner SVG, so that a chart fills any width while its text
-keeps its size. Colours are classes, which the page's style sheet gives for light, dark and paper.
+Positions are percentages and lines lie in a stretched inner SVG, so that a chart fills any width while its
+text keeps its size. Colours are classes, which the page's style sheet gives for light, dark and paper.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _GAP = 2.2
 
 
 def error_axis(steps: Sequence[Step], reference: Reference) -> Markup:
-    """Every step's largest error against its bound, the adapters' effect and the live model's own rounding."""
+    """Every step's largest error against its bound, the adapters' effect and the live model's rounding."""
     errors = [step.distance.max_error if step.distance else math.inf for step in steps]
     bounds = [step.bound for step in steps]
     own = reference.unmerged.max_error
@@ -56,7 +56,10 @@ def error_axis(steps: Sequence[Step], reference: Reference) -> Markup:
 
 
 def layer_plot(layers: Sequence[LayerError], first: str | None) -> Markup:
-    """Error of every module over its scale: live model, artifact and bound; modules out of bound are crossed."""
+    """Error of every module over its scale.
+
+    Live model, artifact and bound; modules out of bound are crossed.
+    """
     shown = _thin(layers)
     rows = [(i, layers[i]) for i in shown]
     values = [_over(v, m.scale) for _, m in rows for v in (m.unmerged, m.error, m.bound)]
@@ -117,7 +120,7 @@ def layer_plot(layers: Sequence[LayerError], first: str | None) -> Markup:
 
 
 def histogram(step: Step, reference: Reference | None, low: int, high: int) -> Markup:
-    """Output elements by the power of ten of their error, from 10^`low` to 10^(`high` + 1), counts logarithmic."""
+    """Output elements by power of ten of the error, from 10^`low` to 10^(`high` + 1), counts logarithmic."""
     counts: dict[int, int] = {}
     for n, count in step.error_histogram:
         key = n if n == EXACT else max(low, min(high, n))
@@ -135,14 +138,19 @@ def histogram(step: Step, reference: Reference | None, low: int, high: int) -> M
             text = f"{power(n)} to {power(n + 1)}: {count:,} ({share(count / total)})"
         parts.append(
             Markup(
-                '<g class="bar{kind}"><title>{text}</title><rect x="{x}%" width="{w}%" y="{y}%" height="{h}%"/>'
-                '<text x="{m}%" y="{y}%" dy="-4" text-anchor="middle">{c}</text></g>'
+                '<g class="bar{kind}"><title>{text}</title><rect x="{x}%" width="{w}%" y="{y}%" '
+                'height="{h}%"/><text x="{m}%" y="{y}%" dy="-4" text-anchor="middle">{c}</text></g>'
             ).format(
-                kind=" exact" if n == EXACT else "", text=text, x=digits(100 * (left + 0.08 / columns)),
-                w=digits(84 / columns), y=digits(100 - tall), h=digits(tall), m=digits(100 * (left + 0.5 / columns)),
+                kind=" exact" if n == EXACT else "",
+                text=text,
+                x=digits(100 * (left + 0.08 / columns)),
+                w=digits(84 / columns),
+                y=digits(100 - tall),
+                h=digits(tall),
+                m=digits(100 * (left + 0.5 / columns)),
                 c=_short(count),
             )
-        )  # fmt: skip
+        )
     parts.append(Markup('<line class="base" x1="0" x2="100%" y1="100%" y2="100%"/>'))
     tick = Markup('<text class="tick" x="{}%" y="100%" dy="16" text-anchor="middle">{}</text>')
     parts.append(tick.format(digits(50 / columns), "exact"))
@@ -269,10 +277,13 @@ def _axis_row(
             '<text class="name {s}" x="0" y="{y}">{mark} {name}</text>'
             '<text class="value" x="100%" y="{y}" text-anchor="end">{v}</text>'
         ).format(
-            s=state, y=y - 14, mark="✓" if step.passed else "✗", name=tail(step.name, 24),
+            s=state,
+            y=y - 14,
+            mark="✓" if step.passed else "✗",
+            name=tail(step.name, 24),
             v=told,
         )
-    )  # fmt: skip
+    )
     title = f"{clean(step.name)}: {told}"
     return Markup("<g><title>{}</title>{}</g>").format(title, Markup("").join(parts))
 
@@ -285,8 +296,8 @@ def _axis_label(
         for s, e, b in zip(steps, errors, bounds, strict=True)
     )
     return (
-        f"Largest error of every step on a logarithmic axis: {told}. Effect of the adapters {number(reference.effect)}, "
-        f"rounding of the live model {number(reference.unmerged.max_error)}"
+        f"Largest error of every step on a logarithmic axis: {told}. Effect of the adapters "
+        f"{number(reference.effect)}, rounding of the live model {number(reference.unmerged.max_error)}"
     )
 
 

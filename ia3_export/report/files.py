@@ -48,7 +48,10 @@ def check_targets(targets: Mapping[str, Path], inputs: Sequence[Path]) -> None:
 
 
 def write_reports(report: Report, targets: Mapping[str, Path]) -> None:
-    """Write `report` to each of `targets` (a kind of `render` → file); new folders are made. Raises `OutputError`."""
+    """Write `report` to each of `targets` (a kind of `render` → file); new folders are made.
+
+    Raises `OutputError`.
+    """
     for kind, path in targets.items():
         write_whole(path, render(report, kind).encode())
 

@@ -1,7 +1,7 @@
-"""The report as JUnit XML (the Jenkins flavour, junit-10.xsd), which Jenkins, GitLab and GitHub's actions read.
+"""The report as JUnit XML (Jenkins' flavour, junit-10.xsd), which Jenkins, GitLab and GitHub's actions read.
 
-One test suite for each artifact of the weights proof and one for each step. A test case fails only where the report
-itself counts it: the file has failures exactly when the verdict is NOT in parity.
+One test suite for each artifact of the weights proof and one for each step. A test case fails only where the
+report itself counts it: the file has failures exactly when the verdict is NOT in parity.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ _FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 @dataclass(frozen=True, slots=True)
 class _Case:
-    """One check. `failure` is None for one that passed, else type, message and text; `note` goes to system-out."""
+    """One check.
+
+    `failure` is None for one that passed, else type, message and text; `note` goes to system-out.
+    """
 
     name: str
     failure: tuple[str, str, str] | None
@@ -34,10 +37,13 @@ def to_junit(report: Report) -> str:
         for proof in report.weights
     ]
     suites += [
-        (step.name, {"file": step.file, "kind": step.kind, "precision": step.precision, "runs on": step.runs_on},
-         _step_cases(step))
+        (
+            step.name,
+            {"file": step.file, "kind": step.kind, "precision": step.precision, "runs on": step.runs_on},
+            _step_cases(step),
+        )
         for step in report.steps
-    ]  # fmt: skip
+    ]
     if not report.in_parity and not any(case.failure for _, _, cases in suites for case in cases):
         reason = "a check failed that left no finding"
         suites.append(("verdict", {}, [_Case("verdict", ("verdict", report.verdict, reason))]))
@@ -52,7 +58,10 @@ def to_junit(report: Report) -> str:
 
 
 def _weights_case(proof: WeightsProof) -> _Case:
-    counts = f"{proof.changed} changed, {proof.unchanged} unchanged, {proof.computed} computed, {proof.nbytes} bytes"
+    counts = (
+        f"{proof.changed} changed, {proof.unchanged} unchanged, {proof.computed} computed, "
+        f"{proof.nbytes} bytes"
+    )
     note = "\n".join([f"{proof.verdict}: {counts}" if proof.unproven else counts, *proof.notes])
     if proof.passed:
         return _Case("weights", None, note)
@@ -116,8 +125,10 @@ def _shared_properties(report: Report) -> dict[str, str]:
         sources[f"adapter {number}"] = _source(adapter.id, adapter.revision)
     properties = sources | {"verdict": report.verdict}
     for prefix, mapping in (
-        ("option", report.options), ("environment", report.environment), ("digest", report.digests),
-    ):  # fmt: skip
+        ("option", report.options),
+        ("environment", report.environment),
+        ("digest", report.digests),
+    ):
         properties |= {f"{prefix}.{key}": value for key, value in mapping.items()}
     return properties | {f"warning {number}": text for number, text in enumerate(report.warnings, 1)}
 
@@ -128,9 +139,17 @@ def _source(name: str, revision: str | None) -> str:
 
 def _suite(name: str, properties: Mapping[str, str], cases: Sequence[_Case]) -> ElementTree.Element:
     failures = sum(case.failure is not None for case in cases)
-    suite = ElementTree.Element("testsuite", {
-        "name": _legal(name), "tests": str(len(cases)), "failures": str(failures), "errors": "0", "skipped": "0", "time": "0",
-    })  # fmt: skip
+    suite = ElementTree.Element(
+        "testsuite",
+        {
+            "name": _legal(name),
+            "tests": str(len(cases)),
+            "failures": str(failures),
+            "errors": "0",
+            "skipped": "0",
+            "time": "0",
+        },
+    )
     holder = ElementTree.SubElement(suite, "properties")
     for key, value in properties.items():
         ElementTree.SubElement(holder, "property", {"name": _legal(key), "value": _legal(value)})

@@ -1,7 +1,8 @@
 """The report as GitHub-flavoured Markdown, for a pull-request comment or ``$GITHUB_STEP_SUMMARY``.
 
-Names and findings hold text from files that nobody vouches for. Names become code spans, in which nothing is active;
-sentences are escaped, also against what GitHub adds to Markdown: mentions, issue links, mathematics, bare links.
+Names and findings hold text from files that nobody vouches for. Names become code spans, in which nothing is
+active; sentences are escaped, also against what GitHub adds to Markdown: mentions, issue links, mathematics,
+bare links.
 """
 
 from __future__ import annotations
@@ -19,21 +20,23 @@ MAX_ROWS = 20
 _MAX_LIST, _MAX_NAME, _MAX_SENTENCE = 10_000, 160, 400
 _NOTHING = "—"
 _INTEGER_PRECISIONS = ("int8", "int4")
-#: Categories that show nothing or turn the text around them: control, format, surrogate, unassigned, separators.
+#: Categories that show nothing or turn the text around them: control, format, surrogate,
+#: unassigned, separators.
 _INVISIBLE = ("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp")
 _DISTANCE_ROWS = (
     ("max_error", "max error"), ("mean_error", "mean error"), ("max_relative", "max relative error"),
-    ("mean_relative", "mean relative error"), ("max_ulp", "max error in ulp"), ("mean_ulp", "mean error in ulp"),
-    ("cosine", "cosine"), ("kl", "KL, mean (nats)"), ("max_kl", "KL, largest (nats)"), ("top1", "top-1 agreement"),
+    ("mean_relative", "mean relative error"), ("max_ulp", "max error in ulp"),
+    ("mean_ulp", "mean error in ulp"), ("cosine", "cosine"), ("kl", "KL, mean (nats)"),
+    ("max_kl", "KL, largest (nats)"), ("top1", "top-1 agreement"),
     ("top5", "top-5 agreement"), ("perplexity_change", "perplexity change"),
 )  # fmt: skip
 
 
 def to_markdown(report: Report) -> str:
-    """`report` as Markdown: verdict, chain and weights proof first, everything else folded away in ``<details>``.
+    """`report` as Markdown: verdict, chain and weights proof first, all else folded away in ``<details>``.
 
-    The text stays below GitHub's limit for a comment: lists are cut at `MAX_ROWS` with a count of what is missing, and
-    details that do not fit are left out and named.
+    The text stays below GitHub's limit for a comment: lists are cut at `MAX_ROWS` with a count of what is
+    missing, and details that do not fit are left out and named.
     """
     parts = [
         f"## {_mark(report.in_parity)} ia3-export verify: {report.verdict}",
@@ -67,7 +70,10 @@ def _reason(report: Report) -> str:
     proof = next((proof for proof in report.weights if not proof.passed), None)
     if proof is not None and proof.findings:
         found = proof.findings[0]
-        return f"{_code(found.tensor)} in {_code(proof.name)}, {_sentence(found.what)}: {_sentence(found.detail)}"
+        return (
+            f"{_code(found.tensor)} in {_code(proof.name)}, {_sentence(found.what)}: "
+            f"{_sentence(found.detail)}"
+        )
     if proof is not None:
         return f"The weights of {_code(proof.name)} are not proven."
     if not report.in_parity:
@@ -88,7 +94,10 @@ def _why_in_parity(steps: Sequence[Step]) -> str:
         return "Everything is within the rounding of the live model."
     if len(others) == len(steps):
         return "Everything is within the limits of its gates."
-    return f"Everything is within the rounding of the live model, {', '.join(others)} within the limits of its gates."
+    return (
+        f"Everything is within the rounding of the live model, {', '.join(others)} within the "
+        "limits of its gates."
+    )
 
 
 def _subject(report: Report) -> str:
@@ -97,9 +106,10 @@ def _subject(report: Report) -> str:
     if reference is None:
         return f"Adapters {adapters} on {_code(report.base.id)}."
     return (
-        f"Adapters {adapters} on {_code(report.base.id)} ({_code(reference.model_class)}). Reference: vectors applied "
-        f"live by {_sentence(reference.applied_by)} in {_sentence(reference.precision)}, inputs: {len(reference.inputs)}; "
-        f"the adapters change the outputs by up to {number(reference.effect)}."
+        f"Adapters {adapters} on {_code(report.base.id)} ({_code(reference.model_class)}). Reference: "
+        f"vectors applied live by {_sentence(reference.applied_by)} in {_sentence(reference.precision)}, "
+        f"inputs: {len(reference.inputs)}; the adapters change the outputs by up to "
+        f"{number(reference.effect)}."
     )
 
 
@@ -118,18 +128,34 @@ def _chain(report: Report) -> str:
     rows = []
     if report.reference is not None:
         own = report.reference.unmerged
-        rows.append((
-            "unmerged, live", _sentence(report.reference.dtype), _sentence(report.reference.runs_on), number(own.max_error),
-            _NOTHING, number(own.kl), share(own.top1), _NOTHING, _NOTHING,
-        ))  # fmt: skip
+        rows.append(
+            (
+                "unmerged, live",
+                _sentence(report.reference.dtype),
+                _sentence(report.reference.runs_on),
+                number(own.max_error),
+                _NOTHING,
+                number(own.kl),
+                share(own.top1),
+                _NOTHING,
+                _NOTHING,
+            )
+        )
     for step in report.steps:
         distance = step.distance
         error = None if distance is None else distance.max_error
-        rows.append((
-            _code(step.name), _sentence(step.precision), _sentence(step.runs_on), *_pair(error, step.bound),
-            number(None if distance is None else distance.kl), share(None if distance is None else distance.top1),
-            share(step.effect_present), _mark(step.passed),
-        ))  # fmt: skip
+        rows.append(
+            (
+                _code(step.name),
+                _sentence(step.precision),
+                _sentence(step.runs_on),
+                *_pair(error, step.bound),
+                number(None if distance is None else distance.kl),
+                share(None if distance is None else distance.top1),
+                share(step.effect_present),
+                _mark(step.passed),
+            )
+        )
     return _section("Chain", _table(header, rows, left=("step", "precision", "runs on", "verdict")))
 
 
@@ -137,11 +163,17 @@ def _weights(proofs: Sequence[WeightsProof]) -> str:
     header = ("artifact", "file", "changed", "unchanged", "computed", "bytes", "findings", "verdict")
     rows = [
         (
-            _code(proof.name), _code(proof.file), f"{proof.changed:,}", f"{proof.unchanged:,}", f"{proof.computed:,}",
-            f"{proof.nbytes:,}", f"{len(proof.findings):,}", proof.verdict if proof.unproven else _mark(proof.passed),
+            _code(proof.name),
+            _code(proof.file),
+            f"{proof.changed:,}",
+            f"{proof.unchanged:,}",
+            f"{proof.computed:,}",
+            f"{proof.nbytes:,}",
+            f"{len(proof.findings):,}",
+            proof.verdict if proof.unproven else _mark(proof.passed),
         )
         for proof in proofs
-    ]  # fmt: skip
+    ]
     return _section("Weights", _table(header, rows, left=("artifact", "file", "verdict")))
 
 
@@ -166,7 +198,10 @@ def _locations(steps: Sequence[Step]) -> str:
 def _findings(proofs: Sequence[WeightsProof]) -> str:
     found = [(proof, finding) for proof in proofs for finding in proof.findings]
     lines = [
-        f"{_code(finding.tensor)} in {_code(proof.name)}, **{_sentence(finding.what)}**: {_sentence(finding.detail)}"
+        (
+            f"{_code(finding.tensor)} in {_code(proof.name)}, **{_sentence(finding.what)}**: "
+            f"{_sentence(finding.detail)}"
+        )
         for proof, finding in found[:MAX_ROWS]
     ]
     return _bullets("Findings in the weights", lines, len(found))
@@ -247,9 +282,16 @@ def _generation(steps: Sequence[Step]) -> str:
         if run is not None:
             at = "all agree" if run.first_divergence is None else f"differs at token {run.first_divergence}"
             excused = "" if run.first_divergence is None else "yes" if run.excused else "no"
-            rows.append((
-                _code(step.name), str(run.sequences), str(run.tokens), at, number(run.margin), excused or _NOTHING,
-            ))  # fmt: skip
+            rows.append(
+                (
+                    _code(step.name),
+                    str(run.sequences),
+                    str(run.tokens),
+                    at,
+                    number(run.margin),
+                    excused or _NOTHING,
+                )
+            )
     header = ("step", "sequences", "tokens", "result", "margin", "a tie within rounding")
     return _table(header, rows, left=("step", "result"))
 

@@ -1,8 +1,11 @@
-"""What `verify` found, as plain frozen data. Every writer (terminal, JSON, Markdown, JUnit, HTML) draws this one report.
+"""What `verify` found, as plain frozen data.
 
-The chain goes from the unmerged model (base + live adapters) over the merged safetensors to ONNX and its further
-precisions; every step is compared with the same reference on the same inputs. Numbers are float64; None means "not
-applicable" or "not finite". Nothing in a report names a path of the machine beyond the last part of what was given.
+Every writer (terminal, JSON, Markdown, JUnit, HTML) draws this one report.
+
+The chain goes from the unmerged model (base + live adapters) over the merged safetensors to ONNX and its
+further precisions; every step is compared with the same reference on the same inputs. Numbers are float64;
+None means "not applicable" or "not finite". Nothing in a report names a path of the machine beyond the last
+part of what was given.
 """
 
 from __future__ import annotations
@@ -23,10 +26,10 @@ Kind = Literal["merged", "onnx"]
 class Distance:
     """How far one set of outputs is from another, over all inputs.
 
-    Errors are absolute, and relative for elements of at least 1e-3 of the largest reference value; ``ulp`` counts units
-    in the last place of the step's precision at the reference value, for the same elements. ``kl`` (nats, mean
-    and largest over rows), ``top1`` and ``top5`` (shares of rows) exist for logits only, ``perplexity_change``
-    (relative) for causal language models.
+    Errors are absolute, and relative for elements of at least 1e-3 of the largest reference value; ``ulp``
+    counts units in the last place of the step's precision at the reference value, for the same elements.
+    ``kl`` (nats, mean and largest over rows), ``top1`` and ``top5`` (shares of rows) exist for logits only,
+    ``perplexity_change`` (relative) for causal language models.
     """
 
     max_error: float
@@ -56,9 +59,12 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """Greedy decoding of `tokens` tokens in each of `sequences`, beside the reference. `first_divergence` counts generated tokens from 0, None when all agree;
-    `margin` is the reference's logit distance there between its own choice and the artifact's, and `excused` tells that
-    every such margin is within twice the bound, so that rounding may decide either way."""
+    """Greedy decoding of `tokens` tokens in each of `sequences`, beside the reference.
+
+    `first_divergence` counts generated tokens from 0, None when all agree; `margin` is the reference's logit
+    distance there between its own choice and the artifact's, and `excused` tells that every such margin is
+    within twice the bound, so that rounding may decide either way.
+    """
 
     tokens: int
     sequences: int
@@ -69,8 +75,11 @@ class Generation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerError:
-    """Output of one module, in execution order: largest absolute `error` of the artifact, that of the `unmerged` model,
-    and the `bound` (all against the reference, on the first input); `scale` is the largest reference value."""
+    """Output of one module, in execution order.
+
+    Largest absolute `error` of the artifact, that of the `unmerged` model, and the `bound` (all against the
+    reference, on the first input); `scale` is the largest reference value.
+    """
 
     module: str
     scale: float
@@ -82,8 +91,10 @@ class LayerError:
 
 @dataclass(frozen=True, slots=True)
 class FaultLocation:
-    """The first module whose output leaves its bound, the site nearest to it (a module with a vector), and what the
-    weights proof says of that site."""
+    """The first module whose output leaves its bound, the site nearest to it, and its proof of weights.
+
+    A site is a module with a vector.
+    """
 
     module: str
     site: str | None
@@ -94,12 +105,13 @@ class FaultLocation:
 class Step:
     """One artifact of the chain against the reference.
 
-    `precision` is float64, float32, float16, bfloat16, int8 or int4; `runs_on` names runtime and device. `distance` is to
-    the reference, `loss` to the step before it (the unmerged model for the first), `library` to a quantized base with live
-    adapters as its own library runs it (the reference being that base dequantized). `effect_present` is the share of the
-    adapters' effect that the artifact shows: 1 is right, 0 the base, 2 applied twice. `error_histogram` pairs a
-    power of ten n with the number of output elements whose error is in [10^n, 10^(n+1)) of the largest
-    reference value; (-99, count) are exact. `layers` is empty where modules cannot be observed (ONNX).
+    `precision` is float64, float32, float16, bfloat16, int8 or int4; `runs_on` names runtime and device.
+    `distance` is to the reference, `loss` to the step before it (the unmerged model for the first), `library`
+    to a quantized base with live adapters as its own library runs it (the reference being that base
+    dequantized). `effect_present` is the share of the adapters' effect that the artifact shows: 1 is right, 0
+    the base, 2 applied twice. `error_histogram` pairs a power of ten n with the number of output elements
+    whose error is in [10^n, 10^(n+1)) of the largest reference value; (-99, count) are exact. `layers` is
+    empty where modules cannot be observed (ONNX).
     """
 
     name: str
@@ -127,8 +139,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class TensorFinding:
-    """A tensor (or ONNX initializer, node) that is not what it must be: `what` in a word or three (``left out``,
-    ``applied twice``, ``missing``, ...), `detail` in a sentence."""
+    """A tensor (or ONNX initializer, node) that is not what it must be.
+
+    `what` in a word or three (``left out``, ``applied twice``, ``missing``, ...), `detail` in a sentence.
+    """
 
     tensor: str
     what: str
@@ -139,10 +153,11 @@ class TensorFinding:
 class WeightsProof:
     """The weights of one artifact, without any forward.
 
-    `changed` tensors equal the fold of base and adapter bit for bit, `unchanged` ones the base's bytes; `findings` say
-    which do not. For ONNX, `changed` and `unchanged` count initializers found equal to such tensors (transposed or
-    not, widened or rounded to the graph's dtype), `computed` those that the exporter made itself, and `unproven` initializers of
-    codes for which nothing was found to compare them with: only forwards judge them.
+    `changed` tensors equal the fold of base and adapter bit for bit, `unchanged` ones the base's bytes;
+    `findings` say which do not. For ONNX, `changed` and `unchanged` count initializers found equal to such
+    tensors (transposed or not, widened or rounded to the graph's dtype), `computed` those that the exporter
+    made itself, and `unproven` initializers of codes for which nothing was found to compare them with: only
+    forwards judge them.
     """
 
     name: str
@@ -167,8 +182,10 @@ class WeightsProof:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteSummary:
-    """One learned vector. `amplified`, `inhibited` count elements above and below 1 by more than 1 %, `inhibited` in
-    magnitude; `negative` flips signs. `values` are at most 128: the element farthest from 1 of each stretch of channels.
+    """One learned vector.
+
+    `amplified`, `inhibited` count elements above and below 1 by more than 1 %, `inhibited` in magnitude;
+    `negative` flips signs. `values` are at most 128: the element farthest from 1 of each stretch of channels.
     """
 
     adapter: str
@@ -194,9 +211,11 @@ class ModelId:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
-    """What the steps are compared with: vectors applied live by ``peft`` or by ``hooks``, in `precision`. `unmerged` is
-    how far the live model itself is from that in the stored `dtype`; `effect` is the largest change that
-    the adapters make to the base's outputs, `scale` the largest reference output."""
+    """What the steps are compared with: vectors applied live by ``peft`` or by ``hooks``, in `precision`.
+
+    `unmerged` is how far the live model itself is from that in the stored `dtype`; `effect` is the largest
+    change that the adapters make to the base's outputs, `scale` the largest reference output.
+    """
 
     applied_by: AppliedBy
     model_class: str

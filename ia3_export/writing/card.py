@@ -1,4 +1,7 @@
-"""The model card of a merged folder: ``README.md`` with the Hub's metadata (model card specification of the Hub)."""
+"""The model card of a merged folder.
+
+``README.md`` with the Hub's metadata (model card specification of the Hub).
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,24 @@ from ia3_export.planning.plan import Plan
 #: The base's own card keeps its text under this name.
 BASE_CARD = "README.base.md"
 _PIPELINES = {
-    "ForSequenceClassification": "text-classification", "ForTokenClassification": "token-classification",
-    "ForQuestionAnswering": "question-answering", "ForCausalLM": "text-generation",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForCausalLM": "text-generation",
     "ForImageClassification": "image-classification",
-}  # fmt: skip
+}
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
 _FENCE = "---"
-#: Characters of a card that are read. The longest front matters, with results of benchmarks in them, have some 300,000.
+#: Characters of a card that are read. The longest front matters, with results of benchmarks in them, have
+#: some 300,000.
 _READ = 1_000_000
 
 
 def make_card(plan: Plan) -> str:
-    """Markdown of the card. ``base_model`` holds hub ids or is left out: a local path would be a broken link."""
+    """Markdown of the card.
+
+    ``base_model`` holds hub ids or is left out: a local path would be a broken link.
+    """
     import yaml
 
     base_card = plan.base.stored.folder / "README.md"
@@ -46,13 +55,19 @@ def make_card(plan: Plan) -> str:
     location = plan.base.stored.location
     title = f"{location.name} + {' + '.join(a.name for a in plan.adapters)}"
     lines = [
-        "---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {title}", "",
+        "---",
+        yaml.safe_dump(front, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {title}",
+        "",
         "(IA)3 vectors folded into the weights of "
         + (f"`{base_id}`" if base_id else "a local base model")
         + " with ia3-export. The model runs without PEFT and at the base's speed.",
         "",
-        "| adapter | format | task | vectors | parameters |", "| --- | --- | --- | --- | --- |",
-    ]  # fmt: skip
+        "| adapter | format | task | vectors | parameters |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for adapter in plan.adapters:
         shown = adapter.location.hub_id or adapter.name
         lines.append(
@@ -62,10 +77,15 @@ def make_card(plan: Plan) -> str:
     changed = sum(change.nbytes for change in plan.changes.values())
     lines += [
         "",
-        f"{len(plan.changes)} of {len(plan.base.stored.tensors)} tensors changed ({changed:,} bytes); combined by "
-        f"`{plan.recipe.combine}`"
+        (
+            f"{len(plan.changes)} of {len(plan.base.stored.tensors)} tensors changed ({changed:,} bytes); "
+            f"combined by `{plan.recipe.combine}`"
+        )
         + (f" with weights {', '.join(f'{w:g}' for w in plan.recipe.weights)}" if plan.recipe.weights else "")
-        + f", cast `{plan.recipe.cast}`, dtype `{plan.recipe.dtype}`. {_quantization(plan)}Every other tensor is byte for byte the base's.",
+        + (
+            f", cast `{plan.recipe.cast}`, dtype `{plan.recipe.dtype}`. {_quantization(plan)}Every other "
+            "tensor is byte for byte the base's."
+        ),
         "",
         "`ia3_export.json` lists every changed tensor and the digests of all files."
         + (f" The base's own card is `{BASE_CARD}`." if "README.md" in plan.base.stored.side_files else ""),
@@ -95,7 +115,10 @@ def _base_id(plan: Plan) -> str | None:
 
 
 def _read_front_matter(path: Path) -> dict[str, Any]:
-    """The metadata of a card, ``{}`` where they cannot be read: they are a courtesy, and whatever is in them stops no merge."""
+    """The metadata of a card, ``{}`` where they cannot be read.
+
+    They are a courtesy, and whatever is in them stops no merge.
+    """
     import yaml
 
     with path.open(encoding="utf-8", errors="replace") as file:

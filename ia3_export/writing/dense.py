@@ -1,4 +1,7 @@
-"""The dense model that a quantized checkpoint stands for, as a folder of its own: what is exported where the weights stay quantized."""
+"""The dense model that a quantized checkpoint stands for, as a folder of its own.
+
+This is what is exported where the weights stay quantized.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,9 @@ _BLOCK = 1 << 21
 
 
 def write_dense(base: Base, folder: Path) -> Path:
-    """Write `base` into `folder` with every quantized weight in float32, exactly; other tensors and files as they are.
+    """Write `base` into `folder` with every quantized weight in float32, exactly.
+
+    Other tensors and files as they are.
 
     Raises the reason why a weight cannot be read.
     """

@@ -1,8 +1,8 @@
 """Executes laid-out plans, streaming: nothing is decided here.
 
-Bytes are moved by the kernel; a touched tensor goes through memory in blocks of half a megabyte. Several outputs of
-one base are written side by side, so that the base is read once. Threads work on runs of tensors, each with its own
-file descriptors.
+Bytes are moved by the kernel; a touched tensor goes through memory in blocks of half a megabyte. Several
+outputs of one base are written side by side, so that the base is read once. Threads work on runs of tensors,
+each with its own file descriptors.
 """
 
 from __future__ import annotations
@@ -281,8 +281,11 @@ class _State:
 
 
 def _block_elements(item: Item, itemsize: int) -> int:
-    """Elements per block: half a megabyte, in whole periods or rows of the scales so that they take the fast way; of a
-    computed tensor more, in its units, since starting a block costs more there."""
+    """Elements per block.
+
+    Half a megabyte, in whole periods or rows of the scales so that they take the fast way; of a computed
+    tensor more, in its units, since starting a block costs more there.
+    """
     limit = _BLOCK // itemsize
     unit = 1
     if item.tensor.computed is not None:
@@ -299,6 +302,7 @@ def _block_elements(item: Item, itemsize: int) -> int:
 def _not_finite(change: Change, element: int) -> NotFinite:
     index = [int(i) for i in np.unravel_index(element, change.shape)] if change.shape else []
     return NotFinite(
-        f"{change.name}{index} is NaN or infinite in {change.dtype} after {'; '.join(describe_change(change)) or 'the cast'}",
+        f"{change.name}{index} is NaN or infinite in {change.dtype} after "
+        f"{'; '.join(describe_change(change)) or 'the cast'}",
         hint="the value does not fit this dtype: try --dtype float32 or bfloat16, or look for it in the base",
     )

@@ -48,10 +48,13 @@ class OutputFile:
 
 
 def lay_out(plan: Plan, shard_size: int | None = None) -> tuple[OutputFile, ...]:
-    """The weight files of the output: the base's shards and names, or new shards of at most `shard_size` bytes.
+    """The weight files of the output.
 
-    What is dequantized stays where its codes were, other added tensors go into the last shard. ``.bin`` shards become
-    safetensors of the matching name, a GGUF file stays one. Raises `UsageError` and `Refused` for what GGUF cannot hold.
+    The base's shards and names, or new shards of at most `shard_size` bytes.
+
+    What is dequantized stays where its codes were, other added tensors go into the last shard. ``.bin``
+    shards become safetensors of the matching name, a GGUF file stays one. Raises `UsageError` and `Refused`
+    for what GGUF cannot hold.
     """
     if plan.base.stored.is_gguf:
         check_gguf(plan.base.quantization, plan.changes, plan.recipe.dtype, shard_size)
@@ -113,8 +116,11 @@ def _rows(plan: Plan) -> list[list[tuple[StoredTensor, Change | None]]]:
 
 
 def _metadata(shard: Shard, plan: Plan) -> Mapping[str, str]:
-    """A header's metadata. torchao describes tensors there: of a file that is no longer quantized only its format stays, and
-    one that became dense is described as such."""
+    """A header's metadata.
+
+    torchao describes tensors there: of a file that is no longer quantized only its format stays, and one that
+    became dense is described as such.
+    """
     if plan.dequantizes:
         return {k: v for k, v in shard.metadata.items() if k == "format"}
     if "tensor_names" not in shard.metadata:

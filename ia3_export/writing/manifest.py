@@ -1,4 +1,7 @@
-"""``ia3_export.json``: what was done, to which bytes, by which versions. No time stamps, no paths of the machine."""
+"""``ia3_export.json``: what was done, to which bytes, by which versions.
+
+No time stamps, no paths of the machine.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +53,13 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "model_class": plan.model_class,
         "changes": [
             {
-                "tensor": change.name, "how": change.how, "dtype": change.dtype, "shape": list(change.shape),
-                "from_dtype": change.source.dtype, "folds": describe_change(change), "bytes": change.nbytes,
+                "tensor": change.name,
+                "how": change.how,
+                "dtype": change.dtype,
+                "shape": list(change.shape),
+                "from_dtype": change.source.dtype,
+                "folds": describe_change(change),
+                "bytes": change.nbytes,
             }
             for change in sorted(plan.changes.values(), key=lambda change: natural(change.name))
         ],
@@ -61,11 +69,11 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "taken_from_adapters": dict(sorted(plan.companions.taken.items())),
         "warnings": list(plan.warnings),
         "refusals": [{"error": str(p), "hint": p.hint} for p in plan.problems],
-    }  # fmt: skip
+    }
 
 
 def describe_quantization(plan: Plan) -> dict[str, Any]:
-    """Formats of the base's quantized weights, what happens to them, and site by site what becomes of kept ones."""
+    """Formats of the base's quantized weights, what becomes of them, and site by site of kept ones."""
     if not plan.base.is_quantized:
         return {}
     return {
@@ -73,8 +81,9 @@ def describe_quantization(plan: Plan) -> dict[str, Any]:
         "method": plan.base.quantization.settings.get("quant_method"),
         "how": plan.recipe.quantized,
         "sites": [{
-                "weight": site.weight, "format": site.format, "outcome": site.kind, "tensors": list(site.tensors),
-                "rounding": site.error, "reason": site.reason, "folds": [describe_fold(fold) for fold in site.folds],
+                "weight": site.weight, "format": site.format, "outcome": site.kind,
+                "tensors": list(site.tensors), "rounding": site.error, "reason": site.reason,
+                "folds": [describe_fold(fold) for fold in site.folds],
             }
             for site in plan.outcomes],
         "dropped": sorted(plan.dropped),
@@ -89,7 +98,10 @@ def make_manifest(
     digests: Digests,
     reload: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """The manifest of the files in `stage`, which will become `target`; `reload` is what the reload check found."""
+    """The manifest of the files in `stage`, which will become `target`.
+
+    `reload` is what the reload check found.
+    """
     content = describe_plan(plan)
     if reload is not None:
         content["reload"] = dict(reload)
@@ -108,15 +120,18 @@ def make_manifest(
         "adapters": [
             _source(adapter.location, adapter.files, digests)
             | {
-                "name": adapter.name, "format": adapter.format, "task_type": adapter.task_type,
-                "vectors": len(adapter.sites), "parameters": adapter.parameters,
+                "name": adapter.name,
+                "format": adapter.format,
+                "task_type": adapter.task_type,
+                "vectors": len(adapter.sites),
+                "parameters": adapter.parameters,
             }
             for adapter in plan.adapters
         ],
         "folded": [folded.to_json() for folded in (*plan.base.stored.folded, *map(as_folded, plan.adapters))],
         "linked": list(written.linked),
         "files": list_files(stage, known=written.sha256, hashed=digests != "none"),
-    }  # fmt: skip
+    }
     return Manifest(target, content)
 
 
@@ -140,15 +155,19 @@ def _base_files(plan: Plan) -> list[str]:
 def _source(location: Location, names: Sequence[str], digests: Digests) -> dict[str, Any]:
     folder = location.path if location.path.is_dir() else location.path.parent
     source: dict[str, Any] = {
-        "id": location.name, "revision": location.revision,
-    }  # fmt: skip
+        "id": location.name,
+        "revision": location.revision,
+    }
     if digests == "full":
         source["files"] = _table(folder, names, {}, hashed=True)
     return source
 
 
 def list_files(stage: Path, *, known: Mapping[str, str], hashed: bool) -> dict[str, Any]:
-    """Size, and if `hashed` SHA-256, of every file below `stage`; digests in `known` are not computed again."""
+    """Size, and if `hashed` SHA-256, of every file below `stage`.
+
+    Digests in `known` are not computed again.
+    """
     names = sorted(path.relative_to(stage).as_posix() for path in stage.rglob("*") if path.is_file())
     return _table(stage, names, known, hashed=hashed)
 

@@ -19,8 +19,9 @@ class OutputOptions:
         overwrite: replace an output folder that a command of ours wrote, and in which nothing else lies.
         digests: SHA-256 of all input and output files (``full``), of outputs (``output``), or ``none``.
         flush: sync everything to disk before the final rename.
-        reload_check: of a quantized base, open the output through transformers (bitsandbytes, compressed-tensors) or
-            gguf and compare every weight, where they are installed and memory allows it.
+        reload_check: of a quantized base, open the output through transformers (bitsandbytes,
+            compressed-tensors) or gguf and compare every weight, where they are installed and
+            memory allows it.
 
     Raises `UsageError` for values that are not offered.
     """

@@ -12,8 +12,8 @@ from typing import Any
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.planning.changes import Change
 
-#: Bytes that a thread takes at a time. Copies begin at multiples of it: the kernel moves large, aligned pieces of the
-#: page cache, and is half again as slow when a copy begins at any other page.
+#: Bytes that a thread takes at a time. Copies begin at multiples of it: the kernel moves large, aligned
+#: pieces of the page cache, and is half again as slow when a copy begins at any other page.
 _CHUNK = 64 << 20
 
 
@@ -68,7 +68,10 @@ class Run:
 
 
 def make_runs(sinks: Sequence[tuple[StoredTensor, Sink]]) -> Iterator[Run]:
-    """Group sinks by source tensor, in file order, into runs; neighbours that are copied alike become one range."""
+    """Group sinks by source tensor, in file order, into runs.
+
+    Neighbours that are copied alike become one range.
+    """
     by_source: dict[tuple[str, int, int, int], tuple[StoredTensor, list[Sink], list[Sink]]] = {}
     for tensor, sink in sinks:
         place = (str(tensor.file), 0 if tensor.in_file else id(tensor), tensor.offset, tensor.nbytes)
@@ -127,11 +130,12 @@ def _continues(before: Item, item: Item) -> bool:
 
 
 class Queue:
-    """What the threads do next: a file's copies, then its transforms (which may overwrite what was copied), and then
-    its digest.
+    """What the threads do next.
 
-    A thread takes a file that no other writes to, else a finished file to hash, else shares one: file systems lock
-    a file against a second writer, so two threads on one file are slower than one.
+    A file's copies, then its transforms (which may overwrite what was copied), and then its digest.
+
+    A thread takes a file that no other writes to, else a finished file to hash, else shares one: file systems
+    lock a file against a second writer, so two threads on one file are slower than one.
     """
 
     def __init__(self, runs: Iterable[Run], *, to_hash: Sequence[Path]) -> None:

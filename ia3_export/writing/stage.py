@@ -29,7 +29,7 @@ _UPLOAD = ".cache/huggingface/"
 
 
 def check_target(target: Path, inputs: list[Path], *, overwrite: bool) -> None:
-    """Refuse a target that lies in an input, holds one, or exists (unless empty, or `overwrite` and written by us).
+    """Refuse a target that lies in an input, holds one, or exists (unless empty, or `overwrite` and ours).
 
     Raises `Refused` (exit 3) for the first two and `OutputError` (exit 4) for the last.
     """
@@ -72,7 +72,8 @@ def staged(target: Path, *, overwrite: bool = False, flush: bool = False) -> Ite
     """A new empty folder beside `target` that takes its place when the block ends without an error.
 
     `flush` syncs every file to disk before the rename, so that the result also survives a power cut.
-    Folders above it that had to be made disappear again after an error. Raises `OutputError`; disk-full and permission errors of the block are turned into it as well, and `InputError` those of other files.
+    Folders above it that had to be made disappear again after an error. Raises `OutputError`; disk-full and
+    permission errors of the block are turned into it as well, and `InputError` those of other files.
     """
     target = target.absolute()
     stage = target.with_name(f".{target.name}.ia3-export-stage")
@@ -144,7 +145,10 @@ def space_hint(target: Path) -> str:
 
 
 def _blamed(error: OSError, target: Path, stage: Path) -> IA3ExportError:
-    """The error for what failed while `stage` was filled: an input that cannot be read, a temporary folder, or the output."""
+    """The error for what failed while `stage` was filled.
+
+    An input that cannot be read, a temporary folder, or the output.
+    """
     file = Path(error.filename).absolute() if isinstance(error.filename, str) else None
     said = error.strerror or str(error)
     if is_full(error):
@@ -184,7 +188,10 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def set_aside(stage: Path, target: Path) -> Path:
-    """Rename a stage that failed its check to ``<target>.failed`` (``.failed-2``, ... where that exists), for a look at it."""
+    """Rename a stage that failed its check to ``<target>.failed``, for a look at it.
+
+    Where that exists, to ``.failed-2``, and so on.
+    """
     places = [f"{target.name}.failed", *(f"{target.name}.failed-{i}" for i in range(2, 1000))]
     place = next(p for p in (target.absolute().with_name(name) for name in places) if not p.exists())
     stage.rename(place)
@@ -192,7 +199,10 @@ def set_aside(stage: Path, target: Path) -> Path:
 
 
 def _check_ours(target: Path) -> None:
-    """Refuse to replace what no command of ours wrote: a folder without our manifest, or a file that the manifest does not list."""
+    """Refuse to replace what no command of ours wrote.
+
+    A folder without our manifest, or a file that the manifest does not list.
+    """
     record = read_record(target)
     if record is None:
         raise OutputError(

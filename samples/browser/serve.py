@@ -31,7 +31,8 @@ TYPES = {".js": "text/javascript", ".mjs": "text/javascript", ".wasm": "applicat
 HEADERS = {
     # the browser itself refuses to talk to anyone else
     "Content-Security-Policy": (
-        "default-src 'self' blob:; script-src 'self' blob: 'wasm-unsafe-eval'; style-src 'unsafe-inline'; img-src data:"
+        "default-src 'self' blob:; script-src 'self' blob: 'wasm-unsafe-eval'; style-src 'unsafe-inline'; "
+        "img-src data:"
     ),
     # without these two a page gets one thread
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -139,11 +140,22 @@ def check_model(folder: Path) -> Path:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Serve the page and exported models on 127.0.0.1.")
-    parser.add_argument("folders", nargs="*", type=Path, default=[INTENTS], metavar="FOLDER",
-                        help="written by `ia3-export onnx` (default: the model of samples/minilm_intent)")  # fmt: skip
+    parser.add_argument(
+        "folders",
+        nargs="*",
+        type=Path,
+        default=[INTENTS],
+        metavar="FOLDER",
+        help="written by `ia3-export onnx` (default: the model of samples/minilm_intent)",
+    )
     parser.add_argument("--port", type=int, default=8000, help="default: %(default)s; 0: any free one")
-    parser.add_argument("--node-modules", type=Path, default=HERE / "node_modules", metavar="DIR",
-                        help="where npm put transformers.js")  # fmt: skip
+    parser.add_argument(
+        "--node-modules",
+        type=Path,
+        default=HERE / "node_modules",
+        metavar="DIR",
+        help="where npm put transformers.js",
+    )
     parser.add_argument("--verbose", action="store_true", help="print every request")
     return parser.parse_args()
 

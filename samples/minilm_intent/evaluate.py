@@ -123,7 +123,8 @@ def main() -> None:
     differing = show_disagreements(forms, texts)
     if differing:
         sys.exit(
-            f"error: unmerged, merged and ONNX give different labels for {differing} of {len(texts)} sentences"
+            f"error: unmerged, merged and ONNX give different labels for {differing} of "
+            f"{len(texts)} sentences"
         )
     print(f"unmerged, merged and ONNX give the same label to each of the {len(texts)} sentences")
 

@@ -1,4 +1,6 @@
-"""From a PEFT fine-tune to an ONNX file that answers the same: the whole way, on a real model and real sentences.
+"""From a PEFT fine-tune to an ONNX file that answers the same.
+
+The whole way, on a real model and real sentences.
 
     python samples/minilm_intent/run.py
 

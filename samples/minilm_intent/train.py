@@ -48,8 +48,8 @@ def read_sentences(file: Path) -> list[Sentence]:
 def make_model(base: Path, labels: list[str]) -> PeftModel:
     """The base with a new head, and IA3 vectors of ones on it.
 
-    PEFT's defaults for BERT: vectors on the outputs of key and value and on the inputs of both dense layers; for
-    SEQ_CLS it trains the head ``classifier`` too and saves it with the vectors (``modules_to_save``).
+    PEFT's defaults for BERT: vectors on the outputs of key and value and on the inputs of both dense layers;
+    for SEQ_CLS it trains the head ``classifier`` too and saves it with the vectors (``modules_to_save``).
     """
     model = AutoModelForSequenceClassification.from_pretrained(
         base,

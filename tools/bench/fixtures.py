@@ -1,4 +1,7 @@
-"""Models for the benchmarks: real architectures and sizes, random weights, adapters trained by nobody but saved by PEFT."""
+"""Models for the benchmarks.
+
+Real architectures and sizes, random weights, adapters trained by nobody but saved by PEFT.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,10 @@ from typing import Any
 
 
 def make_llama(folder: Path, *, shard_size: str = "800MB", small: bool = False) -> tuple[Path, Path]:
-    """A 1.1-billion-parameter bf16 Llama (the shape of TinyLlama 1.1B: 2.2 GB, three shards) with a PEFT IA3 adapter
-    on its default targets. Returns (base, adapter); made once, reused afterwards."""
+    """A 1.1-billion-parameter bf16 Llama with a PEFT IA3 adapter on its default targets.
+
+    The shape of TinyLlama 1.1B: 2.2 GB, three shards. Returns (base, adapter); made once, reused afterwards.
+    """
     base, adapter = folder / "llama-1.1b", folder / "llama-1.1b-ia3"
     if (adapter / "adapter_config.json").exists():
         return base, adapter
@@ -20,10 +25,16 @@ def make_llama(folder: Path, *, shard_size: str = "800MB", small: bool = False) 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     config = LlamaConfig(
-        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=2 if small else 22,
-        num_attention_heads=32, num_key_value_heads=4, max_position_embeddings=2048,
-        tie_word_embeddings=False, dtype="bfloat16",
-    )  # fmt: skip
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=2 if small else 22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
     model = LlamaForCausalLM(config)
     model.save_pretrained(base, max_shard_size=shard_size)
     tuned = get_peft_model(model, IA3Config(task_type="CAUSAL_LM"))
@@ -48,10 +59,13 @@ QUANTIZED: dict[str, dict[str, Any]] = {
 
 
 def make_quantized(folder: Path, kind: str, *, shard_size: str = "800MB") -> Path:
-    """The Llama of `make_llama`, which has to be there, quantized by the format's own writer; made once, reused afterwards.
+    """The Llama of `make_llama`, which has to be there, quantized by the format's own writer.
 
-    bitsandbytes through transformers (saved before any forward, which would repack the weights). "w4a16" is symmetric
-    4-bit integers in groups of 128, by llmcompressor, whose environment this has to run in. lm_head stays bf16 in all.
+    Made once, reused afterwards.
+
+    bitsandbytes through transformers (saved before any forward, which would repack the weights). "w4a16" is
+    symmetric 4-bit integers in groups of 128, by llmcompressor, whose environment this has to run in. lm_head
+    stays bf16 in all.
     """
     base, quantized = folder / "llama-1.1b", folder / f"llama-1.1b-{kind}"
     if (quantized / "config.json").exists():

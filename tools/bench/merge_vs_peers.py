@@ -240,9 +240,17 @@ def mergekit_variant(place: Place, venv: Path, recipe: Path) -> Variant:
     recipe.write_text(MERGEKIT_RECIPE.format(base=place.base, adapter=place.adapter))
     program = str(venv / "bin" / "mergekit-yaml")
     command = (
-        program, str(recipe), str(place.output), "--quiet", "--no-copy-tokenizer", "--no-write-model-card",
-        "--out-shard-size", SHARD_SIZE.removesuffix("B"), "--lora-merge-cache", str(place.merge_cache),
-    )  # fmt: skip
+        program,
+        str(recipe),
+        str(place.output),
+        "--quiet",
+        "--no-copy-tokenizer",
+        "--no-write-model-card",
+        "--out-shard-size",
+        SHARD_SIZE.removesuffix("B"),
+        "--lora-merge-cache",
+        str(place.merge_cache),
+    )
     return Variant("mergekit", command, warm_up=(program, "--help"), slow=True, optional=True)
 
 
@@ -342,9 +350,13 @@ def start_up_figures(place: Place) -> dict[str, float]:
         "python -c pass": (sys.executable, "-c", "pass"),
         "ia3-export --help": (program, "--help"),
         "ia3-export inspect ADAPTER --base BASE": (
-            program, "inspect", str(place.adapter), "--base", str(place.base),
+            program,
+            "inspect",
+            str(place.adapter),
+            "--base",
+            str(place.base),
         ),
-    }  # fmt: skip
+    }
     for command in commands.values():
         measure(command)
     walls: dict[str, list[float]] = {label: [] for label in commands}

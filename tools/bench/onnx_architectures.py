@@ -1,10 +1,10 @@
-"""Every architecture that ``onnx`` is made for, exported from base + adapter and proven at shapes that were never traced.
+"""Every architecture that ``onnx`` is made for, exported from base + adapter and proven at untraced shapes.
 
     python tools/bench/onnx_architectures.py [--only llama,bert] [--precision fp32,int8,int4]
 
-Tiny models of transformers with an IA3 adapter of PEFT (tests/support/zoo.py). Prints a Markdown table: the largest error of ONNX
-Runtime beside base + live adapters in float64, the bound that rounding explains (docs/parity.md), the inputs, greedy decoding
-through the cache, operators, seconds.
+Tiny models of transformers with an IA3 adapter of PEFT (tests/support/zoo.py). Prints a Markdown table: the
+largest error of ONNX Runtime beside base + live adapters in float64, the bound that rounding explains
+(docs/parity.md), the inputs, greedy decoding through the cache, operators, seconds.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from tests.support import zoo
 
 ARCHITECTURES = (
     # decoders: PEFT's IA3 table, and more
-    "gpt2", "bloom", "opt", "gptj", "gpt_neox", "gpt_neo", "gpt_bigcode", "falcon-multi-query", "falcon-new-decoder",
-    "llama", "llama4-text", "mistral", "mixtral", "phi", "gemma", "gemma2", "gemma3-text", "qwen2", "qwen3",
-    "phi3", "smollm3", "granite", "olmo2", "glm", "persimmon",
+    "gpt2", "bloom", "opt", "gptj", "gpt_neox", "gpt_neo", "gpt_bigcode", "falcon-multi-query",
+    "falcon-new-decoder", "llama", "llama4-text", "mistral", "mixtral", "phi", "gemma", "gemma2",
+    "gemma3-text", "qwen2", "qwen3", "phi3", "smollm3", "granite", "olmo2", "glm", "persimmon",
     "codegen", "xglm", "biogpt", "roberta-causal-lm", "qwen2_moe", "olmoe",
     # encoders
-    "bert-seq-cls", "bert-masked-lm", "roberta-seq-cls", "roberta-masked-lm", "distilbert", "deberta", "deberta-v2", "modernbert",
-    "albert", "mpnet", "electra", "xlm-roberta", "llama-seq-cls", "t5-encoder",
+    "bert-seq-cls", "bert-masked-lm", "roberta-seq-cls", "roberta-masked-lm", "distilbert", "deberta",
+    "deberta-v2", "modernbert", "albert", "mpnet", "electra", "xlm-roberta", "llama-seq-cls", "t5-encoder",
     # encoder-decoders
     "t5", "t5-gated", "mt5", "bart", "marian", "m2m_100", "whisper",
     # images and sound
-    "vit", "deit", "beit", "dinov2", "convnext", "resnet-basic", "resnet-bottleneck", "regnet", "swin", "wav2vec2", "hubert",
+    "vit", "deit", "beit", "dinov2", "convnext", "resnet-basic", "resnet-bottleneck", "regnet", "swin",
+    "wav2vec2", "hubert",
 )  # fmt: skip
 
 
@@ -83,7 +84,8 @@ def _rows(name: str, folder: Path, precisions: list[str]) -> list[str]:
         )
         error = f"{step.distance.max_error:.1e}" if step.distance else ""
         rows.append(
-            f"| {name} | {done.task} | {step.precision} | {error} | {bound} | {share} | {greedy} | {_operators(folder / 'out')} | {seconds:.0f} |"
+            f"| {name} | {done.task} | {step.precision} | {error} | {bound} | {share} | {greedy} | "
+            f"{_operators(folder / 'out')} | {seconds:.0f} |"
         )
     return rows
 

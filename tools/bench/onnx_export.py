@@ -1,14 +1,17 @@
 """Time and memory of ``ia3-export onnx`` beside the other exporters, interleaved on the same Llama.
 
-    python tools/bench/onnx_export.py --folder /tmp/bench --optimum /tmp/opt/bin/python [--rounds 5] [--only ours,genai]
+    python tools/bench/onnx_export.py --folder /tmp/bench --optimum /tmp/opt/bin/python \
+        [--rounds 5] [--only ours,genai]
 
-One model with random weights: 12 layers, 207 million parameters, float32, made once by transformers in --folder. Every run
-is a fresh process tree on a warm page cache, timed from its start to its end; each round runs every exporter once and
-starts one exporter later than the round before. The first round, which brings libraries into memory, is not counted.
+One model with random weights: 12 layers, 207 million parameters, float32, made once by transformers in
+--folder. Every run is a fresh process tree on a warm page cache, timed from its start to its end; each round
+runs every exporter once and starts one exporter later than the round before. The first round, which brings
+libraries into memory, is not counted.
 
-optimum-cli works in an environment of its own (--optimum: its python) and runs its validation, as it does by default; so do
-we, and once more with --no-verify. onnxruntime-genai's builder checks nothing. Peak memory is that of the whole tree: the
-largest sum of resident sizes that a look every 20 ms found, or the largest process if that was larger between two looks.
+optimum-cli works in an environment of its own (--optimum: its python) and runs its validation, as it does by
+default; so do we, and once more with --no-verify. onnxruntime-genai's builder checks nothing. Peak memory is
+that of the whole tree: the largest sum of resident sizes that a look every 20 ms found, or the largest
+process if that was larger between two looks.
 """
 
 from __future__ import annotations
@@ -80,7 +83,8 @@ def main() -> None:
     shutil.rmtree(output, ignore_errors=True)
     weights = (model / "model.safetensors").stat().st_size / MIB
     print(
-        f"{len(os.sched_getaffinity(0))} cores, python {platform.python_version()}, {weights:.0f} MiB of weights\n"
+        f"{len(os.sched_getaffinity(0))} cores, python {platform.python_version()}, "
+        f"{weights:.0f} MiB of weights\n"
     )
     print(table(runs, weights))
 
@@ -98,8 +102,15 @@ def make_commands(model: Path, output: Path, optimum: Path | None) -> dict[str, 
     if optimum is not None:
         program = str(optimum.with_name("optimum-cli"))
         commands["optimum"] = [
-            program, "export", "onnx", "--model", str(model), "--task", "text-generation-with-past", str(output),
-        ]  # fmt: skip
+            program,
+            "export",
+            "onnx",
+            "--model",
+            str(model),
+            "--task",
+            "text-generation-with-past",
+            str(output),
+        ]
     return {name: commands[name] for name in NAMES if name in commands}
 
 
@@ -149,7 +160,10 @@ def table(runs: Mapping[str, Sequence[Usage]], weights: float) -> str:
     """Medians over the rounds, and the medians of the ratios within a round to the first row's wall time."""
     first = next(iter(runs))
     lines = [
-        f"| exporter | runs | median s | min s | x {first} | CPU s | peak MiB | x weights | x {first} | graph MiB |",
+        (
+            f"| exporter | runs | median s | min s | x {first} | CPU s | peak MiB | x weights | x {first} "
+            "| graph MiB |"
+        ),
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, own in runs.items():
@@ -157,10 +171,10 @@ def table(runs: Mapping[str, Sequence[Usage]], weights: float) -> str:
         slower = statistics.median(a.wall_s / b.wall_s for a, b in zip(own, runs[first], strict=True))
         bigger = statistics.median(a.peak_mib / b.peak_mib for a, b in zip(own, runs[first], strict=True))
         lines.append(
-            f"| {name} | {len(own)} | {statistics.median(u.wall_s for u in own):.1f} "
-            f"| {min(u.wall_s for u in own):.1f} | {slower:.2f} | {statistics.median(u.cpu_s for u in own):.1f} "
-            f"| {statistics.median(peaks):.0f} | {statistics.median(peaks) / weights:.1f} | {bigger:.2f} "
-            f"| {own[-1].files_mib:.0f} |"
+            f"| {name} | {len(own)} | {statistics.median(u.wall_s for u in own):.1f} | "
+            f"{min(u.wall_s for u in own):.1f} | {slower:.2f} | "
+            f"{statistics.median(u.cpu_s for u in own):.1f} | {statistics.median(peaks):.0f} | "
+            f"{statistics.median(peaks) / weights:.1f} | {bigger:.2f} | {own[-1].files_mib:.0f} |"
         )
     return "\n".join(lines)
 
@@ -175,7 +189,8 @@ config = LlamaConfig(
     bos_token_id=0, eos_token_id=0, pad_token_id=0,
 )
 LlamaForCausalLM(config).save_pretrained(sys.argv[1])
-tokenizer = GPT2Tokenizer().train_new_from_iterator(["the cat sat on the mat"], vocab_size=300, show_progress=False)
+tokenizer = GPT2Tokenizer()
+tokenizer = tokenizer.train_new_from_iterator(["the cat sat on the mat"], vocab_size=300, show_progress=False)
 tokenizer.save_pretrained(sys.argv[1])
 """
 

@@ -1,9 +1,11 @@
 """How far right merges stay below the default gate, over all model kinds of the zoo in three dtypes.
 
-    python tools/bench/parity_margins.py [--dtypes float32,bfloat16,float16] [--seeds 1] [--only llama,t5] [--onnx]
+    python tools/bench/parity_margins.py [--dtypes float32,bfloat16,float16] [--seeds 1] \
+        [--only llama,t5] [--onnx]
 
-For every kind: a tiny model written by transformers, an adapter by PEFT, our merge, `verify` with its defaults. Prints the
-kinds that fail or cannot be run, and (with --onnx, of the encoders' exports through ONNX Runtime) the distribution of error/bound and of err(merged)/err(unmerged).
+For every kind: a tiny model written by transformers, an adapter by PEFT, our merge, `verify` with its
+defaults. Prints the kinds that fail or cannot be run, and (with --onnx, of the encoders' exports through ONNX
+Runtime) the distribution of error/bound and of err(merged)/err(unmerged).
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ def main() -> None:
                 step = report.steps[0]
                 if not report.in_parity:
                     failed.append(
-                        f"{kind.name} seed {seed}: {[g for g in step.gates if not g.passed]} {report.weights[0].findings[:2]}"
+                        f"{kind.name} seed {seed}: {[g for g in step.gates if not g.passed]} "
+                        f"{report.weights[0].findings[:2]}"
                     )
                 gate = next(g for g in step.gates if g.name == "max error")
                 assert step.distance is not None and report.reference is not None

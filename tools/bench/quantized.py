@@ -1,17 +1,20 @@
-"""Time and memory of a merge into a quantized base, beside `cp -r` and beside what one would write with its library.
+"""Time and memory of a merge into a quantized base, beside `cp -r` and what one would write with its library.
 
-    python tools/bench/quantized.py --folder /tmp/bench --cold --ct-python /tmp/ct/bin/python --json quantized.json
+    python tools/bench/quantized.py --folder /tmp/bench --cold \
+        --ct-python /tmp/ct/bin/python --json quantized.json
 
-The 1.1-billion-parameter Llama of fixtures.py, quantized by the true writers (made once), and its IA3 adapter. Rounds,
-processes, caches, CPU time and peak RSS are those of merge_vs_peers.py. "cp" copies the quantized base, "cp-dense" the bf16
-model that a dequantizing merge writes, and "dd-fsync" writes as many zeros to the disk and waits for it. MB/s is of output; "a
-core" divides it by the CPU seconds of the process, start included. The
+The 1.1-billion-parameter Llama of fixtures.py, quantized by the true writers (made once), and its IA3
+adapter. Rounds, processes, caches, CPU time and peak RSS are those of merge_vs_peers.py. "cp" copies the
+quantized base, "cp-dense" the bf16 model that a dequantizing merge writes, and "dd-fsync" writes as many
+zeros to the disk and waits for it. MB/s is of output; "a core" divides it by the CPU seconds of the process,
+start included. The
 reload check, which opens the output in transformers, is off except in "keep-checked" and "dense-checked".
 
-PEFT refuses to merge IA3 into these bases. The peers are what people write instead: "library-loop" reads the files, dequantizes
-every tensor with bitsandbytes, folds, and saves; "peft-dequantized" loads with transformers, calls `model.dequantize()`, attaches,
-merges and saves with PEFT; for compressed-tensors "library-load" loads dequantized with transformers, folds, and saves. The first
-computes in float32 and rounds once, so the dense merge has to be bit-identical to it.
+PEFT refuses to merge IA3 into these bases. The peers are what people write instead: "library-loop" reads the
+files, dequantizes every tensor with bitsandbytes, folds, and saves; "peft-dequantized" loads with
+transformers, calls `model.dequantize()`, attaches, merges and saves with PEFT; for compressed-tensors
+"library-load" loads dequantized with transformers, folds, and saves. The first computes in float32 and rounds
+once, so the dense merge has to be bit-identical to it.
 """
 
 from __future__ import annotations
@@ -53,14 +56,18 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 base, adapter, output = map(Path, sys.argv[1:])
 vectors = load_file(adapter / "adapter_model.safetensors")
-vectors = {n.removeprefix("base_model.model.").removesuffix(".ia3_l") + ".weight": v for n, v in vectors.items()}
+vectors = {
+    n.removeprefix("base_model.model.").removesuffix(".ia3_l") + ".weight": v for n, v in vectors.items()
+}
 def fold(name, weight):
     # (out, 1) or (1, in): PEFT stores them so that they broadcast
     return weight * vectors[name] if name in vectors else weight
 """
 BITSANDBYTES_LOOP = f"""{VECTORS}
 import bitsandbytes.functional as bnb
-stored = {{name: tensor for path in sorted(base.glob("*.safetensors")) for name, tensor in load_file(path).items()}}
+stored = {{
+    name: tensor for path in sorted(base.glob("*.safetensors")) for name, tensor in load_file(path).items()
+}}
 dense = {{}}
 for name, tensor in stored.items():
     module = name.removesuffix(".weight")
@@ -225,7 +232,10 @@ def summarize(kind: str, runs: Sequence[Run], variants: Sequence[Variant], dense
 
 
 def compare_outputs(place: Place, variants: Sequence[Variant], keep: Path) -> list[Comparison]:
-    """The dense merge beside the library's own, and what `--quantized keep` changed of the base. Imports torch: last."""
+    """The dense merge beside the library's own, and what `--quantized keep` changed of the base.
+
+    Imports torch: last.
+    """
     by_name = {variant.name: variant for variant in variants}
     found = []
     for name, reference in (("dense", "library-loop"), ("keep", None)):
@@ -252,15 +262,26 @@ def table(rows: Iterable[Row]) -> str:
         return "" if value is None else f"{value:.{digits}f}"
 
     lines = [
-        "| base | | runs | median s | min s | ratio to `cp` | CPU s | MB/s | MB/s a core | peak MiB | disk read MiB |",
+        (
+            "| base | | runs | median s | min s | ratio to `cp` | CPU s | MB/s | MB/s a core | peak MiB | "
+            "disk read MiB |"
+        ),
         "| --- | --- | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
     ]
     for row in rows:
         cells = (
-            row.kind, row.variant, str(row.runs), number(row.wall_median_s, 2), number(row.wall_min_s, 2),
-            number(row.ratio_to_cp, 2), number(row.cpu_median_s, 2), number(row.output_mb_s, 0),
-            number(row.output_mb_s_a_core, 0), number(row.peak_rss_mib, 0), number(row.disk_read_median_mib, 0),
-        )  # fmt: skip
+            row.kind,
+            row.variant,
+            str(row.runs),
+            number(row.wall_median_s, 2),
+            number(row.wall_min_s, 2),
+            number(row.ratio_to_cp, 2),
+            number(row.cpu_median_s, 2),
+            number(row.output_mb_s, 0),
+            number(row.output_mb_s_a_core, 0),
+            number(row.peak_rss_mib, 0),
+            number(row.disk_read_median_mib, 0),
+        )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -330,7 +351,8 @@ def main() -> None:
                 print(f"\n{cache} cache, load {report.load[-1].split()[-1]}\n\n{table(rows)}", flush=True)
             if given.json is not None:
                 given.json.write_text(json.dumps(asdict(report), indent=2) + "\n")
-        # only now: compare imports torch, and no child shows a smaller peak RSS than the process it comes from
+        # only now: compare imports torch, and no child shows a smaller peak RSS than the process
+        # it comes from
         for kind in kinds if not given.no_compare and not given.only else ():
             place = Place(folder / f"llama-1.1b-{kind}", adapter, Path(scratch) / "run")
             variants = make_variants(place, dense, kind, given.ct_python)

@@ -1,12 +1,15 @@
-"""The T-Few authors' own T0-3B checkpoint, merged into a base of T0-3B's shape, beside `cp -r` and beside PEFT; and how exactly
-a merge with its vectors can be undone.
+"""The T-Few authors' own T0-3B checkpoint, merged into a base of T0-3B's shape, beside `cp -r` and PEFT.
 
-    python tools/bench/tfew.py --checkpoint ../shared/data/tfew/t03b_ia3_finish.pt --folder /tmp/bench --json tfew.json
+And how exactly a merge with its vectors can be undone.
 
-The base has the names, shapes and dtype of bigscience/T0_3B in bfloat16 (5.7 GB, random weights, written once). PEFT cannot read
-the checkpoint: "peft" gets what `ia3-export convert` makes of it, loads the whole model, merges and saves. Rounds, processes and
-peak RSS are those of merge_vs_peers.py. The exactness of `unmerge` is measured against the true base, in three dtypes, on
-matrices of 64 columns under the same 192 names.
+    python tools/bench/tfew.py --checkpoint ../shared/data/tfew/t03b_ia3_finish.pt \
+        --folder /tmp/bench --json tfew.json
+
+The base has the names, shapes and dtype of bigscience/T0_3B in bfloat16 (5.7 GB, random weights,
+written once). PEFT cannot read the checkpoint: "peft" gets what `ia3-export convert` makes of it,
+loads the whole model, merges and saves. Rounds, processes and peak RSS are those of
+merge_vs_peers.py. The exactness of `unmerge` is measured against the true base, in three dtypes,
+on matrices of 64 columns under the same 192 names.
 """
 
 from __future__ import annotations
@@ -53,10 +56,19 @@ def make_base(folder: Path) -> Path:
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
-        vocab_size=32128, d_model=2048, d_kv=64, d_ff=5120, num_layers=24, num_decoder_layers=24, num_heads=32,
-        feed_forward_proj="gated-gelu", tie_word_embeddings=False, dtype="bfloat16",
-        architectures=["T5ForConditionalGeneration"], decoder_start_token_id=0,
-    )  # fmt: skip
+        vocab_size=32128,
+        d_model=2048,
+        d_kv=64,
+        d_ff=5120,
+        num_layers=24,
+        num_decoder_layers=24,
+        num_heads=32,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        architectures=["T5ForConditionalGeneration"],
+        decoder_start_token_id=0,
+    )
     with torch.device("meta"):
         shapes = {name: tuple(t.shape) for name, t in T5ForConditionalGeneration(config).state_dict().items()}
     for tied in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
@@ -108,8 +120,10 @@ def exactness(checkpoint: Path, folder: Path, dtype: str) -> dict[str, Any]:
     undo = [program, "unmerge", "--model", str(place / "merged"), "--adapter", adapter]
     done = subprocess.run(
         [*undo, "--base", str(base), "--output", str(place / "undone"), "-q", "--json"],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     rows = json.loads(done.stdout)["exactness"]
     shutil.rmtree(place)
     total = sum(row["elements"] for row in rows)
@@ -153,10 +167,12 @@ def main() -> None:
         our_variant("ours-no-digests", place, ("--digests", "none", "-q")),
         our_variant("ours", place, ("-q",)),
         Variant(
-            "peft", (sys.executable, "-c", PEFT_MERGE, str(base), str(converted), str(place.output)),
-            (sys.executable, "-c", PEFT_IMPORTS), slow=True,
+            "peft",
+            (sys.executable, "-c", PEFT_MERGE, str(base), str(converted), str(place.output)),
+            (sys.executable, "-c", PEFT_IMPORTS),
+            slow=True,
         ),
-    ]  # fmt: skip
+    ]
     left_out: dict[str, str] = {} if options.peft_rounds else {"peft": "--peft-rounds 0"}
     runs: list[Run] = run_rounds(
         variants,
@@ -186,8 +202,8 @@ def main() -> None:
     rows = [exactness(checkpoint, folder, dtype) for dtype in DTYPES]
     for row in rows:
         print(
-            f"| {row['dtype']} | {row['elements']:,} | {row['certain']:.2%} | {row['equal']:.2%} | {row['unfolded']:,} "
-            f"| {row['distance']} |"
+            f"| {row['dtype']} | {row['elements']:,} | {row['certain']:.2%} | {row['equal']:.2%} | "
+            f"{row['unfolded']:,} | {row['distance']} |"
         )
     if options.json:
         options.json.write_text(

@@ -1,12 +1,13 @@
-"""What a proof costs: ``verify --weights-only`` beside reading both folders, a whole ``verify`` beside its parts.
+"""What a proof costs: ``verify --weights-only`` beside reading both folders, ``verify`` beside its parts.
 
     python tools/bench/verify_cost.py --folder /tmp/bench [--rounds 7] [--forwards] [--huge]
 
-Interleaved rounds on the 1.1-billion-parameter Llama of fixtures.py, each run a fresh process with its start included.
-"cat" is ``cat BASE MERGED > /dev/null``. With --forwards also a whole verify on a smaller model beside one load and one
-forward in each precision that the verdict needs (live, float64, base, merged), all in one process of plain transformers and
-PEFT. With --huge once more --weights-only, on 100 GB of zeros in sparse files in the shape of a Llama: every byte is read and
-folded, none is on the disk. Prints medians and the median of the ratios within a round.
+Interleaved rounds on the 1.1-billion-parameter Llama of fixtures.py, each run a fresh process with its start
+included. "cat" is ``cat BASE MERGED > /dev/null``. With --forwards also a whole verify on a smaller model
+beside one load and one forward in each precision that the verdict needs (live, float64, base, merged), all in
+one process of plain transformers and PEFT. With --huge once more --weights-only, on 100 GB of zeros in sparse
+files in the shape of a Llama: every byte is read and folded, none is on the disk. Prints medians and the
+median of the ratios within a round.
 """
 
 from __future__ import annotations
@@ -90,7 +91,10 @@ def main() -> None:
 
 
 def make_huge(folder: Path, *, layers: int = 80, hidden: int = 8192, inner: int = 22016) -> tuple[Path, Path]:
-    """A base and its (equal) merge of zeros, ten layers a shard, in sparse files; an adapter of ones and twos."""
+    """A base and its (equal) merge of zeros, ten layers a shard, in sparse files.
+
+    An adapter of ones and twos.
+    """
     import numpy as np
     from safetensors.numpy import save_file
 
@@ -153,7 +157,8 @@ def report(commands: dict[str, Sequence[str]], rounds: int, nbytes: int) -> None
         ratios = [a / b for a, b in zip(seconds[name], seconds[first], strict=True)]
         print(
             f"{name}: median {statistics.median(seconds[name]):.2f} s, ratio to {first} "
-            f"{statistics.median(ratios):.2f}, peak memory {memory[name]:.0f} MiB ({nbytes / 1e9:.1f} GB of weights)"
+            f"{statistics.median(ratios):.2f}, peak memory {memory[name]:.0f} MiB "
+            f"({nbytes / 1e9:.1f} GB of weights)"
         )
 
 

@@ -1,16 +1,18 @@
 #!/usr/bin/env python3
 """Merge, export to ONNX, verify: the one step that the GitHub action, the GitLab component and a shell run.
 
-Run it with the Python that has ia3-export. What to do comes in environment variables (`VARIABLES`), so that no value
-ever passes through a shell. The outputs go to stdout, one ``name=value`` a line and nothing else; what the commands
-say goes to stderr. The outputs also go to ``$GITHUB_OUTPUT`` and ``$IA3_DOTENV`` where these are set::
+Run it with the Python that has ia3-export. What to do comes in environment variables (`VARIABLES`), so that
+no value ever passes through a shell. The outputs go to stdout, one ``name=value`` a line and nothing else;
+what the commands say goes to stderr. The outputs also go to ``$GITHUB_OUTPUT`` and ``$IA3_DOTENV`` where
+these are set::
 
     verdict=pass                                 pass or fail; not there when nothing could be judged
     report=ia3-export/reports/report.json        not there when a check before the report failed
     manifest-digest=sha256:9f2c...               SHA-256 of merged/ia3_export.json
 
-Exit codes are those of ia3-export: 0 exactly with ``verdict=pass``, 1 with ``verdict=fail`` (or, without a verdict,
-when `verify` crashed), 2 wrong usage, 3 an input is refused, 4 an output cannot be written. docs/ci.md has the recipes.
+Exit codes are those of ia3-export: 0 exactly with ``verdict=pass``, 1 with ``verdict=fail`` (or, without a
+verdict, when `verify` crashed), 2 wrong usage, 3 an input is refused, 4 an output cannot be written.
+docs/ci.md has the recipes.
 """
 
 from __future__ import annotations
@@ -47,8 +49,11 @@ VARIABLES: Mapping[str, str] = {
 
 #: Option of verify -> file in the folder of the reports.
 REPORTS: Mapping[str, str] = {
-    "report": "report.json", "markdown": "report.md", "junit": "junit.xml", "html": "report.html",
-}  # fmt: skip
+    "report": "report.json",
+    "markdown": "report.md",
+    "junit": "junit.xml",
+    "html": "report.html",
+}
 
 _MANIFEST = "ia3_export.json"
 _PASSED, _FAILED, _MISUSED, _REFUSED, _NOT_WRITTEN, _INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -75,7 +80,10 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Where the steps ended, and with which exit code. `manifest` is that of the merge, once it is written."""
+    """Where the steps ended, and with which exit code.
+
+    `manifest` is that of the merge, once it is written.
+    """
 
     command: str
     code: int
@@ -121,7 +129,8 @@ def run_steps(settings: Settings) -> Result:
             path.unlink(missing_ok=True)
     if (onnx / _MANIFEST).is_file():
         shutil.rmtree(onnx)
-    # "--name=value" holds for values that begin with a dash; the last of two equal options counts, so ours are last
+    # "--name=value" holds for values that begin with a dash; the last of two equal options counts, so ours
+    # are last
     trained = [f"--base={settings.base}", *(f"--adapter={adapter}" for adapter in settings.adapters)]
     code = _ia3_export("merge", *settings.merge_args, *trained, f"--output={merged}", "--overwrite")
     if code != _PASSED:
@@ -245,7 +254,7 @@ def _in_parity(report: Path) -> bool:
 
 @contextmanager
 def _no_workflow_commands(environ: Mapping[str, str]) -> Iterator[None]:
-    """GitHub runs lines like ``::set-output name=verdict::pass`` of a log, and names in an adapter reach the log."""
+    """GitHub runs lines like ``::set-output name=verdict::pass`` of a log, which an adapter's names reach."""
     if environ.get("GITHUB_ACTIONS") != "true":
         yield
         return

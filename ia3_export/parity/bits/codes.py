@@ -1,7 +1,8 @@
 """Quantized initializers beside the tensors they stand for: every code must be within one step of its weight.
 
-ONNX Runtime's quantizers name what they write: ``X_quantized`` with ``X_scale`` and ``X_zero_point`` (8 bits), ``X_Q4`` with
-``X_scales`` and ``X_zero_points`` (``MatMulNBits``, ``GatherBlockQuantized``: blocks along the input axis, low nibble first).
+ONNX Runtime's quantizers name what they write: ``X_quantized`` with ``X_scale`` and ``X_zero_point`` (8
+bits), ``X_Q4`` with ``X_scales`` and ``X_zero_points`` (``MatMulNBits``, ``GatherBlockQuantized``: blocks
+along the input axis, low nibble first).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import numpy as np
 from ia3_export.fold import Array, to_float
 from ia3_export.parity.bits.expected import Expected, Reader, expected_blocks
 
-#: Rounding moves a value by half a step; a zero point that is rounded too moves the ends of a block by up to another half.
+#: Rounding moves a value by half a step; a zero point that is rounded too moves the ends of a block by up to
+#: another half.
 _STEPS = 1.01
 #: Element types that hold codes.
 CODES = ("INT8", "UINT8", "INT4", "UINT4")
@@ -30,8 +32,11 @@ _START = 64
 
 @dataclass(frozen=True, slots=True)
 class CodeCheck:
-    """An initializer of codes, and how many steps (at most) they are from what they stand for: `of` is a stored tensor, or the weight
-    of that name in the float32 graph beside. None, with an infinite error, where nothing was found to compare them with."""
+    """An initializer of codes, and how many steps (at most) they are from what they stand for.
+
+    `of` is a stored tensor, or the weight of that name in the float32 graph beside. None, with an infinite
+    error, where nothing was found to compare them with.
+    """
 
     name: str
     of: str | None
@@ -45,7 +50,10 @@ class CodeCheck:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodedCodes:
-    """What codes stand for, and the length of a step of each; up to `padding` of the last columns belong to no weight."""
+    """What codes stand for, and the length of a step of each.
+
+    Up to `padding` of the last columns belong to no weight.
+    """
 
     values: Array
     steps: Array
@@ -60,8 +68,8 @@ def check_codes(
 ) -> Iterator[CodeCheck]:
     """Every initializer of codes beside the weight that it stands for.
 
-    That is the row of `rows` (the tensors of the merged model) of its name, or which `origins` gives for it; the `float_weight` of its name
-    in the float32 graph that it was made of; else any row whose values fit.
+    That is the row of `rows` (the tensors of the merged model) of its name, or which `origins` gives for it;
+    the `float_weight` of its name in the float32 graph that it was made of; else any row whose values fit.
     """
     for name, tensor in initializers.items():
         if tensor.dtype.name not in CODES or _PARAMETER.search(name) or tensor.size <= 1:

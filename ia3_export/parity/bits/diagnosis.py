@@ -134,7 +134,10 @@ def _numbers(row: Expected, tensor: StoredTensor) -> TensorFinding:
     assert first is not None
     total = int(counts.sum())
     index = [int(i) for i in np.unravel_index(first[0], shape)] if shape else []
-    detail = f"{total:,} of {row.source.size:,} elements differ, the first at {index}: {first[1]:.6g}, must be {first[2]:.6g}"
+    detail = (
+        f"{total:,} of {row.source.size:,} elements differ, the first at {index}: {first[1]:.6g}, must be "
+        f"{first[2]:.6g}"
+    )
     touched_rows, touched_columns = np.flatnonzero(counts), np.flatnonzero(columns)
     if len(shape) >= 2 and len(touched_rows) == 1 and total > 1:
         where = [int(i) for i in np.unravel_index(int(touched_rows[0]), shape[:-1])]

@@ -1,4 +1,7 @@
-"""What every tensor of a merged folder must be, and reading that beside what it is. Streaming, without torch."""
+"""What every tensor of a merged folder must be, and reading that beside what it is.
+
+Streaming, without torch.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,8 @@ BLOCK = 1 << 19
 class Expected:
     """A tensor as it must be: `scales` folded into `source`, written as `dtype`.
 
-    `how` is the plan's word for a changed tensor, None for one that keeps the base's bytes or values; `base` is the
-    base's tensor of the same name, if there is one.
+    `how` is the plan's word for a changed tensor, None for one that keeps the base's bytes or values; `base`
+    is the base's tensor of the same name, if there is one.
     """
 
     name: str
@@ -102,8 +105,11 @@ def same_block(one: Array, other: Array, work: Workspace) -> bool:
 def expected_blocks(
     row: Expected, reader: Reader, start: int = 0, end: int | None = None
 ) -> Iterator[tuple[Array, int]]:
-    """Elements `start` to `end` of `row` as they must be: stored bits of ``row.dtype`` (bytes for other than floating
-    dtypes), block by block, each with the index of its first element and valid until the next."""
+    """Elements `start` to `end` of `row` as they must be.
+
+    Stored bits of ``row.dtype`` (bytes for other than floating dtypes), block by block, each with the index
+    of its first element and valid until the next.
+    """
     floats = row.source.dtype in FLOAT_DTYPES
     stored = storage_dtype(row.source.dtype) if floats else np.dtype("u1")
     total = row.source.nbytes // stored.itemsize
@@ -111,7 +117,8 @@ def expected_blocks(
     step = BLOCK // max(stored.itemsize, storage_dtype(row.dtype).itemsize if floats else 1)
     first = start
     while first < end:
-        # blocks begin and end at whole rows of the scale where a row fits, so that the fold takes its fast way
+        # blocks begin and end at whole rows of the scale where a row fits, so that the fold takes
+        # its fast way
         if row.source.computed is not None:
             unit = row.source.computed.unit
             begin = first // unit * unit
@@ -135,7 +142,10 @@ def expected_blocks(
 def blocks(
     row: Expected, tensor: StoredTensor, reader: Reader, start: int = 0, nbytes: int | None = None
 ) -> Iterator[tuple[Array, Array, int]]:
-    """`expected_blocks`, each beside the bytes that `tensor` has there; `start`, `nbytes` are bytes of `tensor`."""
+    """`expected_blocks`, each beside the bytes that `tensor` has there.
+
+    `start`, `nbytes` are bytes of `tensor`.
+    """
     itemsize = storage_dtype(row.dtype).itemsize if row.dtype in FLOAT_DTYPES else 1
     end = (start + (tensor.nbytes if nbytes is None else nbytes)) // itemsize
     for wanted, first in expected_blocks(row, reader, start // itemsize, end):

@@ -1,8 +1,10 @@
-"""The weights proof of a merged folder: every tensor is what the plan says, bit for bit. Streaming, without torch.
+"""The weights proof of a merged folder: every tensor is what the plan says, bit for bit.
 
-Both folders are read once, side by side, in blocks. A changed tensor must equal the fold of base and adapter, any
-other the base's bytes; nothing may be missing and nothing extra. `diagnose` then says what became of a tensor that
-is not.
+Streaming, without torch.
+
+Both folders are read once, side by side, in blocks. A changed tensor must equal the fold of base and adapter,
+any other the base's bytes; nothing may be missing and nothing extra. `diagnose` then says what became of a
+tensor that is not.
 """
 
 from __future__ import annotations
@@ -83,7 +85,10 @@ def prove_folder(
 
 
 def _settings(plan: Plan, merged: Checkpoint) -> Iterator[TensorFinding]:
-    """What stays quantized is read by its configuration: without the right one every library reads something else."""
+    """What stays quantized is read by its configuration.
+
+    Without the right one every library reads something else.
+    """
     wanted = plan.config if plan.config is not None else plan.base.stored.config
     if not plan.base.is_quantized or plan.base.stored.is_gguf or wanted is None or merged.config is None:
         return

@@ -1,4 +1,6 @@
-"""The weights proof of an ONNX graph: its initializers are the folded tensors, and nothing of an adapter is left in it.
+"""The weights proof of an ONNX graph.
+
+Its initializers are the folded tensors, and nothing of an adapter is left in it.
 
 Exporters transpose weights and lose their names (``MatMul`` takes the transpose of a Linear's weight), so
 initializers are found by content: widened exactly or rounded to the graph's dtype, as they are or transposed.
@@ -41,9 +43,10 @@ def prove_graph(
 ) -> WeightsProof:
     """Compare the initializers of `graph` with what `plan` makes of base and adapters.
 
-    `base_graph` is the base's own export, whose operators must then be the same. Codes cannot be compared bit for bit: they must be
-    within a step of their tensor, or of the weight of their name in `float_graph`, if that is the float32 graph of the same export. `alone`: no forward will judge what the bits leave open, so a changed
-    tensor that is nowhere in the graph, and codes, are findings.
+    `base_graph` is the base's own export, whose operators must then be the same. Codes cannot be compared bit
+    for bit: they must be within a step of their tensor, or of the weight of their name in `float_graph`, if
+    that is the float32 graph of the same export. `alone`: no forward will judge what the bits leave open, so
+    a changed tensor that is nowhere in the graph, and codes, are findings.
     """
     rows = {
         row.name: row
@@ -79,7 +82,8 @@ def prove_graph(
     different = [n for n, row in matches.items() if row.changed]
     if different:
         notes.append(
-            f"{len(different)} of {len(graph.initializers)} initializers differ from the base's: {_listed(different)}"
+            f"{len(different)} of {len(graph.initializers)} initializers differ from the base's: "
+            f"{_listed(different)}"
         )
     if base_graph is not None:
         _compare_operators(graph, base_graph, findings, notes)
@@ -119,8 +123,8 @@ def _prove_codes(
             findings.append(TensorFinding(check.name, "differs", detail))
     unproven = [check.name for check in checks if check.of is None]
     notes.append(
-        f"quantized: {len(checks)} initializers hold codes, which bits cannot prove; {len(compared)} of them were compared, "
-        "within one step of their tensor"
+        f"quantized: {len(checks)} initializers hold codes, which bits cannot prove; {len(compared)} of "
+        "them were compared, within one step of their tensor"
     )
     if alone:
         detail = "no tensor was found that its codes stand for"
@@ -143,7 +147,10 @@ def _compare_operators(
 
 
 def _scales_codes(name: str, graph: Graph) -> bool:
-    """Whether an initializer has the scales of codes: of whatever shape it is, it is no weight, and judged with its codes."""
+    """Whether an initializer has the scales of codes.
+
+    Of whatever shape it is, it is no weight, and judged with its codes.
+    """
     own = _SCALE.sub("_", name)
     return own != name and any(
         other.startswith(own) and tensor.dtype.name in CODES for other, tensor in graph.initializers.items()
@@ -151,7 +158,10 @@ def _scales_codes(name: str, graph: Graph) -> bool:
 
 
 def _made_of(graph: Graph, float_graph: Graph | None) -> Callable[[str], Array | None]:
-    """The weights of `float_graph` by name, if `graph` was made of it: what both hold in float32 under one name is the same."""
+    """The weights of `float_graph` by name, if `graph` was made of it.
+
+    What both hold in float32 under one name is the same.
+    """
     if float_graph is None:
         return lambda _: None
     theirs = float_graph.initializers
@@ -198,7 +208,10 @@ def _left_behind(graph: Graph, plan: Plan) -> Iterator[TensorFinding]:
 
 
 def _match(rows: Mapping[str, Expected], floats: Mapping[str, Any]) -> dict[str, Expected]:
-    """Initializers that are a tensor of the merged model, as it is or transposed: equal names first, then any."""
+    """Initializers that are a tensor of the merged model, as it is or transposed.
+
+    Equal names first, then any.
+    """
     by_start: dict[tuple[Any, ...], list[tuple[Expected, bool]]] = {}
     for dtype in {FLOATS[tensor.dtype.name] for tensor in floats.values()}:
         for row in rows.values():
@@ -229,7 +242,10 @@ def _match(rows: Mapping[str, Expected], floats: Mapping[str, Any]) -> dict[str,
 
 
 def _is_held(row: Expected, floats: Mapping[str, Any]) -> bool:
-    """Whether any initializer holds `row`, which has none of its own: exporters keep equal tensors (biases of zeros) once."""
+    """Whether any initializer holds `row`, which has none of its own.
+
+    Exporters keep equal tensors (biases of zeros) once.
+    """
     if any(_same_name(row.name, name) for name in floats):
         return False
     for tensor in floats.values():

@@ -1,4 +1,7 @@
-"""The ONNX files of one model, read for the proof of their weights: lazily (external data are mapped) and without torch."""
+"""The ONNX files of one model, read for the proof of their weights, lazily and without torch.
+
+External data are mapped.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,14 @@ FLOATS = {"FLOAT": "F32", "FLOAT16": "F16", "DOUBLE": "F64", "BFLOAT16": "BF16"}
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Graph:
-    """The ONNX files of one model: initializers by name (lazy), operators by count, names of all nodes and values, and of the
-    outputs beside the cache. `precision` is float64, float32, float16, bfloat16, int8 or int4: what the weights that reach the
-    outputs are held in. `origins` maps initializers to the stored tensors that they were made of, where the folder's manifest says so;
-    `shaped` are the values (of onnx_ir) that may be weights on their way to a reader: cut, turned or reshaped."""
+    """The ONNX files of one model.
+
+    Initializers by name (lazy), operators by count, names of all nodes and values, and of the outputs beside
+    the cache. `precision` is float64, float32, float16, bfloat16, int8 or int4: what the weights that reach
+    the outputs are held in. `origins` maps initializers to the stored tensors that they were made of, where
+    the folder's manifest says so; `shaped` are the values (of onnx_ir) that may be weights on their way to a
+    reader: cut, turned or reshaped.
+    """
 
     paths: tuple[Path, ...]
     initializers: Mapping[str, Any]
@@ -41,7 +48,9 @@ class Graph:
 
 
 def read_graphs(paths: Sequence[Path]) -> Graph:
-    """Read the files of one model (`find_onnx`), without external data. The initializers of each of several files carry its name.
+    """Read the files of one model (`find_onnx`), without external data.
+
+    The initializers of each of several files carry its name.
 
     Raises `DamagedFile`, and `Refused` for external data outside a file's folder.
     """
@@ -123,7 +132,10 @@ def _read_graph(path: Path) -> Graph:
 
 
 def _origins(path: Path) -> dict[str, str]:
-    """What the manifest of an exported folder says of the initializers of a graph in it; it says it of the float32 names."""
+    """What the manifest of an exported folder says of the initializers of a graph in it.
+
+    It says it of the float32 names.
+    """
     stem = plain_stem(path) or path.stem
     for folder in (path.parent.parent, path.parent):
         try:
@@ -140,7 +152,8 @@ def _check_external(tensor: Any, path: Path) -> None:
         size = data.stat().st_size if data.is_file() else -1
         if size < (tensor.offset or 0) + tensor.nbytes:
             raise DamagedFile(
-                f"{path} keeps {tensor.name} in {data.name}, which {'is too short' if size >= 0 else 'is missing'}",
+                f"{path} keeps {tensor.name} in {data.name}, which "
+                f"{'is too short' if size >= 0 else 'is missing'}",
                 hint="the external data belong beside the .onnx file; copy or fetch both again",
             )
     if not data.resolve().is_relative_to(folder):
@@ -171,7 +184,10 @@ def _precision(model: Any, initializers: Mapping[str, Any]) -> str:
 
 
 def _reachable(model: Any) -> tuple[list[Any], set[str]]:
-    """The nodes that the outputs depend on, and the names of their inputs; bodies of ``If`` and ``Loop`` belong to them."""
+    """The nodes that the outputs depend on, and the names of their inputs.
+
+    Bodies of ``If`` and ``Loop`` belong to them.
+    """
     waiting = [value.producer() for value in model.graph.outputs]
     values = {value.name for value in model.graph.outputs}
     nodes: dict[int, Any] = {}

@@ -1,4 +1,7 @@
-"""The forwards that a verdict needs: the live model in its precisions, the base, and the merged model. One load each."""
+"""The forwards that a verdict needs: the live model in its precisions, the base, and the merged model.
+
+One load each.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +38,10 @@ _LARGE = 64 << 20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Wanted:
-    """What a forward shall give besides the model's outputs: `hidden` states where a graph gives them (see `run_torch`), and what
-    the `sentence` head makes of them."""
+    """What a forward shall give besides the model's outputs.
+
+    `hidden` states where a graph gives them (see `run_torch`), and what the `sentence` head makes of them.
+    """
 
     hidden: bool = False
     sentence: SentenceHead | None = None
@@ -44,11 +49,13 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class UnmergedRuns:
-    """Base + live adapters (so many `adapters`): the `reference` in `precision`, the runs in coarser dtypes, and the base alone
-    (`plain`). `refused` is what PEFT said where hooks applied the adapters instead.
+    """Base + live adapters (so many `adapters`).
 
-    `decoded` is the reference's greedy decoding, None where the model cannot generate; `library` a quantized base with live
-    adapters as its own library runs it, or `library_failure` why that cannot be had here.
+    The `reference` in `precision`, the runs in coarser dtypes, and the base alone (`plain`). `refused` is
+    what PEFT said where hooks applied the adapters instead.
+
+    `decoded` is the reference's greedy decoding, None where the model cannot generate; `library` a quantized
+    base with live adapters as its own library runs it, or `library_failure` why that cannot be had here.
     """
 
     class_name: str
@@ -70,7 +77,10 @@ class UnmergedRuns:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MergedRuns:
-    """The merged model's run in the working dtype, and where another runtime widens 16-bit weights, in float32 and 64."""
+    """The merged model's run in the working dtype.
+
+    And, where another runtime widens 16-bit weights, in float32 and 64.
+    """
 
     run: ForwardOutputs
     decoded: Sequence[Decoded] | None
@@ -85,9 +95,10 @@ def run_unmerged(
     make_cases: Callable[[Any], Sequence[Case]],
     wanted: Wanted,
 ) -> UnmergedRuns:
-    """Run base + live adapters in each of `dtypes` (the first is the one it is loaded in), then in the reference
-    precision, then without the adapters. A run in the reference's own dtype is made with `rounding_noise`; `make_cases`
-    gives the inputs for the loaded model.
+    """Run base + live adapters in each of `dtypes`, in the reference precision, and without the adapters.
+
+    The first of `dtypes` is the one it is loaded in. A run in the reference's own dtype is made with
+    `rounding_noise`; `make_cases` gives the inputs for the loaded model.
 
     Raises `Unsupported` when the model cannot be loaded or run, or gives NaN itself.
     """
@@ -151,12 +162,15 @@ def _traced(model: Any, cases: Sequence[Case], wanted: Wanted) -> ForwardOutputs
 
 
 def _finite(reference: ForwardOutputs, precision: str) -> list[int]:
-    """The inputs on which the reference itself is finite: with padding on the left, some models divide zero by zero at the
-    padded positions and carry that on."""
+    """The inputs on which the reference itself is finite.
+
+    With padding on the left, some models divide zero by zero at the padded positions and carry that on.
+    """
     finite = [i for i, output in enumerate(reference.outputs) if np.isfinite(largest([output]))]
     if 0 not in finite:
         raise Unsupported(
-            f"the unmerged forward itself gives NaN or infinity in {precision}: there is nothing to compare with",
+            f"the unmerged forward itself gives NaN or infinity in {precision}: there is nothing to "
+            "compare with",
             hint="check base and adapter; a diverged training looks like this",
         )
     return finite
@@ -165,7 +179,7 @@ def _finite(reference: ForwardOutputs, precision: str) -> list[int]:
 def run_merged(
     merged: Base, unmerged: UnmergedRuns, dtype: str, where: RunDevice, *, widened: bool
 ) -> MergedRuns:
-    """Run the merged checkpoint on the same inputs in `dtype`, and if `widened` in float32 and float64 as well."""
+    """Run the merged checkpoint on the same inputs in `dtype`, if `widened` also in float32 and float64."""
     if merged.stored.holds_adapter:
         raise Refused(
             f"{ADAPTER_CONFIG} lies beside the merged weights: transformers would apply that adapter to them",
@@ -203,7 +217,10 @@ def _cast(model: Any, dtype: str) -> Any:
 
 
 def _free(base: Checkpoint) -> None:
-    """Give a deleted model's memory back before the next is loaded (collecting takes longer than a small model)."""
+    """Give a deleted model's memory back before the next is loaded.
+
+    Collecting takes longer than a small model.
+    """
     import torch
 
     if base.nbytes > _LARGE:

@@ -20,7 +20,7 @@ TOKENS = 12
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decoded:
-    """Generated token ids (sequences, steps) and the logits they were chosen by (sequences, steps, vocabulary)."""
+    """Generated token ids (sequences, steps) and the logits behind them (sequences, steps, vocabulary)."""
 
     tokens: Array
     logits: Array
@@ -65,10 +65,13 @@ def prompts(cases: Sequence[Case]) -> list[Case]:
 
 
 def decode(model: Any, cases: Sequence[Case], special: SpecialTokens | None = None) -> list[Decoded] | None:
-    """Greedy decoding of `TOKENS` tokens after each of `cases`, with the cache; None if `model` cannot generate.
+    """Greedy decoding of `TOKENS` tokens after each of `cases`, with the cache.
 
-    What ends a text is not chosen, so that of a reference must be `special`: a merge may have taken the adapter's own.
-    ``GenerationMixin.generate`` itself, because some classes (Whisper) put long-form logic of their own before it.
+    None if `model` cannot generate.
+
+    What ends a text is not chosen, so that of a reference must be `special`: a merge may have taken the
+    adapter's own. ``GenerationMixin.generate`` itself, because some classes (Whisper) put long-form logic of
+    their own before it.
     """
     import torch
     from transformers import GenerationConfig, GenerationMixin
@@ -81,9 +84,15 @@ def decode(model: Any, cases: Sequence[Case], special: SpecialTokens | None = No
         start = special.start if special.start >= 0 else None
         ids |= {"eos_token_id": list(special.ends) or None, "decoder_start_token_id": start}
     config = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=TOKENS, min_new_tokens=TOKENS, use_cache=True,
-        output_logits=True, return_dict_in_generate=True, **ids,
-    )  # fmt: skip
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=TOKENS,
+        min_new_tokens=TOKENS,
+        use_cache=True,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **ids,
+    )
     results = []
     for case in cases:
         inputs = {name: v for name, v in place(inner, case.tensors).items() if name not in _OWN_INPUTS}
@@ -99,7 +108,10 @@ def decode(model: Any, cases: Sequence[Case], special: SpecialTokens | None = No
 
 @contextmanager
 def _only(model: Any, config: Any) -> Iterator[None]:
-    """`config` as the model's own: generate() fills what is None in it (forced and suppressed tokens, penalties) from there."""
+    """`config` as the model's own.
+
+    generate() fills what is None in it (forced and suppressed tokens, penalties) from there.
+    """
     own = model.generation_config
     model.generation_config = copy.deepcopy(config)
     try:
@@ -109,7 +121,10 @@ def _only(model: Any, config: Any) -> Iterator[None]:
 
 
 def compare_decoded(got: Sequence[Decoded], reference: Sequence[Decoded], bound: float) -> Generation:
-    """Where `got` first leaves the reference; excused where the reference's first two logits are within twice `bound`."""
+    """Where `got` first leaves the reference.
+
+    Excused where the reference's first two logits are within twice `bound`.
+    """
     tokens = max(r.tokens.shape[1] for r in reference)
     sequences = sum(len(r.tokens) for r in reference)
     first: tuple[int, float] | None = None

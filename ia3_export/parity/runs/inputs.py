@@ -17,9 +17,12 @@ _LONG = 72
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One forward call: a name such as ``batch 3, length 17, padded`` and its keyword arguments (torch tensors).
+    """One forward call.
 
-    With `past` > 0 the first so many tokens are run first, and the outputs are those of the rest with their cache.
+    A name such as ``batch 3, length 17, padded`` and its keyword arguments (torch tensors).
+
+    With `past` > 0 the first so many tokens are run first, and the outputs are those of the rest
+    with their cache.
     """
 
     name: str
@@ -28,8 +31,10 @@ class Case:
 
 
 def make_cases(model: Any, *, seed: int = 0) -> list[Case]:
-    """Inputs of several batch sizes and lengths for `model`: texts without padding, padded on the right and (decoders)
-    on the left, and for decoders with a cache of past tokens.
+    """Inputs of several batch sizes and lengths for `model`.
+
+    Texts without padding, padded on the right and (decoders) on the left, and for decoders with a cache of
+    past tokens.
 
     Texts are random token ids, images and sounds normal noise; the same seed gives the same inputs. The first
     case is the smallest. Raises `Unsupported` for models whose main input is none of these.
@@ -140,8 +145,10 @@ def _text_case(model: Any, batch: int, length: int, side: str, generator: Any) -
 
 
 def _with_image(model: Any, tensors: dict[str, Any], batch: int, generator: Any) -> dict[str, Any]:
-    """An image for each text, and the places that it takes among the token ids; nothing for models whose images come in grids
-    of patches that only their processor makes."""
+    """An image for each text, and the places that it takes among the token ids.
+
+    Nothing for models whose images come in grids of patches that only their processor makes.
+    """
     import torch
 
     config = model.config

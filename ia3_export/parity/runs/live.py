@@ -1,7 +1,7 @@
 """The unmerged model: base plus live adapters, as they were trained.
 
-PEFT's own forward where PEFT applies every vector; hooks of ours that multiply activations where it does not, or
-where the combination is one that PEFT does not know (``delta``).
+PEFT's own forward where PEFT applies every vector; hooks of ours that multiply activations where it does not,
+or where the combination is one that PEFT does not know (``delta``).
 """
 
 from __future__ import annotations
@@ -31,8 +31,11 @@ from ia3_export.words import AppliedBy
 
 @dataclass(frozen=True, slots=True)
 class RunDevice:
-    """Where a model lives: on `device`, or, with an `offload` folder, layer by layer: at most `max_memory` bytes in
-    memory (on the GPU: what it has free), the rest on disk (accelerate). `precision` is the reference's."""
+    """Where a model lives: on `device`, or, with an `offload` folder, layer by layer.
+
+    At most `max_memory` bytes in memory (on the GPU: what it has free), the rest on disk (accelerate).
+    `precision` is the reference's.
+    """
 
     device: str
     offload: Path | None = None
@@ -51,8 +54,11 @@ class FineTune:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FittedClass:
-    """The class in which all adapters live. `config` replaces the checkpoint's own where it has their labels and vocabulary;
-    `brought` are the tensors that they bring, by the class's names."""
+    """The class in which all adapters live.
+
+    `config` replaces the checkpoint's own where it has their labels and vocabulary; `brought` are the tensors
+    that they bring, by the class's names.
+    """
 
     name: str
     config: Mapping[str, Any] | None = None
@@ -61,8 +67,11 @@ class FittedClass:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LiveModel:
-    """A model with its adapters live. `by` is ``peft`` or ``hooks`` (whose handles `hooks` are), or ``none`` without adapters;
-    `refused` is what PEFT said where it could not load them."""
+    """A model with its adapters live.
+
+    `by` is ``peft`` or ``hooks`` (whose handles `hooks` are), or ``none`` without adapters; `refused` is what
+    PEFT said where it could not load them.
+    """
 
     model: Any
     class_name: str
@@ -109,7 +118,10 @@ def load_live(trained: FineTune, dtype: str, where: RunDevice) -> LiveModel:
 
 
 class _NotByPeft(Exception):
-    """PEFT cannot apply the adapters, for what it says; says nothing where it leaves out a vector or knows not the format."""
+    """PEFT cannot apply the adapters, for what it says.
+
+    Says nothing where it leaves out a vector or knows not the format.
+    """
 
 
 def fit_class(base: Checkpoint, adapters: Sequence[Adapter]) -> FittedClass:
@@ -136,12 +148,15 @@ def fit_class(base: Checkpoint, adapters: Sequence[Adapter]) -> FittedClass:
 def load_plain(
     base: Base, fitted: FittedClass, dtype: str, where: RunDevice, *, quantized: bool = False
 ) -> Any:
-    """The checkpoint as a transformers model of the `fitted` class, in eval mode; seeded where a head is made anew.
+    """The checkpoint as a transformers model of the `fitted` class, in eval mode.
 
-    Where its configuration makes a tensor another size (more labels, a resized vocabulary), that tensor must be one of those
-    brought, and is it. A quantized checkpoint is dequantized (exactly in float32 and wider), or,
-    of bitsandbytes and with `quantized`, stays as that library runs it, with products in float32. Experts run one after the other, in plain matrix products:
-    the grouped kernel knows no float64.
+    Seeded where a head is made anew.
+
+    Where its configuration makes a tensor another size (more labels, a resized vocabulary), that
+    tensor must be one of those brought, and is it. A quantized checkpoint is dequantized (exactly
+    in float32 and wider), or,
+    of bitsandbytes and with `quantized`, stays as that library runs it, with products in float32. Experts run
+    one after the other, in plain matrix products: the grouped kernel knows no float64.
     """
     import torch
     import transformers
@@ -169,9 +184,14 @@ def load_plain(
         else:
             with TemporaryDirectory(prefix="ia3-export-") as scratch:  # what is offloaded is read again later
                 model, report = getattr(transformers, class_name).from_pretrained(
-                    adapterless(stored, where.offload or Path(scratch)), config=made, dtype=kind, trust_remote_code=False,
-                    ignore_mismatched_sizes=bool(fitted.brought), output_loading_info=True, **offload,
-                )  # fmt: skip
+                    adapterless(stored, where.offload or Path(scratch)),
+                    config=made,
+                    dtype=kind,
+                    trust_remote_code=False,
+                    ignore_mismatched_sizes=bool(fitted.brought),
+                    output_loading_info=True,
+                    **offload,
+                )
     except Exception as error:  # whatever a damaged or half-known checkpoint makes transformers raise
         raise Unsupported(
             f"transformers cannot load {stored.location.given} as {class_name}: {kind_and_line(error)}",
@@ -188,8 +208,10 @@ def load_plain(
 
 
 def _stored_once(base: Checkpoint, brought: Mapping[str, StoredTensor]) -> Checkpoint:
-    """`base` without further names of a tensor whose size the adapter changes: where two names of a tie are stored in another size
-    than the model's, transformers fails to compare them."""
+    """`base` without further names of a tensor whose size the adapter changes.
+
+    Where two names of a tie are stored in another size than the model's, transformers fails to compare them.
+    """
     misfits = {n: t for n, t in base.tensors.items() if n in brought and brought[n].shape != t.shape}
     first: dict[str, StoredTensor] = {}
     for name, tensor in misfits.items():
@@ -209,8 +231,11 @@ def _bring(
     brought: Mapping[str, StoredTensor],
     base: Checkpoint,
 ) -> None:
-    """Fill the entry `name`, which the base has in another size, with what the adapter brings. Constants of the vocabulary's size
-    (BART's ``final_logits_bias``) are nobody's to bring: transformers appends zeros."""
+    """Fill the entry `name`, which the base has in another size, with what the adapter brings.
+
+    Constants of the vocabulary's size (BART's ``final_logits_bias``) are nobody's to bring: transformers
+    appends zeros.
+    """
     import torch
 
     tensor, kept = brought.get(name), base.tensors.get(name)
@@ -221,8 +246,8 @@ def _bring(
         return
     if tensor is None or tensor.shape != wanted:
         raise Unsupported(
-            f"{base.location.given} holds {name} as {list(stored)}, {type(model).__name__} needs {list(wanted)} for the adapter's "
-            "labels or vocabulary, and the adapter does not bring it",
+            f"{base.location.given} holds {name} as {list(stored)}, {type(model).__name__} needs "
+            f"{list(wanted)} for the adapter's labels or vocabulary, and the adapter does not bring it",
             hint="train the adapter on this base, or save it with save_embedding_layers=True",
         )
     _fill(model.state_dict(), name, tensor)
@@ -241,8 +266,10 @@ def _fill(state: Mapping[str, Any], name: str, tensor: StoredTensor) -> None:
 
 
 def load_as_library_runs_it(trained: FineTune, class_name: str, where: RunDevice) -> Any | None:
-    """A quantized base with PEFT's live adapters on its own library's layers; None where PEFT leaves out a vector or the head has
-    another size."""
+    """A quantized base with PEFT's live adapters on its own library's layers.
+
+    None where PEFT leaves out a vector or the head has another size.
+    """
     model = load_plain(trained.base, FittedClass(class_name), "float32", where, quantized=True)
     try:
         return _with_peft(model, trained.adapters).eval()
@@ -253,8 +280,8 @@ def load_as_library_runs_it(trained: FineTune, class_name: str, where: RunDevice
 def _with_peft(model: Any, adapters: Sequence[Adapter]) -> Any:
     """The PEFT model. Raises `_NotByPeft`.
 
-    What a file lacks was refused before, in the plan; PEFT may still not find what is there under other names (of damaged
-    keys, of experts that are fused now), and hooks then apply all that the adapter holds.
+    What a file lacks was refused before, in the plan; PEFT may still not find what is there under other names
+    (of damaged keys, of experts that are fused now), and hooks then apply all that the adapter holds.
     """
     import warnings
 
@@ -301,7 +328,8 @@ def _with_hooks(model: Any, adapters: Sequence[Adapter], recipe: Recipe) -> list
             if name not in state:
                 raise Unsupported(
                     f"{adapter.name} brings {name}, which does not exist in {type(model).__name__}",
-                    hint="its weight is fused at run time (experts of a mixture); --weights-only proves such a merge",
+                    hint="its weight is fused at run time (experts of a mixture); --weights-only proves "
+                    "such a merge",
                 )
             _fill(state, name, tensor)
     modules = dict(model.named_modules())
@@ -310,15 +338,20 @@ def _with_hooks(model: Any, adapters: Sequence[Adapter], recipe: Recipe) -> list
         target = modules.get(module)
         if target is None:
             raise Unsupported(
-                f"module {module} does not exist in {type(model).__name__}, so its vector cannot be applied live",
-                hint="its weight is fused at run time (experts of a mixture); --weights-only proves such a merge",
+                f"module {module} does not exist in {type(model).__name__}, so its vector cannot be "
+                "applied live",
+                hint="its weight is fused at run time (experts of a mixture); --weights-only "
+                "proves such a merge",
             )
         handles.append(_hook(target, site, vector))
     return handles
 
 
 def _copy_modules(model: Any, adapter: Adapter) -> None:
-    """Give the modules that PEFT trains a copy of tensors of their own: they leave the ties to the rest of the model."""
+    """Give the modules that PEFT trains a copy of tensors of their own.
+
+    They leave the ties to the rest of the model.
+    """
     copies = {adapter.copy_of(name.rpartition(".")[0]) or "" for name in adapter.extras}
     for path in sorted(copies - {""}):
         parent, _, leaf = path.rpartition(".")

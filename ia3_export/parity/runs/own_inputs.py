@@ -20,10 +20,10 @@ _NO_TOKENIZER = "put the tokenizer's files into the base folder, or give token i
 def read_inputs(path: str | Path) -> list[Case]:
     """The forward calls in a file, as keyword arguments of the model's forward.
 
-    ``.jsonl``: an object a line, argument name → nested lists of numbers (``{"input_ids": [[5, 9, 2]]}``). ``.npz``,
-    ``.safetensors``: arrays called by argument name for one call, or ``<call>.<argument>`` for several
-    (``0.input_ids``, ``1.input_ids``). Integers become int64, other numbers float32. Raises `NotFound`,
-    `DamagedFile`, and `UsageError` for other file kinds.
+    ``.jsonl``: an object a line, argument name → nested lists of numbers (``{"input_ids": [[5, 9, 2]]}``).
+    ``.npz``, ``.safetensors``: arrays called by argument name for one call, or ``<call>.<argument>`` for
+    several (``0.input_ids``, ``1.input_ids``). Integers become int64, other numbers float32. Raises
+    `NotFound`, `DamagedFile`, and `UsageError` for other file kinds.
     """
     file = Path(path)
     if not file.is_file():
@@ -45,8 +45,11 @@ def read_inputs(path: str | Path) -> list[Case]:
 
 
 def read_texts(path: str | Path, base: Path) -> list[Case]:
-    """The lines of a text file, tokenized by the tokenizer in the folder `base`, eight in a batch (one, if the
-    tokenizer has no padding token). Raises `NotFound`, `DamagedFile`, and `Unsupported` without a tokenizer."""
+    """The lines of a text file, tokenized by the tokenizer in the folder `base`, eight in a batch.
+
+    One in a batch, if the tokenizer has no padding token. Raises `NotFound`, `DamagedFile`, and `Unsupported`
+    without a tokenizer.
+    """
     file = Path(path)
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -88,8 +91,11 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def fit_text(case: Case, model: Any) -> Case:
-    """`case` with the tokens that `model` takes: no token types where it has none, and for an encoder-decoder the
-    text itself, shifted, as the decoder's input."""
+    """`case` with the tokens that `model` takes.
+
+    No token types where it has none, and for an encoder-decoder the text itself, shifted, as the
+    decoder's input.
+    """
     import inspect
 
     import torch

@@ -1,7 +1,7 @@
 """Quantized bases and merges: the dense model that one stands for, and bitsandbytes' as that library runs it.
 
-PEFT cannot run IA3 on a base of bitsandbytes in 16 bits (its layers then give float32 and attention refuses), so there
-everything that is not quantized, and the products themselves, are in float32.
+PEFT cannot run IA3 on a base of bitsandbytes in 16 bits (its layers then give float32 and attention refuses),
+so there everything that is not quantized, and the products themselves, are in float32.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ def is_bitsandbytes(base: Checkpoint) -> bool:
 
 
 def dense_state(dense: Checkpoint) -> dict[str, Any]:
-    """Every floating tensor of a dense view, as torch tensors: quantized weights in float32, exactly; others as stored."""
+    """Every floating tensor of a dense view, as torch tensors.
+
+    Quantized weights in float32, exactly; others as stored.
+    """
     import torch
 
     floats = {name: tensor for name, tensor in dense.tensors.items() if tensor.dtype in FLOAT_DTYPES}
@@ -31,8 +34,11 @@ def dense_state(dense: Checkpoint) -> dict[str, Any]:
 def load_dense(
     dense: Checkpoint, class_name: str, config: Any, dtype: Any, *, other_sizes: bool = False
 ) -> tuple[Any, dict[str, Any]]:
-    """The dense view as a transformers model of `class_name`, through ``from_pretrained``'s own renames and fusions, and its
-    report; with `other_sizes` tensors of another size than the class's are left out and reported."""
+    """The dense view as a transformers model of `class_name`, and the report of its loading.
+
+    It goes through ``from_pretrained``'s own renames and fusions; with `other_sizes` tensors of another size
+    than the class's are left out and reported.
+    """
     import transformers
 
     if dense.config is None:
@@ -41,14 +47,22 @@ def load_dense(
             hint="give the model folder that save_pretrained() wrote",
         )
     model, report = getattr(transformers, class_name).from_pretrained(
-        None, config=config, state_dict=dense_state(dense), dtype=dtype, ignore_mismatched_sizes=other_sizes,
-        output_loading_info=True, trust_remote_code=False,
-    )  # fmt: skip
+        None,
+        config=config,
+        state_dict=dense_state(dense),
+        dtype=dtype,
+        ignore_mismatched_sizes=other_sizes,
+        output_loading_info=True,
+        trust_remote_code=False,
+    )
     return model, report
 
 
 def widen(model: Any) -> None:
-    """Everything of a bitsandbytes model but the codes in float32, in place: parameters, buffers, products."""
+    """Everything of a bitsandbytes model but the codes in float32, in place.
+
+    Parameters, buffers, products.
+    """
     import torch
 
     for tensor in (*model.parameters(), *model.buffers()):

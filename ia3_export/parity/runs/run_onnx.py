@@ -28,8 +28,10 @@ from ia3_export.parity.runs.run_torch import attended
 
 
 def run_onnx(model: OnnxModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """Outputs of every case (no cache among them); past tokens of a case run first. Raises `Unsupported` when a graph wants other
-    inputs."""
+    """Outputs of every case (no cache among them); past tokens of a case run first.
+
+    Raises `Unsupported` when a graph wants other inputs.
+    """
     results = []
     for case in cases:
         tensors = {name: value.numpy() for name, value in case.tensors.items()}

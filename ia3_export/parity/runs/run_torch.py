@@ -21,7 +21,10 @@ _PEFT_PARTS = ("base_layer", "ia3_l", "original_module", "modules_to_save")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ForwardOutputs:
-    """What one model gave: `outputs` by case, and the output of every module on the first case, in execution order."""
+    """What one model gave.
+
+    `outputs` by case, and the output of every module on the first case, in execution order.
+    """
 
     outputs: list[dict[str, Any]]
     modules: Mapping[str, Array]
@@ -39,10 +42,11 @@ def run_torch(
     sentence: SentenceHead | None = None,
     trace: bool = False,
 ) -> ForwardOutputs:
-    """Outputs of every case (``logits``, ``last_hidden_state``), widened to float64, zero at padded positions.
+    """Outputs of every case (``logits``, ``last_hidden_state``) in float64, zero at padded positions.
 
-    `hidden` adds the bare encoder's ``last_hidden_state``, whatever head the model has, `sentence` what sentence-transformers
-    makes of it; `trace` also keeps the modules' outputs. Raises `Unsupported` when the model does not run on the inputs.
+    `hidden` adds the bare encoder's ``last_hidden_state``, whatever head the model has, `sentence` what
+    sentence-transformers makes of it; `trace` also keeps the modules' outputs. Raises `Unsupported` when the
+    model does not run on the inputs.
     """
     results: list[dict[str, Any]] = []
     modules: dict[str, Array] = {}
@@ -99,11 +103,18 @@ def _forward(model: Any, case: Case) -> Any:
         with torch.no_grad():
             return _with_past(model, inputs, case.past) if case.past else model(**inputs)
     except (
-        TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError, RuntimeError,
-    ) as error:  # fmt: skip
+        TypeError,
+        ValueError,
+        IndexError,
+        KeyError,
+        AttributeError,
+        AssertionError,
+        RuntimeError,
+    ) as error:
         raise Unsupported(
             f"the model does not run on these inputs ({case.name}): {type(error).__name__}: {error}",
-            hint="give inputs that it takes with --inputs file.jsonl, .npz or .safetensors, or prove the --weights-only",
+            hint="give inputs that it takes with --inputs file.jsonl, .npz or .safetensors, or prove the "
+            "--weights-only",
         ) from error
 
 
@@ -116,9 +127,11 @@ def _with_past(model: Any, inputs: Mapping[str, Any], past: int) -> Any:
         ids, rest = inputs["decoder_input_ids"], {n: v for n, v in inputs.items() if n != "decoder_input_ids"}
         first = model(**rest, decoder_input_ids=ids[:, :past], use_cache=True)
         return model(
-            encoder_outputs=(first.encoder_last_hidden_state,), attention_mask=rest.get("attention_mask"),
-            decoder_input_ids=ids[:, past:], **{argument: returned_cache(first)},
-        )  # fmt: skip
+            encoder_outputs=(first.encoder_last_hidden_state,),
+            attention_mask=rest.get("attention_mask"),
+            decoder_input_ids=ids[:, past:],
+            **{argument: returned_cache(first)},
+        )
     before = {name: value[:, :past] for name, value in inputs.items()}
     after = {n: v if n == "attention_mask" else v[:, past:] for n, v in inputs.items()}
     return model(**after, **{argument: returned_cache(model(**before, use_cache=True))})
@@ -138,7 +151,7 @@ def _encoder_output(model: Any) -> Iterator[list[Any]]:
 
 @contextmanager
 def rounding_noise(model: Any, eps: float) -> Iterator[None]:
-    """Move every element that a leaf module gives by one unit in the last place, up or down at random (seeded)."""
+    """Move each element that a leaf module gives a unit in the last place, up or down at random (seeded)."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -160,7 +173,7 @@ def rounding_noise(model: Any, eps: float) -> Iterator[None]:
 
 @contextmanager
 def _traced(model: Any, modules: dict[str, Array]) -> Iterator[None]:
-    """Collect the first tensor that each module gives at its first call, by its path without PEFT's wrapper."""
+    """Collect the first tensor that each module gives at its first call, by path without PEFT's wrapper."""
     import torch
 
     inner = unwrap(model)
@@ -188,7 +201,10 @@ def _traced(model: Any, modules: dict[str, Array]) -> Iterator[None]:
 
 
 def attended(case: Case, outputs: dict[str, Any]) -> dict[str, Any]:
-    """`outputs` with zeros at padded positions: what a model computes there is nobody's business (some give NaN)."""
+    """`outputs` with zeros at padded positions.
+
+    What a model computes there is nobody's business (some give NaN).
+    """
     mask = case.tensors.get("attention_mask")
     if mask is None or mask.ndim != 2 or "decoder_input_ids" in case.tensors or case.past:
         return outputs
