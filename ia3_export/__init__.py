@@ -1,12 +1,16 @@
 """ia3-export: from an IA3 fine-tune to files that run anywhere.
 
-    >>> from ia3_export import inspect, merge
+    >>> from ia3_export import Recipe, inspect, merge
     >>> inspect("my-adapter", base="my-base").plan.problems       # doctest: +SKIP
     ()
     >>> merge("my-base", ["my-adapter"], "merged")                # doctest: +SKIP
+    >>> bfloat16 = Recipe(dtype="bfloat16")
+    >>> merge("my-base", ["a", "b"], "both", bfloat16)            # doctest: +SKIP
 
-Every command of the ``ia3-export`` command line is a function of the same name. They are resolved on first
-use, so that importing the package costs nothing.
+Every command of the ``ia3-export`` command line is a function of the same name, and its options are fields
+of records: `Recipe` (how adapters are folded), `OutputOptions` (how a merge is written), `RunSettings` (how
+forwards are run), `GraphOptions` and `BenchSettings`. All are resolved on first use, so that importing the
+package costs nothing.
 """
 
 from __future__ import annotations
