@@ -9,8 +9,9 @@ import pytest
 from tests.support.exported import Exports
 
 _LIBRARIES = (
-    "torch", "transformers", "peft", "safetensors", "huggingface_hub", "onnx", "onnx-ir", "onnxscript", "onnxruntime",
-    "onnxruntime-genai", "optimum", "bitsandbytes", "compressed-tensors", "gguf", "numpy", "click", "rich",
+    "torch", "transformers", "peft", "safetensors", "huggingface_hub", "onnx", "onnx-ir", "onnxscript",
+    "onnxruntime", "onnxruntime-genai", "optimum", "bitsandbytes", "compressed-tensors", "gguf", "numpy",
+    "click", "rich",
 )  # fmt: skip
 
 

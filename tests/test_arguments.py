@@ -69,7 +69,7 @@ WRONG: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("plot_vectors", (B, "x.html"), {}, "give a list"),
     ("read_adapter", (B,), {"rules": "(.+)=output"}, "give a list"),
     ("read_checkpoint", ([A],), {}, "a path"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "args", "kwargs", "offered"), WRONG, ids=lambda value: str(value)[:40])

@@ -1,4 +1,7 @@
-"""Bases whose tensors transformers splits and renames while loading: merged through its own operations, or refused by name."""
+"""Bases whose tensors transformers splits and renames while loading.
+
+Merged through its own operations, or refused by name.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +22,20 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 _SMALL = {"hidden_size": 32, "num_attention_heads": 4, "head_dim": 8, "intermediate_size": 48}
 MOLMO2 = {
-    "text_config": _SMALL | {"num_key_value_heads": 2, "vocab_size": 128, "additional_vocab_size": 8, "num_hidden_layers": 2,
+    "text_config": _SMALL | {"num_key_value_heads": 2, "vocab_size": 128, "additional_vocab_size": 8,
+        "num_hidden_layers": 2,
                              "rope_scaling_layers": [0, 1]},
-    "vision_config": _SMALL | {"num_key_value_heads": 4, "num_hidden_layers": 1, "image_size": [16, 16], "patch_size": 8,
+    "vision_config": _SMALL | {"num_key_value_heads": 4, "num_hidden_layers": 1, "image_size": [16, 16],
+        "patch_size": 8,
                                "num_position_embeddings": 4},
-    "adapter_config": _SMALL | {"num_key_value_heads": 4, "vision_feature_layer": [0, -1], "text_hidden_size": 32},
+    "adapter_config": _SMALL | {"num_key_value_heads": 4, "vision_feature_layer": [0, -1],
+        "text_hidden_size": 32},
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def molmo2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Path]:
-    """Molmo2 stores queries, keys and values in one tensor, of unequal parts, and gate and up projections in another."""
+    """Molmo2 stores queries, keys and values in one tensor (unequal parts), gate and up in another."""
     import torch
     import transformers
     from peft import IA3Config, get_peft_model

@@ -1,7 +1,8 @@
 """Module paths of transformers before 4.52 in adapters and bases, in every combination with today's.
 
-``save_pretrained`` still writes the earlier names of most vision-language models, PEFT the module paths of the library
-that trained. The earlier adapter is today's under the names in which transformers saves; the reference is PEFT's live one.
+``save_pretrained`` still writes the earlier names of most vision-language models, PEFT the module paths of
+the library that trained. The earlier adapter is today's under the names in which transformers saves; the
+reference is PEFT's live one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from tests.e2e.command import edit_json
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-TEXT = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+TEXT = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}  # fmt: skip
 VISION = {
     "hidden_size": 32,
@@ -31,25 +33,31 @@ VISION = {
 }
 QWEN2_VL = {
     "text_config": TEXT | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
-    "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 8},
+    "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2,
+                      "patch_size": 8},
     "image_token_id": 100, "tie_word_embeddings": False,
 }  # fmt: skip
 
 #: Class, configuration, and today's beginnings of paths with the earlier ones.
 FAMILIES = {
     "LlavaForConditionalGeneration": (
-        {"vision_config": VISION | {"model_type": "clip_vision_model"}, "text_config": TEXT | {"model_type": "llama"},
+        {"vision_config": VISION | {"model_type": "clip_vision_model"},
+         "text_config": TEXT | {"model_type": "llama"},
          "image_token_index": 100, "tie_word_embeddings": False},
         {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.",
-         "model.vision_tower.": "vision_tower.vision_model.", "model.multi_modal_projector.": "multi_modal_projector."},
+         "model.vision_tower.": "vision_tower.vision_model.",
+         "model.multi_modal_projector.": "multi_modal_projector."},
     ),
     "PaliGemmaForConditionalGeneration": (
-        {"vision_config": VISION | {"model_type": "siglip_vision_model"}, "text_config": TEXT | {"model_type": "gemma", "head_dim": 8},
+        {"vision_config": VISION | {"model_type": "siglip_vision_model"},
+         "text_config": TEXT | {"model_type": "gemma", "head_dim": 8},
          "image_token_index": 100, "projection_dim": 32},
         {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.",
-         "model.vision_tower.": "vision_tower.vision_model.", "model.multi_modal_projector.": "multi_modal_projector."},
+         "model.vision_tower.": "vision_tower.vision_model.",
+         "model.multi_modal_projector.": "multi_modal_projector."},
     ),
-    "Qwen2VLForConditionalGeneration": (QWEN2_VL, {"model.language_model.": "model.", "model.visual.": "visual."}),
+    "Qwen2VLForConditionalGeneration": (QWEN2_VL, {"model.language_model.": "model.",
+        "model.visual.": "visual."}),
 }  # fmt: skip
 TARGETS = ["k_proj", "v_proj", "down_proj", "fc2", "linear_1", "linear", "lm_head", "merger.mlp.0"]
 
@@ -65,7 +73,7 @@ def _rename(file: Path, beginnings: dict[str, str], prefix: str = "") -> None:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A folder with the base as saved and with today's names, and the adapter under today's and earlier names."""
+    """A folder: the base as saved and with today's names, the adapter under today's and earlier names."""
     import torch
     import transformers
     from peft import IA3Config, PeftModel, get_peft_model

@@ -1,4 +1,7 @@
-"""The arithmetic of folding: torch's bits, whatever the blocks, and every layout against plain nested indices."""
+"""The arithmetic of folding.
+
+torch's bits, whatever the blocks, and every layout against plain nested indices.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +108,8 @@ def folds(draw: st.DrawFn, scales: int = 1) -> tuple[str, Array, list[Scale]]:
     return dtype, draw(raw_arrays(dtype, int(length) * outer)), made
 
 
-# --------------------------------------------------------------------------------------------------- torch's bits
+# ---------------------------------------------------------------------------------------------------
+# torch's bits
 
 
 @given(folds())
@@ -243,7 +247,8 @@ def test_every_16_bit_nan_and_infinity_is_found_after_a_fold(dtype: str) -> None
         assert check_block(found, dtype).not_finite == 0, hex(code)
 
 
-# ----------------------------------------------------------------------------------------------------- any blocks
+# -----------------------------------------------------------------------------------------------------
+# any blocks
 
 
 @given(folds(), st.data())
@@ -276,7 +281,8 @@ def test_a_tensor_of_no_elements_is_folded() -> None:
     assert check_block(raw, "F32").not_finite == -1
 
 
-# -------------------------------------------------------------------------------------------------------- layouts
+# --------------------------------------------------------------------------------------------------------
+# layouts
 
 
 def by_nested_indices(vector: Array, shape: tuple[int, ...], direction: Direction, layout: Layout) -> Array:
@@ -370,7 +376,8 @@ def test_a_scaled_convolution_equals_scaled_activations(
     torch.testing.assert_close(conv(x), expected)
 
 
-# ---------------------------------------------------------------------------------------------------------- checks
+# ----------------------------------------------------------------------------------------------------------
+# checks
 
 
 @given(dtypes, st.data())

@@ -1,4 +1,7 @@
-"""Infinities in ``config.json``: as transformers 5 writes them (``{"__float__": "Infinity"}``) and as files of the hub have them."""
+"""Infinities in ``config.json``.
+
+As transformers 5 writes them (``{"__float__": "Infinity"}``) and as files of the hub have them.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,16 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 CASES = {
     "Mamba2ForCausalLM": (
-        {"vocab_size": 64, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 1, "expand": 2, "head_dim": 16, "num_heads": 4,
+        {"vocab_size": 64, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 1, "expand": 2,
+         "head_dim": 16, "num_heads": 4,
          "n_groups": 1, "chunk_size": 8},
         ["in_proj", "out_proj", "lm_head"],
     ),
     "BambaForCausalLM": (
-        {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1,
-         "mamba_d_state": 8, "mamba_chunk_size": 8},
+        {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4,
+         "num_key_value_heads": 2, "attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16,
+         "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8},
         ["k_proj", "v_proj", "down_proj", "lm_head"],
     ),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What we use of other libraries beyond their documented interface is there, and is said by name when it is not."""
+"""What we use of other libraries beyond their documented interface is there, or is named when it is not."""
 
 from __future__ import annotations
 
@@ -45,9 +45,10 @@ def test_every_listed_part_is_used_and_nothing_private_is_imported_around_the_li
     tables = {name for name in libraries.PRIVATE if ".modeling_auto:" in name}
     assert used == set(libraries.PRIVATE) - tables
     around = re.compile(
-        r"^\s*(?:from|import) (?:torch|transformers|peft|optimum|onnxscript|onnx_ir|accelerate)(?:\.\w+)*\._\w|"
-        r"^\s*from (?:torch|transformers|peft|optimum)[\w.]* import (?:.*, )?_\w|"
-        r"^\s*from transformers\.(?:core_model_loading|conversion_mapping|exporters|integrations)\b",
+        r"^\s*(?:from|import) "
+        r"(?:torch|transformers|peft|optimum|onnxscript|onnx_ir|accelerate)(?:\.\w+)*\._\w|^\s*from "
+        r"(?:torch|transformers|peft|optimum)[\w.]* import (?:.*, )?_\w|^\s*from "
+        r"transformers\.(?:core_model_loading|conversion_mapping|exporters|integrations)\b",
         re.MULTILINE,
     )
     found = {str(path): match.group() for path, text in sources.items() if (match := around.search(text))}

@@ -1,7 +1,8 @@
 """Merging on every model kind of the zoo: bit-identical to PEFT, byte-identical elsewhere, loads complete.
 
 Bases are written by transformers' ``save_pretrained``, adapters by PEFT's. The reference is PEFT's
-``merge_and_unload`` in the stored dtype, saved by transformers; where PEFT cannot merge, its unmerged forward.
+``merge_and_unload`` in the stored dtype, saved by transformers; where PEFT cannot merge, its
+unmerged forward.
 """
 
 from __future__ import annotations

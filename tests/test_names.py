@@ -28,8 +28,8 @@ BERT = {
     "intermediate_size": 64,
 }
 LLAMA = {
-    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "pad_token_id": 0,
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0,
 }  # fmt: skip
 T5 = {
     "vocab_size": 128,
@@ -54,8 +54,15 @@ def _class(name: str) -> Any:
     return getattr(transformers, name)
 
 
-def _make(tmp: Path, base_class: str, config: dict[str, Any], ia3: dict[str, Any], adapter_class: str | None = None,
-          edit: Callable[[Path], None] | None = None, **labels: Any) -> tuple[Path, Path]:  # fmt: skip
+def _make(
+    tmp: Path,
+    base_class: str,
+    config: dict[str, Any],
+    ia3: dict[str, Any],
+    adapter_class: str | None = None,
+    edit: Callable[[Path], None] | None = None,
+    **labels: Any,
+) -> tuple[Path, Path]:
     """A base saved by `base_class`, and an adapter with random vectors trained as `adapter_class` on it."""
     import torch
     from peft import IA3Config, get_peft_model
@@ -84,7 +91,9 @@ def _inputs(config: dict[str, Any]) -> dict[str, Any]:
     return {"input_ids": ids, "decoder_input_ids": ids[:, :6]} if "d_model" in config else {"input_ids": ids}
 
 
-def _assert_equals_live(base: Path, adapter: Path, output: Path, cls: Any, inputs: dict[str, Any], **labels: Any) -> dict[str, Any]:  # fmt: skip
+def _assert_equals_live(
+    base: Path, adapter: Path, output: Path, cls: Any, inputs: dict[str, Any], **labels: Any
+) -> dict[str, Any]:
     """The merged folder gives the live adapter's output; returns transformers' loading report."""
     import torch
     from peft import PeftModel
@@ -153,7 +162,13 @@ def test_an_adapter_of_the_bare_model_on_a_base_with_a_head(
 
 
 def test_an_adapter_of_a_head_model_on_a_bare_base(tmp_path: Path) -> None:
-    base, adapter = _make(tmp_path, "LlamaModel", LLAMA | {"tie_word_embeddings": True}, {"task_type": "CAUSAL_LM"}, "LlamaForCausalLM")  # fmt: skip
+    base, adapter = _make(
+        tmp_path,
+        "LlamaModel",
+        LLAMA | {"tie_word_embeddings": True},
+        {"task_type": "CAUSAL_LM"},
+        "LlamaForCausalLM",
+    )
     merge(base, [adapter], tmp_path / "out")
     _assert_equals_live(base, adapter, tmp_path / "out", _class("LlamaForCausalLM"), _inputs(LLAMA))
 
@@ -167,7 +182,8 @@ def test_a_head_that_neither_side_brings_is_pointed_out(tmp_path: Path) -> None:
 
 
 TIED = [
-    ("LlamaForCausalLM", LLAMA | {"tie_word_embeddings": True}, ["k_proj", "v_proj", "down_proj", "lm_head"], ["down_proj"]),
+    ("LlamaForCausalLM", LLAMA | {"tie_word_embeddings": True}, ["k_proj", "v_proj", "down_proj", "lm_head"],
+     ["down_proj"]),
     ("GPT2LMHeadModel", GPT2, ["c_attn", "mlp.c_proj", "lm_head"], ["mlp.c_proj"]),
     ("T5ForConditionalGeneration", T5, ["k", "v", "wo", "lm_head"], ["wo"]),
     ("BartForConditionalGeneration", BART, ["q_proj", "v_proj", "fc2", "lm_head"], ["fc2"]),
@@ -322,7 +338,9 @@ def test_an_expert_without_its_vector_is_refused(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
     config = (MIXTRAL / "adapter" / "adapter_config.json").read_text()
     (tmp_path / "adapter" / "adapter_config.json").write_text(config)
-    _class("MixtralForCausalLM").from_pretrained(MIXTRAL / "base").save_pretrained(tmp_path / "fused", save_original_format=False)  # fmt: skip
+    _class("MixtralForCausalLM").from_pretrained(MIXTRAL / "base").save_pretrained(
+        tmp_path / "fused", save_original_format=False
+    )
     for base in (MIXTRAL / "base", tmp_path / "fused"):
         problems = plan_merge(base, [tmp_path / "adapter"]).problems
         assert any(isinstance(problem, MissingVector) for problem in problems), base
@@ -384,5 +402,10 @@ def test_the_output_projection_of_multihead_attention_is_refused_by_name(tmp_pat
 
 def test_a_vector_for_a_module_of_another_model_is_refused(tmp_path: Path) -> None:
     base, _ = _make(tmp_path / "a", "LlamaForCausalLM", LLAMA, {"task_type": "CAUSAL_LM"})
-    _, adapter = _make(tmp_path / "b", "BertForMaskedLM", BERT, {"target_modules": ["key", "value"], "feedforward_modules": []})  # fmt: skip
+    _, adapter = _make(
+        tmp_path / "b",
+        "BertForMaskedLM",
+        BERT,
+        {"target_modules": ["key", "value"], "feedforward_modules": []},
+    )
     assert isinstance(_refusal(base, adapter), UnusedVector)

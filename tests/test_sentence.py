@@ -154,10 +154,13 @@ def test_damaged_descriptions_are_told_not_raised(tmp_path: Path, text: str) -> 
 @pytest.mark.parametrize(
     "config",
     [
-        [], "mean", None, {"pooling_mode": [], "pooling_mode_mean_tokens": 1},
+        [],
+        "mean",
+        None,
+        {"pooling_mode": [], "pooling_mode_mean_tokens": 1},
         {"pooling_mode": 3},
     ],
-)  # fmt: skip
+)
 def test_damaged_poolings_are_told_not_raised(tmp_path: Path, config: Any) -> None:
     with pytest.raises((DamagedFile, Unsupported)) as caught:
         read_sentence_head(_pooling(tmp_path, config))
@@ -238,8 +241,16 @@ def test_an_adapted_sentence_model_is_verified_and_embeds_as_the_live_adapter(
     )
 
     ran = run(
-        "onnx", "--base", tmp_path / "base", "--adapter", tmp_path / "adapter", "--output", tmp_path / "out", "--json", "-q"
-    )  # fmt: skip
+        "onnx",
+        "--base",
+        tmp_path / "base",
+        "--adapter",
+        tmp_path / "adapter",
+        "--output",
+        tmp_path / "out",
+        "--json",
+        "-q",
+    )
     assert ran.code == 0, ran
     told = json.loads(ran.stdout)
     assert told["task"] == "sentence-similarity" and told["report"]["in_parity"]

@@ -1,8 +1,10 @@
-"""The shapes of PEFT's own IA3 toy models (its ``tests/test_custom_models.py``), rebuilt: Linear, Conv1D, convolutions.
+"""The shapes of PEFT's own IA3 toy models (its ``tests/test_custom_models.py``), rebuilt.
 
-Each is saved as a bare state dict without a configuration, as research code does it, and must come out with the bits
-of ``merge_and_unload`` in every dtype. Convolutions include grouped and square ones in both directions, which a file
-cannot tell apart.
+Linear, Conv1D, convolutions.
+
+Each is saved as a bare state dict without a configuration, as research code does it, and must come out with
+the bits of ``merge_and_unload`` in every dtype. Convolutions include grouped and square ones in both
+directions, which a file cannot tell apart.
 """
 
 from __future__ import annotations
@@ -42,9 +44,14 @@ def _conv2d() -> Any:
     from torch import nn
 
     return nn.ModuleDict(
-        {"conv2d": nn.Conv2d(5, 10, 3), "square": nn.Conv2d(6, 6, 3), "grouped": nn.Conv2d(6, 12, 3, groups=3),
-         "depthwise": nn.Conv2d(5, 5, 3, groups=5), "lin0": nn.Linear(10, 2)}
-    )  # fmt: skip
+        {
+            "conv2d": nn.Conv2d(5, 10, 3),
+            "square": nn.Conv2d(6, 6, 3),
+            "grouped": nn.Conv2d(6, 12, 3, groups=3),
+            "depthwise": nn.Conv2d(5, 5, 3, groups=5),
+            "lin0": nn.Linear(10, 2),
+        }
+    )
 
 
 def _conv3d() -> Any:
@@ -65,11 +72,15 @@ CASES: list[tuple[str, Callable[[], Any], list[str], list[str]]] = [
     ("conv1d out", _conv1d, ["conv1d", "wide"], []),
     ("conv1d in", _conv1d, ["conv1d", "wide"], ["conv1d", "wide"]),
     ("conv2d out", _conv2d, ["conv2d", "square", "grouped", "depthwise", "lin0"], []),
-    ("conv2d in", _conv2d, ["conv2d", "square", "grouped", "depthwise", "lin0"],
-     ["conv2d", "square", "grouped", "depthwise", "lin0"]),
+    (
+        "conv2d in",
+        _conv2d,
+        ["conv2d", "square", "grouped", "depthwise", "lin0"],
+        ["conv2d", "square", "grouped", "depthwise", "lin0"],
+    ),
     ("conv3d out", _conv3d, ["conv3d", "grouped", "lin0"], ["lin0"]),
     ("conv3d in", _conv3d, ["conv3d", "grouped", "lin0"], ["conv3d", "grouped"]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])

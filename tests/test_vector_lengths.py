@@ -1,4 +1,4 @@
-"""Vectors of the wrong length that fit the other side of a weight, and models that hold Linear and Conv1D at once.
+"""Vectors of the wrong length that fit a weight's other side, and models that hold Linear and Conv1D at once.
 
 A sharded save leaves halves of vectors, and half of an output is often as long as the input. What is right is
 PEFT's live forward.
@@ -17,8 +17,8 @@ from tests.e2e.command import edit_json, merge, only_complaint, run, vary_adapte
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 LLAMA = {
-    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8,
-    "num_key_value_heads": 8, "head_dim": 8,
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8,
 }  # fmt: skip
 VIT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48,
        "image_size": 16, "patch_size": 8}  # fmt: skip
@@ -70,8 +70,11 @@ def _without_config(base: Path) -> None:
     (base / "config.json").unlink()
 
 
-@pytest.mark.parametrize("edit", [lambda _: None, lambda base: _edit_config(base, model_type="of_our_own"), _without_config],
-                         ids=["known type", "unknown type", "no configuration"])  # fmt: skip
+@pytest.mark.parametrize(
+    "edit",
+    [lambda _: None, lambda base: _edit_config(base, model_type="of_our_own"), _without_config],
+    ids=["known type", "unknown type", "no configuration"],
+)
 def test_half_a_vector_that_fits_the_other_side_of_a_linear_is_refused(
     tmp_path: Path, edit: Callable[[Path], None]
 ) -> None:
@@ -120,8 +123,9 @@ def _vision_encoder_decoder() -> tuple[Any, dict[str, Any], list[str], list[str]
     import transformers
 
     config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
-        transformers.ViTConfig(**VIT), transformers.GPT2Config(**GPT2, add_cross_attention=True, is_decoder=True)
-    )  # fmt: skip
+        transformers.ViTConfig(**VIT),
+        transformers.GPT2Config(**GPT2, add_cross_attention=True, is_decoder=True),
+    )
     config.tie_word_embeddings = False
     inputs = {"pixel_values": torch.randn(1, 3, 16, 16), "decoder_input_ids": torch.arange(3, 9)[None]}
     targets = [
@@ -143,9 +147,11 @@ def _clvp_like() -> tuple[Any, dict[str, Any], list[str], list[str]]:
     import transformers
 
     config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(
-        transformers.BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48),
+        transformers.BertConfig(
+            vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
+        ),
         transformers.GPT2Config(**GPT2, add_cross_attention=True, is_decoder=True),
-    )  # fmt: skip
+    )
     config.tie_word_embeddings = False
     inputs = {"input_ids": torch.arange(3, 12)[None], "decoder_input_ids": torch.arange(3, 9)[None]}
     targets = ["query", "key", "value", "attn.c_proj", "mlp.c_proj", "attention.output.dense"]

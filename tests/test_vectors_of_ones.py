@@ -1,4 +1,7 @@
-"""Vectors that training never moved: where a vector could not be folded, one of exactly ones changes nothing and blocks nothing."""
+"""Vectors that training never moved.
+
+Where a vector could not be folded, one of exactly ones changes nothing and blocks nothing.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from tests.e2e.command import merge, only_complaint, run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-SIGLIP = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 16,
+SIGLIP = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48,
+          "image_size": 16,
           "patch_size": 8}  # fmt: skip
 
 
@@ -80,9 +84,17 @@ def test_a_parametrized_weight(tmp_path: Path, value: float) -> None:
 
     torch.manual_seed(0)
     config = transformers.Wav2Vec2Config(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, conv_dim=(8, 8), conv_stride=(5, 2),
-        conv_kernel=(10, 3), num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, num_feat_extract_layers=2,
-    )  # fmt: skip
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=48,
+        conv_dim=(8, 8),
+        conv_stride=(5, 2),
+        conv_kernel=(10, 3),
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+        num_feat_extract_layers=2,
+    )
     model = transformers.Wav2Vec2Model(config)
     base, adapter, _ = _trained(model, {"input_values": torch.randn(2, 400)}, tmp_path, ["k_proj", "v_proj"])
     tensors = load_file(adapter / "adapter_model.safetensors")

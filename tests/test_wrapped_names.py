@@ -1,4 +1,4 @@
-"""Names that training's wrappers leave in keys, bases that were saved inside them, and what lies beside an adapter."""
+"""Names that training's wrappers leave in keys, bases saved inside them, and what lies beside an adapter."""
 
 from __future__ import annotations
 
@@ -35,12 +35,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
         lambda key: f"module._orig_mod.{key}",
         lambda key: key.replace("base_model.model.", "base_model.model._orig_mod.module."),
         lambda key: key.replace("base_model.model.", "base_model.model.module._fsdp_wrapped_module."),
-        lambda key: "_fsdp_wrapped_module." + key.replace(".layers.0.", ".layers.0._fsdp_wrapped_module._checkpoint_wrapped_module."),
+        lambda key: (
+            "_fsdp_wrapped_module."
+            + key.replace(".layers.0.", ".layers.0._fsdp_wrapped_module._checkpoint_wrapped_module.")
+        ),
         lambda key: key.replace(".self_attn.", ".self_attn._checkpoint_wrapped_module."),
         lambda key: key.replace(".layers.1.", ".layers.1._orig_mod.module._checkpoint_wrapped_module."),
         lambda key: key.replace(".ia3_l", "._fsdp_wrapped_module.ia3_l"),
     ],
-)  # fmt: skip
+)
 def test_wrappers_in_keys_are_taken_off(saved: tuple[Path, Path, Path], tmp_path: Path, wrap: Any) -> None:
     base, adapter, merged = saved
 

@@ -1,4 +1,7 @@
-"""Combining vectors and writing them: torch's bits, the definitions, and what PEFT makes of the written configuration."""
+"""Combining vectors and writing them.
+
+torch's bits, the definitions, and what PEFT makes of the written configuration.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +85,8 @@ def stored(name: str, content: Array, dtype: str = "F32") -> StoredTensor:
     )
 
 
-# ------------------------------------------------------------------------------------------------------- arithmetic
+# -------------------------------------------------------------------------------------------------------
+# arithmetic
 
 
 @given(several(), st.sampled_from(list(TORCH)))
@@ -90,7 +94,10 @@ def stored(name: str, content: Array, dtype: str = "F32") -> StoredTensor:
 def test_linear_is_pefts_loop_in_the_dtype_of_the_base(
     case: tuple[list[Array | None], list[float]], dtype: str
 ) -> None:
-    """``IA3Model.add_weighted_adapter``: the new vector has the dtype of the layer's weight, and starts from zeros."""
+    """``IA3Model.add_weighted_adapter``.
+
+    The new vector has the dtype of the layer's weight, and starts from zeros.
+    """
     import torch
 
     vectors, weights = case
@@ -159,7 +166,8 @@ def test_the_ends_of_a_mix_are_the_adapters_themselves(case: tuple[list[Array | 
     assert (combine_vectors(ones, (), "product", "F32") == 1).all()
 
 
-# ------------------------------------------------------------------------------------------------------------ sites
+# ------------------------------------------------------------------------------------------------------------
+# sites
 
 
 names = st.sampled_from(["a.k", "a.v", "b.k", "b.v"])
@@ -231,7 +239,8 @@ def test_equal_heads_are_kept_and_others_refused() -> None:
             combine_extras([one, other, adapter("c", [], {"head.weight": changed})])
 
 
-# ---------------------------------------------------------------------------------------------------- what is written
+# ----------------------------------------------------------------------------------------------------
+# what is written
 
 
 parts = st.sampled_from(["0", "1", "11", "layers", "k_proj", "xk_proj", "fc", "größe", "a+b", "ia3", "w"])
@@ -282,7 +291,7 @@ def test_what_is_written_is_read_back_as_it_was(sites: list[Site]) -> None:
 @given(written(), st.lists(paths, max_size=5))
 @quick
 def test_peft_finds_the_written_modules(sites: list[Site], others: list[str]) -> None:
-    """Whole paths match themselves and, as every list entry does in PEFT, longer paths that end in them after a dot."""
+    """Whole paths match themselves and, as list entries do in PEFT, paths that end in them after a dot."""
     from peft import IA3Config
     from peft.tuners.ia3 import IA3Model
     from peft.tuners.tuners_utils import check_target_module_exists

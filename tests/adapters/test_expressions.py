@@ -1,4 +1,7 @@
-"""Regular expressions in an adapter's configuration: what PEFT's ``re`` matches, in bounded time, and no traceback."""
+"""Regular expressions in an adapter's configuration.
+
+What PEFT's ``re`` matches, in bounded time, and no traceback.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +75,7 @@ def test_a_rule_of_ours_without_end_is_wrong_usage(saved: tuple[Path, Path], tmp
         ("feedforward_modules", {"down_proj": True}),
         ("exclude_modules", [1, 2]),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_expression_is_refused_by_name(
     saved: tuple[Path, Path], tmp_path: Path, key: str, value: Any
 ) -> None:
@@ -89,7 +92,8 @@ def test_a_slow_but_finite_expression_is_matched(saved: tuple[Path, Path], tmp_p
 
 @pytest.mark.parametrize(
     "expression",
-    [r".*\.(q|k)_proj", r"(?i).*Q_PROJ", r"model\.layers\.[01]\..*", r"(?:x{e<=1}|.*q_proj)", r"[[:alpha:]]+", r".*(?<!v)_proj\Z",
+    [r".*\.(q|k)_proj", r"(?i).*Q_PROJ", r"model\.layers\.[01]\..*", r"(?:x{e<=1}|.*q_proj)", r"[[:alpha:]]+",
+     r".*(?<!v)_proj\Z",
      "model.layers.0.self_attn.q_proj", "q_proj", r"(?P<a>.)(?P=a)*|.+k_proj"],
 )  # fmt: skip
 def test_expressions_match_as_re_does(expression: str) -> None:

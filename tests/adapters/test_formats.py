@@ -29,8 +29,9 @@ LOST = ("0.17.1-name-attention-bert", "0.21.2-data-parallel-outside")
 REFUSED = ("deberta_adapter_model",)
 REASONS = {
     "refuse_deberta": "random bias", "refuse_modernbert": "random bias", "refuse_gating": "gating",
-    "refuse_lora": "composition_mode 'add'", "refuse_seq_bn": "architecture None", "refuse_union": "architecture 'union'",
-    "tfew_lora": "low-rank", "tfew_rank": "scaling rank 2", "tfew_rank_bias": "scaling rank 2",
+    "refuse_lora": "composition_mode 'add'", "refuse_seq_bn": "architecture None",
+    "refuse_union": "architecture 'union'", "tfew_lora": "low-rank", "tfew_rank": "scaling rank 2",
+    "tfew_rank_bias": "scaling rank 2",
 }  # fmt: skip
 GOOD = [
     c for c in (*ADAPTERHUB, *RESEARCH, *OLD) if not c.refuse and not c.name.startswith((*LOST, *REFUSED))
@@ -87,10 +88,11 @@ def test_where_there_are_biases_adapterhubs_own_merge_is_wrong_and_ours_is_not(
 
 #: PEFT finds the modules of a model with a head in no bare model.
 BARE = [
-    c.name for c in GOOD
+    c.name
+    for c in GOOD
     if c.field == "last_hidden_state"
     and any(m.startswith(("bert.", "distilbert.", "transformer.")) for m in read_adapter(c.adapter).sites)
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +182,8 @@ def test_more_than_ten_labels_keep_their_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("alpha", 0), ("alpha", 10**400), ("alpha", "3"), ("alpha", True), ("attn_matrices", 3), ("attn_matrices", "qv"), ("attn_matrices", ["x"])],
+    [("alpha", 0), ("alpha", 10**400), ("alpha", "3"), ("alpha", True), ("attn_matrices", 3),
+     ("attn_matrices", "qv"), ("attn_matrices", ["x"])],
 )  # fmt: skip
 def test_settings_that_cannot_be_meant_are_damage(field: str, value: Any, tmp_path: Path) -> None:
     shutil.copytree(by_name("gpt2_qv").adapter, tmp_path / "adapter")

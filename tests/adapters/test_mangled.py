@@ -14,17 +14,41 @@ from ia3_export.checkpoint.hub import Location
 from ia3_export.errors import Refused
 
 LLAMA = [
-    f"model.layers.{i}.{m}" for i in range(12)
-    for m in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-]  # fmt: skip
+    f"model.layers.{i}.{m}"
+    for i in range(12)
+    for m in (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    )
+]
 BERT = [
-    f"bert.encoder.layer.{i}.{m}" for i in range(3)
-    for m in ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense", "intermediate.dense", "output.dense")
-]  # fmt: skip
+    f"bert.encoder.layer.{i}.{m}"
+    for i in range(3)
+    for m in (
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+    )
+]
 T5 = [
-    f"{stack}.block.{i}.layer.{j}.{m}" for stack in ("encoder", "decoder") for i in range(3)
-    for j, m in ((0, "SelfAttention.k"), (0, "SelfAttention.v"), (1, "EncDecAttention.k"), (2, "DenseReluDense.wo"))
-]  # fmt: skip
+    f"{stack}.block.{i}.layer.{j}.{m}"
+    for stack in ("encoder", "decoder")
+    for i in range(3)
+    for j, m in (
+        (0, "SelfAttention.k"),
+        (0, "SelfAttention.v"),
+        (1, "EncDecAttention.k"),
+        (2, "DenseReluDense.wo"),
+    )
+]
 TARGETS = {
     "llama": (LLAMA, ("k_proj", "v_proj", "down_proj")),
     "bert": (BERT, ("key", "value", "output.dense")),

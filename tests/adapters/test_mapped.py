@@ -59,7 +59,8 @@ def sites(adapter: Adapter) -> dict[str, tuple[str, str, tuple[int, ...]]]:
     return {key: (site.module, site.direction, site.shape) for key, site in adapter.sites.items()}
 
 
-# --------------------------------------------------------------------------------------------------- rules and keys
+# --------------------------------------------------------------------------------------------------- rules
+# and keys
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,11 @@ def sites(adapter: Adapter) -> dict[str, tuple[str, str, tuple[int, ...]]]:
     [
         ("model.layers.0.k_proj.scale", r"(.+)\.scale=output", "model.layers.0.k_proj"),
         ("model.layers.0.k_proj.scale", r".+\.scale=output", "model.layers.0.k_proj"),
-        ("model.layers.0.ia3.k_proj.l", r"(model\.layers\.\d+)\.ia3\.(k_proj)\.l=output", "model.layers.0.k_proj"),
+        (
+            "model.layers.0.ia3.k_proj.l",
+            r"(model\.layers\.\d+)\.ia3\.(k_proj)\.l=output",
+            "model.layers.0.k_proj",
+        ),
         ("net/3/fc2|gate", r"net/(\d+)/(\w+)\|gate=output", "3.fc2"),
         ("wrap.enc.fc.scale", r"(?:wrap\.)?(.+)\.scale=output", "enc.fc"),
         ("enc.fc.scale", r"(wrap)?\.?(enc\.fc)\.scale=output", "enc.fc"),
@@ -75,7 +80,7 @@ def sites(adapter: Adapter) -> dict[str, tuple[str, str, tuple[int, ...]]]:
         ("(s)", r"\((s)\)=output", "s"),
     ],
     ids=["group", "none", "two", "slashes", "uncaptured", "unmatched", "equals", "lone"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("side", ["output", "input"])
 def test_the_groups_are_the_module_path(tmp_path: Path, key: str, rule: str, module: str, side: str) -> None:
     adapter = read(tmp_path, {key: numbers(4)}, rule.removesuffix("output") + side)
@@ -190,7 +195,8 @@ def test_code_in_a_pickle_is_not_executed(tmp_path: Path, how: str) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["vectors.pt"]
 
 
-# ---------------------------------------------------------------------------------------------- merging what was mapped
+# ---------------------------------------------------------------------------------------------- merging what
+# was mapped
 
 
 class Llama:
@@ -333,11 +339,15 @@ def test_convert_writes_beside_the_file_it_reads(llama: Llama, tmp_path: Path, m
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "vectors.pt"]
 
 
-# ---------------------------------------------------------------------------------------------------- convolutions
+# ----------------------------------------------------------------------------------------------------
+# convolutions
 
 
 def test_flat_vectors_of_convolutions_are_folded_as_pefts(tmp_path: Path) -> None:
-    """Flat, nothing says that a module is a convolution; the base does, and `convert --base` gives PEFT's shape."""
+    """Flat, nothing says that a module is a convolution.
+
+    The base does, and `convert --base` gives PEFT's shape.
+    """
     kind = zoo.by_name("resnet-basic")
     zoo.build(kind).save_pretrained(tmp_path / "base")
     zoo.adapt(zoo.build(kind), kind).save_pretrained(tmp_path / "adapter")
@@ -364,7 +374,8 @@ def test_flat_vectors_of_convolutions_are_folded_as_pefts(tmp_path: Path) -> Non
     assert same_model(tmp_path / "again", tmp_path / "merged")
 
 
-# -------------------------------------------------------------------------------------------------- where rules apply
+# -------------------------------------------------------------------------------------------------- where
+# rules apply
 
 
 @pytest.mark.parametrize("command", ["inspect", "merge", "convert", "verify", "combine", "unmerge"])

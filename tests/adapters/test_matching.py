@@ -15,8 +15,9 @@ quick = settings(max_examples=120, deadline=None)
 
 #: Parts of paths that end in one another, hold one another, or mean something in a regular expression.
 PARTS = (
-    "model", "layers", "layer", "h", "0", "1", "10", "11", "self_attn", "mlp", "k_proj", "v_proj", "xk_proj", "proj",
-    "up_proj", "down_proj", "fc2", "output", "dense", "output_dense", "classifier", "score", "lm_head", "c.attn", "w+",
+    "model", "layers", "layer", "h", "0", "1", "10", "11", "self_attn", "mlp", "k_proj", "v_proj", "xk_proj",
+    "proj", "up_proj", "down_proj", "fc2", "output", "dense", "output_dense", "classifier", "score",
+    "lm_head", "c.attn", "w+",
 )  # fmt: skip
 
 parts = st.sampled_from(PARTS)
@@ -35,7 +36,10 @@ patterns = st.one_of(
 
 
 def config(target: Any, feedforward: Any = (), exclude: Any = None, to_save: Any = None) -> Any:
-    """An IA3Config as PEFT makes it of these values; fields set later escape its check that one is a subset."""
+    """An IA3Config as PEFT makes it of these values.
+
+    Fields set later escape its check that one is a subset.
+    """
     from peft import IA3Config
 
     made = IA3Config(
@@ -116,9 +120,12 @@ def test_an_entry_of_modules_to_save_is_a_regular_expression_as_in_peft(entry: s
 
 
 @given(
-    st.lists(paths, min_size=1, max_size=6), lists | patterns, lists | patterns, st.none() | lists | patterns,
+    st.lists(paths, min_size=1, max_size=6),
+    lists | patterns,
+    lists | patterns,
+    st.none() | lists | patterns,
     st.none() | saved,
-)  # fmt: skip
+)
 @quick
 def test_all_rules_together_are_those_of_peft(
     some: list[str], target: Any, feedforward: Any, exclude: Any, to_save: Any

@@ -28,8 +28,9 @@ from ia3_export.fold import DTYPE_BITS
 
 #: The dtypes that numpy can express, as numpy and as safetensors spell them.
 NUMPY_DTYPES = {
-    "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
-    "uint64": "U64", "int64": "I64", "float16": "F16", "float32": "F32", "float64": "F64", "complex64": "C64",
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32",
+    "int32": "I32", "uint64": "U64", "int64": "I64", "float16": "F16", "float32": "F32", "float64": "F64",
+    "complex64": "C64",
 }  # fmt: skip
 
 quick = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -70,7 +71,8 @@ def write(file: Path, prefix: bytes, data: bytes = b"") -> Path:
     return file
 
 
-# ------------------------------------------------------------------------------------------------- round trips
+# -------------------------------------------------------------------------------------------------
+# round trips
 
 
 @given(entries, metadata)
@@ -154,7 +156,8 @@ def test_every_dtype_of_the_library_is_known() -> None:
     assert {name.strip() for name in listed} == set(DTYPE_BITS)
 
 
-# ----------------------------------------------------------------------------------------------------- any bytes
+# -----------------------------------------------------------------------------------------------------
+# any bytes
 
 
 def by_the_library(raw: bytes) -> list[Any]:
@@ -281,7 +284,8 @@ def test_half_a_surrogate_pair_is_no_name(folder: Path) -> None:
     agrees_with_the_library(write(folder / "i.safetensors", struct.pack("<Q", len(body)) + body, bytes(4)))
 
 
-# ----------------------------------------------------------------------------------------------- how much memory
+# -----------------------------------------------------------------------------------------------
+# how much memory
 
 
 def peak_of(action: Callable[[], object]) -> int:

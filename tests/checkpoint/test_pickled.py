@@ -1,4 +1,7 @@
-"""``.bin`` files as byte ranges: always what ``torch.load`` gives, or a refusal; never a crash, never other bytes."""
+"""``.bin`` files as byte ranges.
+
+Always what ``torch.load`` gives, or a refusal; never a crash, never other bytes.
+"""
 
 from __future__ import annotations
 
@@ -81,9 +84,14 @@ def test_every_kind_of_tensor_is_read_as_torch_does(tmp_path: Path, zipped: bool
 def test_views_and_shared_storages_are_read_as_torch_does(tmp_path: Path, zipped: bool) -> None:
     weight = tensors()["weight"]
     state = {
-        "all": weight, "alias": weight, "row": weight[2], "column": weight[:, 1], "turned": weight.t(),
-        "repeated": weight.expand(2, 4, 6), "step": weight.view(-1)[::3],
-    }  # fmt: skip
+        "all": weight,
+        "alias": weight,
+        "row": weight[2],
+        "column": weight[:, 1],
+        "turned": weight.t(),
+        "repeated": weight.expand(2, 4, 6),
+        "step": weight.view(-1)[::3],
+    }
     assert read_or_refuse(save(tmp_path / "a.bin", state, zipped=zipped))
 
 
@@ -107,7 +115,10 @@ def test_another_alignment_of_the_storages_is_read_right(tmp_path: Path) -> None
 
 
 def test_records_laid_out_by_another_zip_writer_are_read_right(tmp_path: Path) -> None:
-    """torch reads such a file; but under FakeTensorMode it computes where its own writer would have put them."""
+    """torch reads such a file.
+
+    But under FakeTensorMode it computes where its own writer would have put them.
+    """
     file = rewrite_zip(save(tmp_path / "a.bin", tensors()), tmp_path / "b.bin")
     assert read_or_refuse(file)
 

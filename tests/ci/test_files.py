@@ -1,4 +1,7 @@
-"""action.yml, templates/verify.yml, docs/ci.md and install.sh: well formed, of one mind with the script, and safe."""
+"""action.yml, templates/verify.yml, docs/ci.md and install.sh.
+
+Well formed, of one mind with the script, and safe.
+"""
 
 from __future__ import annotations
 

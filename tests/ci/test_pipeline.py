@@ -1,4 +1,7 @@
-"""tools/ci/pipeline.py, run for real on tiny models: outputs, exit codes, and values that would like to be code."""
+"""tools/ci/pipeline.py, run for real on tiny models.
+
+Outputs, exit codes, and values that would like to be code.
+"""
 
 from __future__ import annotations
 
@@ -65,9 +68,14 @@ def run(folder: Path, variables: Mapping[str, str]) -> Ran:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("IA3_", "GITHUB_"))}
     github = {"GITHUB_OUTPUT": str(folder / "outputs"), "GITHUB_STEP_SUMMARY": str(folder / "summary")}
     done = subprocess.run(
-        [sys.executable, str(SCRIPT)], cwd=folder, env=inherited | github | dict(variables), capture_output=True,
-        text=True, timeout=300, check=False,
-    )  # fmt: skip
+        [sys.executable, str(SCRIPT)],
+        cwd=folder,
+        env=inherited | github | dict(variables),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert "Traceback" not in done.stderr, done.stderr
     return Ran(folder, done.returncode, done.stdout, done.stderr)
 

@@ -80,7 +80,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def only_complaint(ran: Ran, code: int, *mentions: str) -> None:
-    """Assert that `ran` failed with `code`, an ``error:`` that holds every one of `mentions`, and a ``hint:``."""
+    """Assert that `ran` failed with `code`, an ``error:`` that holds all of `mentions`, and a ``hint:``."""
     assert ran.code == code, ran
     assert "Traceback" not in ran.stderr + ran.stdout
     assert ran.stdout == ""
@@ -106,7 +106,7 @@ def join_safetensors(file: Path, header: Mapping[str, Any] | str, data: bytes) -
 
 
 def vary_adapter(source: Path, folder: Path, edit: Callable[[dict[str, Any]], None], **config: Any) -> Path:
-    """A copy of a PEFT adapter with other tensors (numpy arrays by key), and other values in its configuration."""
+    """A copy of a PEFT adapter with other tensors (numpy arrays by key) and values in its configuration."""
     from safetensors.numpy import load_file, save_file
 
     shutil.copytree(source, folder)

@@ -18,7 +18,10 @@ class Tiny:
     """Folders, read-only by agreement: a test that damages one copies it first."""
 
     base: Path
-    """bfloat16, in six shards, with a tokenizer and a card; no vector touches the first and the last shard."""
+    """bfloat16, in six shards, with a tokenizer and a card.
+
+    No vector touches the first and the last shard.
+    """
     single: Path
     """The same model in float32, in one file, with the configuration alone."""
     adapter: Path

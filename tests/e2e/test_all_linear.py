@@ -1,4 +1,7 @@
-"""``target_modules: "all-linear"`` as PEFT reads it: every Linear and Conv1D but the output layer must have its vector."""
+"""``target_modules: "all-linear"`` as PEFT reads it.
+
+Every Linear and Conv1D but the output layer must have its vector.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +29,22 @@ _LLAMA = Trained("llama", "LlamaForCausalLM", LLAMA, "all-linear")
 CASES = [
     (_LLAMA, ["layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"]),
     (Trained("gpt2", "GPT2LMHeadModel", _GPT2, "all-linear"), ["h.0.attn.c_attn", "h.1.mlp.c_proj"]),
-    (Trained("llama-seq-cls", "LlamaForSequenceClassification", LLAMA, "all-linear", task_type="SEQ_CLS"), ["layers.1.self_attn.k_proj"]),
-    (Trained("bert-seq-cls", "BertForSequenceClassification", BERT, "all-linear", task_type="SEQ_CLS"), ["pooler.dense"]),
+    (Trained("llama-seq-cls", "LlamaForSequenceClassification", LLAMA, "all-linear", task_type="SEQ_CLS"),
+     ["layers.1.self_attn.k_proj"]),
+    (Trained("bert-seq-cls", "BertForSequenceClassification", BERT, "all-linear", task_type="SEQ_CLS"),
+     ["pooler.dense"]),
     (Trained("bert-mlm", "BertForMaskedLM", BERT, "all-linear"), ["transform.dense", "layer.0.output.dense"]),
     (Trained("bert-base", "BertForTokenClassification", BERT, "all-linear"), ["classifier"]),
-    (Trained("t5", "T5ForConditionalGeneration", T5, "all-linear"), ["decoder.block.1.layer.1.EncDecAttention.v"]),
+    (Trained("t5", "T5ForConditionalGeneration", T5, "all-linear"),
+     ["decoder.block.1.layer.1.EncDecAttention.v"]),
 ]  # fmt: skip
 
 
 def _literally(folder: Path, target: object = "all-linear") -> tuple[str | Path, ...]:
-    """Put `target` into the configuration, for which PEFT saves the names of the modules; the words of a merge."""
+    """Put `target` into the configuration, for which PEFT saves the names of the modules.
+
+    Returns the words of a merge.
+    """
     edit_json(folder / "adapter" / "adapter_config.json", target_modules=target)
     return (
         *merging(folder),

@@ -1,7 +1,8 @@
 """Damaged, foreign and contradictory inputs: the exit code, who is to blame, what to do, and nothing written.
 
-Every case starts from what transformers and PEFT wrote, in a folder of its own, and damages it. `Case.refuses`
-compares the whole folder before and after: the inputs, the place of the output, and anything left beside it.
+Every case starts from what transformers and PEFT wrote, in a folder of its own, and damages it.
+`Case.refuses` compares the whole folder before and after: the inputs, the place of the output, and anything
+left beside it.
 """
 
 from __future__ import annotations
@@ -72,9 +73,15 @@ class Case:
 
     def merge(self, *more: str | Path, base: Path | None = None, output: Path | None = None) -> Ran:
         return self.run(
-            "merge", "--base", base or self.base, "--adapter", self.adapter,
-            "--output", output or self.output, *more,
-        )  # fmt: skip
+            "merge",
+            "--base",
+            base or self.base,
+            "--adapter",
+            self.adapter,
+            "--output",
+            output or self.output,
+            *more,
+        )
 
     def refuses(self, code: int, *mentions: str, args: tuple[str | Path, ...] = (), **paths: Path) -> None:
         """Assert that a merge fails as it should and leaves everything as it was."""
@@ -111,7 +118,8 @@ def set_vector(case: Case, module: str, element: int, value: float) -> None:
     rewrite(case.vectors, change)
 
 
-# ---------------------------------------------------------------------------------------- files that are missing
+# ---------------------------------------------------------------------------------------- files
+# that are missing
 
 
 def test_a_base_that_does_not_exist_is_named(case: Case) -> None:
@@ -145,7 +153,8 @@ def test_an_adapter_folder_without_its_configuration_is_named(case: Case) -> Non
     case.refuses(3, str(case.adapter), "no adapter format that is known", "ia3_l")
 
 
-# ------------------------------------------------------------------------------------ damaged safetensors files
+# ------------------------------------------------------------------------------------ damaged
+# safetensors files
 
 
 def test_a_truncated_shard_is_refused(case: Case) -> None:
@@ -240,7 +249,8 @@ def test_a_git_lfs_pointer_in_place_of_a_shard_is_refused(case: Case) -> None:
     case.refuses(3, shard.name)
 
 
-# --------------------------------------------------------------------------------------------- damaged indexes
+# ---------------------------------------------------------------------------------------------
+# damaged indexes
 
 
 def edit_weight_map(case: Case, **changes: Any) -> None:
@@ -296,7 +306,8 @@ def test_a_base_configuration_that_is_no_json_object_is_refused(case: Case, text
     case.refuses(3, "config.json")
 
 
-# ------------------------------------------------------------------------------- adapters that fit another model
+# ------------------------------------------------------------------------------- adapters that
+# fit another model
 
 
 def test_a_vector_of_the_wrong_length_is_refused(case: Case) -> None:
@@ -400,7 +411,8 @@ def test_an_extra_tensor_of_the_wrong_shape_is_named(case: Case) -> None:
     case.refuses(3, "model.norm.weight", "33", "32")
 
 
-# ---------------------------------------------------------------------------------------- values that are no use
+# ---------------------------------------------------------------------------------------- values
+# that are no use
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=repr)
@@ -410,7 +422,7 @@ def test_a_vector_that_is_not_finite_is_named_with_its_element(case: Case, value
 
 
 def fp16_base(case: Case, **weights: float) -> None:
-    """Put the model into float16 with transformers, single elements of named tensors (``__`` a dot) overwritten."""
+    """Put the model into float16 with transformers, elements of named tensors (``__`` a dot) overwritten."""
     import torch
 
     model = zoo.build(zoo.by_name("llama"), dtype="float16")
@@ -443,9 +455,16 @@ def test_an_overflow_in_one_of_several_outputs_leaves_none_of_them(case: Case, e
         (case.folder / "outputs").mkdir()
     before = contents(case.folder)
     ran = run(
-        "merge", "--base", case.base, "--adapter", case.folder / "harmless", "--adapter", case.adapter,
-        "--output-per-adapter", case.folder / "outputs",
-    )  # fmt: skip
+        "merge",
+        "--base",
+        case.base,
+        "--adapter",
+        case.folder / "harmless",
+        "--adapter",
+        case.adapter,
+        "--output-per-adapter",
+        case.folder / "outputs",
+    )
     only_complaint(ran, 3, f"{DOWN_PROJ}.weight[3, 7]", "adapter: ")
     assert contents(case.folder) == before
 
@@ -628,7 +647,8 @@ def test_a_base_given_as_the_adapter_is_recognized(case: Case, tiny: Tiny) -> No
     case.refuses(3, str(case.adapter), "no adapter format that is known", "model.embed_tokens.weight")
 
 
-# ------------------------------------------------------------------------------------ bases that are not folded
+# ------------------------------------------------------------------------------------ bases that
+# are not folded
 
 
 def test_a_quantization_configuration_over_dense_weights_is_refused(case: Case) -> None:
@@ -674,7 +694,8 @@ def test_a_folder_of_gguf_files_is_no_base(case: Case) -> None:
     case.refuses(3, "model-Q4_K_M.gguf", "damaged")
 
 
-# --------------------------------------------------------------------------------------- pickles that run code
+# --------------------------------------------------------------------------------------- pickles
+# that run code
 
 
 class Malicious:
@@ -767,7 +788,8 @@ def test_a_bin_file_with_more_than_tensors_is_refused(case: Case) -> None:
     case.refuses(3, "pytorch_model.bin", "epoch")
 
 
-# ------------------------------------------------------------------------------- outputs that cannot be written
+# ------------------------------------------------------------------------------- outputs that
+# cannot be written
 
 
 def test_an_output_inside_the_base_is_refused(case: Case) -> None:
@@ -921,7 +943,10 @@ def test_a_disk_that_is_full_at_a_write_leaves_nothing(
         ("merge --adapter {adapter} --output {out}", "--base"),
         ("merge --base {base} --output {out}", "--adapter"),
         ("merge --base {base} --adapter {adapter}", "--output"),
-        ("merge --base {base} --adapter {adapter} --output {out} --output-per-adapter {out}", "--output-per-adapter"),
+        (
+            "merge --base {base} --adapter {adapter} --output {out} --output-per-adapter {out}",
+            "--output-per-adapter",
+        ),
         ("merge --base {base} --adapter {adapter} --output {out} --dtype float8", "float8"),
         ("merge --base {base} --adapter {adapter} --output {out} --shard-size five", "5GB"),
         ("merge --base {base} --adapter {adapter} --output {out} --shard-size -5GB", "5GB"),
@@ -931,7 +956,7 @@ def test_a_disk_that_is_full_at_a_write_leaves_nothing(
         ("inspect", "ADAPTER"),
         ("frobnicate", "frobnicate"),
     ],
-)  # fmt: skip
+)
 def test_wrong_options_exit_with_2_and_name_the_option(case: Case, words: str, mention: str) -> None:
     before = contents(case.folder)
     ran = run(*words.format(base=case.base, adapter=case.adapter, out=case.output).split())
@@ -969,14 +994,22 @@ def test_two_adapters_of_one_name_cannot_have_an_output_each(case: Case) -> None
     shutil.copytree(case.adapter, case.folder / "elsewhere" / "adapter")
     before = contents(case.folder)
     ran = run(
-        "merge", "--base", case.base, "--adapter", case.adapter, "--adapter", case.folder / "elsewhere" / "adapter",
-        "--output-per-adapter", case.output,
-    )  # fmt: skip
+        "merge",
+        "--base",
+        case.base,
+        "--adapter",
+        case.adapter,
+        "--adapter",
+        case.folder / "elsewhere" / "adapter",
+        "--output-per-adapter",
+        case.output,
+    )
     only_complaint(ran, 2, "adapter")
     assert contents(case.folder) == before
 
 
-# --------------------------------------------------------------------------------------- through a real process
+# --------------------------------------------------------------------------------------- through
+# a real process
 
 
 def test_a_process_prints_error_and_hint_and_exits_with_3(case: Case) -> None:

@@ -1,4 +1,7 @@
-"""The card of the base, whatever is in its front matter: its metadata are taken over or left out, and stop no merge."""
+"""The card of the base, whatever is in its front matter.
+
+Its metadata are taken over or left out, and stop no merge.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,9 @@ def _card(tiny: Tiny, folder: Path, text: str) -> str:
 @pytest.mark.parametrize(
     "front",
     [
-        "- " * 50_000, "license: " + "[" * 10_000, "license: 2024-13-45", "license: !!timestamp now", "license: !!int ''",
-        "license: 0x_", "license: !!python/object/apply:os.system [id]", "{[a]: b}", "license: *nowhere", "- mit", "7", "\x00",
+        "- " * 50_000, "license: " + "[" * 10_000, "license: 2024-13-45", "license: !!timestamp now",
+        "license: !!int ''", "license: 0x_", "license: !!python/object/apply:os.system [id]", "{[a]: b}",
+        "license: *nowhere", "- mit", "7", "\x00",
     ],
     ids=lambda front: front[:20],
 )  # fmt: skip
@@ -33,9 +37,10 @@ def test_metadata_that_are_none_are_left_out(tiny: Tiny, front: str, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "text", ["---" + "\n" * 300_000, "---\n" + "--- x\n" * 100_000, "---", "", "---\nlicense: mit\n"],
+    "text",
+    ["---" + "\n" * 300_000, "---\n" + "--- x\n" * 100_000, "---", "", "---\nlicense: mit\n"],
     ids=lambda text: text[:8],
-)  # fmt: skip
+)
 def test_a_front_matter_without_end_costs_no_time(tiny: Tiny, text: str, tmp_path: Path) -> None:
     start = time.monotonic()
     assert "\nlicense:" not in _card(tiny, tmp_path, text)

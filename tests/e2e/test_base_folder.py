@@ -1,4 +1,7 @@
-"""A base folder that holds more than a base: adapters, states of trainings, code. None of it reaches what is written or run."""
+"""A base folder that holds more than a base: adapters, states of trainings, code.
+
+None of it reaches what is written or run.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,10 @@ from tests.e2e.conftest import Tiny
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 STATES = (
-    "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_0.pth", "training_args.bin", "trainer_state.json",
-    "random_states_0.pkl", "non_lora_trainables.bin", "checkpoint-10/model.safetensors", "checkpoint-10/training_args.bin",
-    "global_step20/mp_rank_00_model_states.pt", "pytorch_model_fsdp_0/__0_0.distcp",
+    "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_0.pth", "training_args.bin",
+    "trainer_state.json", "random_states_0.pkl", "non_lora_trainables.bin", "checkpoint-10/model.safetensors",
+    "checkpoint-10/training_args.bin", "global_step20/mp_rank_00_model_states.pt",
+    "pytorch_model_fsdp_0/__0_0.distcp",
 )  # fmt: skip
 HUBS = ("pytorch_adapter.bin", "adapter.safetensors", "head_config.json", "model_head.safetensors")
 KEPT = ("spk_dict.pt", "1_Dense/pytorch_model.bin", "vision-lora/adapter_config.json", "notes/optimizer.pt")

@@ -1,4 +1,4 @@
-"""``bench``: every variant in both runtimes is measured, the document agrees with itself, and no process stays."""
+"""``bench``: all variants measured in both runtimes, the document agrees with itself, no process stays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""``ia3-export combine`` from the outside: its vectors against PEFT's, and what the adapter does where it is used."""
+"""``ia3-export combine`` from the outside.
+
+Its vectors against PEFT's, and what the adapter does where it is used.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +83,8 @@ def logits(model: Any) -> Any:
         return model(input_ids=torch.arange(5, 29).view(2, 12)).logits
 
 
-# ------------------------------------------------------------------------------------------------- PEFT's weighted sum
+# ------------------------------------------------------------------------------------------------- PEFT's
+# weighted sum
 
 
 @pytest.mark.parametrize("weights", ["0.5,0.5", "0.7,0.3", "1,1", "-0.4,1.7", "0.1,0.2", "0,1"])
@@ -142,7 +146,8 @@ def test_the_other_ways_have_nothing_to_warn_of(tiny: Tiny, tmp_path: Path, how:
     assert "warning" not in ran.stdout
 
 
-# ------------------------------------------------------------------------------------------------- delta and product
+# -------------------------------------------------------------------------------------------------
+# delta and product
 
 
 @pytest.mark.parametrize("weights", [(0.7, 0.3), (2.0, -1.5)])
@@ -199,7 +204,8 @@ def test_narrow_vectors_become_float32_and_wide_ones_stay(tiny: Tiny, tmp_path: 
     assert kinds == {"k_proj": "f8", "q_proj": "f8", "down_proj": "f8", "v_proj": "f4"}
 
 
-# ---------------------------------------------------------------------------------------------------- what is written
+# ----------------------------------------------------------------------------------------------------
+# what is written
 
 
 @pytest.mark.parametrize(
@@ -208,7 +214,10 @@ def test_narrow_vectors_become_float32_and_wide_ones_stay(tiny: Tiny, tmp_path: 
 def test_merging_the_combination_is_merging_combined(
     tiny: Tiny, tmp_path: Path, how: str, weights: str | None
 ) -> None:
-    """In float32, where ``merge --combine`` rounds the same vectors; a product folds its two vectors one by one."""
+    """In float32, where ``merge --combine`` rounds the same vectors.
+
+    A product folds its two vectors one by one.
+    """
     import torch
 
     combine(tmp_path / "out", tiny.adapter, tiny.other, how=how, weights=weights)
@@ -283,7 +292,8 @@ def test_an_input_is_never_the_output(tiny: Tiny, tmp_path: Path, place: str) ->
     refused(copy / place, tiny.adapter, copy, options=("--overwrite",))
 
 
-# --------------------------------------------------------------------------------------------------------- refusals
+# ---------------------------------------------------------------------------------------------------------
+# refusals
 
 
 def test_other_sides_of_a_module_are_refused(tiny: Tiny, tmp_path: Path) -> None:

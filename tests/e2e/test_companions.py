@@ -59,11 +59,13 @@ def pad_with_eos(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (add_tokens, "added tokens, special tokens"), (set_template, "chat template"), (pad_with_eos, "special tokens"),
+        (add_tokens, "added tokens, special tokens"),
+        (set_template, "chat template"),
+        (pad_with_eos, "special tokens"),
         (lambda t: t.add_tokens(["ia3"]), "added tokens"),
     ],
     ids=["special tokens", "template", "pad token", "tokens"],
-)  # fmt: skip
+)
 def test_the_tokenizer_that_was_trained_with_is_taken(
     tiny: Tiny, base: Path, edit: Edit, words: str, tmp_path: Path
 ) -> None:
@@ -88,7 +90,10 @@ def test_the_tokenizer_that_was_trained_with_is_taken(
 
 
 def older_form(folder: Path) -> None:
-    """The same tokenizer as transformers 4 wrote it: more files, the template in the configuration, state of the last call."""
+    """The same tokenizer as transformers 4 wrote it.
+
+    More files, the template in the configuration, state of the last call.
+    """
     config = json.loads((folder / "tokenizer_config.json").read_text())
     template = (folder / "chat_template.jinja").read_text()
     (folder / "chat_template.jinja").unlink()
@@ -97,9 +102,13 @@ def older_form(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(whole))
     decoder = {str(row["id"]): {"content": row["content"], "special": True} for row in whole["added_tokens"]}
     edit_json(
-        folder / "tokenizer_config.json", chat_template=template, added_tokens_decoder=decoder, padding_side="left",
-        backend=None, tokenizer_class="PreTrainedTokenizerFast",
-    )  # fmt: skip
+        folder / "tokenizer_config.json",
+        chat_template=template,
+        added_tokens_decoder=decoder,
+        padding_side="left",
+        backend=None,
+        tokenizer_class="PreTrainedTokenizerFast",
+    )
     special = {
         role: {"content": token, "lstrip": False} for role, token in config.items() if role.endswith("_token")
     }
@@ -288,7 +297,10 @@ def test_inspect_says_it_and_verify_reads_texts_as_the_artifact_does(
 
 
 def test_another_end_of_text_is_no_other_model(tiny: Tiny, base: Path, tmp_path: Path) -> None:
-    """What ends a text is never decoded: taken from each model's own settings, two equal models would write different texts."""
+    """What ends a text is never decoded.
+
+    Taken from each model's own settings, two equal models would write different texts.
+    """
     adapter = beside(tiny, base, tmp_path / "tuned")
     GenerationConfig(eos_token_id=list(range(3, 128))).save_pretrained(adapter)
     merge(base, adapter, tmp_path / "merged")

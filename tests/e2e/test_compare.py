@@ -59,7 +59,8 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
-# ------------------------------------------------------------------------------------------------------------ figures
+# ------------------------------------------------------------------------------------------------------------
+# figures
 
 
 def test_the_figures_are_numpys(tiny: Tiny) -> None:
@@ -176,8 +177,11 @@ def test_other_tensors_are_equal_or_different(tiny: Tiny, tmp_path: Path) -> Non
 
     saved = {"modules_to_save": ["head", "norm", "embed"]}
     one = vary_adapter(
-        tiny.adapter, tmp_path / "a", brings(("head.weight", head), ("norm.weight", head[0]), ("embed.weight", head)), **saved
-    )  # fmt: skip
+        tiny.adapter,
+        tmp_path / "a",
+        brings(("head.weight", head), ("norm.weight", head[0]), ("embed.weight", head)),
+        **saved,
+    )
     other = vary_adapter(
         tiny.other, tmp_path / "b", brings(("head.weight", head), ("norm.weight", head[1])), **saved
     )
@@ -190,7 +194,8 @@ def test_other_tensors_are_equal_or_different(tiny: Tiny, tmp_path: Path) -> Non
     assert "equal: head.weight" in text and "different: embed.weight, norm.weight" in text
 
 
-# ------------------------------------------------------------------------------------------------------------ formats
+# ------------------------------------------------------------------------------------------------------------
+# formats
 
 
 @pytest.mark.parametrize(
@@ -236,7 +241,8 @@ def test_mapped_vectors_are_compared_with_pefts(tiny: Tiny, tmp_path: Path) -> N
     assert {(site["where"], site["distance"]) for site in document["sites"]} == {("both", 0.0)}
 
 
-# --------------------------------------------------------------------------------------------------------------- text
+# ------------------------------------------------------------------------------------------------------------
+# text
 
 
 def test_people_read_totals_and_sites(tiny: Tiny) -> None:
@@ -280,7 +286,8 @@ def test_control_characters_of_a_module_path_do_not_reach_the_terminal(tmp_path:
     assert "\x1b" not in document.stdout
 
 
-# -------------------------------------------------------------------------------------------------------- wrong usage
+# --------------------------------------------------------------------------------------------------------
+# wrong usage
 
 
 def test_the_flag_may_stand_anywhere(tiny: Tiny) -> None:

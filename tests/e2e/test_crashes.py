@@ -1,4 +1,7 @@
-"""A crash of ours is exit 70 with one line to report; odd files are refused in words; nothing in a name reaches the terminal raw."""
+"""A crash of ours is exit 70 with one line to report.
+
+Odd files are refused in words; nothing in a name reaches the terminal raw.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,8 @@ def test_an_exception_of_several_lines_gives_its_first() -> None:
     assert kind_and_line(ValueError("first\nsecond")) == "ValueError: first"
 
 
-# ------------------------------------------------------------------------------------------------ ONNX external data
+# ------------------------------------------------------------------------------------------------ ONNX
+# external data
 
 
 def with_constant(source: Path, folder: Path, location: str) -> Path:
@@ -100,7 +104,8 @@ def test_constants_with_external_data(exports: Exports, location: str, words: st
     only_complaint(ran, 3, words)
 
 
-# ---------------------------------------------------------------------------------------------- names in the terminal
+# ----------------------------------------------------------------------------------------------
+# names in the terminal
 
 ESCAPE = "\x1b]0;owned\x07\x1b[31m\u202e\n::error::forged"
 
@@ -113,11 +118,14 @@ def test_a_name_cannot_steer_the_terminal(tiny: Tiny, tmp_path: Path) -> None:
 
     adapter = vary_adapter(tiny.adapter, tmp_path / "odd", rename)
     for args in (
-        ("inspect", adapter), ("inspect", adapter, "--base", tiny.base), ("inspect", adapter, "-v", "--json"),
+        ("inspect", adapter),
+        ("inspect", adapter, "--base", tiny.base),
+        ("inspect", adapter, "-v", "--json"),
         ("merge", "--base", tiny.base, "--adapter", adapter, "--output", tmp_path / "merged"),
         ("merge", "--base", tiny.base, "--adapter", adapter, "--output", tmp_path / ESCAPE.replace("/", "")),
-        ("inspect", tmp_path / ESCAPE), ("inspect", adapter, tiny.adapter, "--compare"),
-    ):  # fmt: skip
+        ("inspect", tmp_path / ESCAPE),
+        ("inspect", adapter, tiny.adapter, "--compare"),
+    ):
         ran = run(*args)
         for text in (ran.stderr, "" if "--json" in args else ran.stdout):
             assert not any(letter in text for letter in "\x1b\x07\u202e"), args

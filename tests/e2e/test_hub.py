@@ -1,4 +1,7 @@
-"""Bases and adapters by hub id: the command line as a process, the real huggingface_hub, and a hub on this machine."""
+"""Bases and adapters by hub id.
+
+The command line as a process, the real huggingface_hub, and a hub on this machine.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,10 @@ class Desk:
         return ran
 
     def merge(self, base: str | Path, adapter: str | Path, name: str, **env: str) -> dict[str, str]:
-        """Digests of the files that a merge, which must succeed and say nothing on stderr, wrote into folder `name`."""
+        """Digests of the files that a merge wrote into folder `name`.
+
+        It must succeed and say nothing on stderr.
+        """
         output = self.folder / name
         ran = self.run("merge", "--base", base, "--adapter", adapter, "--output", output, "--verbose", **env)
         assert (ran.code, ran.stderr) == (0, ""), ran

@@ -1,6 +1,9 @@
-"""Modules that an adapter trained whole (``modules_to_save``) and whose tensors its file lacks: refused like missing vectors.
+"""Modules that an adapter trained whole (``modules_to_save``) and whose tensors its file lacks.
 
-What counts is what the class has: PEFT names ``classifier`` and ``score`` for every classifier, and only one exists.
+Refused like missing vectors.
+
+What counts is what the class has: PEFT names ``classifier`` and ``score`` for every classifier,
+and only one exists.
 """
 
 from __future__ import annotations
@@ -46,8 +49,10 @@ _DISTIL = {
 LOST = [
     (_BERT, ["classifier"], "classifier.bias"),
     (_BERT, ["classifier.bias"], "classifier.bias"),
-    (Trained("tokens", "BertForTokenClassification", BERT, ["key"], task_type="TOKEN_CLS"), ["classifier"], "classifier.bias"),
-    (Trained("answers", "BertForQuestionAnswering", BERT, ["key"], task_type="QUESTION_ANS"), ["qa_outputs"], "qa_outputs.bias"),
+    (Trained("tokens", "BertForTokenClassification", BERT, ["key"], task_type="TOKEN_CLS"), ["classifier"],
+     "classifier.bias"),
+    (Trained("answers", "BertForQuestionAnswering", BERT, ["key"], task_type="QUESTION_ANS"), ["qa_outputs"],
+     "qa_outputs.bias"),
     (_LLAMA, ["score"], "score.weight"),
     (vary(_LLAMA, name="no-task", save=["score"], task_type=None), ["score"], "score.weight"),
     (vary(_BERT, name="bare", base_class="BertModel"), ["classifier.weight"], "classifier.weight"),
@@ -55,11 +60,16 @@ LOST = [
         Trained("distilbert", "DistilBertForSequenceClassification", _DISTIL, ["k_lin"], task_type="SEQ_CLS"),
         ["pre_classifier"], "pre_classifier.bias",
     ),
-    (Trained("embedding", "LlamaForCausalLM", LLAMA, ["k_proj"], ["lm_head", "embed_tokens"]), ["embed_tokens"], "model.embed_tokens.weight"),
-    (Trained("tied", "LlamaForCausalLM", TIED, ["k_proj"], ["lm_head", "embed_tokens"]), ["lm_head"], "lm_head.weight"),
-    (Trained("nested", "RobertaForMaskedLM", ENCODER, ["key"], ["lm_head.dense"]), ["dense"], "lm_head.dense.bias"),
-    (Trained("masked", "RobertaForMaskedLM", ENCODER, ["key"], ["lm_head"]), ["decoder.weight"], "lm_head.decoder.weight"),
-    (Trained("norms", "LlamaForCausalLM", LLAMA, ["k_proj"], ["input_layernorm"]), ["layers.1.input"], "model.layers.1.input_layernorm.weight"),
+    (Trained("embedding", "LlamaForCausalLM", LLAMA, ["k_proj"], ["lm_head", "embed_tokens"]),
+     ["embed_tokens"], "model.embed_tokens.weight"),
+    (Trained("tied", "LlamaForCausalLM", TIED, ["k_proj"], ["lm_head", "embed_tokens"]), ["lm_head"],
+     "lm_head.weight"),
+    (Trained("nested", "RobertaForMaskedLM", ENCODER, ["key"], ["lm_head.dense"]), ["dense"],
+     "lm_head.dense.bias"),
+    (Trained("masked", "RobertaForMaskedLM", ENCODER, ["key"], ["lm_head"]), ["decoder.weight"],
+     "lm_head.decoder.weight"),
+    (Trained("norms", "LlamaForCausalLM", LLAMA, ["k_proj"], ["input_layernorm"]), ["layers.1.input"],
+     "model.layers.1.input_layernorm.weight"),
 ]  # fmt: skip
 
 
@@ -97,7 +107,10 @@ def test_inspect_lists_the_lost_head(tmp_path: Path) -> None:
 
 
 def test_the_task_alone_declares_its_head_as_old_peft_saved_it(tmp_path: Path) -> None:
-    """PEFT 0.4 to 0.7 saved ``modules_to_save: null`` with the head in the file; today's asks for it all the same."""
+    """PEFT 0.4 to 0.7 saved ``modules_to_save: null`` with the head in the file.
+
+    Today's asks for it all the same.
+    """
     folder = _BERT.write(tmp_path)
     edit_json(folder / "adapter" / "adapter_config.json", modules_to_save=None)
     words = (
@@ -229,7 +242,10 @@ def test_a_head_of_adapterhub_shares_the_embedding_of_the_base(tmp_path: Path) -
 def test_the_class_is_the_one_with_the_trained_head(
     tmp_path: Path, task: str | None, save: list[str] | None
 ) -> None:
-    """A classifier on a masked-language base that has no pooler: by what is absent, the base's own class would fit better."""
+    """A classifier on a masked-language base that has no pooler.
+
+    By what is absent, the base's own class would fit better.
+    """
     folder = vary(_ON_MASKED, task_type=task, save=save).write(tmp_path)
     words = merging(folder)
     ran = run(*words)
@@ -239,7 +255,10 @@ def test_the_class_is_the_one_with_the_trained_head(
 
 
 def test_verify_refuses_another_tools_merge_of_a_lost_head(tmp_path: Path) -> None:
-    """Into a quantized base only forwards are compared: hooks with the base's head would agree with a merge that has it too."""
+    """Into a quantized base only forwards are compared.
+
+    Hooks with the base's head would agree with a merge that has it too.
+    """
     import transformers
     from peft import IA3Config, get_peft_model
 

@@ -1,4 +1,7 @@
-"""What the machine refuses is said of the right file: inputs that cannot be read, outputs and temporary folders that are full."""
+"""What the machine refuses is said of the right file.
+
+Inputs that cannot be read, outputs and temporary folders that are full.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +37,13 @@ def limited(*args: str | Path, size: int, **environ: str) -> Ran:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
     done = subprocess.run(
-        command_line(*args), capture_output=True, text=True, check=False, env=os.environ | environ, preexec_fn=limit
-    )  # fmt: skip
+        command_line(*args),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | environ,
+        preexec_fn=limit,
+    )
     return Ran(done.returncode, done.stdout, done.stderr)
 
 

@@ -45,7 +45,10 @@ UNTOUCHED_SHARDS = {"model-00001-of-00006.safetensors", "model-00006-of-00006.sa
 
 
 def load(folder: Path) -> Module:
-    """The model in `folder` as transformers loads it, in the dtype that it states; nothing may be left over."""
+    """The model in `folder` as transformers loads it, in the dtype that it states.
+
+    Nothing may be left over.
+    """
     from transformers import AutoModelForCausalLM
 
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -83,7 +86,8 @@ def different(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[st
     return [name for name in one if not same(one[name], other[name])]
 
 
-# ------------------------------------------------------------------------------------------ the bits of one adapter
+# ------------------------------------------------------------------------------------------ the
+# bits of one adapter
 
 
 def test_a_sharded_base_gets_pefts_bits(tiny: Tiny) -> None:
@@ -135,7 +139,8 @@ def test_a_lone_weight_file_is_a_base_of_its_own(tiny: Tiny, tmp_path: Path) -> 
     assert (tmp_path / "alone" / weights).read_bytes() == (tmp_path / "merged" / weights).read_bytes()
 
 
-# ------------------------------------------------------------------------------------------------- .bin on both sides
+# ------------------------------------------------------------------------------------------------- .bin on
+# both sides
 
 
 def weights_of(folder: Path) -> dict[str, Tensor]:
@@ -221,7 +226,8 @@ def test_safetensors_win_over_bin_in_one_folder_as_in_transformers(tiny: Tiny, t
     assert not different(read_folder(tmp_path / "merged"), peft_merge(tiny.single, [tiny.adapter]))
 
 
-# ----------------------------------------------------------------------------------------- where the adapter may lie
+# ----------------------------------------------------------------------------------------- where the adapter
+# may lie
 
 
 def save_again(tiny: Tiny, folder: Path, *, name: str = "default", safe: bool = True) -> None:
@@ -266,7 +272,8 @@ def test_an_adapter_may_be_given_as_the_working_directory(
     assert contents(tmp_path / "merged") == contents(tiny.merged)
 
 
-# ------------------------------------------------------------------------------------------------ dtypes and shards
+# ------------------------------------------------------------------------------------------------
+# dtypes and shards
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -341,7 +348,8 @@ def test_one_shard_for_all_needs_no_index(tiny: Tiny, tmp_path: Path) -> None:
     assert not different(weights_of(tmp_path / "merged"), read_folder(tiny.merged))
 
 
-# ----------------------------------------------------------------------------------------------- several adapters
+# -----------------------------------------------------------------------------------------------
+# several adapters
 
 
 def merge_both(tiny: Tiny, output: Path, *more: str) -> dict[str, Tensor]:
@@ -411,9 +419,16 @@ def test_a_delta_combination_counts_a_missing_vector_as_ones(tiny: Tiny, tmp_pat
 
 def test_one_output_per_adapter_equals_single_merges(tiny: Tiny, tmp_path: Path) -> None:
     ran = run(
-        "merge", "--base", tiny.base, "--adapter", tiny.adapter, "--adapter", tiny.other,
-        "--output-per-adapter", tmp_path / "each",
-    )  # fmt: skip
+        "merge",
+        "--base",
+        tiny.base,
+        "--adapter",
+        tiny.adapter,
+        "--adapter",
+        tiny.other,
+        "--output-per-adapter",
+        tmp_path / "each",
+    )
     assert ran.code == 0, ran
     merge(tiny.base, tiny.other, tmp_path / "other")
     assert {path.name for path in (tmp_path / "each").iterdir()} == {"adapter", "other"}
@@ -423,9 +438,17 @@ def test_one_output_per_adapter_equals_single_merges(tiny: Tiny, tmp_path: Path)
 
 def test_one_output_per_adapter_is_one_json_document(tiny: Tiny, tmp_path: Path) -> None:
     ran = run(
-        "merge", "--base", tiny.base, "--adapter", tiny.adapter, "--adapter", tiny.other,
-        "--output-per-adapter", tmp_path / "each", "--json",
-    )  # fmt: skip
+        "merge",
+        "--base",
+        tiny.base,
+        "--adapter",
+        tiny.adapter,
+        "--adapter",
+        tiny.other,
+        "--output-per-adapter",
+        tmp_path / "each",
+        "--json",
+    )
     written = [
         json.loads((tmp_path / "each" / name / "ia3_export.json").read_text())
         for name in ("adapter", "other")
@@ -433,7 +456,8 @@ def test_one_output_per_adapter_is_one_json_document(tiny: Tiny, tmp_path: Path)
     assert json.loads(ran.stdout) == {"manifests": written}
 
 
-# ------------------------------------------------------------------------------------------------ links and dry runs
+# ------------------------------------------------------------------------------------------------ links and
+# dry runs
 
 
 def test_links_stand_for_untouched_shards_and_for_no_other_file(tiny: Tiny, tmp_path: Path) -> None:
@@ -482,7 +506,8 @@ def test_a_dry_run_announces_what_the_merge_records(tiny: Tiny) -> None:
         assert planned[key] == recorded[key]
 
 
-# --------------------------------------------------------------------------------------------------- what is printed
+# ---------------------------------------------------------------------------------------------------
+# what is printed
 
 
 def test_json_is_one_document_and_text_goes_to_stderr(tiny: Tiny, tmp_path: Path) -> None:
@@ -515,7 +540,8 @@ def test_a_pipe_gets_no_escape_sequences(tiny: Tiny, tmp_path: Path) -> None:
     assert "\x1b" not in ran.stdout + ran.stderr
 
 
-# ----------------------------------------------------------------------------------------------- reproducible bytes
+# -----------------------------------------------------------------------------------------------
+# reproducible bytes
 
 
 def test_two_runs_give_the_same_bytes_whatever_the_folders_are_called(tiny: Tiny, tmp_path: Path) -> None:
@@ -530,9 +556,19 @@ def test_two_sharded_casts_in_processes_of_their_own_give_the_same_bytes(tiny: T
     """Processes differ in the order of their sets and tables of strings."""
     for name, seed in (("one", "1"), ("two", "2")):
         ran = run_process(
-            "merge", "--base", tiny.base, "--adapter", tiny.other, "--output", tmp_path / name, "--dtype", "float32",
-            "--shard-size", "20KB", env={"PYTHONHASHSEED": seed},
-        )  # fmt: skip
+            "merge",
+            "--base",
+            tiny.base,
+            "--adapter",
+            tiny.other,
+            "--output",
+            tmp_path / name,
+            "--dtype",
+            "float32",
+            "--shard-size",
+            "20KB",
+            env={"PYTHONHASHSEED": seed},
+        )
         assert ran.code == 0, ran
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
@@ -548,9 +584,20 @@ def test_plain_reads_and_writes_give_the_same_bytes(
 def test_no_text_of_the_output_holds_a_path_or_a_time(tiny: Tiny, tmp_path: Path) -> None:
     output = tmp_path / "merged"
     ran = run(
-        "merge", "--base", tiny.base, "--adapter", tiny.adapter, "--adapter", tiny.other, "--output", output,
-        "--digests", "full", "--dtype", "float32",
-    )  # fmt: skip
+        "merge",
+        "--base",
+        tiny.base,
+        "--adapter",
+        tiny.adapter,
+        "--adapter",
+        tiny.other,
+        "--output",
+        output,
+        "--digests",
+        "full",
+        "--dtype",
+        "float32",
+    )
     assert ran.code == 0, ran
     texts = {path: path.read_text() for path in output.iterdir() if path.suffix in (".json", ".md")}
     assert {path.name for path in texts} >= {"ia3_export.json", "README.md", "config.json"}
@@ -560,7 +607,8 @@ def test_no_text_of_the_output_holds_a_path_or_a_time(tiny: Tiny, tmp_path: Path
         assert not re.search(r"\d{4}-\d\d-\d\d|\b\d\d:\d\d:\d\d\b|\b1[6-9]\d{8}\b", text), path.name
 
 
-# ---------------------------------------------------------------------------------------------------------- digests
+# ----------------------------------------------------------------------------------------------------------
+# digests
 
 
 def sha256(file: Path) -> str:
@@ -636,7 +684,8 @@ def test_zeros_that_the_fold_made_are_counted(tiny: Tiny, tmp_path: Path) -> Non
     assert flushed == {"model.layers.0.self_attn.k_proj.weight": 32}
 
 
-# ---------------------------------------------------------------------------------------------------- file modes
+# ----------------------------------------------------------------------------------------------------
+# file modes
 
 
 def modes(folder: Path) -> set[str]:
@@ -653,7 +702,8 @@ def test_modes_obey_the_umask(tiny: Tiny, tmp_path: Path, umask: int) -> None:
     assert stat.S_IMODE((tmp_path / "merged").stat().st_mode) == 0o777 & ~umask
 
 
-# --------------------------------------------------------------------------------------------------- side files
+# ---------------------------------------------------------------------------------------------------
+# side files
 
 
 @pytest.fixture
@@ -685,8 +735,9 @@ def furnished(tiny: Tiny, tmp_path: Path) -> Path:
 
 
 OTHER_FORMATS = {
-    "onnx/model.onnx", "onnx/model.onnx_data", "openvino/openvino_model.bin", "tf_model.h5", "flax_model.msgpack",
-    "rust_model.ot", "model.Q4_K_M.gguf", "pytorch_model.bin", "model.fp16-00001-of-00006.safetensors",
+    "onnx/model.onnx", "onnx/model.onnx_data", "openvino/openvino_model.bin", "tf_model.h5",
+    "flax_model.msgpack", "rust_model.ot", "model.Q4_K_M.gguf", "pytorch_model.bin",
+    "model.fp16-00001-of-00006.safetensors",
 }  # fmt: skip
 
 
@@ -760,7 +811,8 @@ def test_a_side_file_that_leads_out_of_the_base_is_refused(tiny: Tiny, tmp_path:
     assert contents(tmp_path) == before
 
 
-# -------------------------------------------------------------------------------------------------- the hub's cache
+# --------------------------------------------------------------------------------------------------
+# the hub's cache
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -837,7 +889,8 @@ def test_a_local_folder_wins_over_a_hub_id(
     assert contents(tmp_path / "merged") == contents(tiny.merged)
 
 
-# ------------------------------------------------------------------------------------------- interrupted and at once
+# ------------------------------------------------------------------------------------------- interrupted and
+# at once
 
 
 @pytest.fixture(scope="module")
@@ -995,7 +1048,8 @@ def test_large_tensors_are_folded_in_blocks_with_the_right_factors(large: Path, 
     assert same(merged["layer0.weight"], weights["layer0.weight"])
 
 
-# ----------------------------------------------------------------------------------------------- several model kinds
+# ----------------------------------------------------------------------------------------------- several
+# model kinds
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "bert-seq-cls"])

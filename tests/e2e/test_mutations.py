@@ -1,8 +1,8 @@
 """Damage to good artifacts: ``verify`` must find every one, exit 1, and name it.
 
-Each damage is done to a merge that is proven good first. The weights proof alone must name the damaged tensors and no
-others, in the right word; in float32 the forward alone must catch it too, unless the damage changes the
-function by no more than rounding does.
+Each damage is done to a merge that is proven good first. The weights proof alone must name the damaged
+tensors and no others, in the right word; in float32 the forward alone must catch it too, unless the damage
+changes the function by no more than rounding does.
 """
 
 from __future__ import annotations
@@ -58,8 +58,11 @@ CASES = [
 
 @pytest.fixture(scope="module", autouse=True)
 def undisturbed() -> Iterator[None]:
-    """Tiny models on several threads wait for each other most of the time; and `verify` collects garbage after each
-    model, which takes longer than the model where all of transformers is searched, so that is set aside."""
+    """Tiny models on several threads wait for each other most of the time.
+
+    `verify` collects garbage after each model, which takes longer than the model where all of transformers is
+    searched, so that is set aside.
+    """
     import peft  # noqa: F401
     import torch
     import transformers  # noqa: F401
@@ -183,7 +186,10 @@ def test_damage_is_caught_and_named(
 
 
 def _modules(good: Merge, tensor: str) -> Callable[[str], bool]:
-    """Whether a module in memory is the one that holds a stored tensor (or, with heads of several layers, around it)."""
+    """Whether a module in memory is the one that holds a stored tensor.
+
+    Or, with heads of several layers, around it.
+    """
     stored = tensor.rpartition(".")[0]
     names = {site.module for site in good.sites if site.weight.rpartition(".")[0] == stored} or {stored}
     names |= ALIASES.get(stored, set())

@@ -63,14 +63,19 @@ def test_adapterhubs_settings(case: str, name: str, tmp_path: Path) -> None:
 
 
 GGUF_ODD: list[tuple[Any, gguf.GGUFValueType]] = [
-    ("x", gguf.GGUFValueType.STRING), (-1, gguf.GGUFValueType.INT32), (2**60, gguf.GGUFValueType.UINT64),
-    (float("nan"), gguf.GGUFValueType.FLOAT32), (True, gguf.GGUFValueType.BOOL), (["x"], gguf.GGUFValueType.ARRAY),
+    ("x", gguf.GGUFValueType.STRING),
+    (-1, gguf.GGUFValueType.INT32),
+    (2**60, gguf.GGUFValueType.UINT64),
+    (float("nan"), gguf.GGUFValueType.FLOAT32),
+    (True, gguf.GGUFValueType.BOOL),
+    (["x"], gguf.GGUFValueType.ARRAY),
     ([1.5], gguf.GGUFValueType.ARRAY),
-]  # fmt: skip
+]
 GGUF_KEYS = (
-    "general.type", "split.count", "llama.embedding_length", "llama.block_count", "llama.attention.head_count",
-    "llama.attention.head_count_kv", "llama.rope.freq_base", "llama.rope.scaling.type", "llama.expert_count",
-    "llama.attention.layer_norm_rms_epsilon", "llama.context_length", "general.alignment", "general.name",
+    "general.type", "split.count", "llama.embedding_length", "llama.block_count",
+    "llama.attention.head_count", "llama.attention.head_count_kv", "llama.rope.freq_base",
+    "llama.rope.scaling.type", "llama.expert_count", "llama.attention.layer_norm_rms_epsilon",
+    "llama.context_length", "general.alignment", "general.name",
 )  # fmt: skip
 
 
@@ -145,8 +150,10 @@ def test_torch_files(tiny: Tiny, key: Any, tmp_path: Path, capfd: pytest.Capture
         file = tmp_path / f"{i}.pt"
         torch.save({key: value, "v.multi_lora_b": torch.ones(16, 1)}, file)
         for args in (
-            ("inspect", file), ("inspect", file, "--map", "(.+)=output"), ("inspect", tiny.adapter, "--base", file),
-        ):  # fmt: skip
+            ("inspect", file),
+            ("inspect", file, "--map", "(.+)=output"),
+            ("inspect", tiny.adapter, "--base", file),
+        ):
             ran = run(*args)
             assert understood(ran), (key, value, ran.stderr)
     assert "Traceback" not in capfd.readouterr().err

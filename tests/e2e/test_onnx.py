@@ -1,7 +1,9 @@
-"""``onnx`` through the CLI: what ONNX Runtime computes equals the live adapter at shapes that were never traced.
+"""``onnx`` through the CLI.
 
-Every comparison is a computation of its own: sessions and loops of this file on the one side, plain forwards of base + unmerged
-adapter over the whole text, without a cache, on the other.
+What ONNX Runtime computes equals the live adapter at shapes that were never traced.
+
+Every comparison is a computation of its own: sessions and loops of this file on the one side, plain forwards
+of base + unmerged adapter over the whole text, without a cache, on the other.
 """
 
 from __future__ import annotations
@@ -44,10 +46,13 @@ def _call(session: Any, feeds: Mapping[str, Any]) -> Arrays:
 
 def _empty_cache(session: Any, batch: int) -> Arrays:
     return {
-        port.name: np.zeros([batch if axis == "batch_size" else axis if isinstance(axis, int) else 0 for axis in port.shape], np.float32)
+        port.name: np.zeros(
+            [batch if axis == "batch_size" else axis if isinstance(axis, int) else 0 for axis in port.shape],
+            np.float32,
+        )
         for port in session.get_inputs()
         if port.name.startswith("past_key_values.")
-    }  # fmt: skip
+    }
 
 
 def _as_past(outputs: Mapping[str, Any]) -> Arrays:
@@ -80,7 +85,10 @@ def _positions(mask: torch.Tensor) -> torch.Tensor:
 def _differences(
     live: Any, inputs: Mapping[str, Any], got: Mapping[str, Any], keep: Any = ..., body: Any = None
 ) -> Iterator[tuple[str, float, float]]:
-    """Output by output: how far ``got`` is from the live adapter, and how far the base without it is, both relative to the largest value."""
+    """How far ``got`` is from the live adapter, and how far the base without it is, output by output.
+
+    Both relative to the largest value.
+    """
     import torch
 
     # the adapted model itself: PEFT's class for question answering passes no token types on
@@ -106,8 +114,10 @@ def _assert_live(
 
 
 DECODERS = ("llama", "gpt2", "gemma2", "bloom", "gpt_bigcode", "olmoe")
-#: Batch, how many tokens each call adds, padding: from an empty cache, beyond the windows of 8, one and several at a time.
-RUNS = [(1, (5, 1, 1, 3), ""), (1, (40, 1, 12), ""), (3, (2, 1, 4), "left"), (3, (9, 1, 1, 6), "right"), (1, (1, 1), "")]  # fmt: skip
+#: Batch, how many tokens each call adds, padding: from an empty cache, beyond the windows of 8, one and
+#: several at a time.
+RUNS = [(1, (5, 1, 1, 3), ""), (1, (40, 1, 12), ""), (3, (2, 1, 4), "left"), (3, (9, 1, 1, 6), "right"),
+        (1, (1, 1), "")]  # fmt: skip
 
 
 def _decode(session: Any, ids: Any, mask: Any, steps: tuple[int, ...]) -> Any:
@@ -153,8 +163,9 @@ def test_an_encoder_with_the_operators_of_opset_23(exports: Exports) -> None:
 
 
 ENCODERS = [
-    ("bert-seq-cls", ("logits",)), ("deberta-v2", ("logits",)), ("modernbert", ("logits",)), ("llama-seq-cls", ("logits",)),
-    ("bert-token-cls", ("logits",)), ("bert-question", ("start_logits", "end_logits")), ("bert-masked-lm", ("logits",)),
+    ("bert-seq-cls", ("logits",)), ("deberta-v2", ("logits",)), ("modernbert", ("logits",)),
+    ("llama-seq-cls", ("logits",)), ("bert-token-cls", ("logits",)),
+    ("bert-question", ("start_logits", "end_logits")), ("bert-masked-lm", ("logits",)),
 ]  # fmt: skip
 
 
@@ -204,7 +215,7 @@ CROSS = [
 
 
 def _cross_decode(exported: Exported, inputs: Mapping[str, Any], ids: Any, steps: tuple[int, ...]) -> Any:
-    """Logits of all decoder tokens, by encoder and decoder(s), given in `steps` with the cache of the steps before."""
+    """Logits of all decoder tokens, by encoder and decoder(s), in `steps` with the cache of those before."""
     encoder = _session(exported.graph("encoder_model"))
     states = _call(encoder, inputs)["last_hidden_state"]
     separate = exported.graph("decoder_model").exists()
@@ -255,10 +266,12 @@ def test_an_encoder_decoder_computes_the_live_adapter_with_any_past(
 @pytest.mark.parametrize(
     ("name", "port", "shape"),
     [
-        ("vit", "pixel_values", (3, 16, 16)), ("resnet", "pixel_values", (3, 224, 224)), ("convnext", "pixel_values", (3, 16, 16)),
+        ("vit", "pixel_values", (3, 16, 16)),
+        ("resnet", "pixel_values", (3, 224, 224)),
+        ("convnext", "pixel_values", (3, 16, 16)),
         ("wav2vec2", "input_values", (4000,)),
     ],
-)  # fmt: skip
+)
 def test_images_and_sound_of_any_batch(
     exports: Exports, name: str, port: str, shape: tuple[int, ...]
 ) -> None:
@@ -401,11 +414,16 @@ def _changed(source: Path, target: Path, change: Callable[[dict[str, Any]], Any]
         ("llava", (), ("LlavaForConditionalGeneration",), "--task"),
         ("llama", ("--task", "text2text-generation"), ("text2text-generation", "llama"), "text-generation"),
         ("t5", ("--task", "text-generation"), ("t5", "encoder-decoder"), "text2text-generation"),
-        ("bert-masked-lm", ("--task", "text-classification"), ("classifier.bias", "classifier.weight"), "--task"),
+        (
+            "bert-masked-lm",
+            ("--task", "text-classification"),
+            ("classifier.bias", "classifier.weight"),
+            "--task",
+        ),
         ("bert-seq-cls", ("--task", "fill-mask"), ("cls.predictions.bias",), "--task"),
         ("vit", ("--task", "text-generation"), ("vit",), "--task"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_exported_is_exit_3_and_says_what_can(
     exports: Exports,
     tmp_path: Path,
@@ -494,9 +512,16 @@ def test_two_processes_write_the_same_bytes(exports: Exports, tmp_path: Path) ->
     """Of all files, from folders of other names, with other hash seeds."""
     base, adapter = exports.written("llama")
     ran = run_process(
-        "onnx", "--base", base, "--adapter", adapter, "--output", tmp_path / "again", "--no-verify",
+        "onnx",
+        "--base",
+        base,
+        "--adapter",
+        adapter,
+        "--output",
+        tmp_path / "again",
+        "--no-verify",
         env={"PYTHONHASHSEED": "7"},
-    )  # fmt: skip
+    )
     assert ran.code == 0, ran
     assert contents(tmp_path / "again") == contents(exports("llama").folder)
 
@@ -523,8 +548,12 @@ def test_files_beside_the_weights_come_along_and_an_older_folder_goes_only_if_to
     ran = run(*arguments, "--overwrite")
     assert ran.code == 0, ran
     assert set(contents(out)) == {
-        "config.json", "ia3_export.json", "onnx", "onnx/model.onnx", "preprocessor_config.json",
-    }  # fmt: skip
+        "config.json",
+        "ia3_export.json",
+        "onnx",
+        "onnx/model.onnx",
+        "preprocessor_config.json",
+    }
     assert (out / "preprocessor_config.json").read_text() == '{"size": 16}'
     config = json.loads((out / "config.json").read_text())
     assert config["id2label"] == labels and config["transformers.js_config"] == {"dtype": "fp32"}

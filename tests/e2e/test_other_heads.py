@@ -1,4 +1,7 @@
-"""Heads of another size that is no number of labels: the characters of a recogniser of speech, a detector with one row for nothing."""
+"""Heads of another size that is no number of labels.
+
+The characters of a recogniser of speech, a detector with one row for nothing.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,19 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 _SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 _SPEECH = {
-    **_SIZES, "vocab_size": 24, "conv_dim": (16, 16), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_conv_pos_embeddings": 8,
-    "num_conv_pos_embedding_groups": 2, "pad_token_id": 0,
+    **_SIZES, "vocab_size": 24, "conv_dim": (16, 16), "conv_stride": (5, 2), "conv_kernel": (10, 3),
+    "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "pad_token_id": 0,
 }  # fmt: skip
 _IMAGE = {**_SIZES, "image_size": [16, 16], "patch_size": 8, "num_detection_tokens": 4, "num_labels": 2}
 #: The class, that of the base, its configuration, the head, what the adapter has otherwise, and an input.
 CASES = {
-    "speech": ("Wav2Vec2ForCTC", "Wav2Vec2ForCTC", _SPEECH, "lm_head", {"vocab_size": 30}, ("input_values", (2, 600))),
-    "speech-bare": ("HubertForCTC", "HubertModel", _SPEECH, "lm_head", {"vocab_size": 20}, ("input_values", (2, 600))),
+    "speech": ("Wav2Vec2ForCTC", "Wav2Vec2ForCTC", _SPEECH, "lm_head", {"vocab_size": 30},
+               ("input_values", (2, 600))),
+    "speech-bare": ("HubertForCTC", "HubertModel", _SPEECH, "lm_head", {"vocab_size": 20},
+                    ("input_values", (2, 600))),
     "detector": (
-        "YolosForObjectDetection", "YolosForObjectDetection", _IMAGE, "class_labels_classifier", {"num_labels": 4},
+        "YolosForObjectDetection", "YolosForObjectDetection", _IMAGE, "class_labels_classifier",
+        {"num_labels": 4},
         ("pixel_values", (2, 3, 16, 16)),
     ),
 }  # fmt: skip

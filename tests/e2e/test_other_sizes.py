@@ -1,4 +1,7 @@
-"""Adapters with other labels or another vocabulary than the base's: merged, verified and exported as they were trained."""
+"""Adapters with other labels or another vocabulary than the base's.
+
+Merged, verified and exported as they were trained.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,8 @@ _GPT2 = {
 VOCABULARIES = [
     _LLAMA,
     _TIED,
-    *(vary(case, name=f"{case.name[:-5]}-{name}", save=save) for case in (_LLAMA, _TIED) for name, save in (("embedding", ["embed_tokens"]), ("none", None))),
+    *(vary(case, name=f"{case.name[:-5]}-{name}", save=save)
+      for case in (_LLAMA, _TIED) for name, save in (("embedding", ["embed_tokens"]), ("none", None))),
     vary(_LLAMA, name="untied-head", save=["lm_head"]),
     vary(_LLAMA, name="smaller", vocabulary=58),
     vary(_TIED, name="smaller-tied", vocabulary=58),
@@ -47,9 +51,12 @@ VOCABULARIES = [
     Trained("bart", "BartForConditionalGeneration", BART, ["k_proj"], None, vocabulary=70),
     Trained("bart-smaller", "BartForConditionalGeneration", BART, ["k_proj"], None, vocabulary=58),
     Trained("bart-head", "BartForConditionalGeneration", BART, ["k_proj"], ["lm_head"], vocabulary=70),
-    Trained("t5-untied-head", "T5ForConditionalGeneration", {**T5, "tie_word_embeddings": False}, ["k"], ["lm_head"], vocabulary=70),
-    Trained("pegasus-shared", "PegasusForConditionalGeneration", BART, ["k_proj", "lm_head"], ["shared"], vocabulary=70),
-    Trained("pegasus-embeddings", "PegasusForConditionalGeneration", BART, ["k_proj"], ["decoder.embed_tokens"], vocabulary=70),
+    Trained("t5-untied-head", "T5ForConditionalGeneration", {**T5, "tie_word_embeddings": False}, ["k"],
+            ["lm_head"], vocabulary=70),
+    Trained("pegasus-shared", "PegasusForConditionalGeneration", BART, ["k_proj", "lm_head"], ["shared"],
+            vocabulary=70),
+    Trained("pegasus-embeddings", "PegasusForConditionalGeneration", BART, ["k_proj"],
+            ["decoder.embed_tokens"], vocabulary=70),
     Trained("bert", "BertForMaskedLM", BERT, ["key"], None, vocabulary=70),
     Trained("bert-head", "BertForMaskedLM", BERT, ["key"], ["cls"], vocabulary=70),
     Trained("bert-both", "BertForMaskedLM", BERT, ["key"], ["word_embeddings", "decoder"], vocabulary=70),
@@ -61,7 +68,8 @@ LABELS = [
     vary(_BERT, name="3-to-1", base_config={"num_labels": 3}, labels=1),
     vary(_BERT, name="with-vocabulary", vocabulary=70, save=["word_embeddings"]),
     Trained("tokens", "BertForTokenClassification", BERT, ["key"], task_type="TOKEN_CLS", labels=7),
-    Trained("decoder", "LlamaForSequenceClassification", LLAMA, ["k_proj"], task_type="SEQ_CLS", labels=3, base_class="LlamaForCausalLM"),
+    Trained("decoder", "LlamaForSequenceClassification", LLAMA, ["k_proj"], task_type="SEQ_CLS", labels=3,
+            base_class="LlamaForCausalLM"),
 ]  # fmt: skip
 
 
@@ -99,7 +107,10 @@ def test_hooks_hold_the_same(tmp_path: Path, case: Trained) -> None:
 
 @pytest.mark.parametrize("name", ["tied-none", "bart", "bert-head"])
 def test_a_base_that_stores_every_name_of_a_tie(tmp_path: Path, name: str) -> None:
-    """As checkpoints of ``.bin`` days do; transformers cannot compare two such tensors of another size than the model's."""
+    """As checkpoints of ``.bin`` days do.
+
+    transformers cannot compare two such tensors of another size than the model's.
+    """
     import torch
     import transformers
 
@@ -172,8 +183,10 @@ def test_two_different_tensors_for_one_name_are_refused(tmp_path: Path) -> None:
     [
         (vary(_LLAMA, save=None), "lm_head", "lm_head.weight"),
         (vary(_LLAMA, save=None), "embed_tokens", "model.embed_tokens.weight"),
-        (Trained("bert-both", "BertForMaskedLM", BERT, ["key"], ["decoder"], vocabulary=70), "word_embeddings", "word_embeddings.weight"),
-        (Trained("t5", "T5ForConditionalGeneration", T5, ["k"], ["shared", "lm_head"], vocabulary=70), "original_module", "embed_tokens.weight"),
+        (Trained("bert-both", "BertForMaskedLM", BERT, ["key"], ["decoder"], vocabulary=70),
+         "word_embeddings", "word_embeddings.weight"),
+        (Trained("t5", "T5ForConditionalGeneration", T5, ["k"], ["shared", "lm_head"], vocabulary=70),
+         "original_module", "embed_tokens.weight"),
     ],
     ids=["head", "embedding", "tied", "t5-shared"],
 )  # fmt: skip

@@ -49,7 +49,8 @@ def test_a_kept_merge_runs_in_its_own_library(case: str, adapter_for: Any, tmp_p
     found, wanted = logits(model.eval()), unmerged_logits(FIXTURES / case, adapter_for(case))
     base = logits(dense_model(FIXTURES / case))
     effect = np.linalg.norm(wanted - base)
-    # the library's own 16-bit products, and for 8 bits its quantized activations, are all that is between them
+    # the library's own 16-bit products, and for 8 bits its quantized activations, are all that is
+    # between them
     assert np.linalg.norm(found - wanted) < 0.25 * effect
 
 
@@ -109,9 +110,18 @@ def test_what_cannot_be_kept_leaves_nothing_behind(adapter_for: Any, tmp_path: P
 
 def test_keep_has_no_dtype(adapter_for: Any, tmp_path: Path) -> None:
     ran = run(
-        "merge", "--base", FIXTURES / "bnb-nf4", "--adapter", adapter_for("bnb-nf4"), "--output", tmp_path / "out",
-        "--quantized", "keep", "--dtype", "float32",
-    )  # fmt: skip
+        "merge",
+        "--base",
+        FIXTURES / "bnb-nf4",
+        "--adapter",
+        adapter_for("bnb-nf4"),
+        "--output",
+        tmp_path / "out",
+        "--quantized",
+        "keep",
+        "--dtype",
+        "float32",
+    )
     only_complaint(ran, 2, "exclude each other")
 
 
@@ -160,9 +170,18 @@ def test_shards_keep_their_names_and_the_index_is_true(adapter_for: Any, tmp_pat
     adapter = adapter_for("bnb-nf4-double")
     for how in ("keep", "dequantize"):
         ran = run(
-            "merge", "--base", tmp_path / "base", "--adapter", adapter, "--output", tmp_path / how, "--quantized", how,
-            "--link", "--json",
-        )  # fmt: skip
+            "merge",
+            "--base",
+            tmp_path / "base",
+            "--adapter",
+            adapter,
+            "--output",
+            tmp_path / how,
+            "--quantized",
+            how,
+            "--link",
+            "--json",
+        )
         assert ran.code == 0, ran
         assert json.loads(ran.stdout)["reload"]["weights"] > 0
         index = json.loads((tmp_path / how / "model.safetensors.index.json").read_text())["weight_map"]
@@ -234,8 +253,15 @@ def test_an_adapter_of_another_base_is_pointed_out(adapter_for: Any, tmp_path: P
 
 def test_a_quantized_base_is_exported_to_onnx(adapter_for: Any, tmp_path: Path) -> None:
     ran = run(
-        "onnx", "--base", FIXTURES / "bnb-nf4", "--adapter", adapter_for("bnb-nf4"), "--output", tmp_path / "out", "-q"
-    )  # fmt: skip
+        "onnx",
+        "--base",
+        FIXTURES / "bnb-nf4",
+        "--adapter",
+        adapter_for("bnb-nf4"),
+        "--output",
+        tmp_path / "out",
+        "-q",
+    )
     assert ran.code == 0, ran
     assert (tmp_path / "out" / "onnx" / "model.onnx").exists()
 
@@ -284,8 +310,16 @@ def test_a_combination_is_not_rounded_to_the_dtype_of_dense_weights(
     both = ["--adapter", adapter_for(case), "--adapter", second]
     weights = ["--combine", "linear", "--weights", "0.7,0.3"]
     ran = run(
-        "merge", "--base", FIXTURES / case, *both, *weights, "--quantized", "keep", "--output", tmp_path / "out"
-    )  # fmt: skip
+        "merge",
+        "--base",
+        FIXTURES / case,
+        *both,
+        *weights,
+        "--quantized",
+        "keep",
+        "--output",
+        tmp_path / "out",
+    )
     assert ran.code == 0, ran
     ran = run("verify", "--base", FIXTURES / case, *both, "--merged", tmp_path / "out", "--json")
     assert ran.code == 0, ran
@@ -298,9 +332,15 @@ def test_a_kept_merge_without_its_configuration_is_no_merge(adapter_for: Any, tm
     del config["quantization_config"]
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     ran = run(
-        "verify", "--base", FIXTURES / "bnb-nf4", "--adapter", adapter_for("bnb-nf4"), "--merged", tmp_path / "out",
+        "verify",
+        "--base",
+        FIXTURES / "bnb-nf4",
+        "--adapter",
+        adapter_for("bnb-nf4"),
+        "--merged",
+        tmp_path / "out",
         "--weights-only",
-    )  # fmt: skip
+    )
     assert ran.code == 1 and "quantization_config" in ran.stdout
 
 
@@ -343,7 +383,7 @@ def _tensor(name: str, value: Any) -> Any:
         ("hqq-4bit-axis1-g64", _tensor("up_proj.shape", np.array([-96, -64]))),
         ("quanto-qint8", _tensor("up_proj.weight._scale", np.ones((5, 1), "f2"))),
     ],
-)  # fmt: skip
+)
 def test_damaged_codes_are_an_error_and_leave_nothing(
     how: str, case: str, change: Any, adapter_for: Any, tmp_path: Path
 ) -> None:
@@ -358,8 +398,16 @@ def test_damaged_codes_are_an_error_and_leave_nothing(
     tensors |= {name: torch.from_numpy(np.array(value)) for name, value in raw.items()}
     save_torch(tensors, base / "model.safetensors", {"format": "pt"})
     ran = run(
-        "merge", "--base", base, "--adapter", adapter_for(case), "--output", tmp_path / "out", "--quantized", how
-    )  # fmt: skip
+        "merge",
+        "--base",
+        base,
+        "--adapter",
+        adapter_for(case),
+        "--output",
+        tmp_path / "out",
+        "--quantized",
+        how,
+    )
     only_complaint(ran, 3)
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,6 @@
-"""The main job for one model of each family, through the CLI: what CI runs with the newest and the oldest admitted releases too.
+"""The main job for one model of each family, through the CLI.
+
+What CI runs with the newest and the oldest admitted releases too.
 
 Every comparison is of this file: base + PEFT's live adapter on the one side, the written files on the other.
 """

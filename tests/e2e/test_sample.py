@@ -29,8 +29,12 @@ def start(
     """Run one of the sample's scripts as a user does."""
     return subprocess.run(
         [sys.executable, SAMPLE / script, *args],
-        input=stdin, capture_output=True, text=True, timeout=timeout, check=False,
-    )  # fmt: skip
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,8 @@ def right_answers(output: str) -> dict[str, int]:
 @needs_weights
 def test_runs_to_the_end_and_says_nothing_on_stderr(ran: subprocess.CompletedProcess[str]) -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    # bitsandbytes, which only the tests need, notes at its import that this processor could use another kernel
+    # bitsandbytes, which only the tests need, notes at its import that this processor could use
+    # another kernel
     said = [
         line
         for line in ran.stderr.splitlines()

@@ -1,4 +1,7 @@
-"""What a command imports. Every case runs in a process of its own, so that this one's imports do not count."""
+"""What a command imports.
+
+Every case runs in a process of its own, so that this one's imports do not count.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Heads in ``modules_to_save`` that share a weight, a bias or both with the rest: merged as PEFT's live model computes."""
+"""Heads in ``modules_to_save`` that share a weight, a bias or both with the rest.
+
+Merged as PEFT's live model computes.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,13 @@ CASES = [
     Trained("albert", "AlbertForMaskedLM", _SMALL, ["key"], ["predictions"]),
     Trained("mpnet", "MPNetForMaskedLM", ENCODER, ["attn.k"], ["lm_head"]),
     Trained("deberta", "DebertaV2ForMaskedLM", BERT, ["key_proj"], ["cls"]),
-    Trained("longformer", "LongformerForMaskedLM", {**BERT, "attention_window": 4, "sep_token_id": 2}, ["key"], ["lm_head"]),
+    Trained(
+        "longformer",
+        "LongformerForMaskedLM",
+        {**BERT, "attention_window": 4, "sep_token_id": 2},
+        ["key"],
+        ["lm_head"],
+    ),
     Trained("mobilebert", "MobileBertForMaskedLM", _MOBILE, ["key"], ["cls"]),
     Trained("modernbert", "ModernBertForMaskedLM", _MODERN, ["Wqkv"], ["head", "decoder"]),
     Trained("electra", "ElectraForMaskedLM", _SMALL, ["key"], ["generator_lm_head"]),
@@ -41,7 +50,7 @@ CASES = [
     vary(_TIED, name="llama-head", save=["lm_head"]),
     vary(_TIED, name="llama-embedding", save=["embed_tokens"]),
     vary(_TIED, name="llama-embedding-and-vector", targets=["k_proj", "lm_head"], save=["embed_tokens"]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])

@@ -105,7 +105,8 @@ def preimages(merged: np.ndarray, factor: np.ndarray, dtype: Any) -> np.ndarray:
     return counts
 
 
-# ------------------------------------------------------------------------------------------------- the figures are true
+# ------------------------------------------------------------------------------------------------- the
+# figures are true
 
 
 def test_what_is_said_with_the_base_is_true(base: Path, tiny: Tiny, tmp_path: Path) -> None:
@@ -290,7 +291,8 @@ def test_what_was_flushed_to_zero_is_ambiguous_not_certain(
     assert (out[1::2] == tensors[name][1::2]).all()
 
 
-# -------------------------------------------------------------------------------------------------- several adapters
+# --------------------------------------------------------------------------------------------------
+# several adapters
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -332,7 +334,8 @@ def test_the_recorded_cast_is_undone_too(tiny: Tiny, tmp_path: Path) -> None:
     assert max(row["distance"] for row in document["exactness"]) <= 1
 
 
-# -------------------------------------------------------------------------------------------------------- wrong inputs
+# --------------------------------------------------------------------------------------------------------
+# wrong inputs
 
 
 def test_a_wrong_adapter_is_noticed(tiny: Tiny, tmp_path: Path) -> None:
@@ -346,7 +349,7 @@ def merged_copy(tiny: Tiny, tmp_path: Path) -> Path:
 
 
 def test_other_values_of_the_adapter_do_not_fold_back(tiny: Tiny, tmp_path: Path) -> None:
-    """A factor between powers of two reaches some of the codes only, so a model that was not made with it stands out."""
+    """A factor between powers of two reaches some of the codes only: a model made without it stands out."""
     document = unmerge(tiny.base, [tiny.adapter], tmp_path / "out")
     text = " ".join(document["warnings"])
     assert "no manifest" in text and "do not fold back" in text
@@ -414,7 +417,8 @@ def test_wrong_numbers_of_weights_are_wrong_usage(tiny: Tiny, tmp_path: Path) ->
     only_complaint(ran, 2, "one weight per adapter")
 
 
-# ----------------------------------------------------------------------------------------------------- what is written
+# ----------------------------------------------------------------------------------------------------- what
+# is written
 
 
 def test_everything_that_no_vector_touches_is_the_bases_own(tiny: Tiny, tmp_path: Path) -> None:

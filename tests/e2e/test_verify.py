@@ -1,4 +1,6 @@
-"""``verify`` through the CLI: right artifacts pass in every dtype and runtime, inputs and options do what they say.
+"""``verify`` through the CLI.
+
+Right artifacts pass in every dtype and runtime, inputs and options do what they say.
 
 Damaged artifacts are in test_mutations.py.
 """
@@ -52,7 +54,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def exported(made: dict[str, Path]) -> Path:
-    """The ONNX export of bert-seq-cls in float32, float16, int8 and int4, written by ONNX Runtime's own tools."""
+    """The ONNX export of bert-seq-cls in float32, float16, int8 and int4, written by ONNX Runtime's tools."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
@@ -140,9 +142,17 @@ def test_weights_only_needs_no_torch_and_proves_graph_and_folder(
 ) -> None:
     folder = made["bert-seq-cls"]
     ran = run(
-        "verify", *inputs(folder), "--merged", folder / "merged", "--onnx", exported / "model.onnx",
-        "--onnx", exported / "model_fp16.onnx", "--weights-only", "--json",
-    )  # fmt: skip
+        "verify",
+        *inputs(folder),
+        "--merged",
+        folder / "merged",
+        "--onnx",
+        exported / "model.onnx",
+        "--onnx",
+        exported / "model_fp16.onnx",
+        "--weights-only",
+        "--json",
+    )
     assert ran.code == 0, ran
     report = report_of(ran)
     assert [proof["passed"] for proof in report["weights"]] == [True, True, True]

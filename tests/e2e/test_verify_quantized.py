@@ -1,4 +1,7 @@
-"""``verify`` on bases that bitsandbytes quantized: dense merges of them, made by bitsandbytes and PEFT themselves."""
+"""``verify`` on bases that bitsandbytes quantized.
+
+Dense merges of them, made by bitsandbytes and PEFT themselves.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ WIDE = {"llama": {"hidden_size": 64, "intermediate_size": 128}, "gpt2": {"n_embd
 
 @pytest.fixture(scope="module", params=["llama-nf4", "llama-int8", "gpt2-nf4"])
 def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``base`` (quantized), ``adapter``, ``merged`` (dense, bfloat16) and ``dequantized`` without adapter."""
+    """A folder with ``base`` (quantized), ``adapter``, ``merged`` (dense, bf16), ``dequantized``."""
     import bitsandbytes
     import torch
     import transformers
@@ -101,7 +104,10 @@ def test_the_bits_of_another_tool_s_merge_are_not_those_of_ours(quantized: Path)
 @pytest.mark.parametrize("case", ["bnb-nf4-bf16-storage", "bnb-nf4-crossing"])
 @pytest.mark.parametrize("how", ["dequantize", "keep-or-dense"])
 def test_codes_in_any_storage_are_verified(case: str, how: str, tmp_path: Path) -> None:
-    """FSDP-QLoRA stores the codes under a floating dtype; bitsandbytes cannot run blocks that cross rows on every CPU."""
+    """FSDP-QLoRA stores the codes under a floating dtype.
+
+    bitsandbytes cannot run blocks that cross rows on every CPU.
+    """
     base = FIXTURES / case
     adapter = write_adapter(tmp_path / "adapter", json.loads((base / "config.json").read_text()))
     out = tmp_path / "out"
@@ -118,7 +124,10 @@ def test_codes_in_any_storage_are_verified(case: str, how: str, tmp_path: Path) 
 
 
 def test_a_forward_of_the_library_that_asserts_is_no_crash(tmp_path: Path) -> None:
-    """bitsandbytes' products on a CPU ask by ``assert`` that rows come in blocks of 32; the key projection here has 16."""
+    """bitsandbytes' products on a CPU ask by ``assert`` that rows come in blocks of 32.
+
+    The key projection here has 16.
+    """
     import torch
     import transformers
 

@@ -1,4 +1,7 @@
-"""Bases that were saved while PEFT wrapped them: read under the model's own names, without the adapter in them."""
+"""Bases that were saved while PEFT wrapped them.
+
+Read under the model's own names, without the adapter in them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Names, order, types and free axes of inputs and outputs: those that optimum and transformers.js look for."""
+"""Names, order, types and free axes of inputs and outputs.
+
+Those that optimum and transformers.js look for.
+"""
 
 from __future__ import annotations
 
@@ -48,10 +51,13 @@ def _cross(kind: str, length: str, encoded: int | str | None, heads: int = 4, si
         (f"{kind}.{layer}.{part}", [_BATCH, heads, extent, size])
         for layer in (0, 1)
         for part, extent in (
-            ("decoder.key", length), ("decoder.value", length), ("encoder.key", encoded), ("encoder.value", encoded),
+            ("decoder.key", length),
+            ("decoder.value", length),
+            ("encoder.key", encoded),
+            ("encoder.value", encoded),
         )
         if extent is not None
-    ]  # fmt: skip
+    ]
 
 
 def _crossing(form: str, encoded: int | str, *, masked: bool = True, size: int = 8) -> tuple[Ports, Ports]:
@@ -80,7 +86,12 @@ CONTRACT: list[tuple[str, tuple[str, ...], str, tuple[Ports, Ports]]] = [
     ("gpt_bigcode", (), "model", _decoder(1)),
     ("bert-seq-cls", (), "model", (_TYPED, [("logits", [_BATCH, 3])])),
     ("bert-token-cls", (), "model", (_TYPED, [("logits", [_BATCH, _LENGTH, 3])])),
-    ("bert-question", (), "model", (_TYPED, [(f"{end}_logits", [_BATCH, _LENGTH]) for end in ("start", "end")])),
+    (
+        "bert-question",
+        (),
+        "model",
+        (_TYPED, [(f"{end}_logits", [_BATCH, _LENGTH]) for end in ("start", "end")]),
+    ),
     ("bert-masked-lm", (), "model", (_TYPED, [("logits", [_BATCH, _LENGTH, 320])])),
     ("modernbert", (), "model", (_TEXT, [("logits", [_BATCH, 3])])),
     ("mpnet", ("--task", "feature-extraction"), "model", (_TEXT, _STATES)),
@@ -92,10 +103,15 @@ CONTRACT: list[tuple[str, tuple[str, ...], str, tuple[Ports, Ports]]] = [
     ("t5", ("--decoder", "separate"), "decoder_with_past_model", _crossing("cached", _TEXT_LENGTH, size=16)),
     ("t5", ("--decoder", "if"), "decoder_model_merged", _crossing("if", _TEXT_LENGTH, size=16)),
     ("bart", ("--decoder", "merged"), "decoder_model_merged", _crossing("either", _TEXT_LENGTH)),
-    ("whisper", ("--decoder", "merged"), "encoder_model", (_SOUND, [("last_hidden_state", [_BATCH, 264, 32])])),
+    (
+        "whisper",
+        ("--decoder", "merged"),
+        "encoder_model",
+        (_SOUND, [("last_hidden_state", [_BATCH, 264, 32])]),
+    ),
     ("whisper", ("--decoder", "merged"), "decoder_model_merged", _crossing("either", 264, masked=False)),
     ("vit", (), "model", ([("pixel_values", [_BATCH, 3, 16, 16])], [("logits", [_BATCH, 3])])),
-]  # fmt: skip
+]
 
 
 def _ports(values: Any) -> Ports:

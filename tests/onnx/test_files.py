@@ -151,8 +151,11 @@ def test_saving_twice_replaces_the_first(tmp_path: Path) -> None:
 
 
 def test_the_configuration_tells_transformers_js_how_many_chunks_there_are(tmp_path: Path) -> None:
-    """By what its 4.3.1 does with it: ``+config["<name>.onnx"]``, else ``+config["<name>"]``, is the number of chunks, and
-    chunk ``i`` is ``<name>.onnx_data`` or ``<name>.onnx_data_<i>``."""
+    """By what its 4.3.1 does with it.
+
+    ``+config["<name>.onnx"]``, else ``+config["<name>"]``, is the number of chunks, and chunk ``i`` is
+    ``<name>.onnx_data`` or ``<name>.onnx_data_<i>``.
+    """
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     save_model(_model()[0], tmp_path / "onnx" / "encoder_model.onnx")
     save_model(

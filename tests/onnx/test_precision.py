@@ -1,4 +1,7 @@
-"""float16, int8 and int4 of real exports: what they reach, how near they stay, and what ONNX Runtime's own tools would do."""
+"""float16, int8 and int4 of real exports.
+
+What they reach, how near they stay, and what ONNX Runtime's own tools would do.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ NEAR = {"fp16": 0.99999, "int8": 0.998, "int4": 0.9}
 
 @pytest.fixture(scope="module")
 def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Exports: bert is an encoder, gpt2's layers are Gemm, llama-biased has a tied head and rotary positions."""
+    """Exports: bert is an encoder, gpt2's layers are Gemm, llama-biased has a tied head and RoPE."""
     paths = {}
     for name in ("bert-masked-lm", "gpt2", "llama-biased"):
         folder = tmp_path_factory.mktemp(name)
@@ -188,8 +191,8 @@ def test_two_processes_write_the_same_bytes_and_leave_logging_alone(
     for name in ("one", "two"):
         script = (
             "import logging, pathlib; from ia3_export.onnx.precision import convert_precision\n"
-            f"convert_precision(pathlib.Path({str(source)!r}), pathlib.Path({str(tmp_path / name)!r}), {precision!r})\n"
-            "assert not logging.root.handlers and logging.root.level == logging.WARNING"
+            f"convert_precision(pathlib.Path({str(source)!r}), pathlib.Path({str(tmp_path / name)!r}), "
+            f"{precision!r})\nassert not logging.root.handlers and logging.root.level == logging.WARNING"
         )
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -236,8 +239,12 @@ def test_a_graph_without_weights_for_it_is_refused(tmp_path: Path, precision: An
 IF = """
 g (bool cached, float[n, 32] x) => (float[n, 48] y) {
   y = If (cached) <
-    then_branch = then () => (float[n, 48] a) { one = MatMul(x, shared)  low = Min(one, bound)  a = Add(low, low) },
-    else_branch = other () => (float[n, 48] b) { two = MatMul(x, shared)  three = MatMul(x, own)  b = Add(two, three) }
+    then_branch = then () => (float[n, 48] a) {
+      one = MatMul(x, shared)  low = Min(one, bound)  a = Add(low, low)
+    },
+    else_branch = other () => (float[n, 48] b) {
+      two = MatMul(x, shared)  three = MatMul(x, own)  b = Add(two, three)
+    }
   >
 }
 """
@@ -287,7 +294,10 @@ def test_int8_has_batches_of_experts_and_scaled_gemms_stay_float32(tmp_path: Pat
     assert convert_precision(source, tmp_path / "int8.onnx", "int8").left == ()
     assert _error(_open(source), _open(tmp_path / "int8.onnx"), {"x": _random(2, 3, 32)}) < 0.03
 
-    text = "g (float[n, 32] x) => (float[n, 48] z) { y = MatMul(x, plain)  z = Gemm <alpha = 0.5> (y, scaled, b) }"
+    text = (
+        "g (float[n, 32] x) => (float[n, 48] z) { y = MatMul(x, plain)  z = Gemm <alpha = 0.5> "
+        "(y, scaled, b) }"
+    )
     weights = {"plain": _random(32, 48), "scaled": _random(48, 48), "b": _random(48)}
     coverage = convert_precision(
         _write(tmp_path / "source.onnx", text, weights), tmp_path / "int8.onnx", "int8"
@@ -345,7 +355,10 @@ def test_float16_keeps_positions_that_float16_cannot_count(graphs: dict[str, Pat
 
 
 def _strict(path: Path, feeds: dict[str, Any]) -> np.ndarray:
-    """The first output by ONNX's reference implementation, which does compute in float16 (ONNX Runtime does so on GPUs only)."""
+    """The first output by ONNX's reference implementation, which does compute in float16.
+
+    ONNX Runtime does so on GPUs only.
+    """
     from onnx.reference import ReferenceEvaluator
 
     output: np.ndarray = ReferenceEvaluator(str(path)).run(None, feeds)[0]
@@ -389,8 +402,11 @@ def _attention(path: Path, minimum: float) -> Path:
       sum = Add(more, bias)  p = Softmax(sum)
     }"""
     weights = {
-        "w": _random(32, 32), "v": _random(32, 9), "one": np.array(1, np.float32), "least": np.array(minimum, np.float32),
-    }  # fmt: skip
+        "w": _random(32, 32),
+        "v": _random(32, 9),
+        "one": np.array(1, np.float32),
+        "least": np.array(minimum, np.float32),
+    }
     return _write(path, text.replace("[n, n]", "[n, 9]"), weights)
 
 

@@ -16,9 +16,9 @@ from tests.support.tensors import read_folder
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
 EXPORTED: list[tuple[str, tuple[str, ...]]] = [
-    ("llama", ()), ("gpt2", ()), ("bloom", ()), ("olmoe", ()), ("bert-masked-lm", ()), ("mpnet", ("--task", "feature-extraction")),
-    ("t5", ("--decoder", "merged")), ("t5", ("--decoder", "if")), ("bart", ("--decoder", "merged")),
-    ("whisper", ("--decoder", "merged")), ("vit", ()), ("convnext", ()),
+    ("llama", ()), ("gpt2", ()), ("bloom", ()), ("olmoe", ()), ("bert-masked-lm", ()),
+    ("mpnet", ("--task", "feature-extraction")), ("t5", ("--decoder", "merged")), ("t5", ("--decoder", "if")),
+    ("bart", ("--decoder", "merged")), ("whisper", ("--decoder", "merged")), ("vit", ()), ("convnext", ()),
 ]  # fmt: skip
 
 

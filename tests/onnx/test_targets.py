@@ -1,4 +1,7 @@
-"""Targets beside the graphs: ``genai_config.json`` and what it refuses, ``.ort`` files and their operators."""
+"""Targets beside the graphs.
+
+``genai_config.json`` and what it refuses, ``.ort`` files and their operators.
+"""
 
 from __future__ import annotations
 

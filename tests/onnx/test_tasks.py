@@ -1,4 +1,4 @@
-"""Which task a checkpoint is exported for, by its configuration alone, and the model that is loaded for it."""
+"""Which task a checkpoint is exported for, by its configuration alone, and the model loaded for it."""
 
 from __future__ import annotations
 
@@ -62,14 +62,19 @@ def test_the_first_architecture_counts_and_a_sentence_model_embeds_sentences() -
 @pytest.mark.parametrize(
     ("asked", "whole", "name"),
     [
-        ("causal-lm", False, "text-generation"), ("text-generation-with-past", False, "text-generation"),
-        ("masked-lm", False, "fill-mask"), ("sequence-classification", False, "text-classification"),
-        ("zero-shot-classification", False, "text-classification"), ("default", False, "feature-extraction"),
-        ("seq2seq-lm", True, "text2text-generation"), ("translation", True, "text2text-generation"),
-        ("summarization", True, "text2text-generation"), ("text2text-generation-with-past", True, "text2text-generation"),
+        ("causal-lm", False, "text-generation"),
+        ("text-generation-with-past", False, "text-generation"),
+        ("masked-lm", False, "fill-mask"),
+        ("sequence-classification", False, "text-classification"),
+        ("zero-shot-classification", False, "text-classification"),
+        ("default", False, "feature-extraction"),
+        ("seq2seq-lm", True, "text2text-generation"),
+        ("translation", True, "text2text-generation"),
+        ("summarization", True, "text2text-generation"),
+        ("text2text-generation-with-past", True, "text2text-generation"),
         ("speech2seq-lm", True, "automatic-speech-recognition"),
     ],
-)  # fmt: skip
+)
 def test_optimums_names_are_understood(asked: str, whole: bool, name: str) -> None:
     assert choose_task(_config("SomeModel", whole=whole), asked=asked, sentence=False).name == name
 
@@ -86,9 +91,10 @@ def test_other_tasks_are_refused_with_all_there_are(asked: str) -> None:
 @pytest.mark.parametrize(
     "architecture",
     [
-        "DetrForObjectDetection", "LlavaForConditionalGeneration", "PaliGemmaForConditionalGeneration", "BertForMultipleChoice",
-        "GitForCausalLM", "VisionEncoderDecoderModel", "TimesformerForVideoClassification", "NobodyKnowsThisModel", None,
-        "Llama4ForConditionalGeneration", "GPT2DoubleHeadsModel",
+        "DetrForObjectDetection", "LlavaForConditionalGeneration", "PaliGemmaForConditionalGeneration",
+        "BertForMultipleChoice", "GitForCausalLM", "VisionEncoderDecoderModel",
+        "TimesformerForVideoClassification", "NobodyKnowsThisModel", None, "Llama4ForConditionalGeneration",
+        "GPT2DoubleHeadsModel",
     ],
 )  # fmt: skip
 def test_an_architecture_without_a_task_is_refused_by_name(architecture: str | None) -> None:
@@ -133,11 +139,13 @@ def test_the_model_is_loaded_in_float32_exactly_in_eval_mode_with_eager_attentio
 @pytest.mark.parametrize(
     ("name", "task", "class_name"),
     [
-        ("bert-masked-lm", "fill-mask", "BertForMaskedLM"), ("bert-masked-lm", "feature-extraction", "BertModel"),
-        ("bert-seq-cls", "sentence-similarity", "BertModel"), ("gpt2", "feature-extraction", "GPT2Model"),
+        ("bert-masked-lm", "fill-mask", "BertForMaskedLM"),
+        ("bert-masked-lm", "feature-extraction", "BertModel"),
+        ("bert-seq-cls", "sentence-similarity", "BertModel"),
+        ("gpt2", "feature-extraction", "GPT2Model"),
         ("t5", "text2text-generation", "T5ForConditionalGeneration"),
     ],
-)  # fmt: skip
+)
 def test_the_class_is_the_checkpoints_own_or_transformers_own_choice(
     tmp_path: Path, name: str, task: str, class_name: str
 ) -> None:

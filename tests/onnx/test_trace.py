@@ -1,4 +1,7 @@
-"""What is in an exported graph, and what is not: weights once, no trace of adapter or machine, standard operators."""
+"""What is in an exported graph, and what is not.
+
+Weights once, no trace of adapter or machine, standard operators.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,10 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
 #: One of each form of graph; other tests compute with the same files.
 FOLDERS: list[tuple[str, tuple[str, ...]]] = [
-    ("llama", ()), ("gpt2", ()), ("olmoe", ()), ("bert-seq-cls", ()), ("bert-masked-lm", ()), ("deberta-v2", ()), ("vit", ()), ("resnet", ()),
-    ("wav2vec2", ()), ("t5", ("--decoder", "merged")), ("t5", ("--decoder", "separate")), ("t5", ("--decoder", "if")),
-    ("bart", ("--decoder", "merged")), ("whisper", ("--decoder", "merged")), ("llama", ("--opset", "18")), ("llama", ("--opset", "23")),
+    ("llama", ()), ("gpt2", ()), ("olmoe", ()), ("bert-seq-cls", ()), ("bert-masked-lm", ()),
+    ("deberta-v2", ()), ("vit", ()), ("resnet", ()), ("wav2vec2", ()), ("t5", ("--decoder", "merged")),
+    ("t5", ("--decoder", "separate")), ("t5", ("--decoder", "if")), ("bart", ("--decoder", "merged")),
+    ("whisper", ("--decoder", "merged")), ("llama", ("--opset", "18")), ("llama", ("--opset", "23")),
 ]  # fmt: skip
 each_folder = pytest.mark.parametrize(
     ("name", "options"), FOLDERS, ids=["-".join((name, *options[1:])) for name, options in FOLDERS]
@@ -112,7 +116,8 @@ def _float_weights(path: Path) -> dict[str, Any]:
     return {name: a for name, a in arrays.items() if a.dtype == "float32" and a.nbytes > 1024}
 
 
-TIED = [("gpt2", "model"), ("bert-masked-lm", "model"), ("t5", "decoder_model_merged"), ("bart", "decoder_model_merged"), ("whisper", "decoder_model_merged")]  # fmt: skip
+TIED = [("gpt2", "model"), ("bert-masked-lm", "model"), ("t5", "decoder_model_merged"),
+        ("bart", "decoder_model_merged"), ("whisper", "decoder_model_merged")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "stem"), TIED, ids=[name for name, _ in TIED])

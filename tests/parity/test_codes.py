@@ -1,4 +1,4 @@
-"""Codes beside weights: what ONNX Runtime's quantizers write is within a step, a code that is off by two is not."""
+"""Codes beside weights: what ONNX Runtime's quantizers write is within a step, a code off by two is not."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def _write(folder: Path, shape: tuple[int, int]) -> dict[str, Expected]:
-    """A Linear's weight (out, in) in a checkpoint, and a graph that multiplies by its transpose under the same name."""
+    """A Linear's weight (out, in) in a checkpoint, and a graph with its transpose under the same name."""
     weight = np.random.default_rng(0).normal(size=shape).astype("<f4")
     save_file({"layer.weight": weight}, folder / "model.safetensors")
     stored = read_checkpoint(folder / "model.safetensors").tensors["layer.weight"]
     graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "layer.weight"], ["y"])], "g",
+        [helper.make_node("MatMul", ["x", "layer.weight"], ["y"])],
+        "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", shape[1]])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", shape[0]])],
         [numpy_helper.from_array(np.ascontiguousarray(weight.T), "layer.weight")],
-    )  # fmt: skip
+    )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), folder / "model.onnx")
     return {
         "layer.weight": Expected(
@@ -173,7 +174,7 @@ def test_verify_fails_on_a_changed_code_of_a_renamed_tensor_and_says_what_was_no
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_scales_are_not_taken_for_a_weight_of_their_shape(precision: str, tmp_path: Path) -> None:
-    """The scales of 32 rows of one block have the shape of DINOv2's mask token, turned, which no graph holds."""
+    """Scales of 32 rows of one block have the shape of DINOv2's mask token, turned, which no graph holds."""
     kind = zoo.by_name("dinov2")
     model = zoo.build(kind)
     model.save_pretrained(tmp_path / "base")

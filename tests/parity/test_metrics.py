@@ -129,8 +129,10 @@ def test_the_bound_is_the_documented_formula() -> None:
 def test_a_quantized_artifact_without_the_adapter_fails(precision: str) -> None:
     far = compare([{"logits": np.zeros((4, 3)) + 1e-9}], [{"logits": 3 * np.eye(4, 3)}], "float32")
     assert [gate.name for gate in quantized_gates(precision, far, 0.02) if not gate.passed] == [
-        "KL divergence", "top-1 agreement", "effect present, least",
-    ]  # fmt: skip
+        "KL divergence",
+        "top-1 agreement",
+        "effect present, least",
+    ]
     near = compare([{"logits": 3 * np.eye(4, 3)}], [{"logits": 3 * np.eye(4, 3)}], "float32")
     assert all(gate.passed for gate in quantized_gates(precision, near, 1.0))
 

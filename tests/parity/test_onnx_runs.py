@@ -47,18 +47,31 @@ def _found(location: Path) -> list[tuple[str, ...]]:
         ),
         # optimum writes all four
         (
-            ("encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx", "decoder_model_merged.onnx"),
+            (
+                "encoder_model.onnx",
+                "decoder_model.onnx",
+                "decoder_with_past_model.onnx",
+                "decoder_model_merged.onnx",
+            ),
             [("encoder_model.onnx", "decoder_model_merged.onnx")],
         ),
         (
-            ("encoder_model.onnx", "decoder_model_merged.onnx", "encoder_model_int8.onnx", "decoder_model_merged_int8.onnx"),
-            [("encoder_model.onnx", "decoder_model_merged.onnx"), ("encoder_model_int8.onnx", "decoder_model_merged_int8.onnx")],
+            (
+                "encoder_model.onnx",
+                "decoder_model_merged.onnx",
+                "encoder_model_int8.onnx",
+                "decoder_model_merged_int8.onnx",
+            ),
+            [
+                ("encoder_model.onnx", "decoder_model_merged.onnx"),
+                ("encoder_model_int8.onnx", "decoder_model_merged_int8.onnx"),
+            ],
         ),
         # half of a model is none, and a file of another name is no part of one
         (("model.onnx", "encoder_model_q4.onnx", "modelling.onnx", "tokenizer.onnx"), [("model.onnx",)]),
     ],
     ids=["one", "precisions", "merged", "separate", "both", "encoder-decoder precisions", "others"],
-)  # fmt: skip
+)
 def test_files_are_grouped_into_models(
     tmp_path: Path, files: tuple[str, ...], groups: list[tuple[str, ...]]
 ) -> None:
@@ -103,13 +116,15 @@ def test_a_folder_without_graphs_and_a_damaged_file_are_told(tmp_path: Path) -> 
         open_model([tmp_path / "damaged.onnx"])
 
 
-# A decoder whose logits are sums over the past, so that what a step sees of it can be told from its outputs: the cache is a
-# running list of ids, the logits of a token are (its own id, all ids so far, its position, what is attended) as one-hot scores.
+# A decoder whose logits are sums over the past, so that what a step sees of it can be told from its outputs:
+# the cache is a running list of ids, the logits of a token are (its own id, all ids so far, its position,
+# what is attended) as one-hot scores.
 _DECODER = """
 <ir_version: 10, opset_import: ["" : 20]>
 g (int64[batch_size, s] input_ids, int64[batch_size, t] attention_mask, int64[batch_size, s] position_ids,
    {type}[batch_size, 1, p, 1] past_key_values_0_key, {type}[batch_size, 1, p, 1] past_key_values_0_value)
-=> ({type}[batch_size, s, 4] logits, {type}[batch_size, 1, t, 1] present_0_key, {type}[batch_size, 1, t, 1] present_0_value)
+=> ({type}[batch_size, s, 4] logits,
+    {type}[batch_size, 1, t, 1] present_0_key, {type}[batch_size, 1, t, 1] present_0_value)
 <int64[1] one = {{1}}, int64[1] two = {{2}}, int64[3] heads = {{0, 1, -1}}, int64[1] last = {{-1}}>
 {{
   ids3 = Unsqueeze (input_ids, last)

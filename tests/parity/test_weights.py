@@ -1,4 +1,7 @@
-"""The weights proof as a property: one flipped bit anywhere is found, in the right tensor, and nothing else is."""
+"""The weights proof as a property.
+
+One flipped bit anywhere is found, in the right tensor, and nothing else is.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every format, as its own writer left it (tools/fixtures/quantized), against that library's own dequantizer."""
+"""Every format, as its writer left it (tools/fixtures/quantized), against that library's dequantizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Expressions in the settings of a quantized base, which its library matches with every module: bounded before anything loads."""
+"""Expressions in the settings of a quantized base, which its library matches with every module.
+
+Bounded before anything loads.
+"""
 
 from __future__ import annotations
 

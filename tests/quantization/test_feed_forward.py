@@ -1,4 +1,7 @@
-"""Moving the input vector of a projection onto the rows of the one that feeds it: lookups, conditions, real models."""
+"""Moving the input vector of a projection onto the rows of the one that feeds it.
+
+Lookups, conditions, real models.
+"""
 
 from __future__ import annotations
 
@@ -237,7 +240,8 @@ def tool() -> ModuleType:
     return module
 
 
-#: Reviewed anew on every run: one of each kind, with experts, fused projections, an encoder, a composed model.
+#: Reviewed anew on every run: one of each kind, with experts, fused projections, an encoder, a
+#: composed model.
 SAMPLE = (
     "llama",
     "mixtral",

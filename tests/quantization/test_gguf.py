@@ -1,4 +1,4 @@
-"""GGUF bases: llama.cpp's files, written by gguf and by llama.cpp itself (tools/fixtures/quantized/write_gguf.py)."""
+"""GGUF bases, written by gguf and by llama.cpp itself (tools/fixtures/quantized/write_gguf.py)."""
 
 from __future__ import annotations
 
@@ -381,9 +381,16 @@ def test_what_cannot_be_kept_becomes_dense_in_the_same_file(
 def test_permuted_rows_are_never_written_dense(adapters: Callable[[Path], Path], tmp_path: Path) -> None:
     base = _with_mxfp4(_file("gguf-q8_0"), tmp_path / "mixed.gguf", "attn_k.weight")
     ran = run(
-        "merge", "--base", base, "--adapter", adapters(base), "--output", tmp_path / "no",
-        "--quantized", "keep-or-dense",
-    )  # fmt: skip
+        "merge",
+        "--base",
+        base,
+        "--adapter",
+        adapters(base),
+        "--output",
+        tmp_path / "no",
+        "--quantized",
+        "keep-or-dense",
+    )
     only_complaint(ran, 3, "k_proj", "permuted")
     assert not (tmp_path / "no").exists()
 
@@ -394,9 +401,16 @@ def test_an_architecture_with_biases_and_rows_in_place(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, rms_norm_eps=1e-6,
-    )  # fmt: skip
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-6,
+    )
     model = Qwen2ForCausalLM(config)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -433,8 +447,19 @@ def test_the_plan_imports_no_framework(adapters: Callable[[Path], Path], tmp_pat
     base = _file("gguf-q4_k_m")
     commands: list[list[str | Path]] = [
         ["inspect", adapters(base), "--base", base],
-        ["merge", "--base", base, "--adapter", adapters(base), "--output", tmp_path / "out", "--quantized", "keep", "--dry-run"],
-    ]  # fmt: skip
+        [
+            "merge",
+            "--base",
+            base,
+            "--adapter",
+            adapters(base),
+            "--output",
+            tmp_path / "out",
+            "--quantized",
+            "keep",
+            "--dry-run",
+        ],
+    ]
     for command in commands:
         ran = run_process(*command, env={"PYTHONPROFILEIMPORTTIME": "1"})
         assert ran.code == 0, ran.stderr[-2000:]
@@ -509,10 +534,21 @@ _DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "overlap": (_of_record("blk.0.attn_k.weight", 24, "<Q", 0), "overlaps"),
     "twice": (lambda raw: raw.replace(b"blk.0.attn_v.weight", b"blk.0.attn_q.weight"), "twice"),
     "unicode": (lambda raw: raw.replace(b"blk.0.attn_v.weight", b"blk.0.attn_\xff.weight"), "Unicode"),
-    "no-architecture": (lambda raw: raw.replace(b"general.architecture", b"general.arkhitecture"), "architecture"),
-    "other-architecture": (lambda raw: raw.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0rwkv6", 1), "rwkv6"),
-    "heads": (lambda raw: raw.replace(b"head_count_kv", b"head_count_xx").replace(b"head_count\x04\0\0\0\x04", b"head_count\x04\0\0\0\x07"), "heads"),
-}  # fmt: skip
+    "no-architecture": (
+        lambda raw: raw.replace(b"general.architecture", b"general.arkhitecture"),
+        "architecture",
+    ),
+    "other-architecture": (
+        lambda raw: raw.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0rwkv6", 1),
+        "rwkv6",
+    ),
+    "heads": (
+        lambda raw: raw.replace(b"head_count_kv", b"head_count_xx").replace(
+            b"head_count\x04\0\0\0\x04", b"head_count\x04\0\0\0\x07"
+        ),
+        "heads",
+    ),
+}
 
 
 @pytest.mark.parametrize("damage", _DAMAGE)
@@ -522,9 +558,16 @@ def test_damaged_files_are_refused(damage: str, adapters: Callable[[Path], Path]
     assert edit(raw) != raw
     (tmp_path / "base.gguf").write_bytes(edit(raw))
     ran = run(
-        "merge", "--base", tmp_path / "base.gguf", "--adapter", adapters(_file("gguf-q8_0")), "--output",
-        tmp_path / "out", "--quantized", "keep",
-    )  # fmt: skip
+        "merge",
+        "--base",
+        tmp_path / "base.gguf",
+        "--adapter",
+        adapters(_file("gguf-q8_0")),
+        "--output",
+        tmp_path / "out",
+        "--quantized",
+        "keep",
+    )
     only_complaint(ran, 3, mention)
     assert not (tmp_path / "out").exists()
 
@@ -567,8 +610,8 @@ def test_llama_cpp_computes_what_was_trained(
 ) -> None:
     """The folded file, and its weights in float32, against a float32 file of the base that is merged by hand.
 
-    llama.cpp rounds activations of coded layers to 8 bits, so the first comparison is as close as the unfolded file is to its
-    own weights in float32.
+    llama.cpp rounds activations of coded layers to 8 bits, so the first comparison is as close as the
+    unfolded file is to its own weights in float32.
     """
     from safetensors.numpy import load_file
 
@@ -593,7 +636,8 @@ def test_llama_cpp_computes_what_was_trained(
     live = _relative(_llama_cpp(folded), wanted)
     weights = _relative(_llama_cpp(_rewritten(folded, tmp_path / "folded32.gguf", "F32")), wanted)
     print(
-        f"{case}: folded {live:.1e} (unfolded against itself {noise:.1e}), its weights in float32 {weights:.1e}"
+        f"{case}: folded {live:.1e} (unfolded against itself {noise:.1e}), its weights in float32 "
+        f"{weights:.1e}"
     )
     assert weights <= (2e-3 if any(name in case for name in _COARSE) else 5e-4)
     assert live <= 1.5 * noise + 1e-3

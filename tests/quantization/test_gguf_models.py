@@ -1,6 +1,9 @@
-"""GGUF files of other architectures than Llama's: what the file says of its model is what the forward computes.
+"""GGUF files of other architectures than Llama's.
 
-The files are written here as llama.cpp's converter writes them (``conversion/gemma.py``, ``granite.py``), by the gguf package.
+What the file says of its model is what the forward computes.
+
+The files are written here as llama.cpp's converter writes them (``conversion/gemma.py``, ``granite.py``), by
+the gguf package.
 """
 
 from __future__ import annotations
@@ -23,13 +26,16 @@ from tests.support.quantized import dense_model, logits, write_adapter
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 _COMMON = {
-    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
 
 
 def _write(model: Any, arch: str, path: Path, extra: Mapping[str, Any], quantized: bool) -> Path:
-    """`model` as the converter lays it out: norms of Gemma plus one, projections in Q8_0 or float32, its numbers as metadata."""
+    """`model` as the converter lays it out.
+
+    Norms of Gemma plus one, projections in Q8_0 or float32, its numbers as metadata.
+    """
     config = model.config
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(config.num_hidden_layers)
@@ -70,20 +76,26 @@ def _write(model: Any, arch: str, path: Path, extra: Mapping[str, Any], quantize
 
 
 _LEAVES = (
-    "attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "attn_q_norm", "attn_k_norm", "ffn_norm", "post_attention_norm",
-    "post_ffw_norm", "ffn_gate", "ffn_up", "ffn_down",
+    "attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "attn_q_norm", "attn_k_norm", "ffn_norm",
+    "post_attention_norm", "post_ffw_norm", "ffn_gate", "ffn_up", "ffn_down",
 )  # fmt: skip
 
 
 def _gemma2() -> tuple[Any, Mapping[str, Any]]:
     config = transformers.Gemma2Config(
-        **_COMMON, head_dim=16, query_pre_attn_scalar=16, attn_logit_softcapping=5.0, final_logit_softcapping=3.0,
+        **_COMMON,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=3.0,
         sliding_window=4,
-    )  # fmt: skip
+    )
     metadata = {
-        "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0, "attention.sliding_window": 4,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0,
+        "attention.sliding_window": 4,
         "rope.freq_base": 10000.0,
-    }  # fmt: skip
+    }
     return transformers.Gemma2ForCausalLM(config), metadata
 
 
@@ -93,30 +105,43 @@ def _gemma() -> tuple[Any, Mapping[str, Any]]:
 
 def _gemma3() -> tuple[Any, Mapping[str, Any]]:
     config = transformers.Gemma3TextConfig(
-        **{**_COMMON, "num_hidden_layers": 6}, head_dim=16, query_pre_attn_scalar=16, sliding_window=4,
+        **{**_COMMON, "num_hidden_layers": 6},
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=4,
         rope_parameters={
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
             "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
         },
-    )  # fmt: skip
+    )
     metadata = {"attention.sliding_window": 4, "rope.freq_base": 1e6, "rope.scaling.factor": 8.0}
     return transformers.Gemma3ForCausalLM(config), metadata
 
 
 def _granite() -> tuple[Any, Mapping[str, Any]]:
     config = transformers.GraniteConfig(
-        **_COMMON, embedding_multiplier=3.0, residual_multiplier=0.5, attention_multiplier=0.1, logits_scaling=2.0
-    )  # fmt: skip
+        **_COMMON,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.5,
+        attention_multiplier=0.1,
+        logits_scaling=2.0,
+    )
     metadata = {
-        "embedding_scale": 3.0, "residual_scale": 0.5, "attention.scale": 0.1, "logit_scale": 2.0,
+        "embedding_scale": 3.0,
+        "residual_scale": 0.5,
+        "attention.scale": 0.1,
+        "logit_scale": 2.0,
         "rope.freq_base": 10000.0,
-    }  # fmt: skip
+    }
     return transformers.GraniteForCausalLM(config), metadata
 
 
 MODELS: Mapping[str, Callable[[], tuple[Any, Mapping[str, Any]]]] = {
-    "gemma": _gemma, "gemma2": _gemma2, "gemma3": _gemma3, "granite": _granite,
-}  # fmt: skip
+    "gemma": _gemma,
+    "gemma2": _gemma2,
+    "gemma3": _gemma3,
+    "granite": _granite,
+}
 
 
 @pytest.fixture(params=[(arch, q) for arch in MODELS for q in (False, True)], ids=lambda p: f"{p[0]}-{p[1]}")

@@ -106,7 +106,8 @@ def test_no_code_and_no_other_tensor_is_touched(
             assert read_bytes(tensor) == read_bytes(base.tensors[name]), name
         else:
             assert tensor.dtype in ("F32", "F16", "BF16") or ".quant_state." in name, f"{name} holds codes"
-    # un-nested scales: 8 bits become 32 for every 64 weights of the touched modules; scales by row instead of one
+    # un-nested scales: 8 bits become 32 for every 64 weights of the touched modules; scales by
+    # row instead of one
     grows = ("bnb-nf4-double", "bnb-nf4-damaged", "ct-fp8", "ct-int8", "channel", "ct-mixed")
     assert out.nbytes <= base.nbytes * (1.06 if any(word in case for word in grows) else 1.0)
 

@@ -1,4 +1,7 @@
-"""``--quantized keep-or-dense``: what becomes dense among quantized weights is named to every library that reads the format."""
+"""``--quantized keep-or-dense``.
+
+What becomes dense among quantized weights is named to every library that reads the format.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +35,17 @@ def _adapter(case: str, folder: Path) -> Path:
 
 def _merged(base: Path, adapter: Path, output: Path) -> dict[str, Any]:
     ran = run(
-        "merge", "--base", base, "--adapter", adapter, "--output", output, "--quantized", "keep-or-dense", "--json"
-    )  # fmt: skip
+        "merge",
+        "--base",
+        base,
+        "--adapter",
+        adapter,
+        "--output",
+        output,
+        "--quantized",
+        "keep-or-dense",
+        "--json",
+    )
     assert ran.code == 0, ran
     return dict(json.loads(ran.stdout))
 
@@ -133,8 +145,16 @@ def test_settings_of_odd_types_are_refused(key: str, tmp_path: Path) -> None:
     (base / "config.json").write_text(json.dumps(config))
     adapter = _adapter("awq-gemm-g32", tmp_path / "adapter")
     ran = run(
-        "merge", "--base", base, "--adapter", adapter, "--output", tmp_path / "out", "--quantized", "keep-or-dense"
-    )  # fmt: skip
+        "merge",
+        "--base",
+        base,
+        "--adapter",
+        adapter,
+        "--output",
+        tmp_path / "out",
+        "--quantized",
+        "keep-or-dense",
+    )
     only_complaint(ran, 3, key)
 
 

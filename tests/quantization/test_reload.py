@@ -130,12 +130,12 @@ def _vision_language(folder: Path) -> Path:
     import transformers
 
     text = {
-        "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 96,
-        "num_attention_heads": 4, "num_key_value_heads": 2,
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+        "vocab_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
     }  # fmt: skip
     vision = {
-        "model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "image_size": 16, "patch_size": 8,
+        "model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 8,
     }  # fmt: skip
     torch.manual_seed(0)
     config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=95)

@@ -1,4 +1,7 @@
-"""Static scales of activations grow with the vectors that reach them; where that cannot be known, nothing is guessed."""
+"""Static scales of activations grow with the vectors that reach them.
+
+Where that cannot be known, nothing is guessed.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ LAYER = "model.layers.0"
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Maker:
-    """An IA3 adapter of PEFT on the outputs of some projections: the largest element of each, the others around one."""
+    """An IA3 adapter of PEFT on the outputs of some projections.
+
+    The largest element of each, the others around one.
+    """
 
     def make(case: str, largest: Mapping[str, float]) -> Path:
         import transformers
@@ -63,7 +69,7 @@ def _number(folder: Path, name: str) -> float:
 
 @pytest.mark.parametrize("largest", [24.0, -24.0, 3.0])
 def test_values_reach_the_output_projection(largest: float, adapter: Maker, tmp_path: Path) -> None:
-    """compressed-tensors' own forward, which quantizes activations, with a scale that grew and with the base's."""
+    """compressed-tensors' own forward, which quantizes activations, with a grown scale and the base's."""
     import transformers
 
     case = FIXTURES / "ct-fp8-static"
@@ -135,9 +141,17 @@ def test_what_enters_the_residual_stream_is_warned_of(adapter: Maker, tmp_path: 
     )
     assert any("o_proj" in warning and "calibrate again" in warning for warning in manifest["warnings"])
     ran = run(
-        "verify", "--base", FIXTURES / "ct-fp8-static", "--adapter", tmp_path / "adapter",
-        "--merged", tmp_path / "out", "--device", "cpu", "--json",
-    )  # fmt: skip
+        "verify",
+        "--base",
+        FIXTURES / "ct-fp8-static",
+        "--adapter",
+        tmp_path / "adapter",
+        "--merged",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+        "--json",
+    )
     assert ran.code == 0, ran
     assert any("do not quantize activations" in warning for warning in json.loads(ran.stdout)["warnings"])
 
@@ -204,6 +218,14 @@ def test_a_range_with_a_zero_point_is_not_turned_around(
         assert _number(tmp_path / "out", "self_attn.o_proj.input_scale") == pytest.approx(0.04)
         return
     ran = run(
-        "merge", "--base", asymmetric, "--adapter", vectors, "--output", tmp_path / "out", "--quantized", "keep"
-    )  # fmt: skip
+        "merge",
+        "--base",
+        asymmetric,
+        "--adapter",
+        vectors,
+        "--output",
+        tmp_path / "out",
+        "--quantized",
+        "keep",
+    )
     only_complaint(ran, 3, "o_proj.input_zero_point", "negative")

@@ -1,4 +1,4 @@
-"""The HTML page: it stands alone, tells everything that the report holds, and lets nothing foreign through."""
+"""The HTML page: it stands alone, tells all that the report holds, and lets nothing foreign through."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ REPORTS: dict[str, Callable[[], Report]] = {
     "large": lambda: sample.large(2000, 300),
     "small": lambda: sample.large(10, 6),
 }
-every_report = pytest.mark.parametrize("report", [pytest.param(make(), id=name) for name, make in REPORTS.items()])  # fmt: skip
+every_report = pytest.mark.parametrize(
+    "report", [pytest.param(make(), id=name) for name, make in REPORTS.items()]
+)
 HOSTILE = "\"'><script>alert('&')</script><img src=x onerror=y>{{ 7 * 7 }}</style>"
 
 
@@ -287,9 +289,12 @@ def test_no_number_breaks_a_chart() -> None:
     for error in (0.0, math.inf, math.nan, 1e-320, 1e300):
         distance = replace(step.distance, max_error=error)
         odd = replace(
-            step, distance=distance, effect_present=error, layers=(nothing, infinite, undefined),
+            step,
+            distance=distance,
+            effect_present=error,
+            layers=(nothing, infinite, undefined),
             error_histogram=((-300, 4), (-99, 1), (2, 0)),
-        )  # fmt: skip
+        )
         reference = replace(report.reference, unmerged=distance, effect=0.0, scale=0.0)
         html = to_html(replace(report, steps=(odd,), reference=reference))
         charts = re.sub(r">[^<]*<", "><", "".join(re.findall(r"<svg class=.chart.*?</svg>", html, re.DOTALL)))
@@ -331,8 +336,11 @@ def test_sites_are_grouped_by_projection_and_ordered_by_layer() -> None:
     first = sample.good().sites[0]
     groups = site_groups([replace(first, module=name) for name in names])
     assert [(g.projection, [row.layer for row in g.rows]) for g in groups] == [
-        ("key", ["2", "10"]), ("attention.output.dense", ["2"]), ("*.output.dense", ["2"]), ("pooler", ["—"]),
-    ]  # fmt: skip
+        ("key", ["2", "10"]),
+        ("attention.output.dense", ["2"]),
+        ("*.output.dense", ["2"]),
+        ("pooler", ["—"]),
+    ]
 
 
 def test_one_group_per_adapter() -> None:
@@ -347,10 +355,16 @@ def test_one_group_per_adapter() -> None:
     ("generation", "words"),
     [
         (Generation(12, 2, None, None, False), "12 tokens x 2 sequences: all equal"),
-        (Generation(9, 1, 5, 1e-4, True), "at token 5 (counted from 0), where the reference's margin 0.0001 is within rounding: excused"),
-        (Generation(9, 1, 0, 0.7, False), "at token 0 (counted from 0), where the reference's margin 0.7 is more than rounding explains"),
+        (
+            Generation(9, 1, 5, 1e-4, True),
+            "at token 5 (counted from 0), where the reference's margin 0.0001 is within rounding: excused",
+        ),
+        (
+            Generation(9, 1, 0, 0.7, False),
+            "at token 0 (counted from 0), where the reference's margin 0.7 is more than rounding explains",
+        ),
     ],
-)  # fmt: skip
+)
 def test_generation_is_told_in_words(generation: Generation, words: str) -> None:
     assert generation_in_words(generation).endswith(words)
     report = sample.good()
@@ -365,9 +379,8 @@ def test_the_reason_is_the_first_failing_finding() -> None:
     assert reason(replace(report, steps=passed)).startswith(
         "merged: model.layers.9.mlp.down_proj.weight left out: equals"
     )
-    assert (
-        reason(sample.good())
-        == "Every artifact is within its bounds, those in floating point within the rounding of the live model"
+    assert reason(sample.good()) == (
+        "Every artifact is within its bounds, those in floating point within the rounding of the live model"
     )
     floats = replace(sample.good(), steps=sample.good().steps[:3])
     assert reason(floats) == "Every artifact is within the rounding of the live model"

@@ -1,8 +1,8 @@
 """JUnit XML: valid, well counted, and failing exactly when the report does.
 
-``junit-10.xsd`` beside this file is the schema of the Jenkins xunit plugin, unchanged, taken from the sdist of pytest 8.3.5
-(``testing/example_scripts/junit-10.xsd``; pytest is under the MIT licence, and so is the schema, whose own notice stands at
-its head: Copyright (c) 2014, Gregory Boissinot).
+``junit-10.xsd`` beside this file is the schema of the Jenkins xunit plugin, unchanged, taken from the sdist
+of pytest 8.3.5 (``testing/example_scripts/junit-10.xsd``; pytest is under the MIT licence, and so is the
+schema, whose own notice stands at its head: Copyright (c) 2014, Gregory Boissinot).
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from tests.report import sample
 
 XSD = xmlschema.XMLSchema(Path(__file__).parent / "junit-10.xsd")
 SAMPLES = {
-    "good": sample.good(), "failing": sample.failing(), "weights only": sample.weights_only(),
+    "good": sample.good(),
+    "failing": sample.failing(),
+    "weights only": sample.weights_only(),
     "large": sample.large(300, 40),
     "empty": replace(sample.weights_only(), weights=()),
     "failed without a reason": replace(sample.weights_only(), in_parity=False),
-}  # fmt: skip
+}
 
 
 def read(report: Report) -> ElementTree.Element:
@@ -105,7 +107,8 @@ def test_failures_say_what_is_wrong() -> None:
     )
     broken = [layer for layer in report.steps[0].layers if not layer.passed]
     assert broken and (merged["modules"].get("message") or "").startswith(
-        f"{len(broken)} of {len(report.steps[0].layers)} modules out of their bounds, first {broken[0].module}: "
+        f"{len(broken)} of {len(report.steps[0].layers)} modules out of their bounds, first "
+        f"{broken[0].module}: "
     )
     assert "nearest site: model.layers.9.mlp.down_proj" in (merged["modules"].text or "")
     weights = failures(suite(root, "weights: merged"))["weights"]
@@ -195,9 +198,16 @@ def poisoned(name: str) -> Report:
     )
     proof = replace(report.weights[0], name=name, findings=(TensorFinding(name, name, name),), notes=(name,))
     return replace(
-        report, base=ModelId(name, name), adapters=(ModelId(name, None),), weights=(proof,), steps=(step,),
-        options={name: name}, environment={name: name}, digests={name: name}, warnings=(name,),
-    )  # fmt: skip
+        report,
+        base=ModelId(name, name),
+        adapters=(ModelId(name, None),),
+        weights=(proof,),
+        steps=(step,),
+        options={name: name},
+        environment={name: name},
+        digests={name: name},
+        warnings=(name,),
+    )
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,13 @@ from ia3_export.report.model import FaultLocation, Gate, ModelId, Report, Step, 
 from tests.report import sample
 
 EVIL = (
-    "a|b", "`tick`", "``", "a`", "`", "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</details>",
-    "![x](https://evil.example/x.png)", "[x](https://evil.example)", "https://evil.example", "www.evil.example",
-    "@everyone", "#1", "$x$", "a\n\n# heading", "- item", "1. one", "12) one", "+ plus", "**bold**", "_em_ __strong__", "~~gone~~",
-    "&lt;b&gt;", "\\", "\\|", "a\\", "\u202egpj.exe", "\x00\x1b[31m", "\ud800", "", "   ", "a | b | c", "\\`|`",
-    "<!-- ", "-->", "a@b.example", "| --- |", "=====", "> quote", "[ ] task", "[^1]", "a`b``c", "_a_b_ _ __c__d",
+    "a|b", "`tick`", "``", "a`", "`", "<script>alert(1)</script>", "<img src=x onerror=alert(1)>",
+    "</details>", "![x](https://evil.example/x.png)", "[x](https://evil.example)", "https://evil.example",
+    "www.evil.example",
+    "@everyone", "#1", "$x$", "a\n\n# heading", "- item", "1. one", "12) one", "+ plus", "**bold**",
+    "_em_ __strong__", "~~gone~~", "&lt;b&gt;", "\\", "\\|", "a\\", "\u202egpj.exe", "\x00\x1b[31m", "\ud800",
+    "", "   ", "a | b | c", "\\`|`", "<!-- ", "-->", "a@b.example", "| --- |", "=====", "> quote", "[ ] task",
+    "[^1]", "a`b``c", "_a_b_ _ __c__d",
 )  # fmt: skip
 
 
@@ -64,23 +66,36 @@ def poisoned(name: str) -> Report:
     """A failing report that has `name` in every place that a file may fill."""
     report = sample.failing()
     step = replace(
-        report.steps[0], finding=name, runs_on=name, file=name, name=name,
-        location=FaultLocation(name, name, name), gates=(Gate(name, 2.0, "<=", 1.0, False),), layers=(),
-    )  # fmt: skip
+        report.steps[0],
+        finding=name,
+        runs_on=name,
+        file=name,
+        name=name,
+        location=FaultLocation(name, name, name),
+        gates=(Gate(name, 2.0, "<=", 1.0, False),),
+        layers=(),
+    )
     proof = replace(
         report.weights[0], name=name, file=name, findings=(TensorFinding(name, name, name),), notes=(name,)
     )
     assert report.reference is not None
     return replace(
-        report, base=ModelId(name, name), adapters=(ModelId(name, name),), weights=(proof,), steps=(step,),
+        report,
+        base=ModelId(name, name),
+        adapters=(ModelId(name, name),),
+        weights=(proof,),
+        steps=(step,),
         reference=replace(report.reference, model_class=name, inputs=(name,), runs_on=name),
-        options={name: name}, environment={name: name}, digests={name: name}, warnings=(name,),
-    )  # fmt: skip
+        options={name: name},
+        environment={name: name},
+        digests={name: name},
+        warnings=(name,),
+    )
 
 
 HARMLESS_HEADINGS = [
-    "❌ ia3-export verify: NOT in parity", "Chain", "Weights", "Failing gates", "First module out of its bound",
-    "Findings in the weights", "Warnings",
+    "❌ ia3-export verify: NOT in parity", "Chain", "Weights", "Failing gates",
+    "First module out of its bound", "Findings in the weights", "Warnings",
 ]  # fmt: skip
 
 
@@ -185,7 +200,17 @@ def test_only_steps_held_to_rounding_claim_it() -> None:
 def test_the_chain_has_the_live_model_and_every_step() -> None:
     rows = table(to_markdown(sample.good()), "step", "precision", "runs on", "max error")
     assert [row[0] for row in rows] == ["unmerged, live", "merged", "onnx", "onnx float16", "onnx int8"]
-    assert rows[1] == ["merged", "float32", "PyTorch 2.13.0, cpu", "3.1e-06", "1.17e-05", "4.64e-14", "100 %", "100 %", "✅"]  # fmt: skip
+    assert rows[1] == [
+        "merged",
+        "float32",
+        "PyTorch 2.13.0, cpu",
+        "3.1e-06",
+        "1.17e-05",
+        "4.64e-14",
+        "100 %",
+        "100 %",
+        "✅",
+    ]
     assert rows[4][6:] == ["98 %", "98.7 %", "✅"]
 
 
@@ -208,9 +233,10 @@ def test_failing_names_step_reason_gates_module_and_tensors() -> None:
     )
     assert headings(text) == HARMLESS_HEADINGS
     assert table(text, "step", "gate", "value", "must be") == [
-        ["merged", "max error", "0.412", "≤ 0.188"], ["onnx", "max error", "—", "≤ 0.188"],
+        ["merged", "max error", "0.412", "≤ 0.188"],
+        ["onnx", "max error", "—", "≤ 0.188"],
         ["onnx", "effect present", "—", "≥ 0.9"],
-    ]  # fmt: skip
+    ]
     location = text[text.index("### First module") : text.index("### Findings")]
     assert "`merged`: `model.layers.9.mlp.down_proj`, nearest site `model.layers.9.mlp.down_proj`" in location
     assert [row[-1] for row in table(text, "step", "precision")] == ["—", "❌", "❌", "✅"]
@@ -257,9 +283,18 @@ def test_details_hold_inputs_options_environment_digests_and_metrics() -> None:
     assert all(f"- {name}\n" in folded for name in report.reference.inputs)
     metrics = next(rows for rows in tables(text) if rows[0][:2] == ["", "unmerged, live"])
     assert [row[0] for row in metrics[1:]] == [
-        "max error", "mean error", "max relative error", "mean relative error", "max error in ulp", "mean error in ulp",
-        "cosine", "KL, mean (nats)", "KL, largest (nats)", "top-1 agreement", "top-5 agreement",
-    ]  # fmt: skip
+        "max error",
+        "mean error",
+        "max relative error",
+        "mean relative error",
+        "max error in ulp",
+        "mean error in ulp",
+        "cosine",
+        "KL, mean (nats)",
+        "KL, largest (nats)",
+        "top-1 agreement",
+        "top-5 agreement",
+    ]
     assert metrics[1] == ["max error", "2.9e-06", "3.1e-06", "4.4e-06", "0.0031", "0.141"]
 
 
@@ -307,9 +342,11 @@ def test_it_fits_into_a_comment_whatever_the_report_holds(letter: str) -> None:
     report = sample.failing()
     findings = tuple(TensorFinding(f"{long}{n}", long, long) for n in range(500))
     big = replace(
-        report, warnings=(long,) * 300, digests={f"{n}{long}": long for n in range(2000)},
+        report,
+        warnings=(long,) * 300,
+        digests={f"{n}{long}": long for n in range(2000)},
         weights=(replace(report.weights[0], findings=findings),),
-    )  # fmt: skip
+    )
     text = to_markdown(big)
     assert len(text) <= 65_536
     assert "left out: Digests. The JSON report has them." in text

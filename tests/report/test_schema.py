@@ -52,13 +52,16 @@ def infinite() -> Report:
         )
         for step in report.steps
     )
-    return replace(report, steps=steps)  # fmt: skip
+    return replace(report, steps=steps)
 
 
 SAMPLES = {
-    "good": sample.good(), "failing": sample.failing(), "weights only": sample.weights_only(),
-    "large": sample.large(30, 6), "infinite": infinite(),
-}  # fmt: skip
+    "good": sample.good(),
+    "failing": sample.failing(),
+    "weights only": sample.weights_only(),
+    "large": sample.large(30, 6),
+    "infinite": infinite(),
+}
 
 
 def small() -> dict[str, Any]:
@@ -178,12 +181,14 @@ def at(document: Any, path: tuple[str | int, ...]) -> Any:
 @pytest.mark.parametrize(
     "path, value",
     [
-        (("schema",), "ia3-export/report/2"), (("verdict",), "fine"), (("in_parity",), 1), (("in_parity",), "true"),
-        (("steps", 0, "kind"), "gguf"), (("steps", 0, "gates", 0, "relation"), "<"), (("steps", 0, "passed"), None),
-        (("steps", 0, "gates", 0, "value"), "inf"), (("sites", 0, "direction"), "both"), (("sites", 0, "size"), 1.5),
+        (("schema",), "ia3-export/report/2"), (("verdict",), "fine"), (("in_parity",), 1),
+        (("in_parity",), "true"), (("steps", 0, "kind"), "gguf"), (("steps", 0, "gates", 0, "relation"), "<"),
+        (("steps", 0, "passed"), None), (("steps", 0, "gates", 0, "value"), "inf"),
+        (("sites", 0, "direction"), "both"), (("sites", 0, "size"), 1.5),
         (("steps", 0, "error_histogram", 0), [1]), (("steps", 0, "error_histogram", 0), [1, 2, 3]),
-        (("steps", 0, "error_histogram", 0), [1, 2.5]), (("reference", "applied_by"), "magic"), (("warnings",), [1]),
-        (("options",), {"seed": 1}), (("weights", 0, "changed"), None), (("base", "id"), None),
+        (("steps", 0, "error_histogram", 0), [1, 2.5]), (("reference", "applied_by"), "magic"),
+        (("warnings",), [1]), (("options",), {"seed": 1}), (("weights", 0, "changed"), None),
+        (("base", "id"), None),
     ],
 )  # fmt: skip
 def test_a_value_that_no_report_has_is_found(path: tuple[str | int, ...], value: Any) -> None:

@@ -22,7 +22,10 @@ def runtimes_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) ->
 
 @pytest.fixture(scope="session")
 def exported(runtimes_folder: Path) -> Callable[[str], Exported]:
-    """``exported("llama")``: a row of `RECIPES`, written by PEFT and exported in every precision at its first use."""
+    """A row of `RECIPES`, written by PEFT and exported in every precision at its first use.
+
+    ``exported("llama")``.
+    """
     from filelock import FileLock
 
     def get(name: str) -> Exported:
@@ -30,12 +33,22 @@ def exported(runtimes_folder: Path) -> Callable[[str], Exported]:
         with FileLock(f"{folder}.lock"):
             if not (folder / "exported").exists():
                 write(recipe, folder)
-                # no verification here: 4 bits turn too many near ties of random weights for its gate, and what the
-                # files compute is what the tests of the runtimes look at
+                # no verification here: 4 bits turn too many near ties of random weights for its gate, and
+                # what the files compute is what the tests of the runtimes look at
                 ran = run(
-                    "onnx", "--base", folder / "base", "--adapter", folder / "adapter", "--task", recipe.task,
-                    "--output", folder / "exported", "--precision", ",".join(PRECISIONS), "--no-verify",
-                )  # fmt: skip
+                    "onnx",
+                    "--base",
+                    folder / "base",
+                    "--adapter",
+                    folder / "adapter",
+                    "--task",
+                    recipe.task,
+                    "--output",
+                    folder / "exported",
+                    "--precision",
+                    ",".join(PRECISIONS),
+                    "--no-verify",
+                )
                 assert ran.code == 0, ran.stdout + ran.stderr
         return read(recipe, folder)
 

@@ -1,9 +1,9 @@
 """Tiny models with real tokenizers, their IA3 adapters, and what the unmerged PyTorch model answers.
 
-Every row of `RECIPES` is a model of the zoo with a tokenizer that transformers and tokenizers train and write here.
-`write` makes base and adapter on disk and computes the answers by plain forwards of base + live adapter: greedy
-tokens without a cache for what generates, outputs for the rest. What a runtime gives for the exported folder is
-compared with these.
+Every row of `RECIPES` is a model of the zoo with a tokenizer that transformers and tokenizers train and write
+here. `write` makes base and adapter on disk and computes the answers by plain forwards of base + live
+adapter: greedy tokens without a cache for what generates, outputs for the rest. What a runtime gives for the
+exported folder is compared with these.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ NEW_TOKENS = 12
 PRECISIONS = ("fp32", "int8", "int4")
 LABELS = {0: "ask", 1: "sing", 2: "sleep"}
 
-# Two greedy candidates this close could change places by rounding, and no runtime would be wrong. float32 moves the
-# logits of these models, which are of size 5, by less than 1e-5.
+# Two greedy candidates this close could change places by rounding, and no runtime would be wrong. float32
+# moves the logits of these models, which are of size 5, by less than 1e-5.
 _MARGIN = 2e-3
 
 _CORPUS = (
@@ -65,7 +65,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Exported:
-    """A folder that ``ia3-export onnx`` wrote, what to ask it, and what the unmerged PyTorch model answers."""
+    """A folder that ``ia3-export onnx`` wrote, what to ask it, and what the unmerged model answers."""
 
     name: str
     task: str
@@ -81,9 +81,10 @@ class Exported:
     expected: tuple[Any, ...]
     """An answer to each input by base + live adapter in float32, alone in its batch.
 
-    Tasks that generate: `NEW_TOKENS` greedy token ids, without prompt or decoder prefix. Classifiers: a logit a label.
-    token-classification: these for each token. question-answering: start logits and end logits. fill-mask: a logit a
-    token of the vocabulary at the mask. feature-extraction: the mean of the last hidden states over the tokens.
+    Tasks that generate: `NEW_TOKENS` greedy token ids, without prompt or decoder prefix. Classifiers: a logit
+    a label. token-classification: these for each token. question-answering: start logits and end logits.
+    fill-mask: a logit a token of the vocabulary at the mask. feature-extraction: the mean of the last hidden
+    states over the tokens.
     """
 
 
@@ -188,9 +189,15 @@ def read(recipe: Recipe, folder: Path) -> Exported:
     answers = json.loads((folder / "answers.json").read_text())
     ids = tuple(tuple(row) for row in answers["input_ids"])
     return Exported(
-        recipe.name, recipe.task, folder / "exported", folder / "base", folder / "adapter",
-        recipe.inputs, ids, tuple(answers["expected"]),
-    )  # fmt: skip
+        recipe.name,
+        recipe.task,
+        folder / "exported",
+        folder / "base",
+        folder / "adapter",
+        recipe.inputs,
+        ids,
+        tuple(answers["expected"]),
+    )
 
 
 def answer(recipe: Recipe, model: Any, tokenizer: Any, given: Any, *, margin: float = 0) -> Any:
@@ -233,8 +240,11 @@ def greedy(logits: Callable[[Tensor], Tensor], start: Sequence[int], margin: flo
 
 
 def _make_tokenizer(name: str) -> Any:
-    """A tokenizer of the class `name`. Byte-level ones are trained; the training of the others is not repeatable
-    (hash maps in it), so they get all characters of the sentences and every other word."""
+    """A tokenizer of the class `name`.
+
+    Byte-level ones are trained; the training of the others is not repeatable (hash maps in it), so they get
+    all characters of the sentences and every other word.
+    """
     import transformers
 
     make = getattr(transformers, name)

@@ -1,10 +1,12 @@
-"""Runs in the environment that holds optimum-onnx, apart from this project's: folders in, answers out, both JSON.
+"""Runs in the environment that holds optimum-onnx, apart from this project's.
+
+Folders in, answers out, both JSON.
 
     python optimum_runner.py < request.json > answers.json
 
-Only what users of optimum call: an ORTModel class from the folder, then ``generate`` or a forward. Inputs come as tensors, since
-not every tokenizer that transformers 5 writes can be read by the transformers 4 here. Each answer has the form of
-`tests.runtimes.models.Exported.expected`, or is an object with the ``error``.
+Only what users of optimum call: an ORTModel class from the folder, then ``generate`` or a forward. Inputs
+come as tensors, since not every tokenizer that transformers 5 writes can be read by the transformers 4 here.
+Each answer has the form of `tests.runtimes.models.Exported.expected`, or is an object with the ``error``.
 """
 
 from __future__ import annotations

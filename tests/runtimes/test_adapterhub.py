@@ -15,13 +15,16 @@ ROOT = Path(__file__).parents[2]
 RECIPE = Path("tools/fixtures/adapterhub/write_adapterhub.py")
 FIXTURES = Path("tests/fixtures/adapterhub")
 CASES = (
-    "bert_classification", "bert_alpha", "roberta_classification", "gpt2_alpha", "gpt2_vq_output", "bart_seq2seq_lm",
-    "t5_gated_static", "llama_output", "bert_bin",
+    "bert_classification", "bert_alpha", "roberta_classification", "gpt2_alpha", "gpt2_vq_output",
+    "bart_seq2seq_lm", "t5_gated_static", "llama_output", "bert_bin",
 )  # fmt: skip
 
 
 def test_the_library_writes_and_computes_what_the_fixtures_hold(tmp_path: Path) -> None:
-    """The recipe runs beside no installation of ours; it also folds weight and bias from the files by itself and compares."""
+    """The recipe runs beside no installation of ours.
+
+    It also folds weight and bias from the files by itself and compares.
+    """
     from safetensors.torch import load_file
 
     python = Path(os.environ.get("IA3_EXPORT_OPTIMUM_PYTHON", ROOT / ".venv-optimum" / "bin" / "python"))

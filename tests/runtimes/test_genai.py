@@ -18,12 +18,13 @@ from tests.support import zoo
 og = pytest.importorskip("onnxruntime_genai", reason="pip install onnxruntime-genai runs these")
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
-#: What the configurations differ in: no position_ids, ALiBi without a longest sequence, one cached head, head_dim of its own.
+#: What the configurations differ in: no position_ids, ALiBi without a longest sequence, one cached head,
+#: head_dim of its own.
 KINDS = ("opt", "bloom", "falcon-multi-query", "qwen3")
 
 
 def _generate(folder: Path, rows: Any, new_tokens: int, **search: Any) -> list[list[int]]:
-    """What is generated after each row of equally long prompts, as the documentation of onnxruntime-genai does it."""
+    """What is generated after each row of equally long prompts, as documented by onnxruntime-genai."""
     model = og.Model(str(folder))
     parameters = og.GeneratorParams(model)
     length = len(rows[0])
@@ -70,7 +71,10 @@ def test_text_in_gives_the_tokens_of_the_live_adapter(
 
 @pytest.mark.parametrize("suffix", ["_int8", "_q4"])
 def test_any_precision_runs(copied: Callable[[str], tuple[Exported, Path]], suffix: str) -> None:
-    """Quantized weights may choose other tokens than the model; the same file in ONNX Runtime chooses the same."""
+    """Quantized weights may choose other tokens than the model.
+
+    The same file in ONNX Runtime chooses the same.
+    """
     model, folder = copied("llama")
     graph = f"onnx/model{suffix}.onnx"
     write_genai_config(folder, graph)
@@ -137,9 +141,12 @@ def test_the_search_is_that_of_generation_config(
     for ids, greedy in zip(model.input_ids, model.expected, strict=True):
         prompt = torch.tensor([ids])
         found = live.generate(
-            input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=NEW_TOKENS,
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
             **setting,
-        )  # fmt: skip
+        )
         expected = found[0, len(ids) :].tolist()
         assert _generate(folder, _rows(ids), NEW_TOKENS) == [expected]
         differs |= expected != greedy
@@ -158,14 +165,27 @@ def test_decoders_of_every_make_generate(tmp_path: Path, name: str) -> None:
     assert isinstance(adapted, PeftModel)
     adapted.save_pretrained(tmp_path / "adapter")
     ran = run(
-        "onnx", "--base", tmp_path / "base", "--adapter", tmp_path / "adapter", "--output", tmp_path / "out",
-        "--task", "text-generation", "--target", "genai", "--no-verify",
-    )  # fmt: skip
+        "onnx",
+        "--base",
+        tmp_path / "base",
+        "--adapter",
+        tmp_path / "adapter",
+        "--output",
+        tmp_path / "out",
+        "--task",
+        "text-generation",
+        "--target",
+        "genai",
+        "--no-verify",
+    )
     assert ran.code == 0, ran
     prompt = torch.tensor([[5, 17, 40, 8, 99]])
     expected = adapted.generate(
-        input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=NEW_TOKENS,
-    )[0, 5:].tolist()  # fmt: skip
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=NEW_TOKENS,
+    )[0, 5:].tolist()
     assert _generate(tmp_path / "out", prompt.numpy().astype("int32"), NEW_TOKENS)[0] == expected
     written = json.loads((tmp_path / "out" / "genai_config.json").read_text())
     assert str(tmp_path) not in json.dumps(written)

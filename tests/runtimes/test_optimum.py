@@ -1,4 +1,4 @@
-"""optimum's ORTModel classes, in their own environment, answer from exported folders like the unmerged PyTorch model."""
+"""optimum's ORTModel classes, in their own environment, answer from exported folders as unmerged models."""
 
 from __future__ import annotations
 
@@ -51,21 +51,39 @@ def _ask(python: Path, exported: Callable[[str], Exported], folder: Path) -> str
     for form in FORMS:
         output = folder / f"t5-{form}"
         ran = run(
-            "onnx", "--base", t5.base, "--adapter", t5.adapter, "--output", output, "--task", t5.task,
-            "--decoder", form, "--no-verify",
-        )  # fmt: skip
+            "onnx",
+            "--base",
+            t5.base,
+            "--adapter",
+            t5.adapter,
+            "--output",
+            output,
+            "--task",
+            t5.task,
+            "--decoder",
+            form,
+            "--no-verify",
+        )
         assert ran.code == 0, ran
         requests.append(_request(f"t5-{form}", t5, output))
     done = subprocess.run(
-        [python, RUNNER], input=json.dumps({"models": requests, "new_tokens": NEW_TOKENS}), text=True,
-        capture_output=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, timeout=600, check=False,
-    )  # fmt: skip
+        [python, RUNNER],
+        input=json.dumps({"models": requests, "new_tokens": NEW_TOKENS}),
+        text=True,
+        capture_output=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        timeout=600,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def _request(name: str, model: Exported, folder: Path) -> dict[str, Any]:
-    """What the runner needs of one model: its inputs as the preprocessing of the exported folder makes them."""
+    """What the runner needs of one model.
+
+    Its inputs as the preprocessing of the exported folder makes them.
+    """
     from transformers import AutoFeatureExtractor, AutoTokenizer
 
     request = {"name": name, "task": model.task, "folder": str(folder)}

@@ -1,4 +1,6 @@
-"""transformers.js, in Node and in a real browser, answers as the unmerged PyTorch model; so does the sample page.
+"""transformers.js, in Node and in a real browser, answers as the unmerged PyTorch model.
+
+So does the sample page.
 
 One Node process and one browser take all models; what they say is kept for the workers of pytest-xdist.
 """
@@ -54,10 +56,16 @@ def _chromium() -> str:
 
 def _jobs() -> list[dict[str, Any]]:
     return [
-        {"task": recipe.task, "model": f"{name}/exported", "dtype": dtype, "inputs": recipe.inputs,
-         "new_tokens": NEW_TOKENS}
-        for name, recipe in RECIPES.items() for dtype in DTYPES
-    ]  # fmt: skip
+        {
+            "task": recipe.task,
+            "model": f"{name}/exported",
+            "dtype": dtype,
+            "inputs": recipe.inputs,
+            "new_tokens": NEW_TOKENS,
+        }
+        for name, recipe in RECIPES.items()
+        for dtype in DTYPES
+    ]
 
 
 def _scenes() -> dict[str, dict[str, Any]]:
@@ -88,8 +96,12 @@ def _run(node: str, script: str, given: Answers, jobs: list[dict[str, Any]]) -> 
     """What `script` says to `jobs`, by the model's name and the precision."""
     done = subprocess.run(
         [node, JAVASCRIPT / script],
-        input=json.dumps({**given, "jobs": jobs}), capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+        input=json.dumps({**given, "jobs": jobs}),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     said: Answers = json.loads(done.stdout)
     names = [f"{job['model'].split('/')[0]} {job['dtype']}" for job in jobs]
@@ -163,7 +175,10 @@ def test_float32_gives_the_answers_of_the_unmerged_pytorch_model(
 
 @pytest.mark.versions
 def test_files_of_these_releases_answer_in_node(exported: Get, runtimes_folder: Path) -> None:
-    """The same for two models alone: quick enough to be run with other releases of the libraries that export."""
+    """The same for two models alone.
+
+    Quick enough to be run with other releases of the libraries that export.
+    """
     names = ("llama", "bert")
     jobs = [job for job in _jobs() if job["model"].split("/")[0] in names and job["dtype"] in ("fp32", "q8")]
     models = {name: exported(name) for name in names}
@@ -283,10 +298,18 @@ def test_the_server_gives_the_page_models_and_libraries_and_nothing_else(
         assert get(f"{wasm}.wasm") == (200, "application/wasm")
         assert get(f"{wasm}.mjs") == (200, "text/javascript")
         for path in (
-            f"{model}/../base/config.json", f"{model}/%2e%2e/base/config.json", f"{model}/..%2fbase/config.json",
-            f"{model}//etc/passwd", f"{model}/", "/models/", "//etc/passwd", "/serve.py", "/package.json",
-            "/node_modules/playwright-core/package.json", "/node_modules/onnxruntime-web/../playwright-core/package.json",
-        ):  # fmt: skip
+            f"{model}/../base/config.json",
+            f"{model}/%2e%2e/base/config.json",
+            f"{model}/..%2fbase/config.json",
+            f"{model}//etc/passwd",
+            f"{model}/",
+            "/models/",
+            "//etc/passwd",
+            "/serve.py",
+            "/package.json",
+            "/node_modules/playwright-core/package.json",
+            "/node_modules/onnxruntime-web/../playwright-core/package.json",
+        ):
             assert get(path)[0] == 404, path
         assert get("/", "evil.example")[0] == get("/models.json", "127.0.0.1.evil.example")[0] == 403
 
@@ -340,9 +363,11 @@ def _in_python(model: Exported, file: str, i: int) -> Any:
         return session.run(["logits"], {"pixel_values": (pixels / 255 - 0.5) / 0.5})[0][0]
     ids = np.array([model.input_ids[i]])
     known = {
-        "input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids),
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "token_type_ids": np.zeros_like(ids),
         "position_ids": np.arange(ids.size)[None],
-    }  # fmt: skip
+    }
     logits = session.run(
         ["logits"], {x.name: known[x.name] if x.name in known else _empty(x) for x in session.get_inputs()}
     )

@@ -12,8 +12,11 @@ FIXTURES = Path(__file__).parent.parent / "fixtures"
 
 @dataclass(frozen=True)
 class AdapterCase:
-    """One adapter of one fixture: `output` is the tensor of ``expected.safetensors`` that the merged model must give,
-    `field` the attribute of the model's output. `refuse` says why it cannot be folded, where it cannot."""
+    """One adapter of one fixture.
+
+    `output` is the tensor of ``expected.safetensors`` that the merged model must give, `field` the attribute
+    of the model's output. `refuse` says why it cannot be folded, where it cannot.
+    """
 
     name: str
     adapter: Path
@@ -75,13 +78,17 @@ def adapterhub() -> list[AdapterCase]:
             logits = "start_logits" if case["hf_class"] == "BertForQuestionAnswering" else "logits"
             found.append(
                 AdapterCase(
-                    f"{folder.name}{'-' if name else ''}{name}", folder / "adapter" / name, FIXTURES / "adapterhub" / case["base"],
-                    case["hf_class"] or case["base_class"], folder / "expected.safetensors",
+                    f"{folder.name}{'-' if name else ''}{name}",
+                    folder / "adapter" / name,
+                    FIXTURES / "adapterhub" / case["base"],
+                    case["hf_class"] or case["base_class"],
+                    folder / "expected.safetensors",
                     f"{prefix}unmerged.{logits if has_logits else 'last_hidden_state'}",
-                    logits if has_logits else "last_hidden_state", case["refuse"],
+                    logits if has_logits else "last_hidden_state",
+                    case["refuse"],
                     {} if head else {"allow_unused": True},
                 )
-            )  # fmt: skip
+            )
     return found
 
 
@@ -92,10 +99,16 @@ def research() -> list[AdapterCase]:
         case, folder = json.loads(folder.read_text()), folder.parent
         found.append(
             AdapterCase(
-                folder.name, folder / case["checkpoint"], (folder / case["base"]).resolve(), case["model_class"],
-                folder / "expected.safetensors", "logits", "logits", None if case["is_ia3"] else "not (IA)3",
+                folder.name,
+                folder / case["checkpoint"],
+                (folder / case["base"]).resolve(),
+                case["model_class"],
+                folder / "expected.safetensors",
+                "logits",
+                "logits",
+                None if case["is_ia3"] else "not (IA)3",
             )
-        )  # fmt: skip
+        )
     return found
 
 
@@ -107,8 +120,15 @@ def old_peft() -> list[AdapterCase]:
         for name, place in case["adapters"].items():
             found.append(
                 AdapterCase(
-                    f"{folder.name}-{name}", folder / place, (folder / case["base"]).resolve(), case["hf_class"],
-                    folder / "expected.safetensors", f"logits.{name}", "logits", None, case,
+                    f"{folder.name}-{name}",
+                    folder / place,
+                    (folder / case["base"]).resolve(),
+                    case["hf_class"],
+                    folder / "expected.safetensors",
+                    f"logits.{name}",
+                    "logits",
+                    None,
+                    case,
                 )
-            )  # fmt: skip
+            )
     return found

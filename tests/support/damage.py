@@ -1,7 +1,7 @@
 """Kinds of damage to a merged folder, each with the word by which `verify` must name it.
 
-The sites are found anew from the adapter's keys and from the tensors of base and merge, with torch alone: nothing here
-asks the code under test what a merge changes.
+The sites are found anew from the adapter's keys and from the tensors of base and merge, with torch alone:
+nothing here asks the code under test what a merge changes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _KEYS = ("k", "key", "k_proj", "k_lin")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Site:
-    """One vector: its module, the stored names that it scales, and the axis of the weight that it lies along."""
+    """One vector: its module, the stored names that it scales, and the weight's axis that it lies along."""
 
     module: str
     weight: str
@@ -38,15 +38,19 @@ class Site:
 
     @property
     def biased(self) -> bool:
-        """Whether a bias is scaled, and the model would miss it: a key's bias shifts all scores of a query alike, which
-        the softmax takes out again."""
+        """Whether a bias is scaled, and the model would miss it.
+
+        A key's bias shifts all scores of a query alike, which the softmax takes out again.
+        """
         return self.output and self.bias is not None and self.module.rpartition(".")[2] not in _KEYS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Merge:
-    """A good merge: folders ``base``, ``adapter`` and ``merged`` in `folder`, what is in them, and `other`: what a merge of
-    another adapter holds."""
+    """A good merge: folders ``base``, ``adapter`` and ``merged`` in `folder`, what is in them, and `other`.
+
+    What a merge of another adapter holds.
+    """
 
     folder: Path
     base: Tensors
@@ -94,7 +98,10 @@ def read_merge(folder: Path) -> Merge:
 def _folded(
     module: str, vector: torch.Tensor, output: bool, base: Tensors, merged: Tensors
 ) -> tuple[str, int]:
-    """Stored name and axis of the weight into which `vector` went: by name, or (names are converted) by content."""
+    """Stored name and axis of the weight into which `vector` went.
+
+    By name, or (names are converted) by content.
+    """
     names = [f"{module}.weight"] if f"{module}.weight" in base else sorted(base)
     for name in names:
         weight = base[name]
@@ -180,7 +187,10 @@ def bias_twice(good: Merge) -> Broken:
 
 
 def wrong_axis(good: Merge) -> Broken:
-    """The vector along the other axis of the weight; repeated and cut to fit where the weight is not square."""
+    """The vector along the other axis of the weight.
+
+    Repeated and cut to fit where the weight is not square.
+    """
     site = next((site for site in good.sites if _square(good, site)), good.pick())
     weight, axis = good.base[site.weight], 1 - site.axis
     word = "applied on the wrong axis" if _square(good, site) else "differs"
@@ -294,7 +304,10 @@ def last_place(good: Merge) -> Broken:
 
 
 def embedding_zeroed(good: Merge) -> Broken:
-    """Some rows of the token embedding are zero: a download that stopped, or a vocabulary padded in the wrong place."""
+    """Some rows of the token embedding are zero.
+
+    A download that stopped, or a vocabulary padded in the wrong place.
+    """
     words = r"(^|\.)(embed_tokens|word_embeddings|wte|shared)\.weight$"
     name = min(n for n in good.merged if re.search(words, n))
     damaged = good.merged[name].clone()
@@ -325,8 +338,11 @@ def stored_as_float16(good: Merge) -> Broken:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """One kind: `needs` are traits that an architecture must have. `seen` tells that the forward of a float32 model
-    must fail by itself, `located` that it must name the module."""
+    """One kind: `needs` are traits that an architecture must have.
+
+    `seen` tells that the forward of a float32 model must fail by itself, `located` that it must
+    name the module.
+    """
 
     make: Callable[[Merge], Broken]
     needs: frozenset[str] = frozenset()

@@ -1,4 +1,4 @@
-"""Tiny models with their adapters that the real command line exported, each made once a session, whatever the number of workers."""
+"""Tiny models with adapters, exported by the real command line, each once a session for all workers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def _variant(name: str, **config: Any) -> zoo.Kind:
     return replace(kind, config={**kind.config, **config})
 
 
-# Constants of up to 8192 elements are folded while tracing, larger ones (all that matter) are not: 320 x 32 is larger.
+# Constants of up to 8192 elements are folded while tracing, larger ones (all that matter) are not: 320 x 32
+# is larger.
 _VOCABULARY = 320
 
 #: What is exported here: one architecture or more of each family.
@@ -86,7 +87,10 @@ class Exported:
 
 
 class Exports:
-    """``exports("llama", "--opset", "23")``: the folder of that export of a row of `KINDS`, made at its first use."""
+    """The folder of an export of a row of `KINDS`, made at its first use.
+
+    ``exports("llama", "--opset", "23")``.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -105,7 +109,10 @@ class Exports:
         return folder / "base", folder / "adapter"
 
     def __call__(self, name: str, *options: str, adapted: bool = True) -> Exported:
-        """`adapted`: with the adapter, else the base alone. Not verified: these tests compute all they compare themselves."""
+        """`adapted`: with the adapter, else the base alone.
+
+        Not verified: these tests compute all they compare themselves.
+        """
         from filelock import FileLock
 
         base, adapter = self.written(name)

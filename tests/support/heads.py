@@ -1,4 +1,4 @@
-"""Tiny models with a head, embeddings or a vocabulary of their own, adapted and saved by transformers and PEFT."""
+"""Tiny models with own heads, embeddings or vocabulary, adapted and saved by transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from tests.support import zoo
 
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SIZES = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "max_position_embeddings": 80, "pad_token_id": 0,
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 80, "pad_token_id": 0,
 }  # fmt: skip
 ENCODER = {**_SIZES, "bos_token_id": 1, "eos_token_id": 2}
 BERT = dict(_SIZES)
 LLAMA = {**ENCODER, "num_key_value_heads": 2}
 TIED = {**LLAMA, "tie_word_embeddings": True}
 BART = {
-    **_TOKENS, "vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 80,
+    **_TOKENS, "vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+    "max_position_embeddings": 80,
 }  # fmt: skip
 T5 = {"vocab_size": 64, "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_kv": 8}
 
@@ -33,10 +34,10 @@ def merging(folder: Path) -> tuple[str | Path, ...]:
 
 @dataclass(frozen=True)
 class Trained:
-    """An adapter of `model_class` with vectors on the outputs of `targets` and copies of `save` (``modules_to_save``).
+    """An adapter of `model_class`: vectors on outputs of `targets`, copies of `save` (``modules_to_save``).
 
-    The base is of `base_class` where it is another; the adapter has `labels` or a `vocabulary` of another size where they are
-    given.
+    The base is of `base_class` where it is another; the adapter has `labels` or a `vocabulary` of another
+    size where they are given.
     """
 
     name: str
@@ -90,7 +91,10 @@ class Trained:
         return folder
 
     def error(self, folder: Path) -> float:
-        """How far ``merged`` is from the live model, relative to its largest logit; it must load without a word."""
+        """How far ``merged`` is from the live model, relative to its largest logit.
+
+        It must load without a word.
+        """
         import torch
         import transformers
 

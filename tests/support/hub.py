@@ -1,4 +1,6 @@
-"""A small Hugging Face Hub on this machine: what ``snapshot_download`` of huggingface_hub 1.x and 2.x asks of the real one.
+"""A small Hugging Face Hub on this machine.
+
+What ``snapshot_download`` of huggingface_hub 1.x and 2.x asks of the real one.
 
 ``GET /api/models/{repo}/revision/{revision}``, ``GET /api/models/{repo}/tree/{commit}``, ``HEAD`` and ``GET``
 ``/{repo}/resolve/{commit}/{file}``, with the headers and error codes of the Hub.
@@ -50,7 +52,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Repository:
-    """`commits` by id; `refs` are branches and tags; without `token` nothing shows, except that a `gated` one is there."""
+    """`commits` by id; `refs` are branches and tags.
+
+    Without `token` nothing shows, except that a `gated` one is there.
+    """
 
     commits: Mapping[str, Files]
     refs: Mapping[str, str]

@@ -28,7 +28,10 @@ _TARGETS = {
 
 
 def write_adapter(folder: Path, config: dict[str, Any], *, seed: int = 0) -> Path:
-    """An IA3 adapter that PEFT writes for a dense model of the fixture's configuration: keys, values, feed-forward."""
+    """An IA3 adapter that PEFT writes for a dense model of the fixture's configuration.
+
+    Keys, values, feed-forward.
+    """
     import torch
     import transformers
     from peft import IA3Config, get_peft_model
@@ -52,7 +55,7 @@ def write_adapter(folder: Path, config: dict[str, Any], *, seed: int = 0) -> Pat
 
 
 def dense_model(folder: Path) -> Any:
-    """The checkpoint in `folder`, quantized or not, as a float64 transformers model of its dequantized weights."""
+    """The checkpoint in `folder`, quantized or not, as a dequantized float64 transformers model."""
     import torch
     import transformers
 
@@ -74,9 +77,7 @@ def dense_model(folder: Path) -> Any:
     for name, tensor in view.tensors.items():
         if tensor.dtype not in FLOAT_DTYPES:
             continue
-        state[name.replace("embed_out.", "lm_head.")] = torch.from_numpy(
-            read_values(tensor).astype("<f8")
-        )  # fmt: skip
+        state[name.replace("embed_out.", "lm_head.")] = torch.from_numpy(read_values(tensor).astype("<f8"))
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and not [name for name in missing if "lm_head" not in name], (missing, unexpected)
     model.tie_weights()
@@ -105,7 +106,10 @@ def source_of(case: str) -> Path:
 
 
 def dequantized(case: str, quantization: Any, name: str) -> Any:
-    """A weight of a fixture as ``expected.npz`` has it: (out, in), of GGUF files by and in the order of the file."""
+    """A weight of a fixture as ``expected.npz`` has it.
+
+    (out, in), of GGUF files by and in the order of the file.
+    """
     from ia3_export.checkpoint.gguf_models import ARCHITECTURES, hugging_face_name
 
     stored = name

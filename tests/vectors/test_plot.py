@@ -43,12 +43,13 @@ def llama(layers: int, adapters: int = 1, hidden: int = 16, wide: int = 24) -> l
     )
     return [
         PlotSite(
-            f"model.layers.{i}.{kind}", direction,
+            f"model.layers.{i}.{kind}",
+            direction,
             tuple(vector(1000 * a + 10 * i + k, size) for a in range(adapters)),
         )
         for i in range(layers)
         for k, (kind, size, direction) in enumerate(kinds)
-    ]  # fmt: skip
+    ]
 
 
 def t5(layers: int) -> list[PlotSite]:
@@ -256,8 +257,10 @@ def test_what_only_one_has_is_marked(suffix: str, tmp_path: Path) -> None:
     written = write(sites, ["a", "b"], file)
     picture = make_picture(sites, ["a", "b"])
     assert [cell.remark for cell in picture.cells if cell.remark] == [
-        "only A has a vector here", "only B has a vector here", "A has 8 channels here, B 9",
-    ]  # fmt: skip
+        "only A has a vector here",
+        "only B has a vector here",
+        "A has 8 channels here, B 9",
+    ]
     assert picture.heading.startswith("3 vectors in both")
     assert any("1 of them only here" in remark for remark in picture.remarks)
     if suffix == ".html":
