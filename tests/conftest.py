@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,28 @@ _LIBRARIES = (
     "onnxruntime", "onnxruntime-genai", "optimum", "bitsandbytes", "compressed-tensors", "gguf", "numpy",
     "click", "rich",
 )  # fmt: skip
+
+
+#: Modules that take a minute or more, longest first: with ``--dist loadfile`` what is left for
+#: the end is short.
+_LONG = (
+    "runtimes/test_optimum.py", "e2e/test_onnx.py", "e2e/test_sample.py", "e2e/test_releases.py",
+    "e2e/test_onnx_quantized.py", "onnx/test_trace.py", "parity/test_codes.py", "runtimes/test_genai.py",
+    "e2e/test_verify.py", "e2e/test_mutations.py", "e2e/test_bench.py", "runtimes/test_transformers_js.py",
+    "test_sentence.py", "ci/test_pipeline.py",
+)  # fmt: skip
+
+
+def pytest_configure() -> None:
+    # torch and transformers hold a million objects that never go; tracing a model makes the collector look at
+    # them often
+    gc.set_threshold(50_000, 20, 20)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long modules come first, all others as they were."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

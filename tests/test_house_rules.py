@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -12,6 +11,7 @@ import click
 
 import ia3_export
 from ia3_export.cli import cli
+from tools import make_reference
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "ia3_export").rglob("*.py"))
@@ -58,11 +58,9 @@ def test_no_function_takes_a_keyword_tunnel() -> None:
 
 
 def test_the_command_line_reference_is_up_to_date() -> None:
-    spec = importlib.util.spec_from_file_location("make_reference", ROOT / "tools" / "make_reference.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.TARGET.read_text(encoding="utf-8") == module.render(), "run python tools/make_reference.py"
+    assert make_reference.TARGET.read_text(encoding="utf-8") == make_reference.render(), (
+        "run python tools/make_reference.py"
+    )
 
 
 def test_every_command_has_help_with_an_example() -> None:
@@ -85,3 +83,11 @@ def test_the_changelog_and_the_version_agree() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert "## Unreleased" in changelog or f"## {version}" in changelog
+
+
+def test_no_test_module_grows_over_its_limit() -> None:
+    modules = (file for folder in ("tests", "tools/bench") for file in (ROOT / folder).rglob("*.py"))
+    long = {
+        f.name: n for f in modules if "node_modules" not in f.parts and (n := f.read_text().count("\n")) > 600
+    }
+    assert not long

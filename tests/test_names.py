@@ -276,13 +276,16 @@ def test_the_table_of_conv1d_models_is_that_of_transformers() -> None:
 
     users = set()
     for file in (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"):
-        tree = ast.parse(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        if "Conv1D" not in text:  # which spares parsing some four hundred large files
+            continue
         imported = any(
             isinstance(node, ast.ImportFrom) and any(alias.name == "Conv1D" for alias in node.names)
-            for node in ast.walk(tree)
+            for node in ast.walk(ast.parse(text))
         )
         if imported:
             users.add(file.parent.name)
+    assert {"gpt2", "decision_transformer"} <= users
     known = {name.replace("-", "_") for name in CONV1D_MODEL_TYPES}
     for folder in users:
         types = {t.replace("-", "_") for t in CONFIG_MAPPING if t.replace("-", "_").startswith(folder)}

@@ -18,7 +18,8 @@ import pytest
 import yaml
 
 from ia3_export.cli import cli
-from tests.ci.test_pipeline import ROOT, load_script
+from tests.ci.test_pipeline import ROOT
+from tools.ci import pipeline
 
 ACTION = (ROOT / "action.yml").read_text(encoding="utf-8")
 TEMPLATE = (ROOT / "templates" / "verify.yml").read_text(encoding="utf-8")
@@ -107,7 +108,7 @@ def test_the_action_sets_variables_that_the_scripts_read() -> None:
         for name in step.get("env", {}):
             here = f"${name}" in step["run"]
             installs = "install.sh" in step["run"] and f"${{{name}" in install
-            assert here or installs or name in load_script().VARIABLES, name
+            assert here or installs or name in pipeline.VARIABLES, name
 
 
 def test_files_that_the_action_and_the_component_name_exist() -> None:
@@ -149,7 +150,7 @@ def test_the_component_uses_all_its_inputs_and_keeps_them_out_of_scripts() -> No
     script = "\n".join(job["script"])
     install = (ROOT / "tools" / "ci" / "install.sh").read_text()
     for name in job["variables"]:
-        assert f"${name}" in script or f"${{{name}" in install or name in load_script().VARIABLES, name
+        assert f"${name}" in script or f"${{{name}" in install or name in pipeline.VARIABLES, name
     for name, spec in inputs.items():
         closed = "options" in spec or spec.get("type") == "array"
         assert closed or re.search(spec["regex"].replace(r"\z", r"\Z"), "a\nb") is None, name
@@ -163,7 +164,7 @@ def test_the_component_hands_over_junit_and_outputs_whatever_the_verdict() -> No
         "reports": {"junit": "out/reports/junit.xml", "dotenv": "out/verdict.env"},
     }
     assert job["variables"]["IA3_DOTENV"] == "out/verdict.env"
-    settings = load_script().read_settings(job["variables"] | {"IA3_BASE": "base"})
+    settings = pipeline.read_settings(job["variables"] | {"IA3_BASE": "base"})
     assert str(settings.reports / "junit.xml") == job["artifacts"]["reports"]["junit"]
 
 
@@ -227,7 +228,7 @@ def test_torch_is_installed_first_and_under_the_constraints(
 
 
 def test_the_page_names_every_variable_input_and_output_and_no_others() -> None:
-    ours = {name for name in load_script().VARIABLES if name.startswith("IA3_")}
+    ours = {name for name in pipeline.VARIABLES if name.startswith("IA3_")}
     assert set(re.findall(r"IA3_[A-Z_]+", DOCS)) == ours
     table = DOCS.split("| input |")[1].split("\n\n")[0]
     assert set(
@@ -235,7 +236,7 @@ def test_the_page_names_every_variable_input_and_output_and_no_others() -> None:
     ) == set(action()["inputs"])
     for name in OUTPUTS:
         assert f"| `{name}` | `{name.upper().replace('-', '_')}` |" in DOCS
-    for name in load_script().REPORTS.values():
+    for name in pipeline.REPORTS.values():
         assert f"| `{name}` |" in DOCS
     only_gitlab = set(template()[0]) - set(action()["inputs"])
     assert only_gitlab == {"source", "ref", "job-name", "stage", "image"}

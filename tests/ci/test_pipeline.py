@@ -6,7 +6,6 @@ Outputs, exit codes, and values that would like to be code.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -14,12 +13,12 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from xml.etree import ElementTree
 
 import pytest
 
 from tests.support import zoo
+from tools.ci import pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -49,16 +48,6 @@ class Ran:
     def summary(self) -> str:
         """``$GITHUB_STEP_SUMMARY``."""
         return (self.folder / "summary").read_text(encoding="utf-8")
-
-
-def load_script() -> ModuleType:
-    """The script as a module, for what needs no process."""
-    spec = importlib.util.spec_from_file_location("pipeline", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["pipeline"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def run(folder: Path, variables: Mapping[str, str]) -> Ran:
@@ -221,9 +210,8 @@ BREAKS = [FORGED, "x\rverdict=pass", "x\x85verdict=pass", "x\u2028verdict=pass",
 @pytest.mark.parametrize("name", ["IA3_BASE", "IA3_OUTPUT", "IA3_REPORTS", "IA3_TASK", "IA3_DOTENV"])
 @pytest.mark.parametrize("value", BREAKS)
 def test_no_value_holds_a_line_break(name: str, value: str) -> None:
-    script = load_script()
-    with pytest.raises(script.Misuse, match=name):
-        script.read_settings({"IA3_BASE": "base", "IA3_ADAPTERS": "adapter"} | {name: value})
+    with pytest.raises(pipeline.Misuse, match=name):
+        pipeline.read_settings({"IA3_BASE": "base", "IA3_ADAPTERS": "adapter"} | {name: value})
 
 
 @pytest.mark.parametrize(
@@ -242,8 +230,7 @@ def test_no_value_holds_a_line_break(name: str, value: str) -> None:
     ],
 )
 def test_wrong_variables_are_exit_code_2(bad: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    script = load_script()
-    assert script.main({"IA3_BASE": "base", "IA3_ADAPTERS": "adapter"} | bad) == 2
+    assert pipeline.main({"IA3_BASE": "base", "IA3_ADAPTERS": "adapter"} | bad) == 2
     written = capsys.readouterr()
     assert written.out == "" and written.err.startswith(f"error: {next(iter(bad))}")
     assert "verdict=pass" not in written.err.splitlines()
@@ -251,23 +238,21 @@ def test_wrong_variables_are_exit_code_2(bad: dict[str, str], capsys: pytest.Cap
 
 def test_reports_do_not_go_where_an_input_lies(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("of the base")
-    script = load_script()
     variables = {"IA3_BASE": str(tmp_path), "IA3_ADAPTERS": "adapter", "IA3_REPORTS": str(tmp_path)}
-    assert script.main(variables) == 2
+    assert pipeline.main(variables) == 2
     assert (tmp_path / "report.json").read_text() == "of the base"
 
 
 def test_adapters_are_lines_or_json_and_options_are_words() -> None:
-    script = load_script()
     variables = {
         "IA3_BASE": "base",
         "IA3_ADAPTERS": " a b \r\n\n$(c)\n",
         "IA3_MERGE_ARGS": "--cast\n'x y' $HOME",
     }
-    settings = script.read_settings(variables)
+    settings = pipeline.read_settings(variables)
     assert settings.adapters == ("a b", "$(c)")
     assert settings.merge_args == ("--cast", "x y", "$HOME")
-    assert script.read_settings(variables | {"IA3_ADAPTERS": '["a b", "c"]'}).adapters == ("a b", "c")
+    assert pipeline.read_settings(variables | {"IA3_ADAPTERS": '["a b", "c"]'}).adapters == ("a b", "c")
     assert (settings.onnx, settings.output, settings.reports) == (
         "auto",
         Path("ia3-export"),
@@ -276,19 +261,17 @@ def test_adapters_are_lines_or_json_and_options_are_words() -> None:
 
 
 def test_a_command_that_a_signal_ended_is_no_verdict(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    script = load_script()
     done = subprocess.CompletedProcess[str]([], -9)
-    monkeypatch.setattr(script.subprocess, "run", lambda *words, **options: done)
+    monkeypatch.setattr(pipeline.subprocess, "run", lambda *words, **options: done)
     variables = {"IA3_BASE": "base", "IA3_ADAPTERS": "adapter", "IA3_OUTPUT": str(tmp_path / "out")}
-    assert script.main(variables | {"GITHUB_OUTPUT": str(tmp_path / "outputs")}) == 137
+    assert pipeline.main(variables | {"GITHUB_OUTPUT": str(tmp_path / "outputs")}) == 137
     assert (tmp_path / "outputs").read_text() == ""
 
 
 def test_a_crash_of_verify_is_no_verdict(
     made: dict[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    script = load_script()
-    real = script.subprocess.run
+    real = pipeline.subprocess.run
 
     def crash_in_verify(words: list[str], stdin: int, stdout: object, check: bool) -> object:
         crash = [sys.executable, "-c", "import sys; sys.tracebacklimit = 0; 1 / 0"]
@@ -296,10 +279,10 @@ def test_a_crash_of_verify_is_no_verdict(
             crash if "verify" in words else words, stdin=stdin, stderr=subprocess.DEVNULL, check=check
         )
 
-    monkeypatch.setattr(script.subprocess, "run", crash_in_verify)
+    monkeypatch.setattr(pipeline.subprocess, "run", crash_in_verify)
     files = {"GITHUB_OUTPUT": str(tmp_path / "outputs"), "GITHUB_STEP_SUMMARY": str(tmp_path / "summary")}
     own = {"IA3_OUTPUT": str(tmp_path / "out"), "IA3_ONNX": "false"}
-    assert script.main(made["llama"] | files | own) == 1
+    assert pipeline.main(made["llama"] | files | own) == 1
     assert (tmp_path / "out" / "merged" / "ia3_export.json").is_file()
     assert (tmp_path / "outputs").read_text() == ""
     assert (tmp_path / "summary").read_text() == "`ia3-export verify` ended with exit code 1.\n"

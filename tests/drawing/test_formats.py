@@ -25,7 +25,7 @@ from ia3_export.drawing import formats
         (math.inf, "not finite"),
     ],
 )
-def test_numbers(value: float | None, text: str) -> None:
+def test_numbers_are_written_short(value: float | None, text: str) -> None:
     assert formats.number(value) == text
 
 
@@ -33,7 +33,7 @@ def test_numbers(value: float | None, text: str) -> None:
     ("value", "text"),
     [(1.0, "100 %"), (0.9999, "99.99 %"), (0.5, "50 %"), (-0.02, "-2 %"), (2.0, "200 %"), (None, "—")],
 )
-def test_shares(value: float | None, text: str) -> None:
+def test_shares_are_percentages(value: float | None, text: str) -> None:
     assert formats.share(value) == text
 
 
@@ -52,7 +52,7 @@ def test_a_value_beyond_its_limit_never_looks_equal_to_it() -> None:
         (999_999, "1 MB"),
     ],
 )
-def test_sizes(nbytes: int, text: str) -> None:
+def test_sizes_have_the_largest_unit_that_fits(nbytes: int, text: str) -> None:
     assert formats.size(nbytes) == text
 
 

@@ -28,9 +28,12 @@ class Ran:
     stderr: str
 
 
-def run(*args: str | Path) -> Ran:
-    """Run the command line in this process; an exception that is no exit is a failure of the test."""
-    result = CliRunner().invoke(cli, [str(arg) for arg in args], prog_name="ia3-export")
+def run(*args: str | Path, stdin: str = "") -> Ran:
+    """Run the command line in this process, with `stdin` typed into it.
+
+    An exception that is no exit is a failure of the test.
+    """
+    result = CliRunner().invoke(cli, [str(arg) for arg in args], input=stdin, prog_name="ia3-export")
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return Ran(result.exit_code, result.stdout, result.stderr)

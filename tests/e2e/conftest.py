@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests.e2e.command import merge
 from tests.support import zoo
+from tests.support.bad_input import Case
 
 CARD = "---\nlicense: apache-2.0\nlanguage: en\n---\n\n# A tiny Llama\n"
 
@@ -55,3 +57,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     assert len(list((folder / "base").glob("*.safetensors"))) == 6
     merge(folder / "base", folder / "adapter", folder / "merged", "--quiet")
     return Tiny(*(folder / name for name in ("base", "single", "adapter", "other", "merged")))
+
+
+@pytest.fixture
+def case(tiny: Tiny, tmp_path: Path) -> Case:
+    """Copies of the base and the adapter, to damage."""
+    shutil.copytree(tiny.base, tmp_path / "base")
+    shutil.copytree(tiny.adapter, tmp_path / "adapter")
+    return Case(tmp_path)

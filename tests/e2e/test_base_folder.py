@@ -115,22 +115,14 @@ def test_remote_code_is_neither_run_nor_asked_about(tiny: Tiny, tmp_path: Path) 
         tokenizer_class="Tokenizer",
     )
     (tmp_path / "texts").write_text("tiny tiny\n")
-    for more in (("--text", tmp_path / "texts"), ()):
-        ran = run_process("verify", "--base", base, "--adapter", tiny.adapter, *more, stdin="y\n" * 20)
+    # once as a process of its own, whose questions would go to a real terminal
+    for start, more in ((run_process, ("--text", tmp_path / "texts")), (run, ())):
+        ran = start("verify", "--base", base, "--adapter", tiny.adapter, *more, stdin="y\n" * 20)
         assert ran.code in (0, 3), ran
         assert "[y/N]" not in ran.stdout + ran.stderr
     for task in ("feature-extraction", "text-generation"):
-        ran = run_process(
-            "onnx",
-            "--model",
-            base,
-            "--task",
-            task,
-            "--output",
-            tmp_path / task,
-            "--no-verify",
-            stdin="y\n" * 20,
-        )
+        words = ("onnx", "--model", base, "--task", task, "--output", tmp_path / task, "--no-verify")
+        ran = run(*words, stdin="y\n" * 20)
         assert ran.code == 0, ran
         assert "[y/N]" not in ran.stdout + ran.stderr
     assert not (tmp_path / "ran").exists()

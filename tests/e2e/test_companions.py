@@ -259,7 +259,7 @@ def test_an_end_that_generation_does_not_know_is_said(tiny: Tiny, base: Path, tm
     )
 
 
-def test_processor_settings(tiny: Tiny, base: Path, tmp_path: Path) -> None:
+def test_processor_settings_count_by_what_they_say(tiny: Tiny, base: Path, tmp_path: Path) -> None:
     adapter = Path(shutil.copytree(tiny.adapter, tmp_path / "tuned"))
     processor = {"size": {"height": 224}, "image_processor_type": "ViTImageProcessor"}
     (base / "preprocessor_config.json").write_text(json.dumps(processor))

@@ -50,7 +50,7 @@ def changed(document: str, path: tuple[Any, ...], value: Any) -> str:
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "head_config.json"])
 @pytest.mark.parametrize("case", ["bert_classification", "bert_static"])
-def test_adapterhubs_settings(case: str, name: str, tmp_path: Path) -> None:
+def test_odd_settings_of_adapterhub_are_understood_or_refused(case: str, name: str, tmp_path: Path) -> None:
     adapter = Path(shutil.copytree(FIXTURES / "adapterhub" / case / "adapter", tmp_path / "adapter"))
     document = (adapter / name).read_text()
     odd = []
@@ -80,7 +80,7 @@ GGUF_KEYS = (
 
 
 @pytest.mark.parametrize("key", GGUF_KEYS)
-def test_gguf_settings(key: str, tmp_path: Path) -> None:
+def test_odd_settings_in_gguf_are_understood_or_refused(key: str, tmp_path: Path) -> None:
     source = source_of("gguf-q4_0")
     adapter = write_adapter(tmp_path / "adapter", dict(read_checkpoint(source).config or {}))
     tensors = gguf.GGUFReader(source).tensors
@@ -143,7 +143,9 @@ def values() -> Iterator[Any]:
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Sparse CSR tensor support")
 @pytest.mark.parametrize("key", ["x.k_proj.ia3_l", "k.multi_lora_b", "state_dict", 1, None, b"k"])
-def test_torch_files(tiny: Tiny, key: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_odd_values_in_torch_files_are_understood_or_refused(
+    tiny: Tiny, key: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     import torch
 
     for i, value in enumerate(values()):

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.e2e.command import Ran, contents, only_complaint, run, run_process
+from tests.e2e.command import Ran, contents, only_complaint, run
 from tests.support import zoo
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -493,11 +493,12 @@ def test_reports_never_replace_an_input(made: dict[str, Path], tmp_path: Path) -
     assert ran.code == 4 and "error:" in ran.stderr
 
 
-def test_the_terminal_report_fits_80_columns(made: dict[str, Path], exported: Path) -> None:
+def test_the_terminal_report_fits_80_columns(
+    made: dict[str, Path], exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     folder = made["bert-seq-cls"]
-    ran = run_process(
-        "verify", *inputs(folder), "--merged", folder / "merged", "--onnx", exported, env={"COLUMNS": "80"}
-    )
+    ran = run("verify", *inputs(folder), "--merged", folder / "merged", "--onnx", exported)
     table = [
         line for line in ran.stdout.splitlines() if line.startswith((" unmerged", " onnx", " merged", " ─"))
     ]

@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ia3_export.commands.export_onnx import export_onnx
 from ia3_export.errors import Unsupported
 from ia3_export.onnx import precision as precisions
 from ia3_export.onnx.files import external_files, save_model
 from ia3_export.onnx.precision import Coverage, convert_precision
-from tests.support import zoo
+from tests.support.exported import Exports
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
@@ -29,16 +28,10 @@ PRECISIONS = ("fp16", "int8", "int4")
 NEAR = {"fp16": 0.99999, "int8": 0.998, "int4": 0.9}
 
 
-@pytest.fixture(scope="module")
-def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+@pytest.fixture
+def graphs(exports: Exports) -> dict[str, Path]:
     """Exports: bert is an encoder, gpt2's layers are Gemm, llama-biased has a tied head and RoPE."""
-    paths = {}
-    for name in ("bert-masked-lm", "gpt2", "llama-biased"):
-        folder = tmp_path_factory.mktemp(name)
-        zoo.build(zoo.by_name(name)).save_pretrained(folder / "model")
-        export_onnx(folder / "onnx", model=folder / "model", check=False)
-        paths[name] = folder / "onnx" / "onnx" / "model.onnx"
-    return paths
+    return {name: exports(name).graph() for name in ("bert-masked-lm", "gpt2", "llama-biased")}
 
 
 def _open(path: Path) -> Any:

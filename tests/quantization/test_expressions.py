@@ -50,7 +50,7 @@ def test_an_expression_without_end_is_refused(case: str, settings: dict[str, Any
 @pytest.mark.parametrize(
     "ignore", [["lm_head", r"re:.*\.layers\.(0|1)\.nothing.*(a|b)$"], ["lm_head", "re:["], ["(+"]]
 )
-def test_others_stand(ignore: list[str], tmp_path: Path) -> None:
+def test_expressions_that_end_or_are_none_do_no_harm(ignore: list[str], tmp_path: Path) -> None:
     base, adapter = _varied("ct-w4a16-g32-sym", tmp_path, ignore=ignore)
     ran = run("inspect", adapter, "--base", base, "--quantized", "keep")
     assert ran.code == 0, ran

@@ -5,12 +5,9 @@ Lookups, conditions, real models.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 import warnings
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,8 +24,8 @@ from ia3_export.quantization.feed_forward import (
 )
 from ia3_export.quantization.packed import CannotKeep
 from tests.support import zoo
+from tools import mlp_kinds
 
-TOOL = Path(__file__).parents[2] / "tools" / "mlp_kinds.py"
 LLAMA = {"model_type": "llama", "hidden_act": "silu"}
 UP = Feeder("m.layers.0.mlp.up_proj", 0, 6, "gated")
 
@@ -231,15 +228,6 @@ def test_the_self_check_sees_the_wrong_arithmetic() -> None:
         self_check(relu, -vector)
 
 
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mlp_kinds", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["mlp_kinds"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 #: Reviewed anew on every run: one of each kind, with experts, fused projections, an encoder, a
 #: composed model.
 SAMPLE = (
@@ -258,12 +246,12 @@ SAMPLE = (
 )
 
 
-def check_review(tool: ModuleType, reviewed: str) -> None:
+def check_review(reviewed: str) -> None:
     """Everything in the table that was tried in this model type holds on the installed transformers."""
     expected = {name: e for name, e in _table().items() if name == reviewed or e.get("tried_in") == reviewed}
-    result = tool.review(reviewed)
+    result = mlp_kinds.review(reviewed)
     assert "problem" not in result, result
-    table = tool.make_table({reviewed: result})
+    table = mlp_kinds.make_table({reviewed: result})
     for name, entry in expected.items():
         if entry.get("tried_in", reviewed) == reviewed:
             held = table[name].get("move", {})
@@ -275,8 +263,8 @@ def check_review(tool: ModuleType, reviewed: str) -> None:
 
 
 @pytest.mark.parametrize("reviewed", SAMPLE)
-def test_a_sample_of_the_table_holds_on_real_models(tool: ModuleType, reviewed: str) -> None:
-    check_review(tool, reviewed)
+def test_a_sample_of_the_table_holds_on_real_models(reviewed: str) -> None:
+    check_review(reviewed)
 
 
 #: Every eighth; tools/mlp_kinds.py tries all of them in a quarter of an hour.
@@ -285,8 +273,8 @@ _OTHERS = sorted({e.get("tried_in", n) for n, e in _table().items() if "move" in
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reviewed", _OTHERS)
-def test_more_of_the_table_holds_on_real_models(tool: ModuleType, reviewed: str) -> None:
-    check_review(tool, reviewed)
+def test_more_of_the_table_holds_on_real_models(reviewed: str) -> None:
+    check_review(reviewed)
 
 
 @pytest.mark.parametrize("name", ["llama", "t5", "phi3", "opt"])

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-from typing import Any
-
 import pytest
 
-from tests.support.quantized import CASES, FIXTURES, GGUF_CASES
+from tests.support.quantized import CASES, GGUF_CASES
+from tools import make_formats
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
-ROOT = FIXTURES.parents[2]
 
-
-@pytest.fixture(scope="module")
-def maker() -> Any:
-    spec = importlib.util.spec_from_file_location("make_formats", ROOT / "tools" / "make_formats.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_every_fixture_is_on_the_page(maker: Any) -> None:
-    page = list(maker.shape_of(maker.PAGE.read_text()))
+def test_every_fixture_is_on_the_page() -> None:
+    page = list(make_formats.shape_of(make_formats.PAGE.read_text()))
     assert [row[0].strip("`") for row in page] == [*CASES, *GGUF_CASES]
 
 
@@ -40,7 +27,7 @@ SAMPLE = [
 
 
 @pytest.mark.parametrize("case", SAMPLE)
-def test_a_row_is_what_the_code_does(case: str, maker: Any) -> None:
-    page = {row[0].strip("`"): row for row in maker.shape_of(maker.PAGE.read_text())}
-    (made,) = maker.shape_of(f"{maker.MARK}\n{maker.table([case])}")
+def test_a_row_is_what_the_code_does(case: str) -> None:
+    page = {row[0].strip("`"): row for row in make_formats.shape_of(make_formats.PAGE.read_text())}
+    (made,) = make_formats.shape_of(f"{make_formats.MARK}\n{make_formats.table([case])}")
     assert page[case] == made

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import math
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from itertools import cycle
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,16 +17,9 @@ from jsonschema import Draft202012Validator
 from ia3_export.report import model
 from ia3_export.report.model import Distance, Report, to_text
 from tests.report import sample
+from tools import make_schema
 
 ROOT = Path(__file__).parent.parent.parent
-
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_schema", ROOT / "tools" / "make_schema.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 SCHEMA = json.loads((ROOT / "docs" / "report.schema.json").read_text(encoding="utf-8"))
@@ -109,8 +100,9 @@ OBJECTS = [path for path in places(small()) if isinstance(path[-1], int) and len
 
 
 def test_the_file_is_up_to_date() -> None:
-    script = load_script()
-    assert script.TARGET.read_text(encoding="utf-8") == script.render(), "run python tools/make_schema.py"
+    assert make_schema.TARGET.read_text(encoding="utf-8") == make_schema.render(), (
+        "run python tools/make_schema.py"
+    )
 
 
 def test_it_is_a_schema() -> None:

@@ -49,7 +49,7 @@ class Recipe:
     task: str
     """optimum's name of the task."""
     kind: str
-    """A kind of tests/support/zoo.py."""
+    """A kind of tests/support/zoo."""
     tokenizer: str | None
     """A tokenizer class of transformers."""
     seed: int = 0
@@ -108,6 +108,9 @@ def _picture() -> list[list[list[int]]]:
     return image
 
 
+#: Enough for a head where other rows show how layers come together.
+_ONE_LAYER = {"num_hidden_layers": 1}
+
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -131,11 +134,13 @@ RECIPES: Mapping[str, Recipe] = {
         Recipe("bert", "text-classification", "bert-seq-cls", "BertTokenizer", config={"id2label": LABELS}),
         Recipe(
             "tagger", "token-classification", "bert-seq-cls", "BertTokenizer",
-            model_class="BertForTokenClassification", task_type="TOKEN_CLS", config={"id2label": LABELS},
+            model_class="BertForTokenClassification", task_type="TOKEN_CLS",
+            config={"id2label": LABELS} | _ONE_LAYER,
         ),
         Recipe(
             "reader", "question-answering", "bert-seq-cls", "BertTokenizer",
-            model_class="BertForQuestionAnswering", task_type="QUESTION_ANS", config={"num_labels": 2},
+            model_class="BertForQuestionAnswering", task_type="QUESTION_ANS",
+            config={"num_labels": 2} | _ONE_LAYER,
             inputs=(["who lives by the sea?", "the old man lives by the sea and the cat in the garden"],),
         ),
         Recipe(
@@ -144,7 +149,7 @@ RECIPES: Mapping[str, Recipe] = {
         ),
         Recipe(
             "sentence", "feature-extraction", "bert-seq-cls", "BertTokenizer",
-            model_class="BertModel", task_type="FEATURE_EXTRACTION",
+            model_class="BertModel", task_type="FEATURE_EXTRACTION", config=_ONE_LAYER,
         ),
         Recipe("vit", "image-classification", "vit", None, config={"id2label": LABELS}, inputs=(_picture(),)),
     )

@@ -26,17 +26,21 @@ _VOCABULARY = 320
 #: What is exported here: one architecture or more of each family.
 KINDS: Mapping[str, zoo.Kind] = {
     "llama": zoo.by_name("llama"),
+    "llama-biased": zoo.by_name("llama-biased"),
     "gpt2": _variant("gpt2", vocab_size=_VOCABULARY),
     "gemma2": _variant("gemma2", sliding_window=8),
-    "bloom": _variant("bloom", vocab_size=_VOCABULARY),
-    "gpt_bigcode": zoo.by_name("gpt_bigcode"),
+    # one layer where others here show how several come together
+    "bloom": _variant("bloom", vocab_size=_VOCABULARY, n_layer=1),
+    "gpt_bigcode": _variant("gpt_bigcode", n_layer=1),
     "olmoe": _variant("olmoe", intermediate_size=96),
     "bert-seq-cls": zoo.by_name("bert-seq-cls"),
     "bert-token-cls": replace(
-        zoo.by_name("bert-seq-cls"), model_class="BertForTokenClassification", task_type="TOKEN_CLS"
+        _variant("bert-seq-cls", num_hidden_layers=1),
+        model_class="BertForTokenClassification",
+        task_type="TOKEN_CLS",
     ),
     "bert-question": replace(
-        _variant("bert-seq-cls", num_labels=2),
+        _variant("bert-seq-cls", num_labels=2, num_hidden_layers=1),
         model_class="BertForQuestionAnswering",
         task_type="QUESTION_ANS",
     ),

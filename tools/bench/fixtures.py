@@ -6,6 +6,8 @@ Real architectures and sizes, random weights, adapters trained by nobody but sav
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +97,24 @@ def make_quantized(folder: Path, kind: str, *, shard_size: str = "800MB") -> Pat
     return quantized
 
 
+def make_in_child(
+    folder: Path, kind: str | None = None, *, python: str | Path = sys.executable, small: bool = False
+) -> None:
+    """`make_llama`, or with a `kind` `make_quantized`, by another process.
+
+    No child of this one can show a smaller peak memory than this one's own, so torch stays out of it.
+    """
+    words = [str(python), __file__, str(folder), *([] if kind is None else [kind])]
+    subprocess.run([*words, *(["--small"] if small else [])], check=True, stdout=subprocess.DEVNULL)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("kind", nargs="?", choices=QUANTIZED, help="a quantized variant of it")
+    parser.add_argument("--small", action="store_true", help="two layers instead of 22, to try a script")
     given = parser.parse_args()
     if given.kind is None:
-        print(*make_llama(given.folder))
+        print(*make_llama(given.folder, small=given.small))
     else:
         print(make_quantized(given.folder, given.kind))

@@ -2,18 +2,22 @@
 
     python tools/bench/onnx_architectures.py [--only llama,bert] [--precision fp32,int8,int4]
 
-Tiny models of transformers with an IA3 adapter of PEFT (tests/support/zoo.py). Prints a Markdown table: the
+Tiny models of transformers with an IA3 adapter of PEFT (tests/support/zoo). Prints a Markdown table: the
 largest error of ONNX Runtime beside base + live adapters in float64, the bound that rounding explains
 (docs/parity.md), the inputs, greedy decoding through the cache, operators, seconds.
 """
 
 from __future__ import annotations
 
-import argparse
+import sys
 import tempfile
 import time
 import warnings
 from pathlib import Path
+
+from harness import make_parser
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from ia3_export import GraphOptions, export_onnx
 from ia3_export.errors import IA3ExportError
@@ -38,7 +42,7 @@ ARCHITECTURES = (
 
 def main() -> None:
     """The table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--only", help="names, separated by commas")
     parser.add_argument("--precision", default="fp32")
     arguments = parser.parse_args()
@@ -82,9 +86,9 @@ def _rows(name: str, folder: Path, precisions: list[str]) -> list[str]:
             if generation.first_divergence is None
             else f"from {generation.first_divergence}"
         )
-        error = f"{step.distance.max_error:.1e}" if step.distance else ""
+        largest = f"{step.distance.max_error:.1e}" if step.distance else ""
         rows.append(
-            f"| {name} | {done.task} | {step.precision} | {error} | {bound} | {share} | {greedy} | "
+            f"| {name} | {done.task} | {step.precision} | {largest} | {bound} | {share} | {greedy} | "
             f"{_operators(folder / 'out')} | {seconds:.0f} |"
         )
     return rows

@@ -16,43 +16,36 @@ process if that was larger between two looks.
 
 from __future__ import annotations
 
-import argparse
-import os
 import platform
 import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
-import threading
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
+from harness import (
+    CommandFailed,
+    Usage,
+    cores,
+    make_parser,
+    markdown,
+    measure,
+    median_ratio,
+    positive,
+    read_into_cache,
+    size_mib,
+    take_turns,
+)
 
-MIB = 1024 * 1024
 NAMES = ("ours", "ours --no-verify", "optimum", "genai")
-
-
-@dataclass(frozen=True)
-class Usage:
-    """One run."""
-
-    wall_s: float
-    cpu_s: float
-    peak_mib: float
-    files_mib: float
 
 
 def main() -> None:
     """Measure and print a Markdown table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="keeps the model from run to run")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--only", default=",".join(NAMES), help=f"of {', '.join(NAMES)}")
     parser.add_argument("--optimum", type=Path, help="python of the environment that holds optimum-onnx")
     options = parser.parse_args()
@@ -67,26 +60,27 @@ def main() -> None:
         if name in options.only.split(",")
     }
     runs: dict[str, list[Usage]] = {name: [] for name in commands}
-    for number in range(options.rounds + 1):
-        shift = number % len(commands)
-        for name in (*list(commands)[shift:], *list(commands)[:shift]):
-            shutil.rmtree(output, ignore_errors=True)
-            for file in model.iterdir():
-                file.read_bytes()
-            usage = measure(commands[name], output)
-            if number:
-                runs[name].append(usage)
-            print(
-                f"{number}/{options.rounds} {name:<18}{usage.wall_s:7.1f} s{usage.peak_mib:8.0f} MiB",
-                file=sys.stderr,
-            )
+    graphs: dict[str, float] = {}
+    for number, name in take_turns(list(commands), options.rounds + 1):
+        shutil.rmtree(output, ignore_errors=True)
+        read_into_cache(model)
+        try:
+            usage = measure(commands[name], whole_tree=True)
+        except CommandFailed as problem:
+            sys.exit(str(problem))
+        graphs[name] = size_mib(output, "*.onnx*")
+        if not graphs[name]:
+            sys.exit(f"no graph: {' '.join(commands[name])}")
+        if number:
+            runs[name].append(usage)
+        print(
+            f"{number}/{options.rounds} {name:<18}{usage.wall_s:7.1f} s{usage.peak_rss_mib:8.0f} MiB",
+            file=sys.stderr,
+        )
     shutil.rmtree(output, ignore_errors=True)
-    weights = (model / "model.safetensors").stat().st_size / MIB
-    print(
-        f"{len(os.sched_getaffinity(0))} cores, python {platform.python_version()}, "
-        f"{weights:.0f} MiB of weights\n"
-    )
-    print(table(runs, weights))
+    weights = size_mib(model, "model.safetensors")
+    print(f"{cores()} cores, python {platform.python_version()}, {weights:.0f} MiB of weights\n")
+    print(table(runs, graphs, weights))
 
 
 def make_commands(model: Path, output: Path, optimum: Path | None) -> dict[str, list[str]]:
@@ -114,69 +108,42 @@ def make_commands(model: Path, output: Path, optimum: Path | None) -> dict[str, 
     return {name: commands[name] for name in NAMES if name in commands}
 
 
-def measure(command: Sequence[str], output: Path) -> Usage:
-    """Run a command that must succeed and leave a graph in `output`."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    with tempfile.TemporaryFile() as log:
-        start = time.perf_counter()
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
-        sums = [0]
-        watch = threading.Thread(target=sample, args=(child.pid, sums), daemon=True)
-        watch.start()
-        _, status, usage = os.wait4(child.pid, 0)
-        wall = time.perf_counter() - start
-        child.returncode = os.waitstatus_to_exitcode(status)
-        watch.join()
-        if child.returncode or not list(output.rglob("*.onnx")):
-            log.seek(0)
-            tail = log.read().decode(errors="replace").strip().splitlines()[-12:]
-            raise SystemExit("\n".join([f"exit code {child.returncode}: {' '.join(command)}", *tail]))
-    return Usage(
-        wall_s=wall,
-        cpu_s=usage.ru_utime + usage.ru_stime,
-        peak_mib=max(sums[0] / MIB, usage.ru_maxrss / 1024),
-        files_mib=sum(file.stat().st_size for file in output.rglob("*.onnx*")) / MIB,
-    )
-
-
-def sample(pid: int, largest: list[int]) -> None:
-    """Keep the largest sum of the resident sizes of a process and its descendants in ``largest[0]``."""
-    try:
-        root = psutil.Process(pid)
-        while root.is_running() and root.status() != psutil.STATUS_ZOMBIE:
-            total = 0
-            for process in (root, *root.children(recursive=True)):
-                try:
-                    total += process.memory_info().rss
-                except psutil.NoSuchProcess:
-                    continue
-            largest[0] = max(largest[0], total)
-            time.sleep(0.02)
-    except psutil.NoSuchProcess:
-        return
-
-
-def table(runs: Mapping[str, Sequence[Usage]], weights: float) -> str:
-    """Medians over the rounds, and the medians of the ratios within a round to the first row's wall time."""
+def table(runs: Mapping[str, Sequence[Usage]], graphs: Mapping[str, float], weights: float) -> str:
+    """Medians over the rounds, and of the ratios to the first row's time and memory within a round."""
     first = next(iter(runs))
-    lines = [
-        (
-            f"| exporter | runs | median s | min s | x {first} | CPU s | peak MiB | x weights | x {first} "
-            "| graph MiB |"
-        ),
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = (
+        "exporter",
+        "runs",
+        "median s",
+        "min s",
+        f"x {first}",
+        "CPU s",
+        "peak MiB",
+        "x weights",
+        f"x {first}",
+        "graph MiB",
+    )
+    rows = []
     for name, own in runs.items():
-        peaks = [usage.peak_mib for usage in own]
-        slower = statistics.median(a.wall_s / b.wall_s for a, b in zip(own, runs[first], strict=True))
-        bigger = statistics.median(a.peak_mib / b.peak_mib for a, b in zip(own, runs[first], strict=True))
-        lines.append(
-            f"| {name} | {len(own)} | {statistics.median(u.wall_s for u in own):.1f} | "
-            f"{min(u.wall_s for u in own):.1f} | {slower:.2f} | "
-            f"{statistics.median(u.cpu_s for u in own):.1f} | {statistics.median(peaks):.0f} | "
-            f"{statistics.median(peaks) / weights:.1f} | {bigger:.2f} | {own[-1].files_mib:.0f} |"
+        walls, peaks = ([u.wall_s for u in own], [u.peak_rss_mib for u in own])
+        slower = median_ratio(walls, (u.wall_s for u in runs[first]))
+        bigger = median_ratio(peaks, (u.peak_rss_mib for u in runs[first]))
+        peak = statistics.median(peaks)
+        rows.append(
+            (
+                name,
+                str(len(own)),
+                f"{statistics.median(walls):.1f}",
+                f"{min(walls):.1f}",
+                f"{slower:.2f}",
+                f"{statistics.median(u.cpu_s for u in own):.1f}",
+                f"{peak:.0f}",
+                f"{peak / weights:.1f}",
+                f"{bigger:.2f}",
+                f"{graphs[name]:.0f}",
+            )
         )
-    return "\n".join(lines)
+    return markdown(head, rows)
 
 
 MAKE = """

@@ -10,13 +10,13 @@ Runtime) the distribution of error/bound and of err(merged)/err(unmerged).
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import warnings
 from pathlib import Path
 
 import numpy as np
+from harness import make_parser, positive
 
 from ia3_export import RunSettings
 
@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 def main() -> None:
     """Print one line per dtype."""
-    parser = argparse.ArgumentParser()
+    parser = make_parser(__doc__)
     parser.add_argument("--dtypes", default="float32,bfloat16,float16")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=positive, default=1)
     parser.add_argument("--only", default="")
     parser.add_argument("--onnx", action="store_true")
     options = parser.parse_args()
@@ -36,7 +36,7 @@ def main() -> None:
 
     from ia3_export import export_onnx, verify
     from ia3_export.errors import IA3ExportError
-    from ia3_export.parity.runs.run_torch import quiet
+    from ia3_export.models.model_class import quiet
     from tests.support import zoo
 
     torch.set_num_threads(1)

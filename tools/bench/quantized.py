@@ -4,10 +4,10 @@
         --ct-python /tmp/ct/bin/python --json quantized.json
 
 The 1.1-billion-parameter Llama of fixtures.py, quantized by the true writers (made once), and its IA3
-adapter. Rounds, processes, caches, CPU time and peak RSS are those of merge_vs_peers.py. "cp" copies the
-quantized base, "cp-dense" the bf16 model that a dequantizing merge writes, and "dd-fsync" writes as many
-zeros to the disk and waits for it. MB/s is of output; "a core" divides it by the CPU seconds of the process,
-start included. The
+adapter. Rounds, processes, caches, CPU time and peak RSS are those of harness.py. "cp" copies the quantized
+base, "cp-dense" the bf16 model that a dequantizing merge writes, and "dd-fsync" writes as many zeros to the
+disk and waits for it. MB/s is of output; "a core" divides it by the CPU seconds of the process, start
+included. The
 reload check, which opens the output in transformers, is off except in "keep-checked" and "dense-checked".
 
 PEFT refuses to merge IA3 into these bases. The peers are what people write instead: "library-loop" reads the
@@ -19,20 +19,19 @@ once, so the dense merge has to be bit-identical to it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
-from fixtures import QUANTIZED, make_llama
-from merge_vs_peers import (
+import harness
+from fixtures import QUANTIZED, make_in_child, make_llama
+from harness import (
     MIB,
     SHARD_SIZE,
     CommandFailed,
@@ -40,13 +39,20 @@ from merge_vs_peers import (
     Place,
     Run,
     Variant,
+    chosen,
     clear,
     compare,
+    copy_variant,
     machine_line,
+    make_parser,
+    markdown,
     measure,
     our_variant,
     positive,
+    print_left_out,
+    processor,
     run_rounds,
+    size_mib,
     why_no_cold,
 )
 
@@ -108,20 +114,11 @@ model.save_pretrained(output, state_dict=dense, max_shard_size="{SHARD_SIZE}")
 """
 
 
-@dataclass(frozen=True)
-class Row:
+@dataclass(frozen=True, kw_only=True)
+class Row(harness.Row):
     kind: str
-    variant: str
-    cache: str
-    runs: int
-    wall_median_s: float
-    wall_min_s: float
-    ratio_to_cp: float | None  # median over the rounds of wall / wall of cp in the same round
-    cpu_median_s: float
     output_mb_s: float | None
     output_mb_s_a_core: float | None
-    peak_rss_mib: float
-    disk_read_median_mib: float
 
 
 @dataclass(frozen=True)
@@ -134,17 +131,12 @@ class Report:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def weights_size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
 def make_bases(
     folder: Path, kinds: Iterable[str], ct_python: Path | None, left_out: dict[str, str]
 ) -> list[str]:
     """The kinds that are there or could be made. In children, so that this process stays small."""
     made = []
-    script = str(Path(__file__).with_name("fixtures.py"))
-    subprocess.run([sys.executable, script, str(folder)], check=True, stdout=subprocess.DEVNULL)
+    make_in_child(folder)
     for kind in kinds:
         python = ct_python if kind == "w4a16" else sys.executable
         if (folder / f"llama-1.1b-{kind}" / "config.json").exists():
@@ -152,7 +144,7 @@ def make_bases(
         elif python is None:
             left_out[kind] = "no --ct-python given"
         else:
-            subprocess.run([str(python), script, str(folder), kind], check=True, stdout=subprocess.DEVNULL)
+            make_in_child(folder, kind, python=python)
             made.append(kind)
     return made
 
@@ -161,36 +153,32 @@ def make_variants(place: Place, dense: Path, kind: str, ct_python: Path | None) 
     """All of one base. The writers of a dense model have names that start with "dense" or are peers."""
     inputs = (str(place.base), str(place.adapter), str(place.output))
     files = tuple(str(path) for path in sorted(dense.glob("*.safetensors")))
-    megabytes = weights_size(dense) // MIB
+    megabytes = int(size_mib(dense, "*.safetensors"))
     no_reload, fast = ("--no-reload-check",), ("--digests", "none")
     keep = ("--quantized", "keep")
     core = str(min(os.sched_getaffinity(0)))
     one_core = our_variant("dense-one-core", place, (*fast, *no_reload))
     variants = [
-        Variant("cp", ("cp", "-r", inputs[0], inputs[2]), warm_up=("cp", "--version")),
+        copy_variant(place),
         our_variant("keep-no-digests", place, (*keep, *fast, *no_reload)),
         our_variant("keep", place, (*keep, *no_reload)),
-        Variant("cp-dense", ("cp", "-r", str(dense), inputs[2]), warm_up=("cat", *files)),
+        Variant(name="cp-dense", command=("cp", "-r", str(dense), inputs[2]), warm_up=("cat", *files)),
         Variant(
-            "dd-fsync",
-            ("dd", "if=/dev/zero", f"of={inputs[2]}", "bs=1M", f"count={megabytes}", "conv=fsync"),
+            name="dd-fsync",
+            command=("dd", "if=/dev/zero", f"of={inputs[2]}", "bs=1M", f"count={megabytes}", "conv=fsync"),
             warm_up=("dd", "--version"),
         ),
         our_variant("dense-no-digests", place, (*fast, *no_reload)),
         our_variant("dense", place, no_reload),
-        Variant(
-            "dense-one-core",
-            ("taskset", "-c", core, *one_core.command),
-            one_core.warm_up,
-            one_core.environment,
-        ),
+        replace(one_core, command=("taskset", "-c", core, *one_core.command)),
     ]
     for name, options in (("keep-checked", keep), ("dense-checked", ())):
         variants.append(replace(our_variant(name, place, options), slow=True, optional=True))
 
     def peer(name: str, python: str, program: str) -> Variant:
         imports = (python, "-c", "import torch, transformers")
-        return Variant(name, (python, "-c", program, *inputs), imports, slow=True, optional=True)
+        command = (python, "-c", program, *inputs)
+        return Variant(name=name, command=command, warm_up=imports, slow=True, optional=True)
 
     if kind != "w4a16":
         variants.append(peer("library-loop", sys.executable, BITSANDBYTES_LOOP))
@@ -198,37 +186,6 @@ def make_variants(place: Place, dense: Path, kind: str, ct_python: Path | None) 
     elif ct_python is not None:
         variants.append(peer("library-load", str(ct_python), COMPRESSED_TENSORS_LOAD))
     return variants
-
-
-def summarize(kind: str, runs: Sequence[Run], variants: Sequence[Variant], dense_bytes: int) -> list[Row]:
-    """One row per variant; all runs of the same base and cache state."""
-    copies = {run.round: run.usage.wall_s for run in runs if run.variant == "cp"}
-    rows = []
-    for variant in variants:
-        own = [run for run in runs if run.variant == variant.name]
-        if not own:
-            continue
-        walls = [run.usage.wall_s for run in own]
-        wall, cpu = statistics.median(walls), statistics.median(run.usage.cpu_s for run in own)
-        ratios = [run.usage.wall_s / copies[run.round] for run in own if run.round in copies]
-        dense = variant.name != "cp" and not variant.name.startswith("keep")
-        rows.append(
-            Row(
-                kind=kind,
-                variant=variant.name,
-                cache=own[0].cache,
-                runs=len(own),
-                wall_median_s=wall,
-                wall_min_s=min(walls),
-                ratio_to_cp=statistics.median(ratios) if ratios and not dense else None,
-                cpu_median_s=cpu,
-                output_mb_s=dense_bytes / 1e6 / wall if dense else None,
-                output_mb_s_a_core=dense_bytes / 1e6 / cpu if dense else None,
-                peak_rss_mib=max(run.usage.peak_rss_mib for run in own),
-                disk_read_median_mib=statistics.median(run.usage.disk_read_mib for run in own),
-            )
-        )
-    return rows
 
 
 def compare_outputs(place: Place, variants: Sequence[Variant], keep: Path) -> list[Comparison]:
@@ -243,16 +200,36 @@ def compare_outputs(place: Place, variants: Sequence[Variant], keep: Path) -> li
         if reference is not None:
             if reference not in by_name:
                 continue
-            clear(place)
+            clear(place.run)
             measure(by_name[reference].command)
             shutil.rmtree(keep, ignore_errors=True)
             place.output.rename(keep)
             other = keep
-        clear(place)
+        clear(place.run)
         measure(by_name[name].command)
         found.append(compare(name, place.output, other, place.base))
     shutil.rmtree(keep, ignore_errors=True)
     return found
+
+
+def summarize(kind: str, runs: Sequence[Run], variants: Sequence[Variant], dense_bytes: int) -> list[Row]:
+    """One row per variant; all runs of the same base and cache state.
+
+    What writes a dense model is not compared with `cp`.
+    """
+    rows = []
+    for row in harness.summarize(runs, [variant.name for variant in variants]):
+        dense = row.variant != "cp" and not row.variant.startswith("keep")
+        figures = asdict(row) | ({"ratio_to_cp": None} if dense else {})
+        rows.append(
+            Row(
+                **figures,
+                kind=kind,
+                output_mb_s=dense_bytes / 1e6 / row.wall_median_s if dense else None,
+                output_mb_s_a_core=dense_bytes / 1e6 / row.cpu_median_s if dense else None,
+            )
+        )
+    return rows
 
 
 def table(rows: Iterable[Row]) -> str:
@@ -261,15 +238,12 @@ def table(rows: Iterable[Row]) -> str:
     def number(value: float | None, digits: int) -> str:
         return "" if value is None else f"{value:.{digits}f}"
 
-    lines = [
+    head = (
+        "base", "", "runs", "median s", "min s", "ratio to `cp`", "CPU s", "MB/s", "MB/s a core", "peak MiB",
+        "disk read MiB",
+    )  # fmt: skip
+    cells = (
         (
-            "| base | | runs | median s | min s | ratio to `cp` | CPU s | MB/s | MB/s a core | peak MiB | "
-            "disk read MiB |"
-        ),
-        "| --- | --- | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
-    ]
-    for row in rows:
-        cells = (
             row.kind,
             row.variant,
             str(row.runs),
@@ -282,25 +256,18 @@ def table(rows: Iterable[Row]) -> str:
             number(row.peak_rss_mib, 0),
             number(row.disk_read_median_mib, 0),
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def chosen_kinds(text: str) -> tuple[str, ...]:
-    chosen = tuple(text.split(","))
-    for kind in chosen:
-        if kind not in QUANTIZED:
-            raise argparse.ArgumentTypeError(f"{kind!r} is none of {', '.join(QUANTIZED)}")
-    return chosen
+        for row in rows
+    )
+    return markdown(head, cells, words=2)
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/bench"), help="keeps the models")
-    parser.add_argument("--kinds", type=chosen_kinds, default=tuple(QUANTIZED), metavar="KIND,...")
+    parser.add_argument(
+        "--kinds", type=partial(chosen, names=QUANTIZED), default=tuple(QUANTIZED), metavar="KIND,..."
+    )
     parser.add_argument("--only", metavar="NAME,...", help="of the variants; default all")
     parser.add_argument("--rounds", type=positive, default=7, help="default 7")
     parser.add_argument("--slow-rounds", type=positive, default=5, help="of them with the peers; default 5")
@@ -317,7 +284,7 @@ def main() -> None:
     left_out: dict[str, str] = {}
     kinds = make_bases(folder, given.kinds, given.ct_python, left_out)
     dense, adapter = make_llama(folder)
-    report = Report(f"{machine_line(folder, None)}, {processor()}", left_out=left_out)
+    report = Report(f"{machine_line(folder)}, {processor()}", left_out=left_out)
     print(report.machine)
     reason = why_no_cold() if given.cold else "not asked for"
     if given.cold and reason:
@@ -346,7 +313,7 @@ def main() -> None:
                 left_out.update({f"{kind}, {name}": problem for name, problem in failed.items()})
                 report.load.append(f"{kind} {cache}: {os.getloadavg()[1]:.1f}")
                 report.runs[f"{kind} {cache}"] = runs
-                rows = summarize(kind, runs, variants, weights_size(dense))
+                rows = summarize(kind, runs, variants, int(size_mib(dense, "*.safetensors") * MIB))
                 report.rows.extend(rows)
                 print(f"\n{cache} cache, load {report.load[-1].split()[-1]}\n\n{table(rows)}", flush=True)
             if given.json is not None:
@@ -359,14 +326,13 @@ def main() -> None:
             report.comparisons[kind] = compare_outputs(place, variants, Path(scratch) / "reference")
             for found in report.comparisons[kind]:
                 print_comparison(kind, found)
-    for what, why in left_out.items():
-        print(f"left out: {what}: {why}")
+    print_left_out(left_out)
     if given.json is not None:
         given.json.write_text(json.dumps(asdict(report), indent=2) + "\n")
 
 
 def print_comparison(kind: str, found: Comparison) -> None:
-    unlike = found.unlike_peft
+    unlike = found.unlike
     if found.variant == "keep":
         leaves = sorted({name.rpartition(".")[2] for name in unlike})
         print(f"{kind} keep: of {found.tensors} tensors {len(unlike)} unlike the base's: {', '.join(leaves)}")
@@ -375,14 +341,6 @@ def print_comparison(kind: str, found: Comparison) -> None:
             "all bit-identical to the library's" if not unlike else f"{len(unlike)} unlike, as {unlike[0]}"
         )
         print(f"{kind} dense: {found.tensors} tensors, {verdict}")
-
-
-def processor() -> str:
-    """Its name, as the kernel of Linux has it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"
-    )
 
 
 if __name__ == "__main__":

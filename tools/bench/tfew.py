@@ -5,36 +5,36 @@ And how exactly a merge with its vectors can be undone.
     python tools/bench/tfew.py --checkpoint ../shared/data/tfew/t03b_ia3_finish.pt \
         --folder /tmp/bench --json tfew.json
 
-The base has the names, shapes and dtype of bigscience/T0_3B in bfloat16 (5.7 GB, random weights,
-written once). PEFT cannot read the checkpoint: "peft" gets what `ia3-export convert` makes of it,
-loads the whole model, merges and saves. Rounds, processes and peak RSS are those of
-merge_vs_peers.py. The exactness of `unmerge` is measured against the true base, in three dtypes,
-on matrices of 64 columns under the same 192 names.
+The base has the names, shapes and dtype of bigscience/T0_3B in bfloat16 (5.7 GB, random weights, written
+once). PEFT cannot read the checkpoint: "peft" gets what `ia3-export convert` makes of it, loads the whole
+model, merges and saves. Rounds, processes and peak RSS are those of harness.py. The exactness of `unmerge` is
+measured against the true base, in three dtypes, on matrices of 64 columns under the same 192 names.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
-import statistics
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from merge_vs_peers import (
-    MIB,
+from harness import (
     Place,
-    Run,
     Variant,
+    copy_variant,
     machine_line,
+    make_parser,
+    markdown,
     measure,
     our_program,
     our_variant,
     positive,
     run_rounds,
+    size_mib,
+    summarize,
 )
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -141,9 +141,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--make-base"]:
         make_base(Path(sys.argv[2]))
         return
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument(
         "--folder", type=Path, required=True, help="where the base and the outputs go (18 GB)"
@@ -163,18 +161,18 @@ def main() -> None:
         check=True,
     )
     variants = [
-        Variant("cp", ("cp", "-r", str(base), str(place.output)), ("true",)),
+        copy_variant(place),
         our_variant("ours-no-digests", place, ("--digests", "none", "-q")),
         our_variant("ours", place, ("-q",)),
         Variant(
-            "peft",
-            (sys.executable, "-c", PEFT_MERGE, str(base), str(converted), str(place.output)),
-            (sys.executable, "-c", PEFT_IMPORTS),
+            name="peft",
+            command=(sys.executable, "-c", PEFT_MERGE, str(base), str(converted), str(place.output)),
+            warm_up=(sys.executable, "-c", PEFT_IMPORTS),
             slow=True,
         ),
     ]
     left_out: dict[str, str] = {} if options.peft_rounds else {"peft": "--peft-rounds 0"}
-    runs: list[Run] = run_rounds(
+    runs = run_rounds(
         variants,
         place,
         cache="warm",
@@ -184,27 +182,34 @@ def main() -> None:
     )
     start_up = measure((our_program(), "inspect", str(checkpoint), "-q"))
     shutil.rmtree(place.run, ignore_errors=True)
-    print(machine_line(folder, None))
-    size = sum(f.stat().st_size for f in base.iterdir()) / MIB
-    print(f"base of T0-3B's shape: {size:,.0f} MiB; 192 vectors, 540,672 elements\n")
-    print("| variant | runs | s | to cp | peak RSS MiB |\n| --- | --: | --: | --: | --: |")
-    copies = {run.round: run.usage.wall_s for run in runs if run.variant == "cp"}
-    for variant in variants:
-        own = [run for run in runs if run.variant == variant.name]
-        if own:
-            wall = statistics.median(run.usage.wall_s for run in own)
-            ratio = statistics.median(run.usage.wall_s / copies[run.round] for run in own)
-            peak = max(run.usage.peak_rss_mib for run in own)
-            print(f"| {variant.name} | {len(own)} | {wall:.2f} | {ratio:.2f} | {peak:,.0f} |")
-    print(f"\ninspect of the checkpoint alone: {start_up.wall_s:.2f} s, {start_up.peak_rss_mib:,.0f} MiB\n")
-    print("| unmerge | elements | certain | equal to the base | do not fold back | farthest, ulp |")
-    print("| --- | --: | --: | --: | --: | --: |")
-    rows = [exactness(checkpoint, folder, dtype) for dtype in DTYPES]
-    for row in rows:
-        print(
-            f"| {row['dtype']} | {row['elements']:,} | {row['certain']:.2%} | {row['equal']:.2%} | "
-            f"{row['unfolded']:,} | {row['distance']} |"
+    print(machine_line(folder))
+    print(f"base of T0-3B's shape: {size_mib(base):,.0f} MiB; 192 vectors, 540,672 elements\n")
+    measured = (
+        (
+            row.variant,
+            str(row.runs),
+            f"{row.wall_median_s:.2f}",
+            f"{row.ratio_to_cp:.2f}",
+            f"{row.peak_rss_mib:,.0f}",
         )
+        for row in summarize(runs, [variant.name for variant in variants])
+    )
+    print(markdown(("variant", "runs", "s", "to cp", "peak RSS MiB"), measured))
+    print(f"\ninspect of the checkpoint alone: {start_up.wall_s:.2f} s, {start_up.peak_rss_mib:,.0f} MiB\n")
+    rows = [exactness(checkpoint, folder, dtype) for dtype in DTYPES]
+    undone = (
+        (
+            row["dtype"],
+            f"{row['elements']:,}",
+            f"{row['certain']:.2%}",
+            f"{row['equal']:.2%}",
+            f"{row['unfolded']:,}",
+            str(row["distance"]),
+        )
+        for row in rows
+    )
+    head = ("unmerge", "elements", "certain", "equal to the base", "do not fold back", "farthest, ulp")
+    print(markdown(head, undone))
     if options.json:
         options.json.write_text(
             json.dumps({"runs": [asdict(run) for run in runs], "unmerge": rows}, indent=2)

@@ -12,18 +12,25 @@ median of the ratios within a round.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fixtures import make_llama
+from fixtures import make_in_child, make_llama
+from harness import (
+    MIB,
+    CommandFailed,
+    Usage,
+    make_parser,
+    measure,
+    median_ratio,
+    positive,
+    size_mib,
+    take_turns,
+)
 
 PARTS = """
 import sys, torch
@@ -50,15 +57,26 @@ run(AutoModelForCausalLM.from_pretrained(merged, dtype="auto").eval())
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser()
+    parser = make_parser(__doc__)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--forwards", action="store_true")
     parser.add_argument("--huge", action="store_true")
     parser.add_argument("--small", action="store_true", help="a tiny model, to try the script")
     options = parser.parse_args()
-    base, adapter = make_llama(options.folder, small=options.small)
-    merged = options.folder / f"{base.name}-merged"
+    try:
+        benchmark(
+            options.folder, options.rounds, forwards=options.forwards, huge=options.huge, small=options.small
+        )
+    except CommandFailed as problem:
+        sys.exit(str(problem))
+
+
+def benchmark(folder: Path, rounds: int, *, forwards: bool, huge: bool, small: bool) -> None:
+    """Measure and print."""
+    make_in_child(folder, small=small)
+    base, adapter = make_llama(folder)  # which finds it made
+    merged = folder / f"{base.name}-merged"
     ours = [sys.executable, "-m", "ia3_export"]
     inputs = ["--base", str(base), "--adapter", str(adapter)]
     if not merged.exists():
@@ -66,28 +84,28 @@ def main() -> None:
             [*ours, "merge", *inputs, "--output", str(merged), "--digests", "none", "-q"], check=True
         )
     files = [str(file) for folder in (base, merged) for file in sorted(folder.glob("*.safetensors"))]
-    nbytes = sum(Path(file).stat().st_size for file in files)
+    gigabytes = sum(size_mib(part, "*.safetensors") for part in (base, merged)) * MIB / 1e9
     proof = [*ours, "verify", *inputs, "--merged", str(merged), "-q"]
-    report(
-        {"cat": ["cat", *files], "verify --weights-only": [*proof, "--weights-only"]}, options.rounds, nbytes
-    )
-    if options.huge:
-        huge, vectors = make_huge(options.folder)
+    report({"cat": ["cat", *files], "verify --weights-only": [*proof, "--weights-only"]}, rounds, gigabytes)
+    if huge:
+        zeros, vectors = make_huge(folder)
         command = [
             *ours,
             "verify",
             "--base",
-            str(huge),
+            str(zeros),
             "--adapter",
             str(vectors),
             "--merged",
-            str(huge.with_name("huge-merged")),
+            str(zeros.with_name("huge-merged")),
         ]
-        took, peak = measure([*command, "--weights-only", "-q"])
-        print(f"verify --weights-only of 100 GB: {took:.0f} s, peak memory {peak:.0f} MiB")
-    if options.forwards:
+        usage = measure([*command, "--weights-only", "-q"])
+        print(
+            f"verify --weights-only of 100 GB: {usage.wall_s:.0f} s, peak memory {usage.peak_rss_mib:.0f} MiB"
+        )
+    if forwards:
         parts = [sys.executable, "-c", PARTS, str(base), str(adapter), str(merged)]
-        report({"parts": parts, "verify": [*proof, "--device", "cpu"]}, min(options.rounds, 3), nbytes)
+        report({"parts": parts, "verify": [*proof, "--device", "cpu"]}, min(rounds, 3), gigabytes)
 
 
 def make_huge(folder: Path, *, layers: int = 80, hidden: int = 8192, inner: int = 22016) -> tuple[Path, Path]:
@@ -141,36 +159,22 @@ def make_huge(folder: Path, *, layers: int = 80, hidden: int = 8192, inner: int 
     return folder / "huge", adapter
 
 
-def report(commands: dict[str, Sequence[str]], rounds: int, nbytes: int) -> None:
+def report(commands: dict[str, Sequence[str]], rounds: int, gigabytes: float) -> None:
     """Run `commands` in turns, the first being what the others are compared with."""
-    seconds: dict[str, list[float]] = {name: [] for name in commands}
-    memory: dict[str, float] = {}
-    names = list(commands)
-    for number in range(rounds + 1):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            took, peak = measure(commands[name])
-            if number:  # the first round brings files and libraries into memory
-                seconds[name].append(took)
-                memory[name] = max(memory.get(name, 0.0), peak)
-    first = names[0]
-    for name in names:
-        ratios = [a / b for a, b in zip(seconds[name], seconds[first], strict=True)]
+    runs: dict[str, list[Usage]] = {name: [] for name in commands}
+    for number, name in take_turns(list(commands), rounds + 1):
+        usage = measure(commands[name])
+        if number:  # the first round brings files and libraries into memory
+            runs[name].append(usage)
+    first = next(iter(runs))
+    for name, own in runs.items():
+        median = statistics.median(usage.wall_s for usage in own)
+        ratio = median_ratio((usage.wall_s for usage in own), (usage.wall_s for usage in runs[first]))
+        peak = max(usage.peak_rss_mib for usage in own)
         print(
-            f"{name}: median {statistics.median(seconds[name]):.2f} s, ratio to {first} "
-            f"{statistics.median(ratios):.2f}, peak memory {memory[name]:.0f} MiB "
-            f"({nbytes / 1e9:.1f} GB of weights)"
+            f"{name}: median {median:.2f} s, ratio to {first} {ratio:.2f}, peak memory {peak:.0f} MiB "
+            f"({gigabytes:.1f} GB of weights)"
         )
-
-
-def measure(command: Sequence[str]) -> tuple[float, float]:
-    """Seconds, and MiB of the largest process so far, of one run that must succeed."""
-    start = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{command[:4]} exited with {process.returncode}")
-    return time.perf_counter() - start, max(usage.ru_maxrss, resource.getpagesize()) / 1024
 
 
 if __name__ == "__main__":
