@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 import click
@@ -91,3 +93,65 @@ def test_no_test_module_grows_over_its_limit() -> None:
         f.name: n for f in modules if "node_modules" not in f.parts and (n := f.read_text().count("\n")) > 600
     }
     assert not long
+
+
+def _functions() -> Iterator[tuple[Path, ast.FunctionDef]]:
+    for file in MODULES:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                yield file, node
+
+
+def test_more_than_seven_parameters_have_a_reason_in_the_docstring() -> None:
+    found = []
+    for file, function in _functions():
+        arguments = (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)
+        count = len([argument for argument in arguments if argument.arg not in ("self", "cls")])
+        if count > 7 and "ore than seven parameters: " not in (ast.get_docstring(function) or ""):
+            found.append(f"{file.name}: {function.name} has {count}")
+    assert not found
+
+
+def test_no_function_is_longer_than_sixty_lines() -> None:
+    long = []
+    for file, function in _functions():
+        body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+        if body and (function.end_lineno or 0) - body[0].lineno >= 60:
+            long.append(f"{file.name}: {function.name}")
+    assert not long
+
+
+def test_records_of_more_than_five_fields_are_made_by_keyword() -> None:
+    """Four fields in order are the most that a reader tells apart; the rows of a table may have that many."""
+    positional = []
+    for file in MODULES:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ClassDef) or "dataclass" not in "".join(
+                map(ast.unparse, node.decorator_list)
+            ):
+                continue
+            fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
+            before = [*takewhile(lambda field: ast.unparse(field.annotation) != "KW_ONLY", fields)]
+            by_keyword = "kw_only=True" in "".join(map(ast.unparse, node.decorator_list)) or len(before) <= 4
+            if len(fields) > 5 and not by_keyword:
+                positional.append(f"{file.name}: {node.name}")
+    assert not positional
+
+
+def test_the_formatter_is_switched_off_for_tables_only() -> None:
+    """``# fmt: skip`` ends a literal of several lines."""
+    elsewhere = []
+    for file in MODULES:
+        text = file.read_text(encoding="utf-8")
+        tables = {
+            node.end_lineno
+            for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.Dict | ast.List | ast.Tuple | ast.Set) and node.end_lineno != node.lineno
+        }
+        elsewhere += [
+            f"{file.name}:{number}"
+            for number, line in enumerate(text.splitlines(), 1)
+            if "# fmt: skip" in line
+            and not any(number - 1 <= end <= number for end in tables if end is not None)
+        ]
+    assert not elsewhere

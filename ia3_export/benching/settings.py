@@ -6,8 +6,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-import psutil
-
 from ia3_export.arguments import check_arguments
 from ia3_export.errors import UsageError
 from ia3_export.onnx.options import in_order
@@ -15,6 +13,8 @@ from ia3_export.onnx.options import in_order
 
 def free_cores() -> int:
     """Physical cores, as far as this process may use them."""
+    import psutil
+
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(psutil.cpu_count(logical=False) or allowed, allowed)
 

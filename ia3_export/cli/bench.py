@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ia3_export.cli.options import adapters_option, base_option, output_options, parse_words
+from ia3_export.benching.settings import BenchSettings
+from ia3_export.cli.options import adapters_option, base_option, gathered, output_options, parse_words
 from ia3_export.cli.output import Output, human_bytes
 
 if TYPE_CHECKING:
@@ -48,16 +49,11 @@ _WIDTH = 40
     help="Rounds that count; one more warms up.",
 )
 @output_options
+@gathered(BenchSettings, "settings")
 def bench_command(
     base: str,
     adapters: tuple[str, ...],
-    task: str | None,
-    precisions: tuple[str, ...],
-    threads: int | None,
-    length: int,
-    tokens: int,
-    batch: int,
-    rounds: int,
+    settings: BenchSettings,
     out: Output,
 ) -> None:
     """Measure base, live adapter and merged model side by side, in PyTorch and in ONNX Runtime.
@@ -73,17 +69,7 @@ def bench_command(
     The merged model is exported into a temporary folder for this and not verified: that is what onnx does.
     """
     from ia3_export.benching.bench import bench
-    from ia3_export.benching.settings import BenchSettings
 
-    settings = BenchSettings(
-        task=task,
-        precisions=precisions,
-        threads=threads,
-        length=length,
-        tokens=tokens,
-        batch=batch,
-        rounds=rounds,
-    )
     done = bench(base, adapters, settings, on_step=out.text)
     _show(out, done)
     out.document(done.to_json())

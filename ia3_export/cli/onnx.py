@@ -7,9 +7,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ia3_export.cli.options import output_option, output_options, overwrite_option, parse_words, rules_option
+from ia3_export.cli.options import (
+    choice,
+    gathered,
+    output_option,
+    output_options,
+    overwrite_option,
+    parse_words,
+    rules_option,
+)
 from ia3_export.cli.output import Output, human_bytes
 from ia3_export.cli.report_text import show_report
+from ia3_export.onnx.options import DecoderForm, GraphOptions
 
 if TYPE_CHECKING:
     from ia3_export.commands.export_onnx import OnnxExport
@@ -48,7 +57,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--decoder",
-    type=click.Choice(["merged", "separate", "if"]),
+    type=choice(DecoderForm),
     default="merged",
     show_default=True,
     help="Encoder-decoders: one decoder file that is its own first step, optimum's two, or "
@@ -58,17 +67,14 @@ if TYPE_CHECKING:
 @click.option("--no-verify", is_flag=True, help="Do not run the files through ONNX Runtime.")
 @overwrite_option
 @output_options
+@gathered(GraphOptions, "graphs")
 def onnx_command(
     model: str | None,
     base: str | None,
     adapters: tuple[str, ...],
     rules: tuple[str, ...],
     output: Path,
-    task: str | None,
-    precisions: tuple[str, ...],
-    targets: tuple[str, ...],
-    decoder: str,
-    opset: int,
+    graphs: GraphOptions,
     no_verify: bool,
     overwrite: bool,
     out: Output,
@@ -83,18 +89,13 @@ def onnx_command(
     \b
       ia3-export onnx --model merged --output exported
       ia3-export onnx --base my-base --adapter my-adapter --output exported --precision fp32,int8,int4
+
+    \f
+    More than seven parameters: one an option.
     """
     from ia3_export.adapters import read_adapters
     from ia3_export.commands.export_onnx import export_onnx
-    from ia3_export.onnx.options import GraphOptions
 
-    graphs = GraphOptions(
-        task=task,
-        precisions=precisions,
-        targets=targets,
-        decoder=decoder,  # type: ignore[arg-type]
-        opset=opset,
-    )
     done = export_onnx(
         output,
         model=model,

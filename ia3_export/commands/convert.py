@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -14,12 +14,11 @@ from ia3_export.adapters.mangled import may_be_damaged
 from ia3_export.adapters.model import Adapter, Site, TargetRules, second_key
 from ia3_export.adapters.writing import ConfigFacts, write_peft
 from ia3_export.arguments import check_arguments, real
-from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.errors import Refused, UnusedVector, UsageError
 from ia3_export.planning.placement import Placement
 from ia3_export.planning.plan import check_weights, not_finite
 from ia3_export.planning.resolve import resolve
-from ia3_export.quantization.base import make_base
+from ia3_export.quantization.base import Base, read_base
 from ia3_export.words import Combine
 from ia3_export.writing.execute import hash_file
 from ia3_export.writing.manifest import NAME, Manifest, list_files, tool
@@ -73,8 +72,10 @@ def convert(
     left behind then.
     """
     check_arguments(convert, locals())
-    checkpoint = read_checkpoint(base) if base is not None else None
-    read, warnings = _fit(read_adapter(adapter), checkpoint, allow_missing, allow_unused)
+    whole = read_base(base) if base is not None else None
+    read, warnings = _fit(
+        read_adapter(adapter), whole, allow_missing=allow_missing, allow_unused=allow_unused
+    )
     if task_type is not None and not _has_head(task_type, read.extras):
         raise UsageError(
             f"--task-type {task_type}, and {read.name} brings no classifier, without which PEFT does not "
@@ -94,7 +95,7 @@ def convert(
         rules=rules,
         task_type=task_type,
     )
-    return _write(draft, Path(output), checkpoint, overwrite=overwrite)
+    return _write(draft, Path(output), whole, overwrite=overwrite)
 
 
 def combine(
@@ -134,8 +135,8 @@ def combine(
         )
     how = combine or ("linear" if weights else "product")
     check_weights(read, how, weights)
-    checkpoint = read_checkpoint(base) if base is not None else None
-    fitted = [_fit(adapter, checkpoint, False, False) for adapter in read]
+    whole = read_base(base) if base is not None else None
+    fitted = [_fit(adapter, whole) for adapter in read]
     read = [adapter for adapter, _ in fitted]
     warnings = [warning for _, said in fitted for warning in said]
     if how == "linear":
@@ -145,19 +146,17 @@ def combine(
     draft = _Draft(
         command="combine", adapters=read, sites=list(sites.values()), warnings=warnings, options=options
     )
-    return _write(draft, Path(output), checkpoint, overwrite=overwrite)
+    return _write(draft, Path(output), whole, overwrite=overwrite)
 
 
 def _fit(
-    adapter: Adapter, base: Checkpoint | None, allow_missing: bool, allow_unused: bool
+    adapter: Adapter, base: Base | None, *, allow_missing: bool = False, allow_unused: bool = False
 ) -> tuple[Adapter, list[str]]:
     """`adapter` with its names and shapes in `base`, if there is one, and what a user should know."""
     for problem in not_finite(adapter):
         raise problem
     if base is not None:
-        found = resolve(
-            adapter, make_base(base).dense, allow_missing=allow_missing, allow_unused=allow_unused
-        )
+        found = resolve(adapter, base.dense, allow_missing=allow_missing, allow_unused=allow_unused)
         for problem in found.problems:
             raise problem
         extras = {name: found.adapter.extras[name] for name in found.extras}
@@ -195,16 +194,15 @@ class _Draft:
     adapters: Sequence[Adapter]
     sites: Sequence[Site]
     warnings: Sequence[str]
-    _: KW_ONLY
     options: Mapping[str, Any] = field(default_factory=dict)
     rules: TargetRules | None = None
     task_type: str | None = None
 
 
-def _write(draft: _Draft, target: Path, base: Checkpoint | None, *, overwrite: bool) -> WrittenAdapter:
+def _write(draft: _Draft, target: Path, base: Base | None, *, overwrite: bool) -> WrittenAdapter:
     adapters, sites = draft.adapters, draft.sites
     inputs = [path for adapter in adapters for path in adapter.location.inputs]
-    inputs += base.location.inputs if base is not None else []
+    inputs += base.stored.location.inputs if base is not None else []
     check_target(target, inputs, overwrite=overwrite)
     twice = sorted(module for module, count in Counter(site.module for site in sites).items() if count > 1)
     if twice:

@@ -12,11 +12,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ia3_export.adapters import read_adapter
 from ia3_export.adapters.model import Adapter
 from ia3_export.arguments import check_arguments
 from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint, read_checkpoint
 from ia3_export.checkpoint.hub import Location
-from ia3_export.commands.merge import plan_merge, write_merges
+from ia3_export.commands.merge import write_merges
 from ia3_export.commands.verify import Shipped, prove, read_exported
 from ia3_export.errors import CheckFailed, Refused, UsageError
 from ia3_export.models.model_class import quiet
@@ -34,7 +35,7 @@ from ia3_export.parity.runs.run_torch import exact_matmul
 from ia3_export.parity.settings import RunSettings
 from ia3_export.planning.plan import Plan, make_plan
 from ia3_export.planning.recipe import DEFAULT_RECIPE
-from ia3_export.quantization.base import make_base, read_base
+from ia3_export.quantization.base import read_base
 from ia3_export.report.model import Report, Step
 from ia3_export.writing.card import BASE_CARD
 from ia3_export.writing.dense import write_dense
@@ -109,8 +110,8 @@ def export_onnx(
 ) -> OnnxExport:
     """Export a model to an ONNX folder in the layout of optimum and transformers.js.
 
-    Graphs in ``onnx/``, configuration, tokenizer and the like beside it. (Eight parameters: there are two
-    ways in, `model` or `base` with `adapters`.)
+    Graphs in ``onnx/``, configuration, tokenizer and the like beside it. More than seven parameters: there
+    are two ways in, `model` or `base` with `adapters`.
 
     Args:
         output: folder to create.
@@ -191,16 +192,17 @@ def _fold(
     base: str | Path, adapters: Sequence[str | Path | Adapter], scratch: Path, say: Callable[[str], None]
 ) -> _Source:
     """Base and adapters, merged into `scratch`."""
-    named = read_checkpoint(base)
-    if named.is_gguf:
+    whole = read_base(base)
+    named = whole.stored.location
+    if whole.stored.is_gguf:
         say("dequantizing")
-        base = write_dense(make_base(named), scratch / "dense")
+        whole = read_base(write_dense(whole, scratch / "dense"))
     say("merging")
     options = OutputOptions(digests="none", reload_check=False)
-    plan = plan_merge(base, adapters)
+    plan = make_plan(whole, [read_adapter(adapter) for adapter in adapters], DEFAULT_RECIPE)
     plan.raise_problems()
     write_merges([(plan, scratch / "merged")], options)
-    return _Source(read_checkpoint(scratch / "merged"), plan, named.location)
+    return _Source(read_checkpoint(scratch / "merged"), plan, named)
 
 
 def _read_model(model: str | Path, scratch: Path, say: Callable[[str], None]) -> _Source:

@@ -29,7 +29,7 @@ from ia3_export.planning.changes import Change
 from ia3_export.planning.plan import Plan, make_plan
 from ia3_export.planning.recipe import Recipe
 from ia3_export.planning.recorded import find_recipe
-from ia3_export.quantization.base import make_base, read_base
+from ia3_export.quantization.base import read_base
 from ia3_export.writing.card import BASE_CARD
 from ia3_export.writing.execute import Progress, write_outputs
 from ia3_export.writing.layout import INDEX, OutputFile, lay_out, make_index
@@ -123,9 +123,10 @@ def unmerge(
         )
     warnings += _compare_record(checkpoint, read)
     warnings += _staying(read)
+    alone = replace(checkpoint, folded=())
     left = [folded for folded in checkpoint.folded if not any(is_of(folded, adapter) for adapter in read)]
     plan = make_plan(
-        make_base(replace(checkpoint, folded=())),
+        replace(whole, stored=alone, dense=alone),
         [replace(a, extras={}, vectors_only=True) for a in read],
         replace(how, dtype="auto", quantized="dequantize", tokenizer="base"),
     )

@@ -14,7 +14,7 @@ from ia3_export.checkpoint.folder import read_checkpoint
 from ia3_export.errors import IA3ExportError
 from ia3_export.quantization.detection import dense_view, find_quantization
 from tests.e2e.command import only_complaint, run
-from tests.quantization.test_gguf import LAYER, adapters, gguf_file
+from tests.quantization.test_gguf import adapters, gguf_file
 
 __all__ = ["adapters"]  # a fixture
 
