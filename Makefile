@@ -30,8 +30,9 @@ types: $(VENV)/.installed
 imports: $(VENV)/.installed
 	$(BIN)/lint-imports
 
+# test_releases.py is made for other releases (newest, lowest); with those of constraints.txt other tests show the same
 unit: $(VENV)/.installed runtimes
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --ignore tests/e2e/test_releases.py
 
 # users install without our constraints: the newest releases that the dependencies admit ...
 newest: runtimes
