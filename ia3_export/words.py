@@ -27,6 +27,9 @@ TokenizerChoice = Literal["auto", "base", "adapter"]
 #: SHA-256 of inputs and outputs, of outputs, or of nothing.
 Digests = Literal["full", "output", "none"]
 
+#: Precisions of which weights are held as codes; a graph computes in float32 with them.
+INTEGER_PRECISIONS = ("int8", "int4")
+
 #: Torch's names of floating dtypes by those in safetensors headers ...
 TORCH_NAMES: Mapping[str, str] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 #: ... and the way back.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import sys
@@ -15,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ia3_export.report.model import finite
+
 if TYPE_CHECKING:
     from ia3_export.writing.execute import Progress
-
 
 #: ``::error::`` at the start of a line, ``##[group]`` and ``##vso[`` anywhere.
 _COMMANDS = re.compile(r"^\s*::|##(?=\[|vso\[)")
@@ -43,10 +43,9 @@ class Output:
     def document(self, content: Mapping[str, Any]) -> None:
         """The JSON document, if asked for."""
         if self.as_json:
-            text = json.dumps(_finite(content), indent=2, sort_keys=True, ensure_ascii=False)
-            click.echo(
-                text.encode(errors="backslashreplace").decode()
-            )  # JSON writes half a character as Python does
+            text = json.dumps(finite(content), indent=2, sort_keys=True, ensure_ascii=False)
+            # half a character is written as Python does
+            click.echo(text.encode(errors="backslashreplace").decode())
 
     def table(
         self,
@@ -102,15 +101,6 @@ class Output:
                 yield report
         else:
             yield _lines(what)
-
-
-def _finite(value: Any) -> Any:
-    """`value` with null for NaN and infinity, which JSON has not."""
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _printable(line: str) -> str:

@@ -23,11 +23,12 @@ from ia3_export.parity.runs.greedy import Decoded, compare_decoded
 from ia3_export.parity.runs.run_torch import ForwardOutputs
 from ia3_export.parity.settings import Tolerance
 from ia3_export.report.model import (
+    MAX_ERROR,
+    ArtifactKind,
     Distance,
     FaultLocation,
     Gate,
     Generation,
-    Kind,
     LayerError,
     Step,
     WeightsProof,
@@ -59,7 +60,7 @@ class Artifact:
     """
 
     name: str
-    kind: Kind
+    kind: ArtifactKind
     file: str
     precision: str
     weights: str
@@ -106,7 +107,7 @@ def judge(
     elif artifact.precision in NUMERIC:
         gates = list(quantized_gates(artifact.precision, distance, share))
     else:
-        gates = [at_most("max error", distance.max_error, bound)]
+        gates = [at_most(MAX_ERROR, distance.max_error, bound)]
         gates += _step_gates(artifact, merged, unmerged.adapters)
         if generation is not None:
             value = generation.margin or 0.0
@@ -147,7 +148,7 @@ def unmerged_distance(unmerged: UnmergedRuns, dtype: str) -> Distance:
     return _distance(unmerged.runs[dtype].outputs, unmerged.reference.outputs, dtype, unmerged, every)
 
 
-def failed_step(name: str, kind: Kind, file: str, precision: str, runs_on: str, finding: str) -> Step:
+def failed_step(name: str, kind: ArtifactKind, file: str, precision: str, runs_on: str, finding: str) -> Step:
     """An artifact that could not be run."""
     return Step(
         name=name,
@@ -284,7 +285,7 @@ def _finding(
     whole, share = compare(effect.plain, effect.reference, "float64").max_error, effect.share
     text = f"off by {distance.max_error / whole:.2g} of the adapters' effect" if whole else "not in parity"
     broken = [gate for gate in gates if not gate.passed and gate.value is not None]
-    if broken and broken[0].name != "max error":
+    if broken and broken[0].name != MAX_ERROR:
         text = (
             f"{broken[0].name} is {broken[0].value:.3g}, must be {broken[0].relation} {broken[0].limit:.3g}"
         )
