@@ -14,16 +14,16 @@ from ia3_export.models.model_class import quiet
 from ia3_export.models.sentence import SentenceHead, read_sentence_head
 from ia3_export.onnx.runtime import open_model
 from ia3_export.parity.bits.graph_files import Graph
-from ia3_export.parity.gates import NUMERIC, coarser
+from ia3_export.parity.gates import coarser, computes_in
 from ia3_export.parity.judging import Artifact, Evidence, failed_step, judge, unmerged_distance
-from ia3_export.parity.metrics import Outputs, compare, largest
-from ia3_export.parity.runs.forwards import MergedRuns, UnmergedRuns, Wanted, run_merged, run_unmerged
+from ia3_export.parity.runs.forwards import MergedRuns, UnmergedRuns, run_merged, run_unmerged
 from ia3_export.parity.runs.greedy import prompts
 from ia3_export.parity.runs.inputs import Case, make_cases
 from ia3_export.parity.runs.live import FineTune, RunDevice
+from ia3_export.parity.runs.metrics import Outputs, distance_between, largest_magnitude
 from ia3_export.parity.runs.own_inputs import fit_text, has_tokenizer, read_inputs, read_texts
 from ia3_export.parity.runs.run_onnx import decode_onnx, run_onnx
-from ia3_export.parity.runs.run_torch import exact_matmul
+from ia3_export.parity.runs.run_torch import Wanted, exact_matmul
 from ia3_export.parity.settings import RunSettings
 from ia3_export.quantization.base import Base
 from ia3_export.report.model import Reference, Step
@@ -77,7 +77,7 @@ def run_chain(
     with quiet(), exact_matmul(settings.tf32):
         where = _run_device(trained.base.dense, place, scratch, settings.max_memory, warnings)
         dtypes = _dtypes(trained.base, subject, settings.dtype)
-        numeric = [NUMERIC.get(graph.precision, graph.precision) for _, graph in graphs]
+        numeric = [computes_in(graph.precision) for _, graph in graphs]
         needed = [coarser(dtypes.used, dtypes.written)] if merged is not None and subject.judged else []
         needed += [coarser(dtypes.written, precision) for precision in numeric]
         hidden = any(graph.outputs[0] in ("last_hidden_state", "token_embeddings") for _, graph in graphs)
@@ -265,7 +265,7 @@ def _run_device(
 
 def _reference(unmerged: UnmergedRuns, dtype: str, device: str) -> Reference:
     outputs = unmerged.reference.outputs
-    effect = compare(unmerged.plain.outputs, outputs, "float64").max_error
+    effect = distance_between(unmerged.plain.outputs, outputs, "float64").max_error
     return Reference(
         applied_by=unmerged.applied_by,
         model_class=unmerged.class_name,
@@ -275,7 +275,7 @@ def _reference(unmerged: UnmergedRuns, dtype: str, device: str) -> Reference:
         inputs=tuple(case.name for case in unmerged.cases),
         unmerged=unmerged_distance(unmerged, dtype),
         effect=effect,
-        scale=largest(outputs),
+        scale=largest_magnitude(outputs),
     )
 
 

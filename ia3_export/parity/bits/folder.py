@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.checkpoint.ranges import worker_count
-from ia3_export.parity.bits.diagnosis import diagnose
+from ia3_export.parity.bits.diagnosis import HEAD_NOT_REPLACED, LEFT_OUT, diagnose
 from ia3_export.parity.bits.expected import (
     BLOCK,
     Expected,
@@ -106,7 +106,7 @@ def _missing(row: Expected) -> TensorFinding:
 
 def _notes(plan: Plan, merged: Checkpoint, findings: Sequence[TensorFinding]) -> Iterator[str]:
     changed = {name for name, change in plan.changes.items() if change.how != "cast"}
-    left_out = {finding.tensor for finding in findings if finding.what in ("left out", "head not replaced")}
+    left_out = {finding.tensor for finding in findings if finding.what in (LEFT_OUT, HEAD_NOT_REPLACED)}
     if changed and changed <= left_out:
         yield "every tensor is the base's: the adapter is not in it"
     if len(findings) > _FINDINGS:

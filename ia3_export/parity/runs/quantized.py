@@ -66,9 +66,8 @@ def widen(model: Any) -> None:
     import torch
 
     for tensor in (*model.parameters(), *model.buffers()):
-        packed = (
-            getattr(tensor, "quant_state", None) is not None
-        )  # codes may be stored under a floating dtype
+        # codes may be stored under a floating dtype
+        packed = getattr(tensor, "quant_state", None) is not None
         if tensor.dtype in (torch.float16, torch.bfloat16) and not packed:
             tensor.data = tensor.data.float()
     for module in model.modules():
