@@ -24,6 +24,8 @@ AppliedBy = Literal["peft", "hooks", "none"]
 Quantized = Literal["dequantize", "keep", "keep-or-dense"]
 #: Whose tokenizer, generation and processor settings an output gets.
 TokenizerChoice = Literal["auto", "base", "adapter"]
+#: PEFT's names of tasks that an adapter is written for.
+TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 #: SHA-256 of inputs and outputs, of outputs, or of nothing.
 Digests = Literal["full", "output", "none"]
 

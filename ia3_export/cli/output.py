@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ia3_export.drawing.formats import human_bytes
 from ia3_export.report.model import finite
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Output:
         numbers: Sequence[str] = (),
         optional: Sequence[str] = (),
     ) -> None:
-        """A plain table.
+        """Print a plain table, if it is not quiet.
 
         `numbers` are set flush right, `optional` ones are left out, last first, if it is too wide.
         """
@@ -109,20 +110,10 @@ def _printable(line: str) -> str:
 
 
 def _visible(text: str) -> str:
-    """`text` with control characters and the like spelled out (``\\x1b``).
-
-    Names come from untrusted files, and terminals obey escapes.
+    """`text` with control characters and the like spelled out (``\\x1b``): names come from untrusted files,
+    and terminals obey escapes.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def human_bytes(count: float) -> str:
-    """``2.2 GB``, in powers of ten as disks and hubs count."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ia3_export.cli.output import Output, human_bytes
+from ia3_export.cli.output import Output
+from ia3_export.drawing.formats import human_bytes
 from ia3_export.report.model import Report, Step, WeightsProof
 from ia3_export.report.wording import ON_TERMINAL, generation_in_words
 
@@ -10,9 +11,8 @@ _FINDINGS = 10
 
 
 def show_report(out: Output, report: Report) -> None:
-    """Weights, chain, control, and at the end the verdict.
-
-    ``--verbose`` adds inputs, gates and all metrics.
+    """Show weights, chain, control, and at the end the verdict; ``--verbose`` adds inputs, gates and all
+    metrics.
     """
     for proof in report.weights:
         _show_proof(out, proof)

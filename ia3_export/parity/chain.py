@@ -36,9 +36,8 @@ _HEADROOM = 1.5
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Subject:
-    """What is compared with the live model.
-
-    A `merged` one (`judged`, or run for the graphs' sake alone) and named `graphs`.
+    """What is compared with the live model: a `merged` one (`judged`, or run for the graphs' sake alone) and
+    named `graphs`.
 
     `rounded` is the dtype to which a merge that stays quantized rounded its scales.
     """
@@ -61,7 +60,7 @@ class _Dtypes:
 def run_chain(
     trained: FineTune, subject: Subject, evidence: Evidence, settings: RunSettings, scratch: Path
 ) -> tuple[Reference, tuple[Step, ...], list[str]]:
-    """Run everything and judge it.
+    """Run the live model, the merged one and the graphs on the same inputs, and judge each by the live one.
 
     The reference, a step for the merged model (if it is judged) and for each graph, warnings.
 
@@ -154,9 +153,8 @@ def _merged_artifact(merged: Base, runs: MergedRuns, dtypes: _Dtypes, device: st
 
 
 def _tokenizer_folder(base: Base, subject: Subject) -> Path:
-    """Whose tokenizer reads the texts.
-
-    The artifact's, which may be the adapter's; the base's where it has none.
+    """The folder whose tokenizer reads the texts: the artifact's, which may be the adapter's; the base's
+    where it has none.
     """
     shipped = [subject.merged.stored.folder] if subject.merged is not None else []
     shipped += [graph.paths[0].parent.parent for _, graph in subject.graphs]
@@ -200,9 +198,8 @@ def _run_graph(name: str, graph: Graph, written: str, device: str, unmerged: Unm
 
 
 def _after(before: Outputs, artifact: Artifact) -> list[dict[str, Array]]:
-    """What the next step is compared with.
-
-    The outputs of `artifact`, on inputs it was not run on those before it.
+    """What the next step is compared with: the outputs of `artifact`, and on inputs it was not run on those
+    `before` it.
     """
     whole = [dict(case) for case in before]
     for i, output in zip(artifact.cases, artifact.outputs, strict=True):

@@ -38,10 +38,8 @@ from ia3_export.words import INTEGER_PRECISIONS
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Evidence:
-    """What is known of the weights.
-
-    The `proofs` of artifacts, and modules with a vector → the stored tensors that it is folded
-    into (`sites`).
+    """What is known of the weights: the `proofs` of artifacts, and modules with a vector → the stored tensors
+    that it is folded into (`sites`).
     """
 
     proofs: Sequence[WeightsProof]
@@ -253,9 +251,8 @@ def _locate(
     proof: WeightsProof | None,
     sites: Mapping[str, Sequence[str]],
 ) -> FaultLocation | None:
-    """The first module out of its bound.
-
-    Its site is the last one executed up to there whose weights are wrong, else the last.
+    """The first module out of its bound, and its site: the last one executed up to there whose weights are
+    wrong, else the last.
     """
     first = next((layer.module for layer in layers if not layer.passed), None)
     if first is None:

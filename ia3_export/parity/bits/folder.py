@@ -1,6 +1,4 @@
-"""The weights proof of a merged folder: every tensor is what the plan says, bit for bit.
-
-Streaming, without torch.
+"""The weights proof of a merged folder: every tensor is what the plan says, bit for bit, without torch.
 
 Both folders are read once, side by side, in blocks. A changed tensor must equal the fold of base and adapter,
 any other the base's bytes; nothing may be missing and nothing extra. `diagnose` then says what became of a
@@ -85,10 +83,7 @@ def prove_folder(
 
 
 def _settings(plan: Plan, merged: Checkpoint) -> Iterator[TensorFinding]:
-    """What stays quantized is read by its configuration.
-
-    Without the right one every library reads something else.
-    """
+    """The finding where the settings of what stays quantized are not those it is written for."""
     wanted = plan.config if plan.config is not None else plan.base.stored.config
     if not plan.base.is_quantized or plan.base.stored.is_gguf or wanted is None or merged.config is None:
         return

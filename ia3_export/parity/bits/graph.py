@@ -1,6 +1,4 @@
-"""The weights proof of an ONNX graph.
-
-Its initializers are the folded tensors, and nothing of an adapter is left in it.
+"""The weights proof of an ONNX graph: its initializers are the folded tensors, nothing of an adapter is left.
 
 Exporters transpose weights and lose their names (``MatMul`` takes the transpose of a Linear's weight), so
 initializers are found by content: widened exactly or rounded to the graph's dtype, as they are or transposed.

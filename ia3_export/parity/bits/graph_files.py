@@ -1,7 +1,4 @@
-"""The ONNX files of one model, read for the proof of their weights, lazily and without torch.
-
-External data are mapped.
-"""
+"""The ONNX files of one model as the proof of weights reads them: without torch, external data mapped."""
 
 from __future__ import annotations
 

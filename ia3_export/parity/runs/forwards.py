@@ -1,7 +1,4 @@
-"""The forwards that a verdict needs: the live model in its precisions, the base, and the merged model.
-
-One load each.
-"""
+"""The forwards of a verdict, one load each: the live model in its precisions, the base, the merged one."""
 
 from __future__ import annotations
 
@@ -37,10 +34,10 @@ _LARGE = 64 << 20
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class UnmergedRuns:
-    """Base + live adapters (so many `adapters`).
+    """What base + live adapters (so many `adapters`) gave: the `reference` in `precision`, the `runs` in
+    coarser dtypes, and the base alone (`plain`).
 
-    The `reference` in `precision`, the runs in coarser dtypes, and the base alone (`plain`). `refused` is
-    what PEFT said where hooks applied the adapters instead.
+    `refused` is what PEFT said where hooks applied the adapters instead.
 
     `decoded` is the reference's greedy decoding, None where the model cannot generate; `library` a quantized
     base with live adapters as its own library runs it, or `library_failure` why that cannot be had here.
@@ -65,9 +62,8 @@ class UnmergedRuns:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MergedRuns:
-    """The merged model's run in the working dtype.
-
-    And, where another runtime widens 16-bit weights, in float32 and 64.
+    """What the merged model gave in the working dtype (`run`) and, where another runtime widens 16-bit
+    weights, in float32 (`single`) and float64 (`double`).
     """
 
     run: ForwardOutputs
@@ -200,9 +196,8 @@ def _cast(model: Any, dtype: str) -> Any:
 
 
 def _free(base: Checkpoint) -> None:
-    """Give a deleted model's memory back before the next is loaded.
-
-    Collecting takes longer than a small model.
+    """Give a deleted model's memory back before the next is loaded; of a small one collecting takes longer
+    than that.
     """
     import torch
 

@@ -65,9 +65,8 @@ def prompts(cases: Sequence[Case]) -> list[Case]:
 
 
 def decode(model: Any, cases: Sequence[Case], special: SpecialTokens | None = None) -> list[Decoded] | None:
-    """Greedy decoding of `TOKENS` tokens after each of `cases`, with the cache.
-
-    None if `model` cannot generate.
+    """Greedy decoding of `TOKENS` tokens after each of `cases`, with the cache; None if `model` cannot
+    generate.
 
     What ends a text is not chosen, so that of a reference must be `special`: a merge may have taken the
     adapter's own. ``GenerationMixin.generate`` itself, because some classes (Whisper) put long-form logic of
@@ -108,7 +107,7 @@ def decode(model: Any, cases: Sequence[Case], special: SpecialTokens | None = No
 
 @contextmanager
 def _only(model: Any, config: Any) -> Iterator[None]:
-    """`config` as the model's own.
+    """Make `config` the model's own in this context.
 
     generate() fills what is None in it (forced and suppressed tokens, penalties) from there.
     """
@@ -121,9 +120,8 @@ def _only(model: Any, config: Any) -> Iterator[None]:
 
 
 def compare_decoded(got: Sequence[Decoded], reference: Sequence[Decoded], bound: float) -> Generation:
-    """Where `got` first leaves the reference.
-
-    Excused where the reference's first two logits are within twice `bound`.
+    """Where `got` first leaves the reference; excused where the reference's first two logits are within twice
+    `bound`.
     """
     tokens = max(r.tokens.shape[1] for r in reference)
     sequences = sum(len(r.tokens) for r in reference)

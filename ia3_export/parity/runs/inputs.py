@@ -20,9 +20,11 @@ Side = Literal["", "left", "right"]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One forward call.
+    """One forward call: a name such as ``batch 3, length 17, padded`` and its keyword arguments (torch
+    tensors).
 
-    A name such as ``batch 3, length 17, padded`` and its keyword arguments (torch tensors).
+    With `past` > 0 the first so many tokens are run first, and the outputs are those of the rest with their
+    cache. `side` is that of the padding, empty where there is none or it is not known.
 
     With `past` > 0 the first so many tokens are run first, and the outputs are those of the rest with their
     cache. `side` is that of the padding, empty where there is none or it is not known.
@@ -35,10 +37,8 @@ class Case:
 
 
 def make_cases(model: Any, *, seed: int = 0) -> list[Case]:
-    """Inputs of several batch sizes and lengths for `model`.
-
-    Texts without padding, padded on the right and (decoders) on the left, and for decoders with a cache of
-    past tokens.
+    """Inputs of several batch sizes and lengths for `model`: texts without padding, padded on the right and
+    (decoders) on the left, and for decoders with a cache of past tokens.
 
     Texts are random token ids, images and sounds normal noise; the same seed gives the same inputs. The first
     case is the smallest. Raises `Unsupported` for models whose main input is none of these.

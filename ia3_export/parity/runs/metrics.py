@@ -115,9 +115,8 @@ def error_histogram(outputs: Outputs, reference: Outputs) -> tuple[tuple[int, in
 
 
 def perplexity(outputs: Outputs, token_ids: Sequence[Array], masks: Sequence[Array | None]) -> float | None:
-    """Perplexity of next tokens.
-
-    Exp of the mean negative log-likelihood of each attended token after the first.
+    """Perplexity of next tokens: exp of the mean negative log-likelihood of each attended token after the
+    first.
 
     `token_ids` (batch, length) belong to ``logits`` (batch, length, vocabulary); inputs whose logits have
     another length are left out.

@@ -33,9 +33,8 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ForwardOutputs:
-    """What one model gave.
-
-    `outputs` by case, and the output of every module on the first case, in execution order.
+    """What one model gave: `outputs` by case, and the output of every module on the first case, in execution
+    order.
     """
 
     outputs: list[dict[str, Any]]
