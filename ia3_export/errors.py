@@ -48,6 +48,12 @@ def kind_and_line(error: BaseException) -> str:
     return kind if line == kind else f"{kind}: {line}"
 
 
+def last_line(text: str) -> str:
+    """The last line of what a process wrote to standard error, where Python says what went wrong; empty if it
+    wrote none."""
+    return (text.strip().splitlines() or [""])[-1]
+
+
 class CheckFailed(IA3ExportError):
     """An artifact is not in parity, or is incomplete."""
 

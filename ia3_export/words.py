@@ -24,8 +24,13 @@ AppliedBy = Literal["peft", "hooks", "none"]
 Quantized = Literal["dequantize", "keep", "keep-or-dense"]
 #: Whose tokenizer, generation and processor settings an output gets.
 TokenizerChoice = Literal["auto", "base", "adapter"]
+#: PEFT's names of tasks that an adapter is written for.
+TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 #: SHA-256 of inputs and outputs, of outputs, or of nothing.
 Digests = Literal["full", "output", "none"]
+
+#: Precisions of which weights are held as codes; a graph computes in float32 with them.
+INTEGER_PRECISIONS = ("int8", "int4")
 
 #: Torch's names of floating dtypes by those in safetensors headers ...
 TORCH_NAMES: Mapping[str, str] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

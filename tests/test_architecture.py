@@ -25,7 +25,8 @@ def _rooms() -> set[str]:
 def _layers() -> list[set[str]]:
     config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     contracts = config["tool"]["importlinter"]["contracts"]
-    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    of_rooms = (c for c in contracts if c["type"] == "layers" and "containers" not in c)
+    (layers,) = (contract["layers"] for contract in of_rooms)
     return [{name.strip().removeprefix("ia3_export.") for name in layer.split("|")} for layer in layers]
 
 

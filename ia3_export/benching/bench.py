@@ -86,9 +86,9 @@ def bench(
 
 
 def _run(jobs: Sequence[Job], rounds: int, scratch: Path) -> list[tuple[int, Rounds]]:
-    """For each of `jobs`, which take turns.
+    """Let `jobs` take turns for `rounds` rounds and one before them, which is not counted.
 
-    Resident memory after the imports, answers of all counted rounds.
+    Of each: resident memory after the imports, and the answers of all counted rounds.
     """
     with ExitStack() as stack:
         workers = [

@@ -14,7 +14,7 @@ from typing import Any
 
 from ia3_export import errors
 from ia3_export.benching.jobs import Job
-from ia3_export.errors import IA3ExportError, Unsupported
+from ia3_export.errors import IA3ExportError, Unsupported, last_line
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,7 +40,7 @@ class Worker:
         line = self.process.stdout.readline()
         if not line:
             code = self.process.wait()
-            last = (self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""])[-1]
+            last = last_line(self.log.read_text(encoding="utf-8", errors="replace"))
             raise Unsupported(
                 f"{self.job.name}: its process ended with {_describe(code)}" + (f": {last}" if last else ""),
                 hint="it may have run out of memory: free some, or try a smaller --batch or --length",

@@ -20,7 +20,7 @@ MEASURES: Mapping[Measure, str] = {"forward": "one forward", "token": "one token
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Milliseconds.
+    """How long one measure of a variant took, in milliseconds.
 
     `rounds` holds the median of every round, `median` and `iqr` (third less first quartile) are theirs, `p95`
     is that of all `samples` single measurements, `ratio` is `median` over the base's in the same runtime.

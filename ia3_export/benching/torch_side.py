@@ -16,9 +16,8 @@ from ia3_export.quantization.base import read_base
 
 
 def load_variant(variant: Variant, sources: Sources, task: Task) -> Any:
-    """The transformers model, of the class that the adapter was trained on.
-
-    For tasks without logits the part below its head.
+    """The transformers model, of the class that the adapter was trained on; for tasks without logits the part
+    below its head.
 
     Live vectors are PEFT's (or hooks, where PEFT leaves one out). Raises `Unsupported` when it
     cannot be loaded.

@@ -135,7 +135,7 @@ def _take_stdout() -> Any:
 
 
 def _listen() -> Iterator[str]:
-    """Lines of standard input.
+    """Yield the lines of standard input.
 
     When it ends, because the parent did, so does this process, in the middle of a forward if need be.
     """

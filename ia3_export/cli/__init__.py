@@ -122,9 +122,15 @@ def cli() -> None:
 
 
 for _command in (
-    inspect_command, merge_command, onnx_command, verify_command, convert_command, combine_command,
-    unmerge_command, bench_command,
-):  # fmt: skip
+    inspect_command,
+    merge_command,
+    onnx_command,
+    verify_command,
+    convert_command,
+    combine_command,
+    unmerge_command,
+    bench_command,
+):
     cli.add_command(_command)
 
 

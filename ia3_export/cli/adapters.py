@@ -17,10 +17,10 @@ from ia3_export.cli.options import (
     weights_option,
 )
 from ia3_export.cli.output import Output
-from ia3_export.words import Combine
+from ia3_export.words import Combine, TaskType
 
 if TYPE_CHECKING:
-    from ia3_export.commands.convert import TaskType, WrittenAdapter
+    from ia3_export.commands.convert import WrittenAdapter
 
 
 @click.command("convert")
@@ -35,9 +35,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--task-type",
-    type=click.Choice(
-        ["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
-    ),
+    type=choice(TaskType),
     help="PEFT's, for the configuration; default what the adapter says.",
 )
 @click.option("--allow-missing", is_flag=True, help="Accept modules of the base without a vector.")

@@ -8,7 +8,8 @@ import click
 
 from ia3_export.benching.settings import BenchSettings
 from ia3_export.cli.options import adapters_option, base_option, gathered, output_options, parse_words
-from ia3_export.cli.output import Output, human_bytes
+from ia3_export.cli.output import Output
+from ia3_export.drawing.formats import human_bytes
 
 if TYPE_CHECKING:
     from ia3_export.benching.results import Benchmark, Measure, Row

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from ia3_export.cli.options import choice, output_options, rules_option
-from ia3_export.cli.output import Output, human_bytes
+from ia3_export.cli.output import Output
+from ia3_export.drawing.formats import human_bytes
 from ia3_export.ordering import natural
 from ia3_export.words import Quantized
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from ia3_export.planning.plan import Plan
 
 
-_OUTCOMES = ("exact", "rounded", "moved", "dense", "refused")
 _HOW = {
     "dequantize": "written dense (--quantized dequantize)",
     "keep": "the vectors go into its scales (--quantized keep)",
@@ -154,8 +154,10 @@ def show_quantization(out: Output, quantization: dict[str, Any]) -> None:
         return
     formats = ", ".join(f"{count} {name}" for name, count in quantization["formats"].items())
     out.text(f"quantized base: {formats}; {_HOW[quantization['how']]}")
+    from ia3_export.planning.keep_quantized import OutcomeKind
+
     sites = quantization["sites"]
-    counts = {outcome: sum(site["outcome"] == outcome for site in sites) for outcome in _OUTCOMES}
+    counts = {outcome: sum(site["outcome"] == outcome for site in sites) for outcome in get_args(OutcomeKind)}
     if sites:
         out.text(
             "vectors on quantized weights: "

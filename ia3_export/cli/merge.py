@@ -19,7 +19,8 @@ from ia3_export.cli.options import (
     rules_option,
     weights_option,
 )
-from ia3_export.cli.output import Output, human_bytes
+from ia3_export.cli.output import Output
+from ia3_export.drawing.formats import human_bytes
 from ia3_export.planning.recipe import Recipe
 from ia3_export.words import Cast, Combine, Digests, Dtype, Quantized, TokenizerChoice
 from ia3_export.writing.options import OutputOptions

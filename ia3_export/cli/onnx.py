@@ -16,8 +16,9 @@ from ia3_export.cli.options import (
     parse_words,
     rules_option,
 )
-from ia3_export.cli.output import Output, human_bytes
+from ia3_export.cli.output import Output
 from ia3_export.cli.report_text import show_report
+from ia3_export.drawing.formats import human_bytes
 from ia3_export.onnx.options import DecoderForm, GraphOptions
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import sys
@@ -15,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ia3_export.drawing.formats import human_bytes
+from ia3_export.report.model import finite
+
 if TYPE_CHECKING:
     from ia3_export.writing.execute import Progress
-
 
 #: ``::error::`` at the start of a line, ``##[group]`` and ``##vso[`` anywhere.
 _COMMANDS = re.compile(r"^\s*::|##(?=\[|vso\[)")
@@ -43,10 +44,9 @@ class Output:
     def document(self, content: Mapping[str, Any]) -> None:
         """The JSON document, if asked for."""
         if self.as_json:
-            text = json.dumps(_finite(content), indent=2, sort_keys=True, ensure_ascii=False)
-            click.echo(
-                text.encode(errors="backslashreplace").decode()
-            )  # JSON writes half a character as Python does
+            text = json.dumps(finite(content), indent=2, sort_keys=True, ensure_ascii=False)
+            # half a character is written as Python does
+            click.echo(text.encode(errors="backslashreplace").decode())
 
     def table(
         self,
@@ -56,7 +56,7 @@ class Output:
         numbers: Sequence[str] = (),
         optional: Sequence[str] = (),
     ) -> None:
-        """A plain table.
+        """Print a plain table, if it is not quiet.
 
         `numbers` are set flush right, `optional` ones are left out, last first, if it is too wide.
         """
@@ -104,35 +104,16 @@ class Output:
             yield _lines(what)
 
 
-def _finite(value: Any) -> Any:
-    """`value` with null for NaN and infinity, which JSON has not."""
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _printable(line: str) -> str:
     """`line` as it may reach a terminal or the log of a CI job, whose runners obey commands in it."""
     return _COMMANDS.sub(r"\\\g<0>", _visible(line))
 
 
 def _visible(text: str) -> str:
-    """`text` with control characters and the like spelled out (``\\x1b``).
-
-    Names come from untrusted files, and terminals obey escapes.
+    """`text` with control characters and the like spelled out (``\\x1b``): names come from untrusted files,
+    and terminals obey escapes.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def human_bytes(count: float) -> str:
-    """``2.2 GB``, in powers of ten as disks and hubs count."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 @contextmanager

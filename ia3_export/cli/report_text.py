@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from ia3_export.cli.output import Output, human_bytes
-from ia3_export.report.model import Generation, Report, Step, WeightsProof
+from ia3_export.cli.output import Output
+from ia3_export.drawing.formats import human_bytes
+from ia3_export.report.model import Report, Step, WeightsProof
+from ia3_export.report.wording import ON_TERMINAL, generation_in_words
 
 _FINDINGS = 10
 
 
 def show_report(out: Output, report: Report) -> None:
-    """Weights, chain, control, and at the end the verdict.
-
-    ``--verbose`` adds inputs, gates and all metrics.
+    """Show weights, chain, control, and at the end the verdict; ``--verbose`` adds inputs, gates and all
+    metrics.
     """
     for proof in report.weights:
         _show_proof(out, proof)
@@ -98,20 +99,9 @@ def _show_step(out: Output, step: Step) -> None:
             "the base as its own quantization library runs it, with live adapters"
         )
     if step.generation is not None and (out.verbose or step.generation.first_divergence is not None):
-        out.text(f"{step.name}: {_generation(step.generation)}")
+        out.text(f"{step.name}: {generation_in_words(step.generation, ON_TERMINAL)}")
     if out.verbose:
         _show_metrics(out, step)
-
-
-def _generation(generation: Generation) -> str:
-    text = f"greedy decoding of {generation.tokens} tokens after each of {generation.sequences} inputs"
-    if generation.first_divergence is None:
-        return f"{text}: all equal"
-    why = "which rounding explains" if generation.excused else "which rounding does not explain"
-    return (
-        f"{text}: differs from token {generation.first_divergence} on, by a margin of "
-        f"{generation.margin:.3g}, {why}"
-    )
 
 
 def _show_metrics(out: Output, step: Step) -> None:

@@ -62,7 +62,10 @@ _FILE = click.Path(path_type=Path)
     help="Inputs of your own: .jsonl, .npz or .safetensors, by argument name.",
 )
 @click.option(
-    "--text", type=_FILE, metavar="FILE", help="Texts of your own, one a line, for the base's tokenizer."
+    "--text",
+    type=_FILE,
+    metavar="FILE",
+    help="Texts of your own, one a line, for the artifact's tokenizer, or the base's.",
 )
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of made-up inputs."

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.combine import combine_extras, combine_sites, linear_warnings
@@ -19,14 +19,12 @@ from ia3_export.planning.placement import Placement
 from ia3_export.planning.plan import check_weights, not_finite
 from ia3_export.planning.resolve import resolve
 from ia3_export.quantization.base import Base, read_base
-from ia3_export.words import Combine
+from ia3_export.words import Combine, TaskType
 from ia3_export.writing.execute import hash_file
 from ia3_export.writing.manifest import NAME, Manifest, list_files, tool
 from ia3_export.writing.stage import check_target, staged
 
 SCHEMA = "ia3-export/adapter/1"
-#: PEFT's tasks.
-TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 T = TypeVar("T")
 
 

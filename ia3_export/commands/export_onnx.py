@@ -37,6 +37,7 @@ from ia3_export.planning.plan import Plan, make_plan
 from ia3_export.planning.recipe import DEFAULT_RECIPE
 from ia3_export.quantization.base import read_base
 from ia3_export.report.model import Report, Step
+from ia3_export.words import INTEGER_PRECISIONS
 from ia3_export.writing.card import BASE_CARD
 from ia3_export.writing.dense import write_dense
 from ia3_export.writing.execute import hash_file
@@ -307,7 +308,7 @@ def _only_loses(step: Step) -> bool:
     be lost is the user's choice, and `verify`'s gate.
     """
     error = step.distance.max_error if step.distance is not None else math.inf
-    return step.precision in ("int8", "int4") and math.isfinite(error)
+    return step.precision in INTEGER_PRECISIONS and math.isfinite(error)
 
 
 def _copy_side_files(checkpoint: Checkpoint, stage: Path) -> None:

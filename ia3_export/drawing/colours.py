@@ -49,10 +49,7 @@ class ColourScale:
 
 
 def css_class(code: int) -> str:
-    """The style sheet's name of a colour.
-
-    From ``i1`` (below one) or ``a1`` on; ``zero``, ``neg``, ``nan``.
-    """
+    """The style sheet's name of a colour: ``i1`` (below one) or ``a1`` and on, ``zero``, ``neg``, ``nan``."""
     if code in (0, NEGATIVE, NOT_FINITE):
         return {0: "zero", NEGATIVE: "neg", NOT_FINITE: "nan"}[code]
     return f"{'i' if code < 0 else 'a'}{abs(code)}"

@@ -50,11 +50,20 @@ def share(value: float | None) -> str:
 
 
 def size(nbytes: int) -> str:
-    """`nbytes` in decimal units: ``90.9 MB``."""
+    """`nbytes` in decimal units, to 3 significant digits: ``90.9 MB``."""
     amount, units = float(nbytes), ["bytes", "kB", "MB", "GB", "TB", "PB"]
     while amount >= 999.5 and len(units) > 1:
         amount, units = amount / 1000, units[1:]
     return f"{amount:.3g} {units[0]}" if units[0] != "bytes" else f"{nbytes} bytes"
+
+
+def human_bytes(count: float) -> str:
+    """``2.2 GB``: `size` with one decimal for all, so that they stand in a terminal's columns."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
 
 
 def power(exponent: int) -> str:

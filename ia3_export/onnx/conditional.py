@@ -1,7 +1,4 @@
-"""optimum's ``decoder_model_merged.onnx``.
-
-Both decoders as the branches of one ``If`` on ``use_cache_branch``.
-"""
+"""optimum's ``decoder_model_merged.onnx``: both decoders as the branches of one ``If`` on its own input."""
 
 from __future__ import annotations
 
@@ -89,9 +86,8 @@ def _branch(
 
 
 def _shared(branch: str, value: Any, weights: dict[str, Any]) -> Any:
-    """The main graph's initializer for `value`.
-
-    The one of its name if the bytes are equal, else one of its own.
+    """The main graph's initializer for `value`: the one of its name if the bytes are equal, else one of its
+    own.
     """
     import onnx_ir as ir
 

@@ -1,6 +1,5 @@
-"""What the exported graphs take and give.
-
-Names, free axes and order are those of optimum and transformers.js.
+"""What the exported graphs take and give; names, free axes and order are those of optimum and
+transformers.js.
 
 A graph is traced through a function from named inputs to a tuple of tensors; this module makes these
 functions, one for each form of graph, and measures the shapes of the cache on a forward of the model itself.
@@ -37,9 +36,8 @@ class Port:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GraphSpec:
-    """One ONNX file to be.
-
-    ``function(model, {input: tensor}) -> outputs``, traced with `samples` for `inputs`.
+    """One ONNX file to be: ``function(model, {input: tensor}) -> outputs``, traced with `samples` for
+    `inputs`.
     """
 
     file: str
@@ -72,9 +70,8 @@ def plan_graphs(
 
 
 def input_names(model: Any) -> list[str]:
-    """The inputs of an encoder of text, in optimum's order.
-
-    ``token_type_ids`` where there are types to tell apart.
+    """The inputs of an encoder of text, in optimum's order; ``token_type_ids`` where there are types to tell
+    apart.
     """
     accepted = inspect.signature(model.forward).parameters
     names = [name for name in _TEXT_INPUTS if name in accepted]
@@ -184,11 +181,11 @@ def _measure_cache(model: Any, sample: Mapping[str, Any]) -> tuple[list[_Layer],
     except (AttributeError, IndexError):
         measured = [[], []]
     if not measured[0]:
-        raise _no_cache(model)
+        raise _without_cache(model)
     return measured[0], measured[1]
 
 
-def _no_cache(model: Any) -> Unsupported:
+def _without_cache(model: Any) -> Unsupported:
     return Unsupported(
         f"{type(model).__name__} keeps no cache of keys and values (recurrent and hybrid models do not)",
         hint="--task feature-extraction exports its hidden states, without generation",
@@ -221,7 +218,7 @@ def _decoder(model: Any, sample: Mapping[str, Any]) -> GraphSpec:
     accepted = inspect.signature(model.forward).parameters
     argument = cache_argument(model)
     if argument is None:
-        raise _no_cache(model)
+        raise _without_cache(model)
     text = {name: sample[name] for name in ("input_ids", "attention_mask") if name in accepted}
     layers, _ = _measure_cache(model, text)
     batch = sample["input_ids"].shape[0]
@@ -294,7 +291,7 @@ def _cross_decoder(
     own, cross = layers
     argument = cache_argument(model)
     if argument is None:
-        raise _no_cache(model)
+        raise _without_cache(model)
     ids = sample["decoder_input_ids"][:, :_NEW]
     with torch.no_grad():
         encoded = {k: v for k, v in sample.items() if k in (model.main_input_name, "attention_mask")}

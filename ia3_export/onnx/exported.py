@@ -25,9 +25,8 @@ def file_name(stem: str, precision: str) -> str:
 
 
 def plain_stem(path: Path) -> str | None:
-    """What a file of an exported folder is; None for other names.
-
-    ``decoder_model_merged`` of ``decoder_model_merged_int8.onnx``.
+    """``decoder_model_merged`` of ``decoder_model_merged_int8.onnx``: the name without its precision; None
+    for files that are no part of an exported folder.
     """
     return next((s for s in _STEMS if path.stem == s or path.stem.startswith(f"{s}_")), None)
 

@@ -17,10 +17,10 @@ INLINE = 1024
 
 
 def save_model(model: Any, path: Path, *, external_above: int = EXTERNAL, chunk: int = CHUNK) -> None:
-    """Write an ``onnx_ir.Model``.
+    """Write an ``onnx_ir.Model``, a large one with its weights in ``<name>_data``, ``<name>_data_1``, ... of
+    at most `chunk` bytes (or one tensor).
 
-    Large ones with their weights in ``<name>_data``, ``<name>_data_1``, ... of at most `chunk` bytes (or one
-    tensor). Weights are streamed. The file passes ``onnx.checker``.
+    Weights are streamed. The file passes ``onnx.checker``.
     """
     import onnx
     import onnx_ir
@@ -28,9 +28,8 @@ def save_model(model: Any, path: Path, *, external_above: int = EXTERNAL, chunk:
     path.parent.mkdir(parents=True, exist_ok=True)
     for graph in model.graphs():
         for value in graph.initializers.values():
-            if (
-                not value.is_graph_input()
-            ):  # the tensor has them; tools that transpose it would leave these stale
+            # the tensor has them; tools that transpose it would leave these stale
+            if not value.is_graph_input():
                 value.type = value.shape = None
     values = model.graph.initializers.values()
     size = sum(v.const_value.nbytes for v in values if v.const_value is not None)

@@ -1,6 +1,5 @@
-"""float16 where float16 suffices.
-
-A graph whose matrices are halved, and whose positions, masks and norms are not.
+"""float16 where float16 suffices: a graph whose matrices are halved, and whose positions, masks and norms are
+not.
 
 ``onnxruntime.transformers.float16`` halves every node. But positions above 2048 have no float16, squares in a
 norm overflow beyond 255, and its casts around operators that stay float32 land outside of the bodies of

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ia3_export.errors import Unsupported
+from ia3_export.errors import Unsupported, last_line
 from ia3_export.onnx.files import size_of
 
 #: Offsets in a flatbuffer are signed 32-bit numbers, and an .ort file is one flatbuffer.
@@ -16,9 +16,8 @@ _LEVEL = "ORT_CONVERT_ONNX_MODELS_TO_ORT_OPTIMIZATION_LEVEL"
 
 
 def write_ort(graph: Path) -> list[Path]:
-    """Convert ``<stem>.onnx`` to ``<stem>.ort`` beside it, weights included.
-
-    Returns it and its operators list.
+    """Convert ``<stem>.onnx`` to ``<stem>.ort`` beside it, weights included; returns it and its list of
+    operators.
 
     ``<stem>.required_operators.config`` is what a reduced build of ONNX Runtime takes
     (``--include_ops_by_config``); the ready-made Android and iOS packages run the ``.ort`` without it.
@@ -59,7 +58,7 @@ def write_ort(graph: Path) -> list[Path]:
     if done.returncode:
         converted.unlink(missing_ok=True)
         raise Unsupported(
-            f"ONNX Runtime cannot convert {graph.name}: {(done.stderr.strip().splitlines() or ['?'])[-1]}",
+            f"ONNX Runtime cannot convert {graph.name}: {last_line(done.stderr) or '?'}",
             hint="leave out --target mobile: ONNX Runtime's mobile packages read .onnx files too",
         )
     # its comments name this machine's folders

@@ -1,17 +1,13 @@
-"""What lies beside the graphs.
-
-Names by precision, ``transformers.js_config``, and the files of further targets.
-"""
+"""What lies beside the graphs: names by precision, ``transformers.js_config``, files of further targets."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ia3_export.checkpoint.ranges import link_or_copy
 from ia3_export.onnx.exported import SUFFIXES
 from ia3_export.onnx.files import external_files
 
@@ -31,7 +27,7 @@ def package(folder: Path, precisions: Sequence[str], targets: Sequence[str]) -> 
     chunks = {graph: len(external_files(graph)) for graph in graphs}
     for graph in graphs:
         if graph.stem.endswith(SUFFIXES["int8"]) and not chunks[graph]:
-            _link(graph, graph.with_name(graph.name.replace(SUFFIXES["int8"], _QUANTIZED)))
+            link_or_copy(graph, graph.with_name(graph.name.replace(SUFFIXES["int8"], _QUANTIZED)))
     path = folder / "config.json"
     written = json.loads(path.read_text(encoding="utf-8"))
     written["transformers.js_config"] = _javascript(chunks, precisions)
@@ -48,9 +44,8 @@ def package(folder: Path, precisions: Sequence[str], targets: Sequence[str]) -> 
 
 
 def _javascript(chunks: Mapping[Path, int], precisions: Sequence[str]) -> dict[str, Any]:
-    """The settings that transformers.js reads.
-
-    The best file for a browser by default, and how many chunks of external data there are.
+    """The settings that transformers.js reads: the best file for a browser by default, and how many chunks of
+    external data there are.
     """
     chosen = next(p for p in ("int8", "int4", "fp16", "fp32") if p in precisions)
     dtype = _DTYPES[chosen]
@@ -63,11 +58,3 @@ def _javascript(chunks: Mapping[Path, int], precisions: Sequence[str]) -> dict[s
     if any(chunks.values()):
         settings["use_external_data_format"] = {graph.name: count for graph, count in chunks.items() if count}
     return settings
-
-
-def _link(source: Path, target: Path) -> None:
-    """A second name without a second copy, where the file system can."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

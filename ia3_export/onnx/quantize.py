@@ -121,10 +121,7 @@ def is_weight(array: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Written:
-    """What is there already, to be used again.
-
-    The codes of weights, and the quantized activations of each graph.
-    """
+    """What is there already and used again: codes of weights, and quantized activations of each graph."""
 
     model: Any
     int4: bool
@@ -132,9 +129,8 @@ class _Written:
     activations: dict[tuple[Any, Any], tuple[Any, ...]] = field(default_factory=dict)
 
     def coded(self, weight: Any, array: Array, axis: int, bits: int) -> tuple[Any, ...]:
-        """Codes, scales and, with 4 `bits`, zero points of `weight`.
-
-        It holds `array`, whose inputs lie along `axis`.
+        """Codes, scales and, with 4 `bits`, zero points of `weight`, which holds `array`; its inputs lie
+        along `axis`.
         """
         key = (weight, axis, bits)
         if key not in self.codes:

@@ -181,7 +181,7 @@ def self_step(model: OnnxModel, ids: Array, mask: Array, positions: Array, cache
     """A step of a decoder alone: `ids` and `positions` are those of the new tokens, `mask` that of all. An
     empty `cache` is the beginning of the texts."""
     feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    return _step(model.decoder, {**feeds, **(cache or _no_cache(model.decoder, len(ids)))}, mask)
+    return _step(model.decoder, {**feeds, **(cache or _empty_cache(model.decoder, len(ids)))}, mask)
 
 
 def cross_step(model: OnnxModel, ids: Array, before: DecoderStep) -> DecoderStep:
@@ -194,7 +194,7 @@ def cross_step(model: OnnxModel, ids: Array, before: DecoderStep) -> DecoderStep
         "encoder_hidden_states": before.states,
         "use_cache_branch": np.array([bool(cache)]),
         "encoder_attention_mask": before.mask,
-        **(cache or _no_cache(graph, len(ids))),
+        **(cache or _empty_cache(graph, len(ids))),
     }
     done = _step(graph, feeds, before.mask, before.states)
     # optimum's decoder with past does not give the keys and values of the encoder again
@@ -207,7 +207,7 @@ def _step(graph: OnnxGraph, feeds: Values, mask: Any, states: Any = None) -> Dec
     return DecoderStep(outputs, cache, mask, states)
 
 
-def _no_cache(graph: OnnxGraph, batch: int) -> dict[str, Array]:
+def _empty_cache(graph: OnnxGraph, batch: int) -> dict[str, Array]:
     """Past keys and values of length 0."""
     return {
         name: np.zeros(

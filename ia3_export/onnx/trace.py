@@ -1,6 +1,4 @@
-"""From a torch function to a clean ONNX model.
-
-``torch.onnx.export(dynamo=True)`` with transformers' own patches.
+"""From a torch function to a clean ONNX model, by ``torch.onnx.export`` with transformers' own patches.
 
 ``transformers.exporters`` knows which torch functions, FX nodes and translations ONNX gets wrong; its
 patches, fixes and table are used as they are. Its exporter class is not: names, one graph for prefill and
@@ -25,7 +23,7 @@ _PREFIX = "model."
 
 
 def trace(model: Any, spec: GraphSpec, opset: int) -> Any:
-    """The ``onnx_ir.Model`` of `spec`.
+    """Trace the function of `spec` to an ``onnx_ir.Model``.
 
     Parameters are initializers under their own names (a weight that is only used transposed is stored so),
     and nothing in it belongs to this machine. Weights are not copied.
@@ -77,10 +75,10 @@ def trace(model: Any, spec: GraphSpec, opset: int) -> Any:
             f"torch cannot export {type(model).__name__} to ONNX: {first_line(cause)}",
             hint="try another --task or --opset, and please report the architecture",
         ) from error
-    return clean(exported.model, spec)
+    return _finish(exported.model, spec)
 
 
-def clean(model: Any, spec: GraphSpec) -> Any:
+def _finish(model: Any, spec: GraphSpec) -> Any:
     """Optimize the graph, give weights and axes their names, and remove what belongs to this machine."""
     import onnx_ir.passes.common as common
 

@@ -14,16 +14,16 @@ from ia3_export.models.model_class import quiet
 from ia3_export.models.sentence import SentenceHead, read_sentence_head
 from ia3_export.onnx.runtime import open_model
 from ia3_export.parity.bits.graph_files import Graph
-from ia3_export.parity.gates import NUMERIC, coarser
+from ia3_export.parity.gates import coarser, computes_in
 from ia3_export.parity.judging import Artifact, Evidence, failed_step, judge, unmerged_distance
-from ia3_export.parity.metrics import Outputs, compare, largest
-from ia3_export.parity.runs.forwards import MergedRuns, UnmergedRuns, Wanted, run_merged, run_unmerged
+from ia3_export.parity.runs.forwards import MergedRuns, UnmergedRuns, run_merged, run_unmerged
 from ia3_export.parity.runs.greedy import prompts
 from ia3_export.parity.runs.inputs import Case, make_cases
 from ia3_export.parity.runs.live import FineTune, RunDevice
+from ia3_export.parity.runs.metrics import Outputs, distance_between, largest_magnitude
 from ia3_export.parity.runs.own_inputs import fit_text, has_tokenizer, read_inputs, read_texts
 from ia3_export.parity.runs.run_onnx import decode_onnx, run_onnx
-from ia3_export.parity.runs.run_torch import exact_matmul
+from ia3_export.parity.runs.run_torch import Wanted, exact_matmul
 from ia3_export.parity.settings import RunSettings
 from ia3_export.quantization.base import Base
 from ia3_export.report.model import Reference, Step
@@ -36,9 +36,8 @@ _HEADROOM = 1.5
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Subject:
-    """What is compared with the live model.
-
-    A `merged` one (`judged`, or run for the graphs' sake alone) and named `graphs`.
+    """What is compared with the live model: a `merged` one (`judged`, or run for the graphs' sake alone) and
+    named `graphs`.
 
     `rounded` is the dtype to which a merge that stays quantized rounded its scales.
     """
@@ -61,7 +60,7 @@ class _Dtypes:
 def run_chain(
     trained: FineTune, subject: Subject, evidence: Evidence, settings: RunSettings, scratch: Path
 ) -> tuple[Reference, tuple[Step, ...], list[str]]:
-    """Run everything and judge it.
+    """Run the live model, the merged one and the graphs on the same inputs, and judge each by the live one.
 
     The reference, a step for the merged model (if it is judged) and for each graph, warnings.
 
@@ -77,7 +76,7 @@ def run_chain(
     with quiet(), exact_matmul(settings.tf32):
         where = _run_device(trained.base.dense, place, scratch, settings.max_memory, warnings)
         dtypes = _dtypes(trained.base, subject, settings.dtype)
-        numeric = [NUMERIC.get(graph.precision, graph.precision) for _, graph in graphs]
+        numeric = [computes_in(graph.precision) for _, graph in graphs]
         needed = [coarser(dtypes.used, dtypes.written)] if merged is not None and subject.judged else []
         needed += [coarser(dtypes.written, precision) for precision in numeric]
         hidden = any(graph.outputs[0] in ("last_hidden_state", "token_embeddings") for _, graph in graphs)
@@ -154,9 +153,8 @@ def _merged_artifact(merged: Base, runs: MergedRuns, dtypes: _Dtypes, device: st
 
 
 def _tokenizer_folder(base: Base, subject: Subject) -> Path:
-    """Whose tokenizer reads the texts.
-
-    The artifact's, which may be the adapter's; the base's where it has none.
+    """The folder whose tokenizer reads the texts: the artifact's, which may be the adapter's; the base's
+    where it has none.
     """
     shipped = [subject.merged.stored.folder] if subject.merged is not None else []
     shipped += [graph.paths[0].parent.parent for _, graph in subject.graphs]
@@ -200,9 +198,8 @@ def _run_graph(name: str, graph: Graph, written: str, device: str, unmerged: Unm
 
 
 def _after(before: Outputs, artifact: Artifact) -> list[dict[str, Array]]:
-    """What the next step is compared with.
-
-    The outputs of `artifact`, on inputs it was not run on those before it.
+    """What the next step is compared with: the outputs of `artifact`, and on inputs it was not run on those
+    `before` it.
     """
     whole = [dict(case) for case in before]
     for i, output in zip(artifact.cases, artifact.outputs, strict=True):
@@ -265,7 +262,7 @@ def _run_device(
 
 def _reference(unmerged: UnmergedRuns, dtype: str, device: str) -> Reference:
     outputs = unmerged.reference.outputs
-    effect = compare(unmerged.plain.outputs, outputs, "float64").max_error
+    effect = distance_between(unmerged.plain.outputs, outputs, "float64").max_error
     return Reference(
         applied_by=unmerged.applied_by,
         model_class=unmerged.class_name,
@@ -275,7 +272,7 @@ def _reference(unmerged: UnmergedRuns, dtype: str, device: str) -> Reference:
         inputs=tuple(case.name for case in unmerged.cases),
         unmerged=unmerged_distance(unmerged, dtype),
         effect=effect,
-        scale=largest(outputs),
+        scale=largest_magnitude(outputs),
     )
 
 

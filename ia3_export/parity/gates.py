@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ia3_export.parity.metrics import EPSILON
+from ia3_export.parity.runs.metrics import EPSILON
 from ia3_export.report.model import Distance, Gate
+from ia3_export.words import INTEGER_PRECISIONS
 
 #: ``err(artifact) <= FACTOR * adapters * err(unmerged) + MARGIN * eps(dtype) * max|reference|``. Folding
 #: rounds every changed weight once per adapter, the live adapter every activation once: errors of the same
@@ -26,10 +27,13 @@ QUANTIZED = {
     "int8": {"kl": 0.02, "top1": 0.95, "perplexity": 0.02, "cosine": 0.98},
     "int4": {"kl": 0.10, "top1": 0.85, "perplexity": 0.10, "cosine": 0.95},
 }
-#: The dtype that a quantized graph computes in.
-NUMERIC = {"int8": "float32", "int4": "float32"}
 #: Share of the adapters' effect that a quantized artifact must show, at least and at most.
 EFFECT = (0.5, 1.5)
+
+
+def computes_in(precision: str) -> str:
+    """The dtype of the products of an artifact of `precision`: float32 where its weights are codes."""
+    return "float32" if precision in INTEGER_PRECISIONS else precision
 
 
 def coarser(*dtypes: str) -> str:

@@ -8,38 +8,38 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ia3_export.fold import Array
-from ia3_export.parity.gates import EFFECT, NUMERIC, at_most, coarser, quantized_gates, rounding_bound
-from ia3_export.parity.metrics import (
-    Outputs,
-    beyond,
-    compare,
-    effect_present,
-    error_histogram,
-    largest,
-    perplexity,
-)
+from ia3_export.parity.gates import EFFECT, at_most, coarser, computes_in, quantized_gates, rounding_bound
 from ia3_export.parity.runs.forwards import MergedRuns, UnmergedRuns
 from ia3_export.parity.runs.greedy import Decoded, compare_decoded
+from ia3_export.parity.runs.metrics import (
+    Outputs,
+    beyond,
+    distance_between,
+    effect_present,
+    error_histogram,
+    largest_magnitude,
+    perplexity,
+)
 from ia3_export.parity.runs.run_torch import ForwardOutputs
 from ia3_export.parity.settings import Tolerance
 from ia3_export.report.model import (
+    MAX_ERROR,
+    ArtifactKind,
     Distance,
     FaultLocation,
     Gate,
     Generation,
-    Kind,
     LayerError,
     Step,
     WeightsProof,
 )
+from ia3_export.words import INTEGER_PRECISIONS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Evidence:
-    """What is known of the weights.
-
-    The `proofs` of artifacts, and modules with a vector → the stored tensors that it is folded
-    into (`sites`).
+    """What is known of the weights: the `proofs` of artifacts, and modules with a vector → the stored tensors
+    that it is folded into (`sites`).
     """
 
     proofs: Sequence[WeightsProof]
@@ -59,7 +59,7 @@ class Artifact:
     """
 
     name: str
-    kind: Kind
+    kind: ArtifactKind
     file: str
     precision: str
     weights: str
@@ -87,7 +87,7 @@ def judge(
     if not all(reference):
         theirs = sorted(unmerged.reference.outputs[0])
         return _failed(artifact, f"it has the outputs {sorted(outputs[0])}, the model {theirs}")
-    numeric = NUMERIC.get(artifact.precision, artifact.precision)
+    numeric = computes_in(artifact.precision)
 
     def apart(others: Outputs) -> Distance:
         return _distance(outputs, _part(others, outputs, cases), numeric, unmerged, cases)
@@ -103,10 +103,10 @@ def judge(
         generation = compare_decoded(artifact.decoded, unmerged.decoded, bound)
     if tolerance is not None:
         gates = [at_most("max error beyond rtol", beyond(outputs, reference, tolerance.rtol), tolerance.atol)]
-    elif artifact.precision in NUMERIC:
+    elif artifact.precision in INTEGER_PRECISIONS:
         gates = list(quantized_gates(artifact.precision, distance, share))
     else:
-        gates = [at_most("max error", distance.max_error, bound)]
+        gates = [at_most(MAX_ERROR, distance.max_error, bound)]
         gates += _step_gates(artifact, merged, unmerged.adapters)
         if generation is not None:
             value = generation.margin or 0.0
@@ -147,7 +147,7 @@ def unmerged_distance(unmerged: UnmergedRuns, dtype: str) -> Distance:
     return _distance(unmerged.runs[dtype].outputs, unmerged.reference.outputs, dtype, unmerged, every)
 
 
-def failed_step(name: str, kind: Kind, file: str, precision: str, runs_on: str, finding: str) -> Step:
+def failed_step(name: str, kind: ArtifactKind, file: str, precision: str, runs_on: str, finding: str) -> Step:
     """An artifact that could not be run."""
     return Step(
         name=name,
@@ -177,7 +177,7 @@ def _part(whole: Outputs, outputs: Outputs, cases: Sequence[int]) -> list[dict[s
 def _distance(
     outputs: Outputs, reference: Outputs, dtype: str, unmerged: UnmergedRuns, cases: Sequence[int]
 ) -> Distance:
-    distance = compare(outputs, reference, dtype)
+    distance = distance_between(outputs, reference, dtype)
     if not unmerged.causal:
         return distance
     used = [unmerged.cases[i].tensors for i in cases]
@@ -192,10 +192,12 @@ def _distance(
 
 
 def _bound(artifact: Artifact, unmerged: UnmergedRuns, reference: Outputs) -> float:
-    dtype = coarser(NUMERIC.get(artifact.precision, artifact.precision), artifact.weights)
+    dtype = coarser(computes_in(artifact.precision), artifact.weights)
     run = _part(unmerged.runs[dtype].outputs, reference, artifact.cases)
-    own = compare(run, reference, dtype).max_error
-    return rounding_bound(own, largest(reference), dtype, unmerged.adapters, runtime=artifact.kind == "onnx")
+    own = distance_between(run, reference, dtype).max_error
+    return rounding_bound(
+        own, largest_magnitude(reference), dtype, unmerged.adapters, runtime=artifact.kind == "onnx"
+    )
 
 
 def _step_gates(artifact: Artifact, merged: MergedRuns | None, adapters: int) -> list[Gate]:
@@ -210,9 +212,13 @@ def _step_gates(artifact: Artifact, merged: MergedRuns | None, adapters: int) ->
         return []
     outputs = artifact.outputs
     exact = _part(merged.double.outputs, outputs, artifact.cases)
-    own = compare(_part(merged.single.outputs, exact, artifact.cases), exact, "float32").max_error
-    limit = rounding_bound(own, largest(exact), "float32", adapters, runtime=True)
-    return [at_most("max error to the merged weights", compare(outputs, exact, "float32").max_error, limit)]
+    own = distance_between(_part(merged.single.outputs, exact, artifact.cases), exact, "float32").max_error
+    limit = rounding_bound(own, largest_magnitude(exact), "float32", adapters, runtime=True)
+    return [
+        at_most(
+            "max error to the merged weights", distance_between(outputs, exact, "float32").max_error, limit
+        )
+    ]
 
 
 def _layers(artifact: Artifact, run: ForwardOutputs, unmerged: UnmergedRuns) -> tuple[LayerError, ...]:
@@ -245,9 +251,8 @@ def _locate(
     proof: WeightsProof | None,
     sites: Mapping[str, Sequence[str]],
 ) -> FaultLocation | None:
-    """The first module out of its bound.
-
-    Its site is the last one executed up to there whose weights are wrong, else the last.
+    """The first module out of its bound, and its site: the last one executed up to there whose weights are
+    wrong, else the last.
     """
     first = next((layer.module for layer in layers if not layer.passed), None)
     if first is None:
@@ -281,14 +286,14 @@ class _Effect:
 def _finding(
     effect: _Effect, distance: Distance, location: FaultLocation | None, gates: Sequence[Gate]
 ) -> str:
-    whole, share = compare(effect.plain, effect.reference, "float64").max_error, effect.share
+    whole, share = distance_between(effect.plain, effect.reference, "float64").max_error, effect.share
     text = f"off by {distance.max_error / whole:.2g} of the adapters' effect" if whole else "not in parity"
     broken = [gate for gate in gates if not gate.passed and gate.value is not None]
-    if broken and broken[0].name != "max error":
+    if broken and broken[0].name != MAX_ERROR:
         text = (
             f"{broken[0].name} is {broken[0].value:.3g}, must be {broken[0].relation} {broken[0].limit:.3g}"
         )
-    if whole and compare(effect.outputs, effect.plain, "float64").max_error < 0.1 * whole:
+    if whole and distance_between(effect.outputs, effect.plain, "float64").max_error < 0.1 * whole:
         text = "it computes the base: the adapter is not in it"
     elif share is not None and np.isfinite(share) and not EFFECT[0] <= share <= EFFECT[1]:
         text += f", it shows {share:.0%} of it"

@@ -62,9 +62,9 @@ class Reload:
         return asdict(self)
 
 
-def check_reload(folder: Path, base: Base | None = None) -> Reload:
+def check_reload(folder: Path, base: Base | None = None, *, called: str = "the output") -> Reload:
     """Open the checkpoint in `folder`, a merge of `base`, through its users' library and compare every weight
-    that both have, as the library's dtype holds it.
+    that both have, as the library's dtype holds it. What is raised calls the checkpoint so.
 
     Raises `CheckFailed` when the library cannot load it, misses or invents a tensor, or reads other weights.
     """
@@ -75,7 +75,7 @@ def check_reload(folder: Path, base: Base | None = None) -> Reload:
         return Reload("", 0, 0.0, reason)
     library, compared, worst = _library(quantization), 0, 0.0
     expected = {n: t for n, t in dense.tensors.items() if t.dtype in FLOAT_DTYPES}
-    for name, found, dtype in _load(dense, quantization, base):
+    for name, found, dtype in _load(dense, quantization, base, called):
         if name not in expected:
             continue
         wanted = read_values(expected[name])
@@ -120,10 +120,9 @@ def check_output(folder: Path, base: Base, *, dense: bool) -> Reload:
         if dense:
             raise
         try:
-            check_reload(base.stored.location.path)
+            check_reload(base.stored.location.path, called="the base")
         except CheckFailed as of_base:
-            said = str(of_base).replace("the output", "the base")
-            return Reload("", 0, 0.0, f"the base itself is read wrongly: {said}")
+            return Reload("", 0, 0.0, f"the base itself is read wrongly: {of_base}")
         raise
 
 
@@ -169,7 +168,7 @@ def _library(quantization: Quantization) -> str:
 
 
 def _load(
-    dense: Checkpoint, quantization: Quantization, base: Base | None
+    dense: Checkpoint, quantization: Quantization, base: Base | None, called: str
 ) -> Iterator[tuple[str, Array, str]]:
     """The weights by stored name as the library reads them, dequantized, and the dtype in which it holds
     them. Raises `CheckFailed` when it cannot."""
@@ -179,15 +178,14 @@ def _load(
         return
     import torch
 
-    model, info = _load_model(dense)
+    model, info = _load_model(dense, called)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         found = {str(key) for key in info.get(kind) or ()}
         if kind == "unexpected_keys":
             found -= _harmless(found, dense, base)
         if found:
             raise CheckFailed(
-                f"transformers reports {kind.replace('_', ' ')} in the output: "
-                f"{', '.join(sorted(found)[:3])}",
+                f"transformers reports {kind.replace('_', ' ')} in {called}: {', '.join(sorted(found)[:3])}",
                 hint=_REPORT,
             )
     with torch.no_grad():
@@ -201,7 +199,7 @@ def _load(
             yield stored.get(key, key), values, "F32"
 
 
-def _load_model(dense: Checkpoint) -> tuple[Any, Mapping[str, Any]]:
+def _load_model(dense: Checkpoint, called: str) -> tuple[Any, Mapping[str, Any]]:
     """The model that transformers makes of a checkpoint's folder, and what it says of the names. Raises
     `CheckFailed`."""
     import transformers
@@ -221,7 +219,7 @@ def _load_model(dense: Checkpoint) -> tuple[Any, Mapping[str, Any]]:
                 compressor.decompress_model(model=model)
         except Exception as error:  # whatever a library raises is the finding
             raise CheckFailed(
-                f"transformers cannot load the output as {name}: {kind_and_line(error)}",
+                f"transformers cannot load {called} as {name}: {kind_and_line(error)}",
                 hint=_REPORT,
             ) from error
     return model, info

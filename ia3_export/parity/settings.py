@@ -28,7 +28,7 @@ class RunSettings:
     Attributes:
         inputs: file with the inputs (``.jsonl``, ``.npz`` or ``.safetensors``) by argument name;
             made up by default.
-        text: file with one text a line, for the base's tokenizer.
+        text: file with one text a line, for the artifact's tokenizer, or the base's.
         device: ``auto``, ``cpu`` or ``cuda[:N]``.
         dtype: in which PyTorch runs the live and the merged model; ``auto`` is the stored one.
         tf32: let CUDA use TF32 in float32 products.

@@ -56,10 +56,7 @@ def error_axis(steps: Sequence[Step], reference: Reference) -> Markup:
 
 
 def layer_plot(layers: Sequence[LayerError], first: str | None) -> Markup:
-    """Error of every module over its scale.
-
-    Live model, artifact and bound; modules out of bound are crossed.
-    """
+    """Error of every module over its scale: live model, artifact, bound; modules out of bound are crossed."""
     shown = _thin(layers)
     rows = [(i, layers[i]) for i in shown]
     values = [_over(v, m.scale) for _, m in rows for v in (m.unmerged, m.error, m.bound)]

@@ -11,7 +11,7 @@ from ia3_export.errors import OutputError, UsageError
 from ia3_export.report.model import Report, to_text
 
 
-def render(report: Report, kind: str) -> str:
+def as_text(report: Report, kind: str) -> str:
     """`report` in the format `kind`: ``report`` (JSON), ``markdown``, ``junit`` or ``html``."""
     # each writer is imported when it is used: a proof of weights alone takes less time than all of them
     if kind == "markdown":
@@ -48,12 +48,12 @@ def check_targets(targets: Mapping[str, Path], inputs: Sequence[Path]) -> None:
 
 
 def write_reports(report: Report, targets: Mapping[str, Path]) -> None:
-    """Write `report` to each of `targets` (a kind of `render` → file); new folders are made.
+    """Write `report` to each of `targets` (a kind of `as_text` → file); new folders are made.
 
     Raises `OutputError`.
     """
     for kind, path in targets.items():
-        write_whole(path, render(report, kind).encode())
+        write_whole(path, as_text(report, kind).encode())
 
 
 def append_step_summary(report: Report, variable: str = "GITHUB_STEP_SUMMARY") -> None:
@@ -66,7 +66,7 @@ def append_step_summary(report: Report, variable: str = "GITHUB_STEP_SUMMARY") -
         return
     try:
         with Path(name).open("a", encoding="utf-8") as file:
-            file.write(render(report, "markdown") + "\n")
+            file.write(as_text(report, "markdown") + "\n")
     except OSError as error:
         raise OutputError(
             f"${variable} {name} cannot be written: {error.strerror}", hint="unset it"

@@ -4,32 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.resources import files
 
 from ia3_export.drawing import formats, page
 from ia3_export.ordering import natural
 from ia3_export.report import charts, strips
-from ia3_export.report.model import Distance, Gate, Generation, Report, SiteSummary, Step, WeightsProof
+from ia3_export.report.model import Distance, Gate, Report, SiteSummary, Step
+from ia3_export.report.wording import METRICS, ON_PAGE, generation_in_words, reason
 
 #: Above so many vectors their strips become a few pixels high and their numbers fold away.
 _ROOMY = 60
-_ROUNDED = frozenset({"float64", "float32", "float16", "bfloat16"})
-_METRICS = {
-    "max_error": "max error",
-    "mean_error": "mean error",
-    "max_relative": "max relative error",
-    "mean_relative": "mean relative error",
-    "max_ulp": "max error in ulp",
-    "mean_ulp": "mean error in ulp",
-    "cosine": "cosine",
-    "kl": "KL divergence, mean (nats)",
-    "max_kl": "KL divergence, max (nats)",
-    "top1": "top-1 agreement",
-    "top5": "top-5 agreement",
-    "perplexity_change": "perplexity change",
-}
-_SHARES = frozenset({"top1", "top5", "perplexity_change"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +43,7 @@ def to_html(report: Report) -> str:
         "factor": formats.factor,
         "share": formats.share,
         "size": formats.size,
-        "generation": generation_in_words,
+        "generation": lambda generation: generation_in_words(generation, ON_PAGE),
         "gate_in_words": _gate_in_words,
         "error_and_bound": _error_and_bound,
         "error_axis": charts.error_axis,
@@ -84,39 +69,6 @@ def to_html(report: Report) -> str:
         "counted": [step for step in report.steps if step.error_histogram],
     }
     return page.render(files(__package__).joinpath("report.html.j2"), filters, values)
-
-
-def reason(report: Report) -> str:
-    """Why the verdict is what it is, in a sentence: the first finding, or what holds of every artifact."""
-    for step in report.steps:
-        if not step.passed:
-            return f"{step.name}: {step.finding}"
-    for proof in report.weights:
-        if not proof.passed:
-            return f"{proof.name}: {_first_finding(proof)}"
-    if not report.in_parity:
-        return "A check failed that left no finding"
-    if not report.steps:
-        return "Every tensor is the fold of base and adapters, or the base's own; no forward was run"
-    if all(step.precision in _ROUNDED for step in report.steps):
-        return "Every artifact is within the rounding of the live model"
-    return (
-        "Every artifact is within its bounds, those in floating point within the rounding of the live model"
-    )
-
-
-def generation_in_words(generation: Generation) -> str:
-    """What greedy decoding showed, in a sentence."""
-    run = f"{generation.tokens} tokens x {generation.sequences} sequences"
-    if generation.first_divergence is None:
-        return f"{run}: all equal"
-    first = f"{run}: first differs at token {generation.first_divergence} (counted from 0)"
-    if generation.margin is None:
-        return first
-    margin = formats.number(generation.margin)
-    if generation.excused:
-        return f"{first}, where the reference's margin {margin} is within rounding: excused"
-    return f"{first}, where the reference's margin {margin} is more than rounding explains"
 
 
 def site_groups(sites: Sequence[SiteSummary]) -> list[SiteGroup]:
@@ -180,16 +132,9 @@ def _metric_rows(report: Report) -> list[tuple[str, list[tuple[str, list[str]]]]
 
 def _rows(distances: Sequence[Distance | None]) -> list[tuple[str, list[str]]]:
     rows = []
-    for field in fields(Distance):
-        values = [None if d is None else getattr(d, field.name) for d in distances]
+    for name, metric in METRICS.items():
+        values = [None if d is None else getattr(d, name) for d in distances]
         if any(value is not None for value in values):
-            show = formats.share if field.name in _SHARES else formats.number
-            rows.append((_METRICS[field.name], [show(value) for value in values]))
+            show = formats.share if metric.share else formats.number
+            rows.append((metric.label, [show(value) for value in values]))
     return rows
-
-
-def _first_finding(proof: WeightsProof) -> str:
-    if not proof.findings:
-        return "its weights are not what they must be"
-    finding = proof.findings[0]
-    return f"{finding.tensor} {finding.what}: {finding.detail}"

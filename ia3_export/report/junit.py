@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from xml.etree import ElementTree
 
 from ia3_export.report.model import Gate, Generation, Report, Step, WeightsProof
+from ia3_export.report.wording import IN_JUNIT, NO_FINDING, generation_in_words
 
 #: Longest list in the text of one failure.
 MAX_LINES = 200
@@ -45,8 +46,7 @@ def to_junit(report: Report) -> str:
         for step in report.steps
     ]
     if not report.in_parity and not any(case.failure for _, _, cases in suites for case in cases):
-        reason = "a check failed that left no finding"
-        suites.append(("verdict", {}, [_Case("verdict", ("verdict", report.verdict, reason))]))
+        suites.append(("verdict", {}, [_Case("verdict", ("verdict", report.verdict, NO_FINDING))]))
     shared = _shared_properties(report)
     root = ElementTree.Element("testsuites", {"name": f"ia3-export verify: {report.verdict}", "time": "0"})
     for name, own, cases in suites:
@@ -88,14 +88,9 @@ def _gate_case(step: Step, gate: Gate) -> _Case:
 
 
 def _generation_case(step: Step, run: Generation) -> _Case:
-    size = f"{run.sequences} sequences, {run.tokens} tokens"
-    if run.first_divergence is None:
-        return _Case("greedy generation", None, f"{size}: all agree")
-    margin = "unknown" if run.margin is None else f"{run.margin:.3g}"
-    message = f"{size}: token {run.first_divergence} differs, margin of the reference {margin}"
-    if run.excused:
-        return _Case("greedy generation", None, f"{message}, within what rounding may decide")
-    return _Case("greedy generation", None if step.passed else ("generation", message, step.finding), message)
+    message = generation_in_words(run, IN_JUNIT)
+    fails = run.first_divergence is not None and not run.excused and not step.passed
+    return _Case("greedy generation", ("generation", message, step.finding) if fails else None, message)
 
 
 def _layers_case(step: Step) -> _Case:

@@ -13,23 +13,24 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ia3_export.drawing.formats import compared, number, share
 from ia3_export.report.model import Distance, Gate, Report, Step, WeightsProof
+from ia3_export.report.wording import (
+    IN_TABLE,
+    METRICS,
+    NO_FINDING,
+    Metric,
+    first_failure,
+    generation_in_words,
+)
+from ia3_export.words import INTEGER_PRECISIONS
 
 #: GitHub refuses comments of more than 65,536 characters.
 MAX_CHARACTERS = 65_000
 MAX_ROWS = 20
 _MAX_LIST, _MAX_NAME, _MAX_SENTENCE = 10_000, 160, 400
 _NOTHING = "—"
-_INTEGER_PRECISIONS = ("int8", "int4")
 #: Categories that show nothing or turn the text around them: control, format, surrogate,
 #: unassigned, separators.
 _INVISIBLE = ("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp")
-_DISTANCE_ROWS = (
-    ("max_error", "max error"), ("mean_error", "mean error"), ("max_relative", "max relative error"),
-    ("mean_relative", "mean relative error"), ("max_ulp", "max error in ulp"),
-    ("mean_ulp", "mean error in ulp"), ("cosine", "cosine"), ("kl", "KL, mean (nats)"),
-    ("max_kl", "KL, largest (nats)"), ("top1", "top-1 agreement"),
-    ("top5", "top-5 agreement"), ("perplexity_change", "perplexity change"),
-)  # fmt: skip
 
 
 def to_markdown(report: Report) -> str:
@@ -64,20 +65,19 @@ def to_markdown(report: Report) -> str:
 
 
 def _reason(report: Report) -> str:
-    step = next((step for step in report.steps if not step.passed), None)
-    if step is not None:
-        return f"{_code(step.name)}: {_sentence(step.finding)}"
-    proof = next((proof for proof in report.weights if not proof.passed), None)
-    if proof is not None and proof.findings:
-        found = proof.findings[0]
+    failure = first_failure(report)
+    if isinstance(failure, Step):
+        return f"{_code(failure.name)}: {_sentence(failure.finding)}"
+    if failure is not None and failure.findings:
+        found = failure.findings[0]
         return (
-            f"{_code(found.tensor)} in {_code(proof.name)}, {_sentence(found.what)}: "
+            f"{_code(found.tensor)} in {_code(failure.name)}, {_sentence(found.what)}: "
             f"{_sentence(found.detail)}"
         )
-    if proof is not None:
-        return f"The weights of {_code(proof.name)} are not proven."
+    if failure is not None:
+        return f"The weights of {_code(failure.name)} are not proven."
     if not report.in_parity:
-        return "A check failed that left no finding."
+        return f"{NO_FINDING.capitalize()}."
     if report.steps:
         return _why_in_parity(report.steps)
     if report.weights:
@@ -88,7 +88,7 @@ def _reason(report: Report) -> str:
 def _why_in_parity(steps: Sequence[Step]) -> str:
     # integers are held to what their precision may cost, and --atol replaces the bound altogether
     others = [
-        _code(step.name) for step in steps if step.precision in _INTEGER_PRECISIONS or step.bound is None
+        _code(step.name) for step in steps if step.precision in INTEGER_PRECISIONS or step.bound is None
     ]
     if not others:
         return "Everything is within the rounding of the live model."
@@ -261,18 +261,19 @@ def _metrics(columns: Sequence[tuple[str, Distance | None]]) -> str:
     if not known:
         return ""
     rows = [
-        (label, *(_metric(field, getattr(distance, field)) for _, distance in known))
-        for field, label in _DISTANCE_ROWS
+        (metric.short, *(_value(name, metric, distance) for _, distance in known))
+        for name, metric in METRICS.items()
     ]
     return _table(
         ("", *(title for title, _ in known)), [row for row in rows if set(row[1:]) != {_NOTHING}], left=("",)
     )
 
 
-def _metric(field: str, value: float | None) -> str:
-    if field in ("top1", "top5", "perplexity_change"):
+def _value(name: str, metric: Metric, distance: Distance) -> str:
+    value = getattr(distance, name)
+    if metric.share:
         return share(value)
-    return _NOTHING if value is None else f"{value:.9f}" if field == "cosine" else number(value)
+    return _NOTHING if value is None else f"{value:.9f}" if name == "cosine" else number(value)
 
 
 def _generation(steps: Sequence[Step]) -> str:
@@ -280,14 +281,13 @@ def _generation(steps: Sequence[Step]) -> str:
     for step in steps:
         run = step.generation
         if run is not None:
-            at = "all agree" if run.first_divergence is None else f"differs at token {run.first_divergence}"
             excused = "" if run.first_divergence is None else "yes" if run.excused else "no"
             rows.append(
                 (
                     _code(step.name),
                     str(run.sequences),
                     str(run.tokens),
-                    at,
+                    generation_in_words(run, IN_TABLE),
                     number(run.margin),
                     excused or _NOTHING,
                 )

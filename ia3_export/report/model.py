@@ -19,7 +19,9 @@ from typing import Any, Literal
 from ia3_export.words import AppliedBy
 
 SCHEMA = "ia3-export/report/1"
-Kind = Literal["merged", "onnx"]
+ArtifactKind = Literal["merged", "onnx"]
+#: The gate that holds an artifact to what rounding explains.
+MAX_ERROR = "max error"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,10 +77,9 @@ class Generation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerError:
-    """Output of one module, in execution order.
-
-    Largest absolute `error` of the artifact, that of the `unmerged` model, and the `bound` (all against the
-    reference, on the first input); `scale` is the largest reference value.
+    """Output of one module, in execution order: largest absolute `error` of the artifact, that of the
+    `unmerged` model, and the `bound` (all against the reference, on the first input); `scale` is the largest
+    reference value.
     """
 
     module: str
@@ -91,10 +92,8 @@ class LayerError:
 
 @dataclass(frozen=True, slots=True)
 class FaultLocation:
-    """The first module whose output leaves its bound, the site nearest to it, and its proof of weights.
-
-    A site is a module with a vector.
-    """
+    """The first module whose output leaves its bound, the site nearest to it (a module with a vector), and
+    what the weights proof says of that site."""
 
     module: str
     site: str | None
@@ -115,7 +114,7 @@ class Step:
     """
 
     name: str
-    kind: Kind
+    kind: ArtifactKind
     file: str
     precision: str
     runs_on: str
@@ -133,15 +132,14 @@ class Step:
 
     @property
     def bound(self) -> float | None:
-        """Limit of the gate ``max error``; None where other gates judge."""
-        return next((gate.limit for gate in self.gates if gate.name == "max error"), None)
+        """Limit of the gate `MAX_ERROR`; None where other gates judge."""
+        return next((gate.limit for gate in self.gates if gate.name == MAX_ERROR), None)
 
 
 @dataclass(frozen=True, slots=True)
 class TensorFinding:
-    """A tensor (or ONNX initializer, node) that is not what it must be.
-
-    `what` in a word or three (``left out``, ``applied twice``, ``missing``, ...), `detail` in a sentence.
+    """A tensor (or ONNX initializer, node) that is not what it must be: `what` in a word or three
+    (``left out``, ``applied twice``, ``missing``, ...), `detail` in a sentence.
     """
 
     tensor: str
@@ -161,7 +159,7 @@ class WeightsProof:
     """
 
     name: str
-    kind: Kind
+    kind: ArtifactKind
     file: str
     passed: bool
     changed: int
@@ -251,7 +249,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The JSON document (docs/report.schema.json). Numbers that are not finite become null."""
-        content: dict[str, Any] = _finite(asdict(self))
+        content: dict[str, Any] = finite(asdict(self))
         return {"schema": SCHEMA, "verdict": self.verdict} | content
 
 
@@ -260,11 +258,12 @@ def to_text(report: Report) -> str:
     return json.dumps(report.to_json(), indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """`value`, of mappings, lists and tuples, with None for NaN and infinity, which JSON has not."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, Mapping):
+        return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
+        return [finite(entry) for entry in value]
     return value

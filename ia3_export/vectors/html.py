@@ -65,7 +65,7 @@ def _strip(cell: Cell, adapter: int, scale: ColourScale) -> Markup:
 
 def _ratio(cell: Cell, scale: ColourScale) -> Markup:
     if cell.difference is None:
-        short = f"only {'A' if cell.strips[0] else 'B'}" if "only" in cell.remark else "lengths"
+        short = f"only {'A' if cell.strips[0] else 'B'}" if None in cell.strips else "lengths"
         return Markup('<span class="none" title="{}">{}</span>').format(
             f"{cell.module}: {cell.remark}", short
         )

@@ -68,7 +68,7 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cell:
-    """One site: a strip per adapter. `remark` says why two adapters cannot be compared here."""
+    """One site: a strip per adapter. `remark` says to people why two adapters cannot be compared here."""
 
     module: str
     direction: str

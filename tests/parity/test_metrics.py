@@ -20,12 +20,12 @@ from ia3_export.parity.gates import (
     quantized_gates,
     rounding_bound,
 )
-from ia3_export.parity.metrics import (
+from ia3_export.parity.runs.metrics import (
     beyond,
-    compare,
+    distance_between,
     effect_present,
     error_histogram,
-    largest,
+    largest_magnitude,
     last_place,
     perplexity,
 )
@@ -38,7 +38,7 @@ LOGITS = arrays("<f8", (3, 7), elements=st.floats(-20, 20))
 def test_kl_and_top_1_are_torchs(a: np.ndarray, b: np.ndarray) -> None:
     import torch
 
-    distance = compare([{"logits": a}], [{"logits": b}], "float32")
+    distance = distance_between([{"logits": a}], [{"logits": b}], "float32")
     p, q = (torch.log_softmax(torch.from_numpy(x), -1) for x in (b, a))
     rows = (a != 0).any(-1) | (b != 0).any(-1)
     if not rows.any():
@@ -93,20 +93,20 @@ def test_perplexity_is_torchs_cross_entropy_over_attended_tokens() -> None:
 
 
 def test_nan_is_infinitely_far_and_never_passes() -> None:
-    distance = compare(
+    distance = distance_between(
         [{"logits": np.array([[np.nan, 1.0]])}], [{"logits": np.array([[2.0, 1.0]])}], "float32"
     )
     assert distance.max_error == math.inf
     assert not at_most("max error", distance.max_error, 1e300).passed
     assert not at_most("x", math.nan, 1.0).passed and not at_least("x", math.nan, 0.0).passed
-    assert largest([{"y": np.array([np.nan])}]) == math.inf
+    assert largest_magnitude([{"y": np.array([np.nan])}]) == math.inf
 
 
 def test_shapes_and_missing_outputs_are_errors() -> None:
     with pytest.raises(ValueError, match="shape"):
-        compare([{"y": np.zeros(2)}], [{"y": np.zeros(3)}], "float32")
+        distance_between([{"y": np.zeros(2)}], [{"y": np.zeros(3)}], "float32")
     with pytest.raises(KeyError):
-        compare([{}], [{"y": np.zeros(3)}], "float32")
+        distance_between([{}], [{"y": np.zeros(3)}], "float32")
 
 
 @settings(max_examples=30)
@@ -127,23 +127,23 @@ def test_the_bound_is_the_documented_formula() -> None:
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_a_quantized_artifact_without_the_adapter_fails(precision: str) -> None:
-    far = compare([{"logits": np.zeros((4, 3)) + 1e-9}], [{"logits": 3 * np.eye(4, 3)}], "float32")
+    far = distance_between([{"logits": np.zeros((4, 3)) + 1e-9}], [{"logits": 3 * np.eye(4, 3)}], "float32")
     assert [gate.name for gate in quantized_gates(precision, far, 0.02) if not gate.passed] == [
         "KL divergence",
         "top-1 agreement",
         "effect present, least",
     ]
-    near = compare([{"logits": 3 * np.eye(4, 3)}], [{"logits": 3 * np.eye(4, 3)}], "float32")
+    near = distance_between([{"logits": 3 * np.eye(4, 3)}], [{"logits": 3 * np.eye(4, 3)}], "float32")
     assert all(gate.passed for gate in quantized_gates(precision, near, 1.0))
 
 
 def test_the_cosine_of_tiny_numbers_does_not_divide_by_zero() -> None:
     """The product of the squared lengths underflows where neither of them does."""
     tiny = np.full((3, 7), 8.18969557e-137)
-    assert compare([{"logits": tiny}], [{"logits": tiny}], "float32").cosine == pytest.approx(1.0)
+    assert distance_between([{"logits": tiny}], [{"logits": tiny}], "float32").cosine == pytest.approx(1.0)
 
 
 def test_a_mean_is_not_rounded_above_the_largest() -> None:
     a = np.array([[0.0] + [1.625] * 6] * 3)
-    distance = compare([{"logits": a}], [{"logits": np.zeros_like(a)}], "float32")
+    distance = distance_between([{"logits": a}], [{"logits": np.zeros_like(a)}], "float32")
     assert distance.kl == distance.max_kl

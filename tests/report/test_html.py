@@ -14,9 +14,10 @@ import pytest
 
 from ia3_export.drawing import formats
 from ia3_export.report.charts import error_axis, histogram, layer_plot
-from ia3_export.report.html import generation_in_words, reason, site_groups, to_html
+from ia3_export.report.html import site_groups, to_html
 from ia3_export.report.model import Gate, Generation, LayerError, Report, SiteSummary
 from ia3_export.report.strips import colour_scale, strip
+from ia3_export.report.wording import ON_PAGE, generation_in_words, reason
 from tests.report import sample
 
 REPORTS: dict[str, Callable[[], Report]] = {
@@ -366,7 +367,7 @@ def test_one_group_per_adapter() -> None:
     ],
 )
 def test_generation_is_told_in_words(generation: Generation, words: str) -> None:
-    assert generation_in_words(generation).endswith(words)
+    assert generation_in_words(generation, ON_PAGE).endswith(words)
     report = sample.good()
     shown_step = replace(report.steps[0], generation=generation)
     assert words in shown(to_html(replace(report, steps=(shown_step,))))

@@ -14,6 +14,9 @@ from ia3_export.report.model import TensorFinding
 
 Failed = tuple[Expected, StoredTensor]
 
+#: What a changed tensor is called that has the base's bytes.
+LEFT_OUT, HEAD_NOT_REPLACED, BIAS_FORGOTTEN = "left out", "head not replaced", "bias forgotten"
+
 
 def diagnose(
     failed: Sequence[Failed], rows: Mapping[str, Expected], *, limit: int
@@ -32,10 +35,10 @@ def diagnose(
 def left_out(row: Expected) -> tuple[str, str]:
     """What to call it when a changed tensor has the base's bytes, in three words and in a sentence."""
     if row.how in ("replace", "add"):
-        return "head not replaced", "it has the base's bytes, the adapter brings others"
+        return HEAD_NOT_REPLACED, "it has the base's bytes, the adapter brings others"
     if len(row.source.shape) == 1:
-        return "bias forgotten", "it has the base's bytes: the output vector was not folded into the bias"
-    return "left out", "it has the base's bytes: the vector was not folded"
+        return BIAS_FORGOTTEN, "it has the base's bytes: the output vector was not folded into the bias"
+    return LEFT_OUT, "it has the base's bytes: the vector was not folded"
 
 
 def _explain(

@@ -1,7 +1,4 @@
-"""What every tensor of a merged folder must be, and reading that beside what it is.
-
-Streaming, without torch.
-"""
+"""What every tensor of a merged folder must be, and reading that beside what it is, block by block."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The weights proof of a merged folder: every tensor is what the plan says, bit for bit.
-
-Streaming, without torch.
+"""The weights proof of a merged folder: every tensor is what the plan says, bit for bit, without torch.
 
 Both folders are read once, side by side, in blocks. A changed tensor must equal the fold of base and adapter,
 any other the base's bytes; nothing may be missing and nothing extra. `diagnose` then says what became of a
@@ -17,7 +15,7 @@ from dataclasses import dataclass
 from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.checkpoint.ranges import worker_count
-from ia3_export.parity.bits.diagnosis import diagnose
+from ia3_export.parity.bits.diagnosis import HEAD_NOT_REPLACED, LEFT_OUT, diagnose
 from ia3_export.parity.bits.expected import (
     BLOCK,
     Expected,
@@ -85,10 +83,7 @@ def prove_folder(
 
 
 def _settings(plan: Plan, merged: Checkpoint) -> Iterator[TensorFinding]:
-    """What stays quantized is read by its configuration.
-
-    Without the right one every library reads something else.
-    """
+    """The finding where the settings of what stays quantized are not those it is written for."""
     wanted = plan.config if plan.config is not None else plan.base.stored.config
     if not plan.base.is_quantized or plan.base.stored.is_gguf or wanted is None or merged.config is None:
         return
@@ -106,7 +101,7 @@ def _missing(row: Expected) -> TensorFinding:
 
 def _notes(plan: Plan, merged: Checkpoint, findings: Sequence[TensorFinding]) -> Iterator[str]:
     changed = {name for name, change in plan.changes.items() if change.how != "cast"}
-    left_out = {finding.tensor for finding in findings if finding.what in ("left out", "head not replaced")}
+    left_out = {finding.tensor for finding in findings if finding.what in (LEFT_OUT, HEAD_NOT_REPLACED)}
     if changed and changed <= left_out:
         yield "every tensor is the base's: the adapter is not in it"
     if len(findings) > _FINDINGS:

@@ -1,6 +1,4 @@
-"""The weights proof of an ONNX graph.
-
-Its initializers are the folded tensors, and nothing of an adapter is left in it.
+"""The weights proof of an ONNX graph: its initializers are the folded tensors, nothing of an adapter is left.
 
 Exporters transpose weights and lose their names (``MatMul`` takes the transpose of a Linear's weight), so
 initializers are found by content: widened exactly or rounded to the graph's dtype, as they are or transposed.
@@ -23,6 +21,7 @@ from ia3_export.parity.bits.expected import Expected, Reader, expected_blocks, e
 from ia3_export.parity.bits.graph_files import FLOATS, Graph
 from ia3_export.planning.plan import Plan
 from ia3_export.report.model import TensorFinding, WeightsProof
+from ia3_export.words import INTEGER_PRECISIONS
 
 #: Scales of codes.
 _SCALE = re.compile(r"_scales?_*$")
@@ -62,11 +61,11 @@ def prove_graph(
     findings = [*_left_behind(graph, plan)]
     findings += _wrong_values(rows, floats, weights, found)
     findings += _twice(rows, matches, found)
-    quantized = graph.precision in ("int8", "int4")
+    quantized = graph.precision in INTEGER_PRECISIONS
     notes: list[str] = []
     unproven = 0
     if quantized:
-        unproven = _prove_codes(rows, graph, float_graph, alone, findings, notes)
+        unproven = _prove_codes(rows, graph, float_graph, findings, notes, alone=alone)
     # a graph that gives hidden states has no head
     headless = graph.outputs == ("last_hidden_state",)
     absent = sorted(
@@ -110,9 +109,10 @@ def _prove_codes(
     rows: Mapping[str, Expected],
     graph: Graph,
     float_graph: Graph | None,
-    alone: bool,
     findings: list[TensorFinding],
     notes: list[str],
+    *,
+    alone: bool,
 ) -> int:
     """Add what is found of initializers that hold codes; how many were compared with nothing."""
     checks = list(check_codes(rows, graph.initializers, graph.origins, _made_of(graph, float_graph)))

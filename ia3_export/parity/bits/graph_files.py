@@ -1,7 +1,4 @@
-"""The ONNX files of one model, read for the proof of their weights, lazily and without torch.
-
-External data are mapped.
-"""
+"""The ONNX files of one model as the proof of weights reads them: without torch, external data mapped."""
 
 from __future__ import annotations
 
@@ -16,6 +13,7 @@ from ia3_export.checkpoint.record import MANIFEST
 from ia3_export.errors import DamagedFile, NotFound, Refused, first_line
 from ia3_export.onnx.exported import plain_stem
 from ia3_export.onnx.quantize import SHAPING
+from ia3_export.words import INTEGER_PRECISIONS, TORCH_NAMES
 
 #: ONNX's floating element types, by their names in safetensors.
 FLOATS = {"FLOAT": "F32", "FLOAT16": "F16", "DOUBLE": "F64", "BFLOAT16": "BF16"}
@@ -75,7 +73,7 @@ def read_graphs(paths: Sequence[Path]) -> Graph:
     }
     operators: Counter[str] = sum((part.operators for part in parts), Counter())
     names = tuple(name for part in parts for name in part.names)
-    quantized = [part.precision for part in parts if part.precision in ("int4", "int8")]
+    quantized = [part.precision for part in parts if part.precision in INTEGER_PRECISIONS]
     precision = min(quantized, default=parts[-1].precision)
     return Graph(
         paths=tuple(paths),
@@ -180,7 +178,7 @@ def _precision(model: Any, initializers: Mapping[str, Any]) -> str:
     for tensor in used:
         sizes[tensor.dtype.name] += tensor.nbytes if tensor.dtype.name in FLOATS else 0
     kind = sizes.most_common(1)[0][0] if sizes else "FLOAT"
-    return {"FLOAT16": "float16", "BFLOAT16": "bfloat16", "DOUBLE": "float64"}.get(kind, "float32")
+    return TORCH_NAMES[FLOATS.get(kind, "F32")]
 
 
 def _reachable(model: Any) -> tuple[list[Any], set[str]]:
@@ -205,7 +203,3 @@ def _reachable(model: Any) -> tuple[list[Any], set[str]]:
                 values.add(value.name)
                 waiting.append(value.producer())
     return list(nodes.values()), values
-
-
-def _count(graph: Graph, *dtypes: str) -> int:
-    return sum(t.dtype.name in dtypes and t.size > 1 for t in graph.initializers.values())

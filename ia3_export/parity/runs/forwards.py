@@ -1,7 +1,4 @@
-"""The forwards that a verdict needs: the live model in its precisions, the base, and the merged model.
-
-One load each.
-"""
+"""The forwards of a verdict, one load each: the live model in its precisions, the base, the merged one."""
 
 from __future__ import annotations
 
@@ -15,8 +12,6 @@ import numpy as np
 
 from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint
 from ia3_export.errors import Refused, Unsupported
-from ia3_export.models.sentence import SentenceHead
-from ia3_export.parity.metrics import EPSILON, largest
 from ia3_export.parity.runs.greedy import Decoded, SpecialTokens, decode, prompts, special_tokens
 from ia3_export.parity.runs.inputs import Case, is_decoder
 from ia3_export.parity.runs.live import (
@@ -28,31 +23,21 @@ from ia3_export.parity.runs.live import (
     load_live,
     load_plain,
 )
+from ia3_export.parity.runs.metrics import EPSILON, largest_magnitude
 from ia3_export.parity.runs.quantized import is_bitsandbytes
-from ia3_export.parity.runs.run_torch import ForwardOutputs, rounding_noise, run_torch
+from ia3_export.parity.runs.run_torch import ForwardOutputs, Wanted, rounding_noise, run_torch
 from ia3_export.quantization.base import Base
 from ia3_export.words import AppliedBy
 
 _LARGE = 64 << 20
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Wanted:
-    """What a forward shall give besides the model's outputs.
-
-    `hidden` states where a graph gives them (see `run_torch`), and what the `sentence` head makes of them.
-    """
-
-    hidden: bool = False
-    sentence: SentenceHead | None = None
-
-
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class UnmergedRuns:
-    """Base + live adapters (so many `adapters`).
+    """What base + live adapters (so many `adapters`) gave: the `reference` in `precision`, the `runs` in
+    coarser dtypes, and the base alone (`plain`).
 
-    The `reference` in `precision`, the runs in coarser dtypes, and the base alone (`plain`). `refused` is
-    what PEFT said where hooks applied the adapters instead.
+    `refused` is what PEFT said where hooks applied the adapters instead.
 
     `decoded` is the reference's greedy decoding, None where the model cannot generate; `library` a quantized
     base with live adapters as its own library runs it, or `library_failure` why that cannot be had here.
@@ -77,9 +62,8 @@ class UnmergedRuns:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MergedRuns:
-    """The merged model's run in the working dtype.
-
-    And, where another runtime widens 16-bit weights, in float32 and 64.
+    """What the merged model gave in the working dtype (`run`) and, where another runtime widens 16-bit
+    weights, in float32 (`single`) and float64 (`double`).
     """
 
     run: ForwardOutputs
@@ -105,13 +89,13 @@ def run_unmerged(
     stored = trained.base.stored
     live = load_live(trained, dtypes[0], where)
     cases = make_cases(live.inner)
-    first = _traced(live.model, cases, wanted)
+    first = run_torch(live.model, cases, wanted, trace=True)
     causal = is_decoder(live.inner)
     if where.offload is not None:
         del live
         _free(stored)
         live = load_live(trained, "float32", where)
-        precision, reference = "float32", _traced(live.model, cases, wanted)
+        precision, reference = "float32", run_torch(live.model, cases, wanted, trace=True)
     else:
         precision, reference = _widest(live, cases, wanted, where.precision)
     finite = _finite(reference, precision)
@@ -120,14 +104,14 @@ def run_unmerged(
     if where.offload is None:
         decoded = decode(live.model, prompts(cases))
         for dtype in dtypes[1:]:
-            runs[dtype] = _traced(_cast(live.model, dtype), cases, wanted)
+            runs[dtype] = run_torch(_cast(live.model, dtype), cases, wanted, trace=True)
             _cast(live.model, precision)
     # a reference that is no wider than what it is to judge would have no error of its own
     if precision in runs:
         with rounding_noise(live.inner, EPSILON[precision]):
-            runs[precision] = _traced(live.model, cases, wanted)
+            runs[precision] = run_torch(live.model, cases, wanted, trace=True)
     with live.without_adapter():
-        plain = run_torch(live.model, cases, hidden=wanted.hidden, sentence=wanted.sentence)
+        plain = run_torch(live.model, cases, wanted)
     class_name, by, refused, special = live.class_name, live.by, live.refused, special_tokens(live.model)
     del live
     _free(stored)
@@ -135,7 +119,7 @@ def run_unmerged(
     if is_bitsandbytes(stored):
         try:
             quantized = load_as_library_runs_it(trained, class_name, where)
-            library = None if quantized is None else run_torch(quantized, cases, hidden=wanted.hidden)
+            library = None if quantized is None else run_torch(quantized, cases, Wanted(wanted.hidden))
         except Unsupported as error:  # a comparison more than the proof needs
             failure = str(error)
     return UnmergedRuns(
@@ -157,16 +141,12 @@ def run_unmerged(
     )
 
 
-def _traced(model: Any, cases: Sequence[Case], wanted: Wanted) -> ForwardOutputs:
-    return run_torch(model, cases, hidden=wanted.hidden, sentence=wanted.sentence, trace=True)
-
-
 def _finite(reference: ForwardOutputs, precision: str) -> list[int]:
     """The inputs on which the reference itself is finite.
 
     With padding on the left, some models divide zero by zero at the padded positions and carry that on.
     """
-    finite = [i for i, output in enumerate(reference.outputs) if np.isfinite(largest([output]))]
+    finite = [i for i, output in enumerate(reference.outputs) if np.isfinite(largest_magnitude([output]))]
     if 0 not in finite:
         raise Unsupported(
             f"the unmerged forward itself gives NaN or infinity in {precision}: there is nothing to "
@@ -186,16 +166,15 @@ def run_merged(
             hint=f"move {ADAPTER_CONFIG} out of {merged.stored.location.given}",
         )
     model = load_plain(merged, FittedClass(unmerged.class_name), dtype, where)
-    hidden, sentence = unmerged.wanted.hidden, unmerged.wanted.sentence
-    run = _traced(model, unmerged.cases, unmerged.wanted)
+    run = run_torch(model, unmerged.cases, unmerged.wanted, trace=True)
     decoded = None
     if unmerged.decoded is not None:
         decoded = decode(model, prompts(unmerged.cases), unmerged.special)
     single = double = None
     if widened:
-        single = run_torch(_cast(model, "float32"), unmerged.cases, hidden=hidden, sentence=sentence)
+        single = run_torch(_cast(model, "float32"), unmerged.cases, unmerged.wanted)
         if unmerged.precision == "float64":
-            double = run_torch(_cast(model, "float64"), unmerged.cases, hidden=hidden, sentence=sentence)
+            double = run_torch(_cast(model, "float64"), unmerged.cases, unmerged.wanted)
     del model
     _free(merged.stored)
     return MergedRuns(run, decoded, single, double)
@@ -206,8 +185,8 @@ def _widest(
 ) -> tuple[str, ForwardOutputs]:
     if precision == "float64":
         with suppress(Unsupported):  # an operator without a float64 kernel
-            return precision, _traced(_cast(live.model, precision), cases, wanted)
-    return "float32", _traced(_cast(live.model, "float32"), cases, wanted)
+            return precision, run_torch(_cast(live.model, precision), cases, wanted, trace=True)
+    return "float32", run_torch(_cast(live.model, "float32"), cases, wanted, trace=True)
 
 
 def _cast(model: Any, dtype: str) -> Any:
@@ -217,9 +196,8 @@ def _cast(model: Any, dtype: str) -> Any:
 
 
 def _free(base: Checkpoint) -> None:
-    """Give a deleted model's memory back before the next is loaded.
-
-    Collecting takes longer than a small model.
+    """Give a deleted model's memory back before the next is loaded; of a small one collecting takes longer
+    than that.
     """
     import torch
 

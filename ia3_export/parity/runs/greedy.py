@@ -12,7 +12,7 @@ import numpy as np
 
 from ia3_export.fold import Array
 from ia3_export.parity.runs.inputs import Case
-from ia3_export.parity.runs.run_torch import place, unwrap
+from ia3_export.parity.runs.run_torch import inner_model, place
 from ia3_export.report.model import Generation
 
 TOKENS = 12
@@ -40,7 +40,7 @@ class SpecialTokens:
 
 def special_tokens(model: Any) -> SpecialTokens:
     """Those of the model's generation configuration, as `decode` uses them."""
-    ids = _token_ids(unwrap(model))
+    ids = _token_ids(inner_model(model))
     start = next((ids[n] for n in ("decoder_start_token_id", "bos_token_id") if ids[n] is not None), -1)
     ends = ids["eos_token_id"]
     return SpecialTokens(
@@ -60,14 +60,13 @@ def _token_ids(model: Any) -> dict[str, Any]:
 def prompts(cases: Sequence[Case]) -> list[Case]:
     """The cases to generate from: the first, and one with padding on the left if there is one."""
     whole = [case for case in cases if not case.past and "labels" not in case.tensors]
-    padded = [case for case in whole if "padded on the left" in case.name]
+    padded = [case for case in whole if case.side == "left"]
     return whole[:1] + padded[:1]
 
 
 def decode(model: Any, cases: Sequence[Case], special: SpecialTokens | None = None) -> list[Decoded] | None:
-    """Greedy decoding of `TOKENS` tokens after each of `cases`, with the cache.
-
-    None if `model` cannot generate.
+    """Greedy decoding of `TOKENS` tokens after each of `cases`, with the cache; None if `model` cannot
+    generate.
 
     What ends a text is not chosen, so that of a reference must be `special`: a merge may have taken the
     adapter's own. ``GenerationMixin.generate`` itself, because some classes (Whisper) put long-form logic of
@@ -76,7 +75,7 @@ def decode(model: Any, cases: Sequence[Case], special: SpecialTokens | None = No
     import torch
     from transformers import GenerationConfig, GenerationMixin
 
-    inner = unwrap(model)
+    inner = inner_model(model)
     if not cases or not isinstance(inner, GenerationMixin) or not inner.can_generate():
         return None
     ids = _token_ids(inner)
@@ -108,7 +107,7 @@ def decode(model: Any, cases: Sequence[Case], special: SpecialTokens | None = No
 
 @contextmanager
 def _only(model: Any, config: Any) -> Iterator[None]:
-    """`config` as the model's own.
+    """Make `config` the model's own in this context.
 
     generate() fills what is None in it (forced and suppressed tokens, penalties) from there.
     """
@@ -121,9 +120,8 @@ def _only(model: Any, config: Any) -> Iterator[None]:
 
 
 def compare_decoded(got: Sequence[Decoded], reference: Sequence[Decoded], bound: float) -> Generation:
-    """Where `got` first leaves the reference.
-
-    Excused where the reference's first two logits are within twice `bound`.
+    """Where `got` first leaves the reference; excused where the reference's first two logits are within twice
+    `bound`.
     """
     tokens = max(r.tokens.shape[1] for r in reference)
     sequences = sum(len(r.tokens) for r in reference)

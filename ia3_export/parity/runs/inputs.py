@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ia3_export.errors import Unsupported
 from ia3_export.libraries import cache_argument
@@ -15,26 +15,30 @@ _POSITIONS = ("n_positions", "max_seq_len", "n_ctx")
 _LONG = 72
 
 
+Side = Literal["", "left", "right"]
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One forward call.
+    """One forward call: a name such as ``batch 3, length 17, padded`` and its keyword arguments (torch
+    tensors).
 
-    A name such as ``batch 3, length 17, padded`` and its keyword arguments (torch tensors).
+    With `past` > 0 the first so many tokens are run first, and the outputs are those of the rest with their
+    cache. `side` is that of the padding, empty where there is none or it is not known.
 
-    With `past` > 0 the first so many tokens are run first, and the outputs are those of the rest
-    with their cache.
+    With `past` > 0 the first so many tokens are run first, and the outputs are those of the rest with their
+    cache. `side` is that of the padding, empty where there is none or it is not known.
     """
 
     name: str
     tensors: dict[str, Any]
     past: int = 0
+    side: Side = ""
 
 
 def make_cases(model: Any, *, seed: int = 0) -> list[Case]:
-    """Inputs of several batch sizes and lengths for `model`.
-
-    Texts without padding, padded on the right and (decoders) on the left, and for decoders with a cache of
-    past tokens.
+    """Inputs of several batch sizes and lengths for `model`: texts without padding, padded on the right and
+    (decoders) on the left, and for decoders with a cache of past tokens.
 
     Texts are random token ids, images and sounds normal noise; the same seed gives the same inputs. The first
     case is the smallest. Raises `Unsupported` for models whose main input is none of these.
@@ -80,7 +84,7 @@ def _text_cases(model: Any, generator: Any) -> Iterator[Case]:
     text = model.config.get_text_config()
     longest = _longest(model.config)
     decoder = is_decoder(model)
-    shapes = [(1, 8, ""), (3, 17, "right")]
+    shapes: list[tuple[int, int, Side]] = [(1, 8, ""), (3, 17, "right")]
     shapes += [(2, 12, "left")] if decoder else [(2, 5, "right")]
     if longest > _LONG // 2:
         shapes.append((1, _LONG, ""))
@@ -112,7 +116,7 @@ def _after_past(case: Case) -> Case:
     return Case(f"batch {batch}, length {length - past} after {past} past tokens", case.tensors, past)
 
 
-def _text_case(model: Any, batch: int, length: int, side: str, generator: Any) -> Case:
+def _text_case(model: Any, batch: int, length: int, side: Side, generator: Any) -> Case:
     import torch
 
     config = model.config
@@ -141,7 +145,8 @@ def _text_case(model: Any, batch: int, length: int, side: str, generator: Any) -
         tensors["decoder_input_ids"] = _ids(text.vocab_size, batch, max(2, length // 2), generator)
     if "pixel_values" in accepted and getattr(config, "vision_config", None) is not None:
         tensors |= _with_image(model, tensors, batch, generator)
-    return Case(f"batch {batch}, length {length}" + (f", padded on the {side}" if side else ""), tensors)
+    name = f"batch {batch}, length {length}" + (f", padded on the {side}" if side else "")
+    return Case(name, tensors, side=side)
 
 
 def _with_image(model: Any, tensors: dict[str, Any], batch: int, generator: Any) -> dict[str, Any]:
@@ -163,10 +168,8 @@ def _with_image(model: Any, tensors: dict[str, Any], batch: int, generator: Any)
             features = model.get_image_features(pixel_values=pixels[:1].to(model.device, model.dtype))
     except (TypeError, AttributeError, ValueError, RuntimeError, IndexError):
         return {}
-    for name in (
-        "pooler_output",
-        "last_hidden_state",
-    ):  # transformers 5 wraps them, before they were a tensor
+    # transformers 5 wraps them, before they were a tensor
+    for name in ("pooler_output", "last_hidden_state"):
         features = getattr(features, name, None) if getattr(features, name, None) is not None else features
     places = sum(f.shape[0] for f in features) if isinstance(features, tuple | list) else features.shape[-2]
     before = torch.full((batch, int(places)), token)

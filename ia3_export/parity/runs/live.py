@@ -118,9 +118,8 @@ def load_live(trained: FineTune, dtype: str, where: RunDevice) -> LiveModel:
 
 
 class _NotByPeft(Exception):
-    """PEFT cannot apply the adapters, for what it says.
-
-    Says nothing where it leaves out a vector or knows not the format.
+    """PEFT cannot apply the adapters, for what it says; it says nothing where it leaves out a vector or knows
+    not the format.
     """
 
 
@@ -148,15 +147,13 @@ def fit_class(base: Checkpoint, adapters: Sequence[Adapter]) -> FittedClass:
 def load_plain(
     base: Base, fitted: FittedClass, dtype: str, where: RunDevice, *, quantized: bool = False
 ) -> Any:
-    """The checkpoint as a transformers model of the `fitted` class, in eval mode.
+    """Load the checkpoint as a transformers model of the `fitted` class, in eval mode. A head that is made
+    anew is seeded.
 
-    Seeded where a head is made anew.
-
-    Where its configuration makes a tensor another size (more labels, a resized vocabulary), that
-    tensor must be one of those brought, and is it. A quantized checkpoint is dequantized (exactly
-    in float32 and wider), or,
-    of bitsandbytes and with `quantized`, stays as that library runs it, with products in float32. Experts run
-    one after the other, in plain matrix products: the grouped kernel knows no float64.
+    Where its configuration makes a tensor another size (more labels, a resized vocabulary), that tensor must
+    be one of those brought, and is it. A quantized checkpoint is dequantized (exactly in float32 and wider)
+    or, of bitsandbytes and with `quantized`, stays as that library runs it, with products in float32. Experts
+    run one after the other, in plain matrix products: the grouped kernel knows no float64.
     """
     import torch
     import transformers
@@ -266,9 +263,8 @@ def _fill(state: Mapping[str, Any], name: str, tensor: StoredTensor) -> None:
 
 
 def load_as_library_runs_it(trained: FineTune, class_name: str, where: RunDevice) -> Any | None:
-    """A quantized base with PEFT's live adapters on its own library's layers.
-
-    None where PEFT leaves out a vector or the head has another size.
+    """A quantized base with PEFT's live adapters on its own library's layers; None where PEFT leaves out a
+    vector or the head has another size.
     """
     model = load_plain(trained.base, FittedClass(class_name), "float32", where, quantized=True)
     try:

@@ -1,4 +1,4 @@
-"""Inputs that the user brings: tensors in a file, or lines of text for the base's tokenizer."""
+"""Inputs that the user brings: tensors in a file, or lines of text for a tokenizer."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from ia3_export.checkpoint.tokenizers import VOCABULARIES
 from ia3_export.errors import DamagedFile, NotFound, Unsupported, UsageError, first_line
 from ia3_export.parity.runs.inputs import Case
 
 _ROWS = 8
-_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.*", "*.model", "merges.txt")
+#: Tokenizers of bytes and of characters have a configuration only.
+_TOKENIZERS = (*VOCABULARIES, "tokenizer_config.json")
 _NO_TOKENIZER = "put the tokenizer's files into the base folder, or give token ids with --inputs"
 
 
@@ -44,11 +46,11 @@ def read_inputs(path: str | Path) -> list[Case]:
     return cases
 
 
-def read_texts(path: str | Path, base: Path) -> list[Case]:
-    """The lines of a text file, tokenized by the tokenizer in the folder `base`, eight in a batch.
+def read_texts(path: str | Path, folder: Path) -> list[Case]:
+    """The lines of a text file, tokenized by the tokenizer in `folder`: eight in a batch, or one if it has no
+    padding token.
 
-    One in a batch, if the tokenizer has no padding token. Raises `NotFound`, `DamagedFile`, and `Unsupported`
-    without a tokenizer.
+    Raises `NotFound`, `DamagedFile`, and `Unsupported` without a tokenizer.
     """
     file = Path(path)
     try:
@@ -59,16 +61,16 @@ def read_texts(path: str | Path, base: Path) -> list[Case]:
         raise DamagedFile(f"{file}: {error}", hint="--text takes a UTF-8 file with one text a line") from None
     if not lines:
         raise DamagedFile(f"{file} holds no text", hint="write one text a line")
-    if not has_tokenizer(base):
+    if not has_tokenizer(folder):
         # transformers would make up an empty tokenizer for some model types
-        raise Unsupported(f"{base} holds no tokenizer", hint=_NO_TOKENIZER)
+        raise Unsupported(f"{folder} holds no tokenizer", hint=_NO_TOKENIZER)
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers fail in many ways
         raise Unsupported(
-            f"{base} has no tokenizer that transformers can load: {first_line(error)}",
+            f"{folder} has no tokenizer that transformers can load: {first_line(error)}",
             hint=_NO_TOKENIZER,
         ) from None
     longest = min(tokenizer.model_max_length, 512)
@@ -91,10 +93,8 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def fit_text(case: Case, model: Any) -> Case:
-    """`case` with the tokens that `model` takes.
-
-    No token types where it has none, and for an encoder-decoder the text itself, shifted, as the
-    decoder's input.
+    """`case` with the tokens that `model` takes: no token types where it has none, and for an encoder-decoder
+    the text itself, shifted, as the decoder's input.
     """
     import inspect
 

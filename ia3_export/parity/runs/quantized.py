@@ -21,9 +21,8 @@ def is_bitsandbytes(base: Checkpoint) -> bool:
 
 
 def dense_state(dense: Checkpoint) -> dict[str, Any]:
-    """Every floating tensor of a dense view, as torch tensors.
-
-    Quantized weights in float32, exactly; others as stored.
+    """Every floating tensor of a dense view as a torch tensor: quantized weights in float32, exactly, others
+    as stored.
     """
     import torch
 
@@ -59,16 +58,12 @@ def load_dense(
 
 
 def widen(model: Any) -> None:
-    """Everything of a bitsandbytes model but the codes in float32, in place.
-
-    Parameters, buffers, products.
-    """
+    """All of a bitsandbytes model but the codes in float32, in place: parameters, buffers, products."""
     import torch
 
     for tensor in (*model.parameters(), *model.buffers()):
-        packed = (
-            getattr(tensor, "quant_state", None) is not None
-        )  # codes may be stored under a floating dtype
+        # codes may be stored under a floating dtype
+        packed = getattr(tensor, "quant_state", None) is not None
         if tensor.dtype in (torch.float16, torch.bfloat16) and not packed:
             tensor.data = tensor.data.float()
     for module in model.modules():

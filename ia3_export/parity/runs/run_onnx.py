@@ -49,7 +49,7 @@ def run_onnx(model: OnnxModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
 
 def decode_onnx(model: OnnxModel, cases: Sequence[Case], special: SpecialTokens) -> list[Decoded] | None:
     """Greedy decoding of `TOKENS` tokens after each of `cases`, step by step with the cache, as
-    `parity.greedy.decode` does it in PyTorch; None if the graphs have no cache."""
+    `parity.runs.greedy.decode` does it in PyTorch; None if the graphs have no cache."""
     if not model.cached:
         return None
     results = []

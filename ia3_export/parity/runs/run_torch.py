@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ia3_export.errors import Unsupported
+from ia3_export.errors import Unsupported, kind_and_line
 from ia3_export.fold import Array
 from ia3_export.libraries import cache_argument, returned_cache
 from ia3_export.models.sentence import SentenceHead
@@ -20,10 +20,21 @@ _PEFT_PARTS = ("base_layer", "ia3_l", "original_module", "modules_to_save")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ForwardOutputs:
-    """What one model gave.
+class Wanted:
+    """What a forward shall give besides the model's outputs.
 
-    `outputs` by case, and the output of every module on the first case, in execution order.
+    The bare encoder's ``last_hidden_state`` (`hidden`), whatever head the model has, and what the `sentence`
+    head makes of it.
+    """
+
+    hidden: bool = False
+    sentence: SentenceHead | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ForwardOutputs:
+    """What one model gave: `outputs` by case, and the output of every module on the first case, in execution
+    order.
     """
 
     outputs: list[dict[str, Any]]
@@ -34,19 +45,11 @@ class ForwardOutputs:
         return ForwardOutputs([self.outputs[i] for i in cases], self.modules)
 
 
-def run_torch(
-    model: Any,
-    cases: Sequence[Case],
-    *,
-    hidden: bool = False,
-    sentence: SentenceHead | None = None,
-    trace: bool = False,
-) -> ForwardOutputs:
-    """Outputs of every case (``logits``, ``last_hidden_state``) in float64, zero at padded positions.
+def run_torch(model: Any, cases: Sequence[Case], wanted: Wanted, *, trace: bool = False) -> ForwardOutputs:
+    """Outputs of every case (``logits``, ``last_hidden_state``, what else is `wanted`) in float64, zero at
+    padded positions.
 
-    `hidden` adds the bare encoder's ``last_hidden_state``, whatever head the model has, `sentence` what
-    sentence-transformers makes of it; `trace` also keeps the modules' outputs. Raises `Unsupported` when the
-    model does not run on the inputs.
+    `trace` also keeps the modules' outputs. Raises `Unsupported` when the model does not run on the inputs.
     """
     results: list[dict[str, Any]] = []
     modules: dict[str, Array] = {}
@@ -54,18 +57,18 @@ def run_torch(
         with ExitStack() as stack:
             if trace and i == 0:
                 stack.enter_context(_traced(model, modules))
-            captured = stack.enter_context(_encoder_output(model)) if hidden else []
+            captured = stack.enter_context(_encoder_output(model)) if wanted.hidden else []
             output = _forward(model, case)
         named = {
             name: value
             for name, value in output.items()
             if (name == "last_hidden_state" or name.endswith("logits")) and value is not None
         }
-        if hidden:
+        if wanted.hidden:
             named["last_hidden_state"] = captured[-1].last_hidden_state
-            if sentence is not None:
+            if wanted.sentence is not None:
                 states = named["token_embeddings"] = named["last_hidden_state"]
-                named["sentence_embedding"] = sentence(
+                named["sentence_embedding"] = wanted.sentence(
                     states, case.tensors["attention_mask"].to(states.device)
                 )
         if not named:
@@ -74,7 +77,7 @@ def run_torch(
     return ForwardOutputs(results, modules)
 
 
-def unwrap(model: Any) -> Any:
+def inner_model(model: Any) -> Any:
     """The transformers model inside a PEFT model."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -112,7 +115,7 @@ def _forward(model: Any, case: Case) -> Any:
         RuntimeError,
     ) as error:
         raise Unsupported(
-            f"the model does not run on these inputs ({case.name}): {type(error).__name__}: {error}",
+            f"the model does not run on these inputs ({case.name}): {kind_and_line(error)}",
             hint="give inputs that it takes with --inputs file.jsonl, .npz or .safetensors, or prove the "
             "--weights-only",
         ) from error
@@ -120,9 +123,9 @@ def _forward(model: Any, case: Case) -> Any:
 
 def _with_past(model: Any, inputs: Mapping[str, Any], past: int) -> Any:
     """The forward of what follows the first `past` tokens of the decoder, with their cache."""
-    argument = cache_argument(unwrap(model))
+    argument = cache_argument(inner_model(model))
     if argument is None:
-        raise ValueError(f"{type(unwrap(model)).__name__} takes no cache of keys and values")
+        raise ValueError(f"{type(inner_model(model)).__name__} takes no cache of keys and values")
     if "decoder_input_ids" in inputs:
         ids, rest = inputs["decoder_input_ids"], {n: v for n, v in inputs.items() if n != "decoder_input_ids"}
         first = model(**rest, decoder_input_ids=ids[:, :past], use_cache=True)
@@ -139,7 +142,7 @@ def _with_past(model: Any, inputs: Mapping[str, Any], past: int) -> Any:
 
 @contextmanager
 def _encoder_output(model: Any) -> Iterator[list[Any]]:
-    inner = unwrap(model)
+    inner = inner_model(model)
     encoder = inner.get_encoder() if inner.config.is_encoder_decoder else inner.base_model
     captured: list[Any] = []
     handle = encoder.register_forward_hook(lambda _m, _i, output: captured.append(output))
@@ -176,7 +179,7 @@ def _traced(model: Any, modules: dict[str, Array]) -> Iterator[None]:
     """Collect the first tensor that each module gives at its first call, by path without PEFT's wrapper."""
     import torch
 
-    inner = unwrap(model)
+    inner = inner_model(model)
     handles = []
 
     def keep(name: str) -> Any:

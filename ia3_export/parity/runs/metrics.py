@@ -21,13 +21,13 @@ _RELEVANT = 1e-3
 Outputs = Sequence[Mapping[str, Array]]
 
 
-def compare(outputs: Outputs, reference: Outputs, dtype: str) -> Distance:
+def distance_between(outputs: Outputs, reference: Outputs, dtype: str) -> Distance:
     """`Distance` of `outputs` from `reference`; `dtype` is the precision whose last place is counted.
 
     Output names that `reference` has not are ignored; NaN counts as infinitely far. Raises `ValueError` when
     shapes differ and `KeyError` when an output is missing.
     """
-    scale = largest(reference)
+    scale = largest_magnitude(reference)
     worst = total = dot = norm_a = norm_b = 0.0
     count = 0
     relative, places = [np.zeros(0)], [np.zeros(0)]
@@ -75,7 +75,7 @@ def last_place(values: Array, dtype: str) -> Array:
     return EPSILON[dtype] * 2.0 ** np.maximum(exponent, _SMALLEST_EXPONENT[dtype])
 
 
-def largest(outputs: Outputs) -> float:
+def largest_magnitude(outputs: Outputs) -> float:
     """Largest absolute value in `outputs`, infinite when one is NaN."""
     values = [float(np.abs(v).max(initial=0.0)) for output in outputs for v in output.values()]
     return max((np.inf if np.isnan(v) else v for v in values), default=0.0)
@@ -104,7 +104,7 @@ def error_histogram(outputs: Outputs, reference: Outputs) -> tuple[tuple[int, in
 
     Exact ones under -99.
     """
-    scale = largest(reference) or 1.0
+    scale = largest_magnitude(reference) or 1.0
     counts: Counter[int] = Counter()
     for a, b in _pairs(outputs, reference):
         error = _error(a, b) / scale
@@ -115,9 +115,8 @@ def error_histogram(outputs: Outputs, reference: Outputs) -> tuple[tuple[int, in
 
 
 def perplexity(outputs: Outputs, token_ids: Sequence[Array], masks: Sequence[Array | None]) -> float | None:
-    """Perplexity of next tokens.
-
-    Exp of the mean negative log-likelihood of each attended token after the first.
+    """Perplexity of next tokens: exp of the mean negative log-likelihood of each attended token after the
+    first.
 
     `token_ids` (batch, length) belong to ``logits`` (batch, length, vocabulary); inputs whose logits have
     another length are left out.
