@@ -74,6 +74,7 @@ def read_adapterhub(source: Source) -> Adapter:
         config=_as_config(source, head),
         labels=head.labels,
         unplaced=head.unplaced,
+        unplaced_reason=head.unplaced_reason,
         warnings=head.warnings,
     )
 

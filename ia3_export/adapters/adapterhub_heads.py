@@ -41,6 +41,7 @@ class Head:
     problem_type: str | None = None
     labels: tuple[str, ...] = ()
     unplaced: frozenset[str] = frozenset()
+    unplaced_reason: str | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -164,12 +165,16 @@ def _flexible(found: Head, kind: str, settings: Mapping[str, Any], model_type: s
         or any((i, "weight") not in layers for i in places)
         or {i for i, _ in layers} != set(places)
     ):
-        warning = (
+        reason = (
             f"its head ({kind}, {settings.get('layers')} layers, {settings.get('activation_function')}) is "
             "one that no class of transformers computes"
         )
         return replace(
-            found, unplaced=frozenset(found.tensors), labels=(), warnings=(*found.warnings, warning)
+            found,
+            unplaced=frozenset(found.tensors),
+            unplaced_reason=reason,
+            labels=(),
+            warnings=(*found.warnings, reason),
         )
     tensors = {f"{places[index]}.{leaf}": tensor for (index, leaf), tensor in layers.items()}
     if kind == "seq2seq_lm" and model_type in ("bart", "mbart", "plbart"):

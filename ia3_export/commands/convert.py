@@ -175,7 +175,7 @@ def _fit(
         )
     if adapter.unplaced and not allow_unused:
         raise UnusedVector(
-            f"{adapter.name}: {adapter.warnings[-1]}",
+            f"{adapter.name}: {adapter.unplaced_reason}",
             hint="--allow-unused converts the vectors without the head",
         )
     extras = {name: tensor for name, tensor in adapter.extras.items() if name not in adapter.unplaced}

@@ -16,7 +16,7 @@ import numpy as np
 
 from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.header import StoredTensor
-from ia3_export.errors import MissingVector, Refused
+from ia3_export.errors import MissingVector, Refused, kind_and_line
 from ia3_export.fold import Array
 from ia3_export.libraries import private
 
@@ -234,11 +234,10 @@ def _run(
             fresh.add_tensor(entry, f"{entry}.{position}", pattern, value)
     try:
         made = fresh.convert(entry, model=rules.model, config=rules.model.config)
-    except (
-        Exception
-    ) as error:  # whatever transformers' operations and torch raise for tensors of another model
+    # whatever transformers' operations and torch raise for tensors of another model
+    except Exception as error:
         raise Refused(
-            f"transformers cannot make {entry} of the tensors stored for it: {type(error).__name__}: {error}",
+            f"transformers cannot make {entry} of the tensors stored for it: {kind_and_line(error)}",
             hint="config.json does not belong to these weights, or load the base with transformers, save "
             "it again, and merge into that copy",
         ) from error

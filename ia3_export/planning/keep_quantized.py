@@ -71,13 +71,13 @@ class WeightOutcome:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WeightFolds:
-    """The vectors that a dense plan folds into one quantized weight, and a reason why it cannot stay
+    """The vectors that a dense plan folds into one quantized weight; `refused` is a reason why it cannot stay
     quantized with any."""
 
     packed: Packed
     scales: tuple[Scale, ...]
     folds: tuple[Fold, ...]
-    refused: str = ""
+    refused: str | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -188,7 +188,7 @@ def _without_scales(weight: WeightFolds, reason: str, base: Base, kept: Kept | N
 def _place(weight: WeightFolds, context: _Context) -> tuple[WeightOutcome, _Placed]:
     """Lay the vectors over the scales that take them. Raises `CannotKeep` unless all of them have a place."""
     packed = weight.packed
-    if weight.refused:
+    if weight.refused is not None:
         raise CannotKeep(weight.refused)
     out, columns = split_vectors(packed.shape, weight.scales, conv1d=packed.conv1d)
     placed, tensors, error = _Placed(), [], 0.0

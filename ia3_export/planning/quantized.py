@@ -38,7 +38,7 @@ def keep_scales(base: Base, changes: dict[str, Change], quantized: Quantized) ->
         if changes[name].how == "fold":
             change = changes.pop(name)
             weights.append(
-                WeightFolds(packed, change.scales, change.folds, effects.unknown.get(packed.module, ""))
+                WeightFolds(packed, change.scales, change.folds, effects.unknown.get(packed.module))
             )
         else:  # the adapter brings the whole weight
             replaced.add(name)

@@ -307,7 +307,7 @@ def _place_extra(name: str, base: Checkpoint, result: Resolution, *, allow_unuse
         )
         hint = "the adapter belongs to another model; --allow-unused drops it"
         if name in result.adapter.unplaced:
-            message = f"{name}: {result.adapter.warnings[-1]}"
+            message = f"{name}: {result.adapter.unplaced_reason}"
             hint = "--allow-unused merges the vectors without the head"
         if not allow_unused:
             raise UnusedVector(message, hint=hint)

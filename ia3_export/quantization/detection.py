@@ -11,7 +11,7 @@ import numpy as np
 
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.header import StoredTensor
-from ia3_export.errors import DamagedFile, IA3ExportError, Unsupported
+from ia3_export.errors import DamagedFile, IA3ExportError, Unsupported, kind_and_line
 from ia3_export.fold import FLOAT_DTYPES, Array
 from ia3_export.models.modules import CONV1D_MODEL_TYPES, model_types
 from ia3_export.quantization import (
@@ -132,8 +132,7 @@ def find_quantization(base: Checkpoint) -> Quantization:
         except READER_ERRORS as error:
             problems.append(
                 DamagedFile(
-                    f"the quantized weights of {base.location.given} cannot be read: "
-                    f"{type(error).__name__}: {error}",
+                    f"the quantized weights of {base.location.given} cannot be read: {kind_and_line(error)}",
                     hint="tensors or quantization_config are damaged; fetch the files again",
                 )
             )
@@ -211,9 +210,9 @@ def _compare(result: Quantization) -> Iterator[str]:
             f"{what} is not part of the forwards of verify and onnx, which have the rotary "
             "embedding without it"
         )
-    notes = [packed.format for packed in result.packed.values() if "although labelled" in packed.format]
-    if notes:
-        yield f"{len(notes)} weights are {notes[0]}: decided by their zero points"
+    mislabelled = [packed.format for packed in result.packed.values() if packed.mislabelled]
+    if mislabelled:
+        yield f"{len(mislabelled)} weights are {mislabelled[0]}: decided by their zero points"
 
 
 def _transposed(packed: Packed) -> Packed:

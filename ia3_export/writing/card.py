@@ -37,7 +37,8 @@ def make_card(plan: Plan) -> str:
     base_card = plan.base.stored.folder / "README.md"
     kept = _read_front_matter(base_card) if "README.md" in plan.base.stored.side_files else {}
     front: dict[str, Any] = {key: kept[key] for key in _KEPT if key in kept}
-    if any(edit.startswith("architectures:") for edit in plan.config_edits):
+    stated = plan.base.stored.config or {}
+    if plan.config is not None and plan.config.get("architectures") != stated.get("architectures"):
         # the head is another one, so the base's pipeline and library are no longer the model's
         front.pop("library_name", None)
         front.pop("pipeline_tag", None)
