@@ -28,12 +28,12 @@ from ia3_export.adapters.model import (
 from ia3_export.adapters.source import Source, make_site, unwrapped_key
 from ia3_export.checkpoint.folder import read_config
 from ia3_export.checkpoint.header import Shard, StoredTensor, same_bytes
-from ia3_export.checkpoint.record import MANIFEST
+from ia3_export.checkpoint.manifest import MANIFEST
+from ia3_export.checkpoint.wrapped import PEFT_PREFIX
 from ia3_export.errors import DamagedFile, NotFound, Refused, ShapeMismatch, Unsupported, UnusedVector
 from ia3_export.expressions import Matcher, check_expression
 from ia3_export.fold import Direction
 
-PREFIX = "base_model.model."
 _VECTOR = ".ia3_l"
 _OTHER_METHODS = re.compile(
     r"\.(lora_[A-Za-z_]+|hada_\w+|lokr_\w+|oft_\w+|boft_\w+|vera_\w+|hra_u|ln_tuning\w*|fourierft\w*)(\.|$)"
@@ -118,7 +118,9 @@ def _sort_keys(
     by_adapter: dict[str, dict[str, StoredTensor]] = {}
     odd = []
     vector_key = _vector_key(shard, own)
-    whole = None if "peft_version" in source.config else {t.name.removeprefix(PREFIX) for t in shard.tensors}
+    whole = (
+        None if "peft_version" in source.config else {t.name.removeprefix(PEFT_PREFIX) for t in shard.tensors}
+    )
     for tensor in shard.tensors:
         if _OTHER_METHODS.search(tensor.name):
             raise Unsupported(
@@ -126,7 +128,7 @@ def _sort_keys(
                 hint="ia3-export folds IA3 alone; merge the other method with PEFT first",
             )
         key = unwrapped_key(tensor.name)
-        name = key.removeprefix(PREFIX)
+        name = key.removeprefix(PEFT_PREFIX)
         if key != tensor.name or name == key:
             odd.append(tensor.name)
         match = vector_key.fullmatch(name)

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from ia3_export.adapters.model import Site, second_key
-from ia3_export.checkpoint.folder import read_config
+from ia3_export.checkpoint.folder import ADAPTER_CONFIG, read_config
 from ia3_export.checkpoint.header import Shard, StoredTensor, read_header, read_values
 from ia3_export.checkpoint.hub import Location, locate
+from ia3_export.checkpoint.wrapped import PEFT_PREFIX, WRAPPERS
 from ia3_export.errors import DamagedFile, NotFound, ShapeMismatch, Unsupported
 from ia3_export.fold import FLOAT_DTYPES, Direction
 
@@ -23,7 +24,6 @@ _DOWNLOAD_IGNORE = (
     "*checkpoint-*/*", "*global_step*/*", "*runs/*", "tf_model*", "model.safetensors", "model-*.safetensors",
     "pytorch_model.bin*", "pytorch_model-*",
 )  # fmt: skip
-_CONFIG = "adapter_config.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 #: Weight files by name, in the order in which their libraries look for them (PEFT, then
 #: AdapterHub's adapters).
@@ -37,10 +37,8 @@ _WRAPPED_T5 = re.compile(
 
 #: What torch.compile, FSDP and activation checkpoints put before the names of a module that they wrap, with
 #: DataParallel's.
-_WRAPPER = re.compile(
-    r"(?<![^.])(module\.)*(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.(module\.)*"
-)
-_PARALLEL = re.compile(r"^(base_model\.model\.)?(module\.)+")
+_WRAPPER = re.compile(rf"(?<![^.])(module\.)*({WRAPPERS})\.(module\.)*")
+_PARALLEL = re.compile(rf"^({re.escape(PEFT_PREFIX)})?(module\.)+")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,8 +78,8 @@ def open_source(given: str | Path) -> Source:
     location = locate(given, ignore=_DOWNLOAD_IGNORE)
     path = location.path
     folder = _folder(path) if path.is_dir() else path.parent
-    config_file = folder / _CONFIG if (folder / _CONFIG).is_file() else None
-    lone = path.is_file() and path.name != _CONFIG
+    config_file = folder / ADAPTER_CONFIG if (folder / ADAPTER_CONFIG).is_file() else None
+    lone = path.is_file() and path.name != ADAPTER_CONFIG
     if lone:
         weights = read_weights(path)
         if path.name not in _NAMES and not _is_part_of(config_file, weights):
@@ -196,9 +194,9 @@ def over_fused(site: Site, parts: Sequence[str], factor: float = 1.0) -> Site:
 
 def _folder(path: Path) -> Path:
     path = path.resolve() if path.name in ("", ".", "..") else path
-    if (path / _CONFIG).is_file():
+    if (path / ADAPTER_CONFIG).is_file():
         return path
-    named = sorted(file.parent for file in path.glob(f"*/{_CONFIG}"))
+    named = sorted(file.parent for file in path.glob(f"*/{ADAPTER_CONFIG}"))
     if len(named) > 1:
         raise NotFound(
             f"{path} holds several adapters: {', '.join(folder.name for folder in named)}",
@@ -230,7 +228,7 @@ def _weights(folder: Path, config_file: Path | None) -> Path:
     if len(found) == 1:
         return found[0]
     raise NotFound(
-        f"{folder} holds no {_CONFIG}, and "
+        f"{folder} holds no {ADAPTER_CONFIG}, and "
         + (f"several weight files: {', '.join(f.name for f in found)}" if found else "no weight file"),
         hint="give the folder that PeftModel.save_pretrained() wrote, or the weight file itself",
     )

@@ -6,19 +6,20 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ia3_export.arguments import check_arguments
 from ia3_export.checkpoint.header import Shard, StoredTensor, read_header
 from ia3_export.checkpoint.hub import Location, locate
+from ia3_export.checkpoint.manifest import Folded, read_folded
 from ia3_export.checkpoint.ranges import link_or_copy
-from ia3_export.checkpoint.record import Folded, read_folded
+from ia3_export.checkpoint.side_files import matches
 from ia3_export.checkpoint.wrapped import unwrap
 from ia3_export.errors import DamagedFile, NotFound, Refused, Unsupported
 from ia3_export.fold import FLOAT_DTYPES
 
+ADAPTER_CONFIG = "adapter_config.json"
 #: Files that hold the base's weights once more, in another format: folding does not reach them.
 _OTHER_WEIGHTS = (
     "model*.safetensors", "consolidated*", "pytorch_model*.bin", "tf_model*.h5", "flax_model*.msgpack",
@@ -29,7 +30,7 @@ _OTHER_WEIGHTS = (
 #: PEFT's, AdapterHub's and LLaVA's files of a fine-tune: transformers would apply them to the merged weights
 #: once more.
 _ADAPTER_FILES = (
-    "adapter_config.json", "adapter_model*", "adapter.safetensors", "pytorch_adapter.bin", "head_config.json",
+    ADAPTER_CONFIG, "adapter_model*", "adapter.safetensors", "pytorch_adapter.bin", "head_config.json",
     "adapter_fusion_config.json", "non_lora_trainables.bin",
 )  # fmt: skip
 #: What trainers (transformers, accelerate, DeepSpeed, FSDP) leave to go on from; most of it pickled, none of
@@ -45,7 +46,6 @@ _TRAINING_FOLDERS = (
     "pytorch_model_fsdp_[0-9]*",
     "optimizer_[0-9]*",
 )
-ADAPTER_CONFIG = "adapter_config.json"
 _OTHER_WEIGHT_FOLDERS = ("onnx", "openvino", "coreml", "original", "gguf")
 _SKIPPED_FOLDERS = (".git", ".cache", "__pycache__")
 _DOWNLOAD_IGNORE = ("*.gguf", "*.onnx*", "*.h5", "*.msgpack", "*.ot", "*.tflite", "*.pth", "original/*")
@@ -152,6 +152,11 @@ def architectures(config: Mapping[str, Any]) -> list[str]:
             hint="fetch the file again; it is a list of one name, such as LlamaForCausalLM",
         )
     return named
+
+
+def first_class(config: Mapping[str, Any]) -> str | None:
+    """The class that a configuration states, the first of several; raises as `architectures`."""
+    return next(iter(architectures(config)), None)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -352,9 +357,9 @@ def check_contained(path: Path, folder: Path) -> None:
 def _is_left_out(relative: Path) -> bool:
     if len(relative.parts) == 1:
         patterns = (*_OTHER_WEIGHTS, *_ADAPTER_FILES, *_TRAINING_STATE)
-        return any(fnmatch(relative.name, pattern) for pattern in patterns)
+        return matches(relative.name, patterns)
     above = relative.parts[0]
-    return above in _OTHER_WEIGHT_FOLDERS or any(fnmatch(above, pattern) for pattern in _TRAINING_FOLDERS)
+    return above in _OTHER_WEIGHT_FOLDERS or matches(above, _TRAINING_FOLDERS)
 
 
 def _is_ia3(config_file: Path) -> bool:

@@ -20,12 +20,11 @@ from typing import Any
 
 from ia3_export.checkpoint.gguf_models import (
     Architecture,
-    damaged,
     find_architecture,
     hugging_face_name,
     make_config,
 )
-from ia3_export.checkpoint.header import MAX_HEADER, Shard, StoredTensor, count_elements
+from ia3_export.checkpoint.header import MAX_HEADER, Shard, StoredTensor, count_elements, damaged
 from ia3_export.errors import DamagedFile, NotFound, Unsupported
 
 MAGIC = b"GGUF"

@@ -11,7 +11,8 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
-from ia3_export.errors import DamagedFile, Unsupported
+from ia3_export.checkpoint.header import damaged
+from ia3_export.errors import Unsupported
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,8 +245,3 @@ def _permuted(
         if not isinstance(heads, int) or heads < 1 or rows % (2 * heads):
             raise damaged(path, f"tensor {name} has {rows} rows for {heads!r} heads")
         yield name, rows // heads
-
-
-def damaged(path: Path, what: str) -> DamagedFile:
-    """The error for a file that contradicts itself."""
-    return DamagedFile(f"{path} is damaged: {what}", hint="fetch the file again, or ask its author")

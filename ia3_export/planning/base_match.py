@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint
-from ia3_export.checkpoint.record import MANIFEST, Folded
+from ia3_export.checkpoint.manifest import MANIFEST, Folded
 from ia3_export.errors import Refused
 from ia3_export.quantization.detection import Quantization
 

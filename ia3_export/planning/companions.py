@@ -11,12 +11,12 @@ import filecmp
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.folder import Checkpoint, check_contained
+from ia3_export.checkpoint.side_files import matches
 from ia3_export.checkpoint.tokenizers import (
     GENERATION,
     PROCESSORS,
@@ -50,9 +50,7 @@ class Companions:
 
 def is_companion(name: str) -> bool:
     """Whether a file is of a kind that an adapter may bring as well."""
-    return any(
-        fnmatch(name, pattern) for patterns in (TOKENIZERS, GENERATION, PROCESSORS) for pattern in patterns
-    )
+    return matches(name, (*TOKENIZERS, *GENERATION, *PROCESSORS))
 
 
 def choose_companions(
@@ -107,8 +105,8 @@ def other_companions(wanted: Companions, folder: Path) -> Iterator[str]:
         ("generation settings", GENERATION, read_generation),
     )
     for what, patterns, read in kinds:
-        names = [name for name in wanted.files if any(fnmatch(name, pattern) for pattern in patterns)]
-        present = [name for name in _names(folder) if any(fnmatch(name, pattern) for pattern in patterns)]
+        names = [name for name in wanted.files if matches(name, patterns)]
+        present = [name for name in _names(folder) if matches(name, patterns)]
         if sorted(names) == sorted(present) and all(
             filecmp.cmp(wanted.files[name], folder / name, shallow=False) for name in names
         ):
@@ -135,7 +133,7 @@ class _Side:
     names: tuple[str, ...]
 
     def of(self, patterns: Sequence[str]) -> tuple[str, ...]:
-        return tuple(name for name in self.names if any(fnmatch(name, pattern) for pattern in patterns))
+        return tuple(name for name in self.names if matches(name, patterns))
 
 
 def _beside(adapter: Adapter) -> _Side | None:
@@ -276,7 +274,7 @@ class _Choice:
             )
 
     def _own(self, patterns: Sequence[str]) -> tuple[str, ...]:
-        return tuple(name for name in self.files if any(fnmatch(name, pattern) for pattern in patterns))
+        return tuple(name for name in self.files if matches(name, patterns))
 
     def _copies(self, sides: Sequence[_Side], patterns: Sequence[str]) -> bool:
         """Whether nothing has to be read: the adapters bring nothing of a kind, or the base's very bytes."""
@@ -339,7 +337,7 @@ class _Choice:
             self.warnings.append(f"{reason}: the base's are kept")
 
     def _take(self, side: _Side, patterns: Sequence[str], what: str, differences: Sequence[str]) -> None:
-        for name in [name for name in self.files if any(fnmatch(name, pattern) for pattern in patterns)]:
+        for name in [name for name in self.files if matches(name, patterns)]:
             del self.files[name]
         for name in side.of(patterns):
             self.files[name] = side.folder / name

@@ -7,6 +7,7 @@ from typing import Any
 
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.errors import IA3ExportError, Refused
+from ia3_export.models.model_class import RuntimeModel
 from ia3_export.planning.placement import Resolution
 
 
@@ -30,15 +31,12 @@ def edit_config(
         runtime = result.runtime
         if runtime is None:
             continue
-        fitted = {k: v for k, v in runtime.config.items() if base.config.get(k) != v}
-        config.update(fitted)
-        if "id2label" in fitted:
-            config.pop("num_labels", None)
-            if not result.adapter.labels:
-                warnings.append(
-                    "the adapter carries no label names: config.json calls them LABEL_0 to "
-                    f"LABEL_{len(fitted['id2label']) - 1}, in the order of training"
-                )
+        labels = adopt_heads(config, runtime, base.config).get("id2label")
+        if labels is not None and not result.adapter.labels:
+            warnings.append(
+                "the adapter carries no label names: config.json calls them LABEL_0 to "
+                f"LABEL_{len(labels) - 1}, in the order of training"
+            )
         brings_head = any(runtime.stored.get(name) is None for name in result.extras)
         if brings_head and config.get("architectures") != [runtime.class_name]:
             config["architectures"] = [runtime.class_name]
@@ -64,6 +62,17 @@ def edit_config(
     ]
     edits += [f"{key}: removed" for key in base.config if key not in config]
     return (config if edits else None), edits
+
+
+def adopt_heads(
+    config: dict[str, Any], runtime: RuntimeModel, base_config: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Put into `config` what the heads and embeddings of an adapter change in `base_config`; returns that."""
+    adopted = {key: value for key, value in runtime.config.items() if base_config.get(key) != value}
+    config.update(adopted)
+    if "id2label" in adopted:
+        config.pop("num_labels", None)
+    return adopted
 
 
 def output_class(resolutions: Sequence[Resolution]) -> str | None:

@@ -27,7 +27,7 @@ from ia3_export.quantization import (
 from ia3_export.quantization.activations import cache_tensors
 from ia3_export.quantization.packed import READER_ERRORS, Packed
 from ia3_export.quantization.settings import check_expressions, read_settings
-from ia3_export.words import STORED_NAMES
+from ia3_export.words import STORED_NAMES, torch_name
 
 Finder = Callable[[Mapping[str, StoredTensor], Mapping[str, Any]], Iterator[Packed]]
 
@@ -176,7 +176,7 @@ def _compute_dtype(base: Checkpoint) -> str:
     config = base.config or {}
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in ("dtype", "torch_dtype"):
-            name = str(part.get(key, "")).removeprefix("torch.")
+            name = torch_name(part.get(key, ""))
             if name in STORED_NAMES:
                 return STORED_NAMES[name]
     return base.main_dtype

@@ -20,7 +20,7 @@ import numpy as np
 
 from ia3_export.checkpoint import ranges
 from ia3_export.checkpoint.header import StoredTensor
-from ia3_export.errors import DamagedFile, NotFinite
+from ia3_export.errors import NotFinite
 from ia3_export.fold import FLOAT_DTYPES, Workspace, check_block, count_zeros, fold_block, storage_dtype
 from ia3_export.planning.changes import Change
 from ia3_export.writing.layout import OutputFile
@@ -128,12 +128,6 @@ def write_outputs(
     ]
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def content_hash(dtype: str, shape: Sequence[int]) -> Any:
     """A SHA-256 to be fed a tensor's bytes; dtype and shape go first, as in ``BF16[1024,64]``."""
     return hashlib.sha256(f"{dtype}[{','.join(map(str, shape))}]".encode())
@@ -179,26 +173,16 @@ def _work(
         for job in queue.jobs(lambda: meter.stopped):
             if isinstance(job, Path):
                 assert sha256 is not None
-                sha256[job] = hash_file(job)
+                sha256[job] = ranges.hash_file(job)
                 continue
             for item in job.items:
                 targets = [descriptor(sink.path, "r+b") for sink in item.sinks]
                 source = descriptor(item.tensor.file, "rb") if item.tensor.in_file else -1
-                try:
+                with ranges.reading(item.tensor.file, item.tensor.name):
                     if item.is_copy:
                         _copy(item, source, targets, meter, work)
                     else:
                         _transform(item, source, targets, sha256 is not None, results, meter, work)
-                except EOFError:
-                    raise DamagedFile(
-                        f"{item.tensor.file} became shorter while it was read, at tensor {item.tensor.name}",
-                        hint="something else writes to the inputs; run again when it is done",
-                    ) from None
-                except ranges.ReadError as error:
-                    raise DamagedFile(
-                        f"{item.tensor.file} cannot be read at tensor {item.tensor.name}: {error}",
-                        hint="check the disk that the input is on, or fetch the file again",
-                    ) from error
 
 
 def _copy(item: Item, source: int, targets: Sequence[int], meter: _Meter, work: Workspace) -> None:

@@ -16,16 +16,15 @@ from typing import Any
 
 from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.hub import Location
-from ia3_export.checkpoint.ranges import worker_count
-from ia3_export.checkpoint.record import MANIFEST, Folded
+from ia3_export.checkpoint.manifest import Folded
+from ia3_export.checkpoint.ranges import hash_file, worker_count
 from ia3_export.ordering import natural
 from ia3_export.planning.plan import Plan
 from ia3_export.words import Digests
-from ia3_export.writing.execute import TensorResult, Written, hash_file
+from ia3_export.writing.execute import TensorResult, Written
 from ia3_export.writing.wording import describe_change, describe_fold
 
 SCHEMA = "ia3-export/manifest/1"
-NAME = MANIFEST
 
 
 @dataclass(frozen=True, slots=True)

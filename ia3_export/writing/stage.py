@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 
-from ia3_export.checkpoint.record import MANIFEST, read_record
+from ia3_export.checkpoint.manifest import MANIFEST, read_record
 from ia3_export.errors import IA3ExportError, InputError, OutputError, Refused
 
 _SCRATCH = "ia3-export-"

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ia3_export.checkpoint.folder import read_config
-from ia3_export.checkpoint.record import MANIFEST
+from ia3_export.checkpoint.manifest import MANIFEST
 from ia3_export.errors import DamagedFile, NotFound, Refused, first_line
 from ia3_export.onnx.exported import plain_stem
 from ia3_export.onnx.quantize import SHAPING
+from ia3_export.words import TORCH_NAMES
 
 #: ONNX's floating element types, by their names in safetensors.
 FLOATS = {"FLOAT": "F32", "FLOAT16": "F16", "DOUBLE": "F64", "BFLOAT16": "BF16"}
@@ -180,7 +181,7 @@ def _precision(model: Any, initializers: Mapping[str, Any]) -> str:
     for tensor in used:
         sizes[tensor.dtype.name] += tensor.nbytes if tensor.dtype.name in FLOATS else 0
     kind = sizes.most_common(1)[0][0] if sizes else "FLOAT"
-    return {"FLOAT16": "float16", "BFLOAT16": "bfloat16", "DOUBLE": "float64"}.get(kind, "float32")
+    return TORCH_NAMES[FLOATS.get(kind, "F32")]
 
 
 def _reachable(model: Any) -> tuple[list[Any], set[str]]:

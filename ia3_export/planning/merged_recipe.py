@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ia3_export.checkpoint.record import read_record
+from ia3_export.checkpoint.manifest import read_record
 from ia3_export.errors import IA3ExportError, Refused
 from ia3_export.planning.recipe import DEFAULT_RECIPE, Recipe
 from ia3_export.quantization.base import Base
