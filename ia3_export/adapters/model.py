@@ -130,8 +130,8 @@ class Adapter:
     Module paths and the names of `extras` are those of the model that was trained, without PEFT's prefix.
     PEFT has one vector a module; where a format has two, `sites` holds the second under `second_key`. `files`
     lie in `folder`. `labels` are the names of a classification head's labels, where the format keeps them,
-    `unplaced` names extras that no class of transformers has for the `unplaced_reason`, and `warnings` is what
-    its reader noticed. With `vectors_only` its extras were left out on purpose.
+    `unplaced` names extras that no class of transformers has (`unplaced_reason` says why), and `warnings` is
+    what its reader noticed. With `vectors_only` its extras were left out on purpose.
     """
 
     name: str

@@ -102,10 +102,10 @@ def _recorded(source: Source, config: Mapping[str, Any]) -> tuple[tuple[str, ...
         return (), config
     labels = manifest.get("labels")
     named = isinstance(labels, list) and all(isinstance(name, str) for name in labels)
-    kept = {key: True for key in ("names_checked",) if manifest.get(key) is True}
+    added = {key: True for key in ("names_checked",) if manifest.get(key) is True}
     if isinstance(manifest.get("problem_type"), str):
-        kept["problem_type"] = manifest["problem_type"]
-    return tuple(labels) if named and labels else (), {**config, **kept}
+        added["problem_type"] = manifest["problem_type"]
+    return tuple(labels) if named and labels else (), {**config, **added}
 
 
 def _sort_keys(

@@ -15,7 +15,7 @@ from ia3_export.checkpoint.hub import Location, locate
 from ia3_export.checkpoint.manifest import Folded, read_folded
 from ia3_export.checkpoint.ranges import link_or_copy
 from ia3_export.checkpoint.side_files import matches
-from ia3_export.checkpoint.wrapped import unwrap
+from ia3_export.checkpoint.wrapped import without_wrappers
 from ia3_export.errors import DamagedFile, NotFound, Refused, Unsupported
 from ia3_export.fold import FLOAT_DTYPES
 
@@ -124,7 +124,7 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
         return _read_folder(location)
     if location.path.suffix == ".gguf":
         return _read_gguf(location, location.path, (), ())
-    shards, of_adapter = unwrap([_read_shard(location.path, location.path.name)])
+    shards, of_adapter = without_wrappers([_read_shard(location.path, location.path.name)])
     folded = read_folded(location.path.parent, location.path.name)
     return Checkpoint(
         location=location,
@@ -191,7 +191,7 @@ def _read_folder(location: Location) -> Checkpoint:
     shards = tuple(_read_shard(folder / name, name) for name in names)
     if index is not None:
         _check_index(folder / layout, index, shards)
-    shards, of_adapter = unwrap(shards)
+    shards, of_adapter = without_wrappers(shards)
     tensors = _by_name(shards)
     config = read_config(folder / "config.json") if (folder / "config.json").exists() else None
     side_files, left_out = _side_files(folder, {layout, *names})

@@ -20,9 +20,9 @@ from typing import Any
 
 from ia3_export.checkpoint.gguf_models import (
     Architecture,
+    config_of_metadata,
     find_architecture,
     hugging_face_name,
-    make_config,
 )
 from ia3_export.checkpoint.header import MAX_HEADER, Shard, StoredTensor, count_elements, damaged
 from ia3_export.errors import DamagedFile, NotFound, Unsupported
@@ -119,7 +119,7 @@ def read_gguf(path: Path, name: str | None = None) -> tuple[Shard, dict[str, Any
         for name, record in zip(names, header.records, strict=True)
         if record.type not in _DTYPES
     }
-    return shard, make_config(path, header.values, known, shapes, types)
+    return shard, config_of_metadata(path, header.values, known, shapes, types)
 
 
 def write_prefix(

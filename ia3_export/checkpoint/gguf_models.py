@@ -122,7 +122,7 @@ def hugging_face_name(name: str, known: Architecture) -> str | None:
     return f"model.layers.{match[1]}.{part}.{match[3]}" if match and part else None
 
 
-def make_config(
+def config_of_metadata(
     path: Path,
     values: Mapping[str, Any],
     known: Architecture,

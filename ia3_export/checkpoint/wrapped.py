@@ -28,7 +28,7 @@ _WRAPPED = re.compile(
 _OF_ADAPTER = re.compile(r"\.ia3_l(\.|$)|\.modules_to_save\.")
 
 
-def unwrap(shards: Sequence[Shard]) -> tuple[tuple[Shard, ...], tuple[str, ...] | None]:
+def without_wrappers(shards: Sequence[Shard]) -> tuple[tuple[Shard, ...], tuple[str, ...] | None]:
     """`shards` under the names of the model itself, and the names of the adapter's tensors, left out.
 
     None for a base that is not wrapped (by ``tuners_utils.BaseTunerLayer`` or

@@ -54,16 +54,16 @@ def is_companion(name: str) -> bool:
 
 
 def choose_companions(
-    base: Checkpoint, adapters: Sequence[Adapter], choice: TokenizerChoice, config: Mapping[str, Any] | None
+    stored: Checkpoint, adapters: Sequence[Adapter], choice: TokenizerChoice, config: Mapping[str, Any] | None
 ) -> Companions:
     """Decide whose files the output gets; `config` is its configuration.
 
     An adapter's token ids must lie in the output's embedding, and several adapters must agree; else the
     base's files stay, with a warning (``auto``) or a refusal (``adapter``).
     """
-    made = _Choice(base, choice, config)
+    made = _Choice(stored, choice, config)
     sides = [side for adapter in adapters if (side := _beside(adapter)) is not None]
-    if choice == "auto" and base.is_gguf:
+    if choice == "auto" and stored.is_gguf:
         made.warnings += [
             (
                 f"the tokenizer and chat template beside {side.adapter} are not written into the GGUF "
@@ -72,11 +72,11 @@ def choose_companions(
             for side in sides
             if side.of(TOKENIZERS)
         ]
-    if choice == "base" or not base.location.path.is_dir() or base.is_gguf:
+    if choice == "base" or not stored.location.path.is_dir() or stored.is_gguf:
         if choice == "adapter":
             made.problems.append(
                 Refused(
-                    f"{base.location.given} has its tokenizer and settings in no files of their own, so "
+                    f"{stored.location.given} has its tokenizer and settings in no files of their own, so "
                     "none of an adapter take their place",
                     hint="leave --tokenizer adapter out",
                 )
@@ -159,10 +159,10 @@ def _beside(adapter: Adapter) -> _Side | None:
 class _Choice:
     """Files and reasons, while they are gathered."""
 
-    def __init__(self, base: Checkpoint, choice: TokenizerChoice, config: Mapping[str, Any] | None) -> None:
-        self.base, self.choice, self.config = base, choice, config or {}
+    def __init__(self, stored: Checkpoint, choice: TokenizerChoice, config: Mapping[str, Any] | None) -> None:
+        self.stored, self.choice, self.config = stored, choice, config or {}
         self.rows = _vocabulary_size(self.config)
-        self.files = {name: base.folder / name for name in base.side_files}
+        self.files = {name: stored.folder / name for name in stored.side_files}
         self.taken: dict[str, str] = {}
         self.warnings: list[str] = []
         self.problems: list[IA3ExportError] = []
@@ -286,7 +286,7 @@ class _Choice:
 
     def _of_base(self, names: Sequence[str], read: Callable[[Path, Sequence[str]], T]) -> T | None:
         with suppress(OSError, ValueError, RecursionError):
-            return read(self.base.folder, names)
+            return read(self.stored.folder, names)
         return None
 
     def _read(

@@ -13,7 +13,7 @@ from ia3_export.planning.placement import Resolution
 
 def edit_config(
     resolutions: Sequence[Resolution],
-    base: Checkpoint,
+    stored: Checkpoint,
     dtype: str,
     adjusted: Mapping[str, Any] | None,
     warnings: list[str],
@@ -24,14 +24,14 @@ def edit_config(
     model; `adjusted` is the configuration to start from (other quantization settings, or none). What a user
     should know is added to `warnings`.
     """
-    if base.config is None or adjusted is None:
+    if stored.config is None or adjusted is None:
         return None, []
     config = dict(adjusted)
     for result in resolutions:
         runtime = result.runtime
         if runtime is None:
             continue
-        labels = adopt_heads(config, runtime, base.config).get("id2label")
+        labels = adopt_heads(config, runtime, stored.config).get("id2label")
         if labels is not None and not result.adapter.labels:
             warnings.append(
                 "the adapter carries no label names: config.json calls them LABEL_0 to "
@@ -41,7 +41,7 @@ def edit_config(
         if brings_head and config.get("architectures") != [runtime.class_name]:
             config["architectures"] = [runtime.class_name]
         if result.untied:
-            if can_untie(result, base):
+            if can_untie(result, stored):
                 config = _untie(config)
             else:
                 warnings.append(
@@ -56,11 +56,11 @@ def edit_config(
         if "dtype" not in config and "torch_dtype" not in config:
             config["dtype"] = dtype
     edits = [
-        f"{key}: {_shown(base.config.get(key, 'absent'))} -> {_shown(value)}"
+        f"{key}: {_shown(stored.config.get(key, 'absent'))} -> {_shown(value)}"
         for key, value in config.items()
-        if base.config.get(key, ...) != value
+        if stored.config.get(key, ...) != value
     ]
-    edits += [f"{key}: removed" for key in base.config if key not in config]
+    edits += [f"{key}: removed" for key in stored.config if key not in config]
     return (config if edits else None), edits
 
 
@@ -125,11 +125,11 @@ def check_vocabulary(
     return found
 
 
-def can_untie(result: Resolution, base: Checkpoint) -> bool:
+def can_untie(result: Resolution, stored: Checkpoint) -> bool:
     """Whether ``tie_word_embeddings`` may be set to false without changing anything else."""
     from ia3_export.models.model_class import same_but_untied
 
-    config = result.runtime.config if result.runtime is not None else base.config or {}
+    config = result.runtime.config if result.runtime is not None else stored.config or {}
     return same_but_untied(config, _untie(config))
 
 

@@ -20,7 +20,7 @@ from ia3_export.adapters.model import Fold
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.fold import Array, Layout, Scale, make_scale
 from ia3_export.planning.changes import Change, How
-from ia3_export.quantization.activations import cache_scales, grow, input_scales, largest, off_center
+from ia3_export.quantization.activations import cache_scales, grow, input_scales, largest_factor, off_center
 from ia3_export.quantization.base import Base
 from ia3_export.quantization.detection import Quantization
 from ia3_export.quantization.feed_forward import (
@@ -283,7 +283,7 @@ def _move(weight: WeightFolds, vector: Array, context: _Context, placed: _Placed
         raise CannotKeep(f"the vector cannot move: {turned}")
     if f"{feeder.module}.bias" in shapes:
         others.append((f"{feeder.module}.bias", Scale(_single(whole), 1)))
-    factor = largest(vector)
+    factor = largest_factor(vector)
     static = [name for name, fed in context.cache_scales.items() if fed == feeder.module]
     others += [(name, uniform(grow(name, factor))) for name in (*static, *input_scales(packed))]
     for name, scale in others:

@@ -20,7 +20,7 @@ _PIPELINES = {
     "ForCausalLM": "text-generation",
     "ForImageClassification": "image-classification",
 }
-_KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
+_CARRIED_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
 _FENCE = "---"
 #: Characters of a card that are read. The longest front matters, with results of benchmarks in them, have
 #: some 300,000.
@@ -35,8 +35,8 @@ def make_card(plan: Plan) -> str:
     import yaml
 
     base_card = plan.base.stored.folder / "README.md"
-    kept = _read_front_matter(base_card) if "README.md" in plan.base.stored.side_files else {}
-    front: dict[str, Any] = {key: kept[key] for key in _KEPT if key in kept}
+    base_front = _read_front_matter(base_card) if "README.md" in plan.base.stored.side_files else {}
+    front: dict[str, Any] = {key: base_front[key] for key in _CARRIED_OVER if key in base_front}
     stated = plan.base.stored.config or {}
     if plan.config is not None and plan.config.get("architectures") != stated.get("architectures"):
         # the head is another one, so the base's pipeline and library are no longer the model's

@@ -132,7 +132,7 @@ def fit_class(base: Checkpoint, adapters: Sequence[Adapter]) -> FittedClass:
     class_name, config, brought = "", dict(base.config), dict[str, StoredTensor]()
     for given in adapters:
         runtime = load_runtime_model(base.config, given, base.tensors)
-        adapter = in_class_names(given, runtime.rules)
+        adapter = in_class_names(given, runtime.loading)
         adopt_heads(config, runtime, base.config)
         if not class_name or any(name not in runtime.stored for name in adapter.extras):
             class_name = runtime.class_name
