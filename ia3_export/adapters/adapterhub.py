@@ -15,7 +15,8 @@ from typing import Any
 
 from ia3_export.adapters.adapterhub_heads import Head, read_head
 from ia3_export.adapters.model import Adapter, Site, TargetRules, same_in_every_layer
-from ia3_export.adapters.source import Source, add_site, make_site, over_fused, unwrapped
+from ia3_export.adapters.sites import add_site, make_site, over_fused, unwrapped
+from ia3_export.adapters.source import Source
 from ia3_export.errors import DamagedFile, Refused, Unsupported
 
 _VECTOR = re.compile(r"(?P<module>.+)\.loras\.(?P<name>[^.]+)\.lora_B")

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ia3_export.adapters.source import Source, read_weights, unwrapped
+from ia3_export.adapters.sites import unwrapped
+from ia3_export.adapters.source import Source, read_weights
 from ia3_export.checkpoint.folder import read_config
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import DamagedFile, NotFound

@@ -25,7 +25,8 @@ from ia3_export.adapters.model import (
     inside,
     same_in_every_layer,
 )
-from ia3_export.adapters.source import Source, make_site, unwrapped_key
+from ia3_export.adapters.sites import make_site, unwrapped_key
+from ia3_export.adapters.source import Source
 from ia3_export.checkpoint.folder import read_config
 from ia3_export.checkpoint.header import Shard, StoredTensor, same_bytes
 from ia3_export.checkpoint.manifest import MANIFEST

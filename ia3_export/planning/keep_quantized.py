@@ -28,8 +28,8 @@ from ia3_export.quantization.feed_forward import (
     activation_of,
     find_feeder,
     move_vector,
-    self_check,
 )
+from ia3_export.quantization.feed_forward_check import self_check
 from ia3_export.quantization.packed import (
     ROUNDING,
     BlockScales,

@@ -199,15 +199,14 @@ def _reaching(
     siblings = [name for name in outputs if name != module and name.rpartition(".")[0] == parent]
     for name in dict.fromkeys((*siblings, *(feeder for feeder in ways if feeder in outputs))):
         factors, leaf = outputs[name].factors, name.rpartition(".")[2]
-        kind, _, place = ways.get(name, "").partition(":")
-        if kind in ("gated", "value") or (not ways and leaf in _VALUES):
+        way = ways.get(name)
+        if (way is not None and way.kind in ("gated", "value")) or (not ways and leaf in _VALUES):
             yield name, factors, ""  # of a fused projection of unequal parts all rows
-        elif kind == "fused":
-            number, parts = map(int, place.split("/"))
-            split = np.array_split(factors, parts)
-            others = split[: number - 1] + split[number:]
-            yield name, split[number - 1], "" if all((part == 1).all() for part in others) else _behind(name)
-        elif kind and activation_of(module, config) == "relu" and (factors > 0).all():
+        elif way is not None and way.kind == "fused":
+            parts = np.array_split(factors, way.parts)
+            own = parts.pop(way.number - 1)
+            yield name, own, "" if all((part == 1).all() for part in parts) else _behind(name)
+        elif way is not None and activation_of(module, config) == "relu" and (factors > 0).all():
             yield name, factors, ""
         elif leaf not in (*_QUERIES_AND_KEYS, *_BEFORE_NORM):
             yield name, factors, _behind(name)
