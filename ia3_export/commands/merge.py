@@ -18,7 +18,7 @@ from ia3_export.errors import CheckFailed, OutputError, UsageError
 from ia3_export.planning.plan import Plan, make_plan
 from ia3_export.planning.recipe import DEFAULT_RECIPE, Recipe
 from ia3_export.quantization.base import read_base
-from ia3_export.quantization.settings import SIDE_FILES
+from ia3_export.quantization.config import SIDE_FILES
 from ia3_export.writing.card import BASE_CARD, make_card
 from ia3_export.writing.execute import Progress, write_outputs
 from ia3_export.writing.layout import INDEX, OutputFile, lay_out, make_index

@@ -33,7 +33,7 @@ from ia3_export.planning.quantized_settings import adjust_settings
 from ia3_export.planning.recipe import Recipe
 from ia3_export.planning.resolve import resolve
 from ia3_export.quantization.base import Base
-from ia3_export.quantization.settings import without_settings
+from ia3_export.quantization.config import without_settings
 from ia3_export.words import TORCH_NAMES, Combine
 
 

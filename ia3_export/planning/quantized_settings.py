@@ -9,7 +9,7 @@ from ia3_export.errors import Refused
 from ia3_export.planning.changes import Change
 from ia3_export.planning.keep_quantized import Kept
 from ia3_export.quantization.base import Base
-from ia3_export.quantization.settings import (
+from ia3_export.quantization.config import (
     ONLY_BLOCKS,
     CannotExclude,
     Mixture,

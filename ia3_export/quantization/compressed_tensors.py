@@ -24,6 +24,7 @@ from ia3_export.quantization.codes import (
     unpack,
     unpack_padded,
 )
+from ia3_export.quantization.config import schemes
 from ia3_export.quantization.packed import (
     BY_ROW,
     SCALE_DTYPES,
@@ -38,7 +39,6 @@ from ia3_export.quantization.packed import (
     read_flat,
     read_rows,
 )
-from ia3_export.quantization.settings import schemes
 
 METHOD = "compressed-tensors"
 _LEAVES = ("weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale",

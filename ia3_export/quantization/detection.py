@@ -25,8 +25,8 @@ from ia3_export.quantization import (
     quanto,
 )
 from ia3_export.quantization.activations import cache_tensors
+from ia3_export.quantization.config import check_expressions, read_settings
 from ia3_export.quantization.packed import READER_ERRORS, Packed
-from ia3_export.quantization.settings import check_expressions, read_settings
 from ia3_export.words import STORED_NAMES, torch_name
 
 Finder = Callable[[Mapping[str, StoredTensor], Mapping[str, Any]], Iterator[Packed]]

@@ -13,8 +13,8 @@ import numpy as np
 from ia3_export.checkpoint.header import StoredTensor, tensor_bytes, write_header
 from ia3_export.fold import FLOAT_DTYPES
 from ia3_export.quantization.base import Base
+from ia3_export.quantization.config import SIDE_FILES, without_settings
 from ia3_export.quantization.packed import read_flat
-from ia3_export.quantization.settings import SIDE_FILES, without_settings
 from ia3_export.writing.stage import copy_file
 
 #: Elements that are in memory at a time.
