@@ -106,7 +106,7 @@ def _check_method(source: Source, settings: Mapping[str, Any]) -> None:
 
 
 def _factor(source: Source, settings: Mapping[str, Any]) -> float:
-    """What multiplies every vector.
+    """The number by which every vector is multiplied, ``alpha``.
 
     Versions 1.0.x divided ``alpha`` by ``r`` here (1.1 reads their files as alpha = r).
     """

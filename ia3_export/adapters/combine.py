@@ -50,7 +50,7 @@ def combine_vectors(
 
 
 def linear_warnings(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[str]:
-    """What PEFT's sum does without a word.
+    """Warnings of what PEFT's sum does without a word.
 
     It scales everything where the weights do not sum to one, and a vector that an adapter has not got counts
     as zeros, not as ones.

@@ -78,7 +78,7 @@ def _saved(name: str, module: str, wrapper: str = "") -> str:
 
 
 def _refuse_collisions(adapter: Adapter, name: str, modules: Collection[str]) -> None:
-    """Two modules with the same path after the removal.
+    """Raise `Refused` for two modules that have the same path after the removal.
 
     The file holds the vector of one of them, nobody knows of which.
     """

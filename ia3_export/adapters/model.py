@@ -48,11 +48,10 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """A vector folded into a tensor.
+    """A vector folded into a tensor: whose, of which module, and on which side.
 
-    Whose (``0.7 a + 0.3 b`` where several are combined), of which module, and on which side.
-
-    Without a `direction` it stands for the vectors of all experts in the fused parameter `module`.
+    `adapter` is ``0.7 a + 0.3 b`` where several are combined. Without a `direction` it stands for the vectors
+    of all experts in the fused parameter `module`.
     """
 
     adapter: str
@@ -162,10 +161,7 @@ class Adapter:
 
     @property
     def copied(self) -> tuple[str, ...]:
-        """Ends of the paths of modules that PEFT trains a copy of.
-
-        ``modules_to_save``, and the heads of the task.
-        """
+        """Ends of the paths of modules that PEFT copies: ``modules_to_save``, and the heads of the task."""
         if self.vectors_only:
             return ()
         heads = _TASK_HEADS.get(self.task_type or "", ()) if self.format == "peft" else ()

@@ -159,7 +159,7 @@ def _sort_keys(
 
 
 def _vector_key(shard: Shard, adapter: str) -> re.Pattern[str]:
-    """Keys of vectors.
+    """An expression for the keys of vectors in `shard`, as the PEFT that wrote them named them.
 
     Of an adapter called ``ia3``, whatever its folder is called now, PEFT below 0.18 left ``_l``
     of ``.ia3_l``.
@@ -204,7 +204,7 @@ def _add(table: dict[str, StoredTensor], name: str, tensor: StoredTensor) -> Non
 def _choose_adapter(
     shard: Shard, by_adapter: Mapping[str, dict[str, StoredTensor]], own: str, warnings: list[str]
 ) -> dict[str, StoredTensor]:
-    """The adapter's own vectors.
+    """Choose the adapter's own vectors among those of several adapters in one file.
 
     Those without any adapter's name, else those of its `own`, or of the only name there is.
 
@@ -271,7 +271,7 @@ def _read_pattern(config_file: Path, config: Mapping[str, Any], key: str) -> Pat
 
 
 def _by_shape(config_file: Path, vectors: Mapping[str, StoredTensor]) -> Pattern:
-    """Modules whose vector is (1, n).
+    """The modules whose vector is (1, n), which scales their input.
 
     Raises `Refused` where a shape is the same either way (convolutions).
     """

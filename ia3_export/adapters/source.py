@@ -26,7 +26,7 @@ _NAMES = ("adapter_model.safetensors", "adapter_model.bin", "adapter.safetensors
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Source:
-    """An adapter's files.
+    """An adapter's files as found: its configuration, its weights, and what it is called.
 
     `config` is its ``adapter_config.json``, empty where there is none (`config_file` is None then).
 

@@ -22,9 +22,9 @@ from ia3_export.fold import from_float
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConfigFacts:
-    """What ``adapter_config.json`` says beside the modules.
+    """The task, base, class and copied modules that ``adapter_config.json`` states beside those with vectors.
 
-    PEFT's task, the base's name, the transformers class, and the modules of which a copy is trained.
+    `class_name` is a class of transformers, `to_save` are the modules of which a copy is trained.
     """
 
     task_type: str | None = None
@@ -99,9 +99,9 @@ def _plain(pattern: Pattern) -> list[str] | str:
 
 
 def _feedforward(sites: Sequence[Site]) -> list[str] | str:
-    """The modules whose input is scaled.
+    """The modules whose input is scaled, as a list.
 
-    A list, or, where PEFT would find the end of another path in it, an expression.
+    An expression where PEFT would find the end of another path in a list.
     """
     inputs = [site.module for site in sites if site.direction == "in"]
     outputs = [site.module for site in sites if site.direction == "out"]

@@ -60,7 +60,7 @@ _LAYOUTS = (  # the order in which transformers looks for weights
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A base model's files.
+    """A base model's files: shards, tensors by name, configuration, and what lies beside them.
 
     `tensors` maps stored names to where their bytes lie, `folded` is what its manifest says they hold.
 
@@ -375,9 +375,9 @@ def _is_ia3(config_file: Path) -> bool:
 
 
 def adapterless(checkpoint: Checkpoint, place: Path) -> Path:
-    """The folder of `checkpoint` as transformers must see it.
+    """The folder of `checkpoint` as transformers must see it: without an adapter.
 
-    Itself, or, where an adapter lies in it, links to the rest in `place`.
+    The folder itself, or, where an adapter lies in it, links to the rest in `place`.
 
     transformers looks for ``adapter_config.json`` in every folder that it loads, and has no
     argument against it.

@@ -65,7 +65,7 @@ class _Record:
 
 @dataclass(frozen=True, slots=True)
 class _Header:
-    """A parsed header.
+    """A parsed header: metadata, and where records and data start.
 
     `values` are scalars, strings and short lists of integers, `records_at` is where the tensors start,
     `data_at` where their data does.
@@ -125,7 +125,7 @@ def read_gguf(path: Path, name: str | None = None) -> tuple[Shard, dict[str, Any
 def write_prefix(
     prefix: bytes, rows: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> tuple[bytes, dict[str, int], int]:
-    """`prefix` for tensors of other dtypes.
+    """The header `prefix` rewritten for tensors of other dtypes.
 
     `rows` gives dtype and shape of every tensor by name, in the order of the data.
 

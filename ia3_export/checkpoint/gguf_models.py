@@ -1,7 +1,4 @@
-"""What a GGUF file says of its model.
-
-The architectures of llama.cpp that are known, tensor names, ``config.json``.
-"""
+"""What a GGUF file says of its model: architecture of llama.cpp, names of tensors, ``config.json``."""
 
 from __future__ import annotations
 
@@ -184,10 +181,7 @@ def _rotary(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _gemma(config: Mapping[str, Any], values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    """What llama.cpp knows of Gemma without being told.
-
-    The scale of the attention, and the rotary embedding of local layers.
-    """
+    """What llama.cpp knows of Gemma without being told: attention's scale, local layers' rotary embedding."""
     heads, width = config.get("num_attention_heads"), config.get("hidden_size")
     if config.get("num_hidden_layers") == _WIDE_SCALE[prefix] and heads and width:
         yield "query_pre_attn_scalar", width // heads

@@ -1,7 +1,4 @@
-"""What the manifest in a folder says of it.
-
-Whose the folder is, and what was folded into its weights before.
-"""
+"""What the manifest in a folder says: whose the folder is, and what was folded into its weights before."""
 
 from __future__ import annotations
 

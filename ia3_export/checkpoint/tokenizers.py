@@ -40,7 +40,7 @@ _BOOKKEEPING = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokenizer:
-    """What tells two tokenizers apart.
+    """A tokenizer by all that tells two apart: tokens, merges, special tokens, chat templates.
 
     `ids` of the vocabulary (None where its form is not read), `added` tokens, `merges`, digests
     of `binary` vocabularies, `special` tokens by role, chat `templates` by name; `code`: whether

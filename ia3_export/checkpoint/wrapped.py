@@ -1,4 +1,4 @@
-"""Bases that were saved inside a wrapper.
+"""Bases that were saved inside a wrapper, read under the model's own names.
 
 ``q_proj.base_layer.weight`` of PEFT, with vectors and copied heads in the same file, and the names of
 torch.compile, FSDP and activation checkpoints.

@@ -1,7 +1,4 @@
-"""Whether an adapter meets the base that it was trained on.
-
-The name that it states, its quantization, and what it holds already.
-"""
+"""Whether an adapter meets its own base: by name, by quantization, and without its vectors in it already."""
 
 from __future__ import annotations
 

@@ -137,10 +137,7 @@ class _Side:
 
 
 def _beside(adapter: Adapter) -> _Side | None:
-    """The files in the adapter's folder, or in the one above that was given.
-
-    The latter of an adapter that PEFT saved under its name.
-    """
+    """The files in the adapter's folder, or in the one above where PEFT saved it under its name."""
     if not adapter.location.path.is_dir():
         return None
     above = Path(adapter.location.given).expanduser()
@@ -200,7 +197,7 @@ class _Choice:
         self._take(side, patterns, what, differences if own and patterns is TOKENIZERS else [])
 
     def take_generation(self, sides: Sequence[_Side]) -> None:
-        """The generation settings of the adapters.
+        """Take the generation settings of the adapters where they differ from the base's.
 
         A base without any has those that its configuration says.
         """
@@ -224,7 +221,7 @@ class _Choice:
         self._compare_config(theirs)
 
     def take_processors(self, sides: Sequence[_Side]) -> None:
-        """The processor settings of the adapters.
+        """Take the processor settings of the adapters where they differ from the base's.
 
         What only one version of transformers writes is no difference.
         """
@@ -307,9 +304,9 @@ class _Choice:
                 self._keep(f"the {what} beside {side.adapter} cannot be read ({first_line(error)})")
 
     def _agree(self, found: Sequence[tuple[_Side, Any, list[str]]], what: str) -> bool:
-        """Whether there is one to take.
+        """Whether there is something to take, and the adapters that bring it bring the same.
 
-        Adapters that bring some bring the same; says so where they do not.
+        Says so where they do not.
         """
         if not any(differences or self.choice == "adapter" for _, _, differences in found):
             return False

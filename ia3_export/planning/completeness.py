@@ -111,9 +111,9 @@ def _report(result: Resolution, message: str, hint: str, *, allowed: bool) -> No
 
 
 def check_lost(adapter: Adapter, checkpoint: Checkpoint, result: Resolution, *, allow_missing: bool) -> None:
-    """Modules that were trained whole (heads) and of which the file lacks a tensor.
+    """Modules that were trained whole (heads) and of which the file lacks a tensor: a problem, or a warning.
 
-    A problem, or with `allow_missing` a warning. What neither class nor base has does not count.
+    A warning with `allow_missing`. What neither class nor base has does not count.
     """
     if not adapter.copied and adapter.format != "adapterhub":
         return
@@ -175,10 +175,7 @@ def _check_lost(module: str, lost: list[str], count: int, result: Resolution, *,
 
 
 def heads_in_question(adapter: Adapter, checkpoint: Checkpoint) -> bool:
-    """Whether only the class knows of a module that was trained whole.
-
-    Neither base nor adapter holds one of that name.
-    """
+    """Whether a module was trained whole that neither base nor adapter holds, and only the class knows."""
     if not adapter.copied:
         return False
     modules = {name.rpartition(".")[0] for name in (*checkpoint.tensors, *adapter.extras)}
@@ -197,10 +194,7 @@ def _trained_whole(adapter: Adapter, entry: str) -> str | None:
 
 
 def _left_out_of_all_linear(adapter: Adapter, runtime: RuntimeModel) -> str | None:
-    """The output layer, which PEFT's ``all-linear`` spares.
-
-    The output embedding, or the head of a classifier.
-    """
+    """The output embedding or a classifier's head, which PEFT's ``all-linear`` spares."""
     if runtime.output_embedding is not None:
         return runtime.output_embedding.rpartition(".")[0]
     heads = ("score", "classifier") if adapter.task_type == "SEQ_CLS" else ()

@@ -99,7 +99,7 @@ def check_vocabulary(
     shapes: Mapping[str, tuple[int, ...]],
     base_config: Mapping[str, Any] | None,
 ) -> list[IA3ExportError]:
-    """With a resized vocabulary or other labels, hold the output against the class.
+    """The refusals of an output whose vocabulary or labels were resized so that the class does not fit.
 
     Every tensor of the output (its `shapes` by stored name) must have the size that the class then gives it.
     """

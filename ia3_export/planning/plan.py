@@ -1,4 +1,4 @@
-"""Adapters + checkpoint → Plan: one row a changed tensor.
+"""Adapters + Base → Plan: one `Change` a tensor.
 
 Every refusal is made here, nothing is decided later.
 """

@@ -41,9 +41,11 @@ from ia3_export.quantization.packed import (
 )
 
 METHOD = "compressed-tensors"
-_LEAVES = ("weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale",
-           "input_global_scale", "input_scale", "input_zero_point", "output_scale", "output_zero_point",
-           "weight_scale_2")  # fmt: skip
+_LEAVES = (
+    "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale",
+    "input_global_scale", "input_scale", "input_zero_point", "output_scale", "output_zero_point",
+    "weight_scale_2",
+)  # fmt: skip
 
 
 def find(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> Iterator[Packed]:

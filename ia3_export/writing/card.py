@@ -1,7 +1,4 @@
-"""The model card of a merged folder.
-
-``README.md`` with the Hub's metadata (model card specification of the Hub).
-"""
+"""The model card of a merged folder: ``README.md`` with metadata as the Hub specifies them."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ _READ = 1_000_000
 
 
 def make_card(plan: Plan) -> str:
-    """Markdown of the card.
+    """The card of a merge, in Markdown.
 
     ``base_model`` holds hub ids or is left out: a local path would be a broken link.
     """
@@ -101,7 +98,7 @@ def _quantization(plan: Plan) -> str:
     formats = ", ".join(f"{count} {name}" for name, count in plan.base.quantization.formats.items())
     if plan.dequantizes:
         return f"The base's quantized weights ({formats}) were dequantized. "
-    dense = sum(site.kind == "dense" for site in plan.outcomes)
+    dense = sum(outcome.kind == "dense" for outcome in plan.outcomes)
     return f"The base stays quantized ({formats}), the vectors are in its scales and no code was touched" + (
         f"; {dense} weights that could not take theirs became dense. " if dense else ". "
     )

@@ -22,9 +22,7 @@ _BLOCK = 1 << 21
 
 
 def write_dense(base: Base, folder: Path) -> Path:
-    """Write `base` into `folder` with every quantized weight in float32, exactly.
-
-    Other tensors and files as they are.
+    """Write `base` into `folder` with every quantized weight in float32, exactly, and all else as it is.
 
     Raises the reason why a weight cannot be read.
     """

@@ -265,7 +265,7 @@ class _State:
 
 
 def _block_elements(item: Item, itemsize: int) -> int:
-    """Elements per block.
+    """How many elements of a tensor are transformed at a time.
 
     Half a megabyte, in whole periods or rows of the scales so that they take the fast way; of a computed
     tensor more, in its units, since starting a block costs more there.

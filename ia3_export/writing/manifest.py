@@ -72,21 +72,27 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
 
 
 def describe_quantization(plan: Plan) -> dict[str, Any]:
-    """Formats of the base's quantized weights, what becomes of them, and site by site of kept ones."""
+    """Formats of the base's quantized weights, and of kept ones what became of each with vectors on it."""
     if not plan.base.is_quantized:
         return {}
     return {
         "formats": plan.base.quantization.formats,
         "method": plan.base.quantization.settings.get("quant_method"),
         "how": plan.recipe.quantized,
-        "sites": [{
-                "weight": site.weight, "format": site.format, "outcome": site.kind,
-                "tensors": list(site.tensors), "rounding": site.error, "reason": site.reason,
-                "folds": [describe_fold(fold) for fold in site.folds],
+        "sites": [
+            {
+                "weight": outcome.weight,
+                "format": outcome.format,
+                "outcome": outcome.kind,
+                "tensors": list(outcome.tensors),
+                "rounding": outcome.error,
+                "reason": outcome.reason,
+                "folds": [describe_fold(fold) for fold in outcome.folds],
             }
-            for site in plan.outcomes],
+            for outcome in plan.outcomes
+        ],
         "dropped": sorted(plan.dropped),
-    }  # fmt: skip
+    }
 
 
 def make_manifest(
