@@ -25,36 +25,16 @@ _READ = 1_000_000
 
 
 def make_card(plan: Plan) -> str:
-    """The card of a merge, in Markdown.
-
-    ``base_model`` holds hub ids or is left out: a local path would be a broken link.
-    """
+    """The card of a merge, in Markdown."""
     import yaml
 
-    base_card = plan.base.stored.folder / "README.md"
-    base_front = _read_front_matter(base_card) if "README.md" in plan.base.stored.side_files else {}
-    front: dict[str, Any] = {key: base_front[key] for key in _CARRIED_OVER if key in base_front}
-    stated = plan.base.stored.config or {}
-    if plan.config is not None and plan.config.get("architectures") != stated.get("architectures"):
-        # the head is another one, so the base's pipeline and library are no longer the model's
-        front.pop("library_name", None)
-        front.pop("pipeline_tag", None)
-        pipeline = next(
-            (tag for end, tag in _PIPELINES.items() if (plan.model_class or "").endswith(end)), None
-        )
-        front |= {"pipeline_tag": pipeline} if pipeline else {}
-    if not plan.base.stored.is_gguf:
-        front.setdefault("library_name", "transformers")
     base_id = _base_id(plan)
-    if base_id is not None:
-        front["base_model"] = [base_id]
-        front["base_model_relation"] = "merge"
-    front["tags"] = ["ia3", "merge"]
+    front = yaml.safe_dump(_front_matter(plan, base_id), sort_keys=False)
     location = plan.base.stored.location
     title = f"{location.name} + {' + '.join(a.name for a in plan.adapters)}"
     lines = [
         "---",
-        yaml.safe_dump(front, sort_keys=False).strip(),
+        front.strip(),
         "---",
         "",
         f"# {title}",
@@ -90,6 +70,33 @@ def make_card(plan: Plan) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _front_matter(plan: Plan, base_id: str | None) -> dict[str, Any]:
+    """The Hub's metadata of the merged model: the base's where they stay true, and what it is a merge of.
+
+    ``base_model`` holds hub ids or is left out: a local path would be a broken link.
+    """
+    stored = plan.base.stored
+    base_card = stored.folder / "README.md"
+    base_front = _read_front_matter(base_card) if "README.md" in stored.side_files else {}
+    front: dict[str, Any] = {key: base_front[key] for key in _CARRIED_OVER if key in base_front}
+    stated = stored.config or {}
+    if plan.config is not None and plan.config.get("architectures") != stated.get("architectures"):
+        # the head is another one, so the base's pipeline and library are no longer the model's
+        front.pop("library_name", None)
+        front.pop("pipeline_tag", None)
+        pipeline = next(
+            (tag for end, tag in _PIPELINES.items() if (plan.model_class or "").endswith(end)), None
+        )
+        front |= {"pipeline_tag": pipeline} if pipeline else {}
+    if not stored.is_gguf:
+        front.setdefault("library_name", "transformers")
+    if base_id is not None:
+        front["base_model"] = [base_id]
+        front["base_model_relation"] = "merge"
+    front["tags"] = ["ia3", "merge"]
+    return front
 
 
 def _quantization(plan: Plan) -> str:
