@@ -182,7 +182,7 @@ def _work(
                     if item.is_copy:
                         _copy(item, source, targets, meter, work)
                     else:
-                        _transform(item, source, targets, sha256 is not None, results, meter, work)
+                        _transform(item, source, targets, results, meter, work, digests=sha256 is not None)
 
 
 def _copy(item: Item, source: int, targets: Sequence[int], meter: _Meter, work: Workspace) -> None:
@@ -195,10 +195,11 @@ def _transform(
     item: Item,
     source: int,
     targets: Sequence[int],
-    digests: bool,
     results: Sequence[dict[str, TensorResult]],
     meter: _Meter,
     work: Workspace,
+    *,
+    digests: bool,
 ) -> None:
     """Read one tensor once, block by block, and write it, folded, to every sink."""
     tensor = item.tensor
@@ -206,12 +207,12 @@ def _transform(
     stored = storage_dtype(tensor.dtype) if floats else np.dtype("u1")
     count = tensor.nbytes // stored.itemsize
     step = _block_elements(item, stored.itemsize)
-    states = [_State(sink, digests) for sink in item.sinks]
+    states = [_State(sink, digests=digests) for sink in item.sinks]
     for first in range(0, count, step):
         length = min(step, count - first)
         raw = _read_block(tensor, source, first, length, stored, work)
         for target, state in zip(targets, states, strict=True):
-            state.write(target, raw, first, tensor.dtype, floats, work)
+            state.write(target, raw, first, tensor.dtype, work, floats=floats)
             meter.add(raw.nbytes)
     for state in states:
         if state.sink.change is not None:
@@ -238,12 +239,12 @@ def _read_block(
 class _State:
     """A changed tensor while it is written to one sink."""
 
-    def __init__(self, sink: Sink, digests: bool) -> None:
+    def __init__(self, sink: Sink, *, digests: bool) -> None:
         self.sink = sink
         self._hash = content_hash(sink.change.dtype, sink.change.shape) if digests and sink.change else None
         self._position, self._zeros, self._flushed = sink.position, 0, 0
 
-    def write(self, target: int, raw: Any, first: int, dtype: str, floats: bool, work: Workspace) -> None:
+    def write(self, target: int, raw: Any, first: int, dtype: str, work: Workspace, *, floats: bool) -> None:
         change = self.sink.change
         out = raw
         if change is not None and floats:
