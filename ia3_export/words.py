@@ -36,3 +36,8 @@ INTEGER_PRECISIONS = ("int8", "int4")
 TORCH_NAMES: Mapping[str, str] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 #: ... and the way back.
 STORED_NAMES: Mapping[str, str] = {torch: stored for stored, torch in TORCH_NAMES.items()}
+
+
+def torch_name(dtype: object) -> str:
+    """``float32`` of a torch dtype, or of its name in a configuration, with the module before it or not."""
+    return str(dtype).removeprefix("torch.")

@@ -36,7 +36,7 @@ READERS: Mapping[str, Format] = {
 
 
 def read_adapters(sources: Sequence[str | Path | Adapter], rules: Sequence[str] = ()) -> list[Adapter]:
-    """`read_adapter` of each.
+    """Read several adapters, each as `read_adapter` does.
 
     Raises `UsageError` when `rules` are given and every adapter is in a known format.
     """
@@ -62,9 +62,8 @@ def read_adapter(source: str | Path | Adapter, *, rules: Sequence[str] = ()) -> 
         return source
     files = open_source(source)
     found = next((known for known in READERS.values() if known.recognises(files)), None)
-    if rules and (
-        found is None or files.config_file is None
-    ):  # keys alone are a guess, which the user knows better
+    # keys alone are a guess, which the user knows better
+    if rules and (found is None or files.config_file is None):
         return _in_order(read_mapped(files, rules))
     if found is not None:
         return _in_order(found.read(files))

@@ -15,7 +15,8 @@ from typing import Any
 
 from ia3_export.adapters.adapterhub_heads import Head, read_head
 from ia3_export.adapters.model import Adapter, Site, TargetRules, same_in_every_layer
-from ia3_export.adapters.source import Source, add_site, make_site, over_fused, unwrapped
+from ia3_export.adapters.sites import add_site, make_site, over_fused, unwrapped
+from ia3_export.adapters.source import Source
 from ia3_export.errors import DamagedFile, Refused, Unsupported
 
 _VECTOR = re.compile(r"(?P<module>.+)\.loras\.(?P<name>[^.]+)\.lora_B")
@@ -74,6 +75,7 @@ def read_adapterhub(source: Source) -> Adapter:
         config=_as_config(source, head),
         labels=head.labels,
         unplaced=head.unplaced,
+        unplaced_reason=head.unplaced_reason,
         warnings=head.warnings,
     )
 
@@ -104,7 +106,7 @@ def _check_method(source: Source, settings: Mapping[str, Any]) -> None:
 
 
 def _factor(source: Source, settings: Mapping[str, Any]) -> float:
-    """What multiplies every vector.
+    """The number by which every vector is multiplied, ``alpha``.
 
     Versions 1.0.x divided ``alpha`` by ``r`` here (1.1 reads their files as alpha = r).
     """

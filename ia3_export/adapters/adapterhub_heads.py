@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ia3_export.adapters.source import Source, read_weights, unwrapped
+from ia3_export.adapters.sites import unwrapped
+from ia3_export.adapters.source import Source, read_weights
 from ia3_export.checkpoint.folder import read_config
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import DamagedFile, NotFound
@@ -41,6 +42,7 @@ class Head:
     problem_type: str | None = None
     labels: tuple[str, ...] = ()
     unplaced: frozenset[str] = frozenset()
+    unplaced_reason: str | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -164,12 +166,16 @@ def _flexible(found: Head, kind: str, settings: Mapping[str, Any], model_type: s
         or any((i, "weight") not in layers for i in places)
         or {i for i, _ in layers} != set(places)
     ):
-        warning = (
+        reason = (
             f"its head ({kind}, {settings.get('layers')} layers, {settings.get('activation_function')}) is "
             "one that no class of transformers computes"
         )
         return replace(
-            found, unplaced=frozenset(found.tensors), labels=(), warnings=(*found.warnings, warning)
+            found,
+            unplaced=frozenset(found.tensors),
+            unplaced_reason=reason,
+            labels=(),
+            warnings=(*found.warnings, reason),
         )
     tensors = {f"{places[index]}.{leaf}": tensor for (index, leaf), tensor in layers.items()}
     if kind == "seq2seq_lm" and model_type in ("bart", "mbart", "plbart"):

@@ -19,7 +19,7 @@ from ia3_export.words import Combine
 
 
 def combine_vectors(
-    vectors: Sequence[Array | None], weights: Sequence[float], how: Combine, stored: str
+    vectors: Sequence[Array | None], weights: Sequence[float], combine: Combine, stored: str
 ) -> Array:
     """One vector from those of several adapters for one module (None where an adapter has none).
 
@@ -30,13 +30,13 @@ def combine_vectors(
     """
     length = next(len(vector) for vector in vectors if vector is not None)
     dtype = np.dtype("<f8" if stored == "F64" else "<f4")
-    if how == "linear":
+    if combine == "linear":
         total: Array = np.zeros(length, dtype)
         for vector, weight in zip(vectors, weights, strict=True):
             if vector is not None:
                 total = round_vector(total + vector.astype(dtype) * dtype.type(weight), stored)
         return total
-    if how == "product":
+    if combine == "product":
         factors: Array = np.ones(length, "<f8")
         for vector in vectors:
             if vector is not None:
@@ -50,7 +50,7 @@ def combine_vectors(
 
 
 def linear_warnings(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[str]:
-    """What PEFT's sum does without a word.
+    """Warnings of what PEFT's sum does without a word.
 
     It scales everything where the weights do not sum to one, and a vector that an adapter has not got counts
     as zeros, not as ones.
@@ -73,7 +73,7 @@ def linear_warnings(adapters: Sequence[Adapter], weights: Sequence[float]) -> li
     return found
 
 
-def combine_sites(adapters: Sequence[Adapter], weights: Sequence[float], how: Combine) -> dict[str, Site]:
+def combine_sites(adapters: Sequence[Adapter], weights: Sequence[float], combine: Combine) -> dict[str, Site]:
     """The combined vector of every module, float32 (float64 where one of them is).
 
     Raises `Refused` when adapters scale different sides of a module, `ShapeMismatch`, and `NotFinite`.
@@ -98,7 +98,7 @@ def combine_sites(adapters: Sequence[Adapter], weights: Sequence[float], how: Co
         vectors = [adapter.sites[key].vector if key in adapter.sites else None for adapter in adapters]
         shape = max((site.shape for site in present), key=len)
         with np.errstate(over="ignore", invalid="ignore"):
-            vector = combine_vectors(vectors, weights, how, dtype)
+            vector = combine_vectors(vectors, weights, combine, dtype)
         if not np.isfinite(vector).all():
             raise NotFinite(
                 f"the combined vector of {first.module} does not fit {dtype} at element "

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 from ia3_export.adapters.model import Adapter
-from ia3_export.adapters.peft import PREFIX
+from ia3_export.checkpoint.wrapped import PEFT_PREFIX
 from ia3_export.errors import Refused
 
 #: What PEFT always saves of a classifier (``PeftModelForSequenceClassification``).
@@ -51,7 +51,7 @@ def restore_names(adapter: Adapter, modules: Collection[str]) -> Adapter | None:
     heads_of = {*modules, *adapter.rules.to_save, *_CLASSIFIERS}
     explanations: dict[str, dict[str, str]] = {}
     for name in _names(adapter, modules):
-        if any(f".{name}" in f"{PREFIX}{module}" for module in whole):
+        if any(f".{name}" in f"{PEFT_PREFIX}{module}" for module in whole):
             continue  # it would have been removed there as well
         found = _explain(name, vectors, free, "")
         for wrapper in (f".modules_to_save.{name}", f".{name}"):
@@ -62,7 +62,7 @@ def restore_names(adapter: Adapter, modules: Collection[str]) -> Adapter | None:
             _refuse_collisions(adapter, name, modules)
             return _renamed(adapter, name, found)
         # a level of the path that is gone everywhere is rather another class of the model, or another model
-        if name.isdigit() or not all(f".{name}." in f"{PREFIX}{found[lost]}." for lost in vectors):
+        if name.isdigit() or not all(f".{name}." in f"{PEFT_PREFIX}{found[lost]}." for lost in vectors):
             explanations[name] = found
     if not explanations or any(found != next(iter(explanations.values())) for found in explanations.values()):
         return None
@@ -73,12 +73,12 @@ def restore_names(adapter: Adapter, modules: Collection[str]) -> Adapter | None:
 
 def _saved(name: str, module: str, wrapper: str = "") -> str:
     """The path in the key under which PEFT saved `module` of an adapter called `name`."""
-    key = f"{PREFIX}{module}{wrapper}.".replace(f".{name}", "")
-    return key.removeprefix(PREFIX).removesuffix(".")
+    key = f"{PEFT_PREFIX}{module}{wrapper}.".replace(f".{name}", "")
+    return key.removeprefix(PEFT_PREFIX).removesuffix(".")
 
 
 def _refuse_collisions(adapter: Adapter, name: str, modules: Collection[str]) -> None:
-    """Two modules with the same path after the removal.
+    """Raise `Refused` for two modules that have the same path after the removal.
 
     The file holds the vector of one of them, nobody knows of which.
     """
@@ -99,7 +99,7 @@ def _explain(name: str, lost: Collection[str], modules: Collection[str], wrapper
     found: dict[str, list[str]] = {}
     for module in modules if lost else ():
         saved = _saved(name, module, wrapper)
-        if saved in lost and f".{name}" in f"{PREFIX}{module}":
+        if saved in lost and f".{name}" in f"{PEFT_PREFIX}{module}":
             found.setdefault(saved, []).append(module)
     return {saved: originals[0] for saved, originals in found.items() if len(originals) == 1}
 

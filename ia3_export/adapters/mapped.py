@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 
 from ia3_export.adapters.model import Adapter, Site, TargetRules, same_in_every_layer
-from ia3_export.adapters.source import Source, add_site, make_site
+from ia3_export.adapters.sites import add_site, make_site
+from ia3_export.adapters.source import Source
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import DamagedFile, UnusedVector, UsageError
 from ia3_export.expressions import Matcher, check_expression

@@ -48,11 +48,10 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """A vector folded into a tensor.
+    """A vector folded into a tensor: whose, of which module, and on which side.
 
-    Whose (``0.7 a + 0.3 b`` where several are combined), of which module, and on which side.
-
-    Without a `direction` it stands for the vectors of all experts in the fused parameter `module`.
+    `adapter` is ``0.7 a + 0.3 b`` where several are combined. Without a `direction` it stands for the vectors
+    of all experts in the fused parameter `module`.
     """
 
     adapter: str
@@ -130,8 +129,8 @@ class Adapter:
     Module paths and the names of `extras` are those of the model that was trained, without PEFT's prefix.
     PEFT has one vector a module; where a format has two, `sites` holds the second under `second_key`. `files`
     lie in `folder`. `labels` are the names of a classification head's labels, where the format keeps them,
-    `unplaced` names extras that no class of transformers has, and `warnings` is what its reader noticed. With
-    `vectors_only` its extras were left out on purpose.
+    `unplaced` names extras that no class of transformers has (`unplaced_reason` says why), and `warnings` is
+    what its reader noticed. With `vectors_only` its extras were left out on purpose.
     """
 
     name: str
@@ -144,6 +143,7 @@ class Adapter:
     config: Mapping[str, Any]
     labels: tuple[str, ...] = ()
     unplaced: frozenset[str] = frozenset()
+    unplaced_reason: str | None = None
     warnings: tuple[str, ...] = ()
     vectors_only: bool = False
 
@@ -161,10 +161,7 @@ class Adapter:
 
     @property
     def copied(self) -> tuple[str, ...]:
-        """Ends of the paths of modules that PEFT trains a copy of.
-
-        ``modules_to_save``, and the heads of the task.
-        """
+        """Ends of the paths of modules that PEFT copies: ``modules_to_save``, and the heads of the task."""
         if self.vectors_only:
             return ()
         heads = _TASK_HEADS.get(self.task_type or "", ()) if self.format == "peft" else ()

@@ -25,15 +25,16 @@ from ia3_export.adapters.model import (
     inside,
     same_in_every_layer,
 )
-from ia3_export.adapters.source import Source, make_site, unwrapped_key
+from ia3_export.adapters.sites import make_site, unwrapped_key
+from ia3_export.adapters.source import Source
 from ia3_export.checkpoint.folder import read_config
 from ia3_export.checkpoint.header import Shard, StoredTensor, same_bytes
-from ia3_export.checkpoint.record import MANIFEST
+from ia3_export.checkpoint.manifest import MANIFEST
+from ia3_export.checkpoint.wrapped import PEFT_PREFIX
 from ia3_export.errors import DamagedFile, NotFound, Refused, ShapeMismatch, Unsupported, UnusedVector
 from ia3_export.expressions import Matcher, check_expression
 from ia3_export.fold import Direction
 
-PREFIX = "base_model.model."
 _VECTOR = ".ia3_l"
 _OTHER_METHODS = re.compile(
     r"\.(lora_[A-Za-z_]+|hada_\w+|lokr_\w+|oft_\w+|boft_\w+|vera_\w+|hra_u|ln_tuning\w*|fourierft\w*)(\.|$)"
@@ -102,10 +103,10 @@ def _recorded(source: Source, config: Mapping[str, Any]) -> tuple[tuple[str, ...
         return (), config
     labels = manifest.get("labels")
     named = isinstance(labels, list) and all(isinstance(name, str) for name in labels)
-    kept = {key: True for key in ("names_checked",) if manifest.get(key) is True}
+    added = {key: True for key in ("names_checked",) if manifest.get(key) is True}
     if isinstance(manifest.get("problem_type"), str):
-        kept["problem_type"] = manifest["problem_type"]
-    return tuple(labels) if named and labels else (), {**config, **kept}
+        added["problem_type"] = manifest["problem_type"]
+    return tuple(labels) if named and labels else (), {**config, **added}
 
 
 def _sort_keys(
@@ -118,7 +119,9 @@ def _sort_keys(
     by_adapter: dict[str, dict[str, StoredTensor]] = {}
     odd = []
     vector_key = _vector_key(shard, own)
-    whole = None if "peft_version" in source.config else {t.name.removeprefix(PREFIX) for t in shard.tensors}
+    whole = (
+        None if "peft_version" in source.config else {t.name.removeprefix(PEFT_PREFIX) for t in shard.tensors}
+    )
     for tensor in shard.tensors:
         if _OTHER_METHODS.search(tensor.name):
             raise Unsupported(
@@ -126,7 +129,7 @@ def _sort_keys(
                 hint="ia3-export folds IA3 alone; merge the other method with PEFT first",
             )
         key = unwrapped_key(tensor.name)
-        name = key.removeprefix(PREFIX)
+        name = key.removeprefix(PEFT_PREFIX)
         if key != tensor.name or name == key:
             odd.append(tensor.name)
         match = vector_key.fullmatch(name)
@@ -156,7 +159,7 @@ def _sort_keys(
 
 
 def _vector_key(shard: Shard, adapter: str) -> re.Pattern[str]:
-    """Keys of vectors.
+    """An expression for the keys of vectors in `shard`, as the PEFT that wrote them named them.
 
     Of an adapter called ``ia3``, whatever its folder is called now, PEFT below 0.18 left ``_l``
     of ``.ia3_l``.
@@ -201,7 +204,7 @@ def _add(table: dict[str, StoredTensor], name: str, tensor: StoredTensor) -> Non
 def _choose_adapter(
     shard: Shard, by_adapter: Mapping[str, dict[str, StoredTensor]], own: str, warnings: list[str]
 ) -> dict[str, StoredTensor]:
-    """The adapter's own vectors.
+    """Choose the adapter's own vectors among those of several adapters in one file.
 
     Those without any adapter's name, else those of its `own`, or of the only name there is.
 
@@ -268,7 +271,7 @@ def _read_pattern(config_file: Path, config: Mapping[str, Any], key: str) -> Pat
 
 
 def _by_shape(config_file: Path, vectors: Mapping[str, StoredTensor]) -> Pattern:
-    """Modules whose vector is (1, n).
+    """The modules whose vector is (1, n), which scales their input.
 
     Raises `Refused` where a shape is the same either way (convolutions).
     """

@@ -18,7 +18,8 @@ import re
 from dataclasses import replace
 
 from ia3_export.adapters.model import Adapter, Site, TargetRules, same_in_every_layer
-from ia3_export.adapters.source import Source, add_site, make_site, over_fused, unwrapped
+from ia3_export.adapters.sites import add_site, make_site, over_fused, unwrapped
+from ia3_export.adapters.source import Source
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import Unsupported
 from ia3_export.fold import Direction

@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from ia3_export.adapters.model import Pattern, Site, TargetRules
-from ia3_export.adapters.peft import PREFIX
+from ia3_export.checkpoint.folder import ADAPTER_CONFIG
 from ia3_export.checkpoint.header import StoredTensor, read_bytes, write_header
+from ia3_export.checkpoint.wrapped import PEFT_PREFIX
 from ia3_export.fold import from_float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConfigFacts:
-    """What ``adapter_config.json`` says beside the modules.
+    """The task, base, class and copied modules that ``adapter_config.json`` states beside those with vectors.
 
-    PEFT's task, the base's name, the transformers class, and the modules of which a copy is trained.
+    `class_name` is a class of transformers, `to_save` are the modules of which a copy is trained.
     """
 
     task_type: str | None = None
@@ -63,9 +64,9 @@ def write_peft(
         "task_type": facts.task_type,
     }
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
     entries: dict[str, tuple[str, tuple[int, ...], bytes]] = {
-        f"{PREFIX}{site.module}.ia3_l": (
+        f"{PEFT_PREFIX}{site.module}.ia3_l": (
             site.dtype,
             peft_shape(site),
             from_float(site.vector.copy(), site.dtype).tobytes(),
@@ -76,7 +77,7 @@ def write_peft(
     for name, tensor in extras.items():
         module, _, leaf = name.rpartition(".")
         place = f"{module}.base_layer.{leaf}" if module in scaled else name  # PEFT's layer wraps the module
-        entries[PREFIX + place] = tensor.dtype, tensor.shape, read_bytes(tensor)
+        entries[PEFT_PREFIX + place] = tensor.dtype, tensor.shape, read_bytes(tensor)
     header, starts = write_header(
         [(name, dtype, shape) for name, (dtype, shape, _) in entries.items()], {"format": "pt"}
     )
@@ -98,9 +99,9 @@ def _plain(pattern: Pattern) -> list[str] | str:
 
 
 def _feedforward(sites: Sequence[Site]) -> list[str] | str:
-    """The modules whose input is scaled.
+    """The modules whose input is scaled, as a list.
 
-    A list, or, where PEFT would find the end of another path in it, an expression.
+    An expression where PEFT would find the end of another path in a list.
     """
     inputs = [site.module for site in sites if site.direction == "in"]
     outputs = [site.module for site in sites if site.direction == "out"]

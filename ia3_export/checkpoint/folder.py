@@ -6,19 +6,20 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ia3_export.arguments import check_arguments
 from ia3_export.checkpoint.header import Shard, StoredTensor, read_header
 from ia3_export.checkpoint.hub import Location, locate
+from ia3_export.checkpoint.manifest import Folded, read_folded
 from ia3_export.checkpoint.ranges import link_or_copy
-from ia3_export.checkpoint.record import Folded, read_folded
-from ia3_export.checkpoint.wrapped import unwrap
+from ia3_export.checkpoint.side_files import matches
+from ia3_export.checkpoint.wrapped import without_wrappers
 from ia3_export.errors import DamagedFile, NotFound, Refused, Unsupported
 from ia3_export.fold import FLOAT_DTYPES
 
+ADAPTER_CONFIG = "adapter_config.json"
 #: Files that hold the base's weights once more, in another format: folding does not reach them.
 _OTHER_WEIGHTS = (
     "model*.safetensors", "consolidated*", "pytorch_model*.bin", "tf_model*.h5", "flax_model*.msgpack",
@@ -29,7 +30,7 @@ _OTHER_WEIGHTS = (
 #: PEFT's, AdapterHub's and LLaVA's files of a fine-tune: transformers would apply them to the merged weights
 #: once more.
 _ADAPTER_FILES = (
-    "adapter_config.json", "adapter_model*", "adapter.safetensors", "pytorch_adapter.bin", "head_config.json",
+    ADAPTER_CONFIG, "adapter_model*", "adapter.safetensors", "pytorch_adapter.bin", "head_config.json",
     "adapter_fusion_config.json", "non_lora_trainables.bin",
 )  # fmt: skip
 #: What trainers (transformers, accelerate, DeepSpeed, FSDP) leave to go on from; most of it pickled, none of
@@ -45,7 +46,6 @@ _TRAINING_FOLDERS = (
     "pytorch_model_fsdp_[0-9]*",
     "optimizer_[0-9]*",
 )
-ADAPTER_CONFIG = "adapter_config.json"
 _OTHER_WEIGHT_FOLDERS = ("onnx", "openvino", "coreml", "original", "gguf")
 _SKIPPED_FOLDERS = (".git", ".cache", "__pycache__")
 _DOWNLOAD_IGNORE = ("*.gguf", "*.onnx*", "*.h5", "*.msgpack", "*.ot", "*.tflite", "*.pth", "original/*")
@@ -60,7 +60,7 @@ _LAYOUTS = (  # the order in which transformers looks for weights
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A base model's files.
+    """A base model's files: shards, tensors by name, configuration, and what lies beside them.
 
     `tensors` maps stored names to where their bytes lie, `folded` is what its manifest says they hold.
 
@@ -124,7 +124,7 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
         return _read_folder(location)
     if location.path.suffix == ".gguf":
         return _read_gguf(location, location.path, (), ())
-    shards, of_adapter = unwrap([_read_shard(location.path, location.path.name)])
+    shards, of_adapter = without_wrappers([_read_shard(location.path, location.path.name)])
     folded = read_folded(location.path.parent, location.path.name)
     return Checkpoint(
         location=location,
@@ -152,6 +152,11 @@ def architectures(config: Mapping[str, Any]) -> list[str]:
             hint="fetch the file again; it is a list of one name, such as LlamaForCausalLM",
         )
     return named
+
+
+def first_class(config: Mapping[str, Any]) -> str | None:
+    """The class that a configuration states, the first of several; raises as `architectures`."""
+    return next(iter(architectures(config)), None)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -186,7 +191,7 @@ def _read_folder(location: Location) -> Checkpoint:
     shards = tuple(_read_shard(folder / name, name) for name in names)
     if index is not None:
         _check_index(folder / layout, index, shards)
-    shards, of_adapter = unwrap(shards)
+    shards, of_adapter = without_wrappers(shards)
     tensors = _by_name(shards)
     config = read_config(folder / "config.json") if (folder / "config.json").exists() else None
     side_files, left_out = _side_files(folder, {layout, *names})
@@ -352,9 +357,9 @@ def check_contained(path: Path, folder: Path) -> None:
 def _is_left_out(relative: Path) -> bool:
     if len(relative.parts) == 1:
         patterns = (*_OTHER_WEIGHTS, *_ADAPTER_FILES, *_TRAINING_STATE)
-        return any(fnmatch(relative.name, pattern) for pattern in patterns)
+        return matches(relative.name, patterns)
     above = relative.parts[0]
-    return above in _OTHER_WEIGHT_FOLDERS or any(fnmatch(above, pattern) for pattern in _TRAINING_FOLDERS)
+    return above in _OTHER_WEIGHT_FOLDERS or matches(above, _TRAINING_FOLDERS)
 
 
 def _is_ia3(config_file: Path) -> bool:
@@ -370,9 +375,9 @@ def _is_ia3(config_file: Path) -> bool:
 
 
 def adapterless(checkpoint: Checkpoint, place: Path) -> Path:
-    """The folder of `checkpoint` as transformers must see it.
+    """The folder of `checkpoint` as transformers must see it: without an adapter.
 
-    Itself, or, where an adapter lies in it, links to the rest in `place`.
+    The folder itself, or, where an adapter lies in it, links to the rest in `place`.
 
     transformers looks for ``adapter_config.json`` in every folder that it loads, and has no
     argument against it.

@@ -20,12 +20,11 @@ from typing import Any
 
 from ia3_export.checkpoint.gguf_models import (
     Architecture,
-    damaged,
+    config_of_metadata,
     find_architecture,
     hugging_face_name,
-    make_config,
 )
-from ia3_export.checkpoint.header import MAX_HEADER, Shard, StoredTensor, count_elements
+from ia3_export.checkpoint.header import MAX_HEADER, Shard, StoredTensor, count_elements, damaged
 from ia3_export.errors import DamagedFile, NotFound, Unsupported
 
 MAGIC = b"GGUF"
@@ -66,7 +65,7 @@ class _Record:
 
 @dataclass(frozen=True, slots=True)
 class _Header:
-    """A parsed header.
+    """A parsed header: metadata, and where records and data start.
 
     `values` are scalars, strings and short lists of integers, `records_at` is where the tensors start,
     `data_at` where their data does.
@@ -120,13 +119,13 @@ def read_gguf(path: Path, name: str | None = None) -> tuple[Shard, dict[str, Any
         for name, record in zip(names, header.records, strict=True)
         if record.type not in _DTYPES
     }
-    return shard, make_config(path, header.values, known, shapes, types)
+    return shard, config_of_metadata(path, header.values, known, shapes, types)
 
 
 def write_prefix(
     prefix: bytes, rows: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> tuple[bytes, dict[str, int], int]:
-    """`prefix` for tensors of other dtypes.
+    """The header `prefix` rewritten for tensors of other dtypes.
 
     `rows` gives dtype and shape of every tensor by name, in the order of the data.
 

@@ -1,7 +1,4 @@
-"""What a GGUF file says of its model.
-
-The architectures of llama.cpp that are known, tensor names, ``config.json``.
-"""
+"""What a GGUF file says of its model: architecture of llama.cpp, names of tensors, ``config.json``."""
 
 from __future__ import annotations
 
@@ -11,7 +8,8 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
-from ia3_export.errors import DamagedFile, Unsupported
+from ia3_export.checkpoint.header import damaged
+from ia3_export.errors import Unsupported
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +119,7 @@ def hugging_face_name(name: str, known: Architecture) -> str | None:
     return f"model.layers.{match[1]}.{part}.{match[3]}" if match and part else None
 
 
-def make_config(
+def config_of_metadata(
     path: Path,
     values: Mapping[str, Any],
     known: Architecture,
@@ -183,10 +181,7 @@ def _rotary(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _gemma(config: Mapping[str, Any], values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    """What llama.cpp knows of Gemma without being told.
-
-    The scale of the attention, and the rotary embedding of local layers.
-    """
+    """What llama.cpp knows of Gemma without being told: attention's scale, local layers' rotary embedding."""
     heads, width = config.get("num_attention_heads"), config.get("hidden_size")
     if config.get("num_hidden_layers") == _WIDE_SCALE[prefix] and heads and width:
         yield "query_pre_attn_scalar", width // heads
@@ -244,8 +239,3 @@ def _permuted(
         if not isinstance(heads, int) or heads < 1 or rows % (2 * heads):
             raise damaged(path, f"tensor {name} has {rows} rows for {heads!r} heads")
         yield name, rows // heads
-
-
-def damaged(path: Path, what: str) -> DamagedFile:
-    """The error for a file that contradicts itself."""
-    return DamagedFile(f"{path} is damaged: {what}", hint="fetch the file again, or ask its author")

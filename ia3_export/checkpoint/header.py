@@ -148,7 +148,7 @@ def read_header(path: Path, name: str | None = None) -> Shard:
     entries = _parse_json(path, body)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _damaged(path, "its __metadata__ is not a table of strings")
+        raise damaged(path, "its __metadata__ is not a table of strings")
     start = 8 + length
     tensors = sorted((_entry(path, key, value, start) for key, value in entries.items()), key=_file_order)
     _check_tiling(path, tensors, start, size)
@@ -180,7 +180,8 @@ def _file_order(tensor: StoredTensor) -> tuple[int, int]:
     return tensor.offset, tensor.nbytes
 
 
-def _damaged(path: Path, what: str) -> DamagedFile:
+def damaged(path: Path, what: str) -> DamagedFile:
+    """The error for a file that contradicts itself."""
     return DamagedFile(f"{path} is damaged: {what}", hint="fetch the file again, or ask its author")
 
 
@@ -194,13 +195,13 @@ def _parse_json(path: Path, body: bytes) -> dict[str, Any]:
     try:
         entries = json.loads(body.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"its header is not the JSON it should be ({error})") from None
+        raise damaged(path, f"its header is not the JSON it should be ({error})") from None
     if not isinstance(entries, dict):
-        raise _damaged(path, "its header is not a JSON object")
+        raise damaged(path, "its header is not a JSON object")
     try:
         "".join(entries).encode()
     except UnicodeEncodeError:
-        raise _damaged(path, "a tensor name in its header is not valid Unicode") from None
+        raise damaged(path, "a tensor name in its header is not valid Unicode") from None
     return entries
 
 
@@ -209,13 +210,13 @@ def _entry(path: Path, name: str, value: Any, start: int) -> StoredTensor:
         dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
         whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
     except (TypeError, KeyError, ValueError):
-        raise _damaged(path, f"the header entry of tensor {name} is malformed") from None
+        raise damaged(path, f"the header entry of tensor {name} is malformed") from None
     if not whole:
-        raise _damaged(path, f"tensor {name} has a shape or offset that is not a whole number")
+        raise damaged(path, f"tensor {name} has a shape or offset that is not a whole number")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise _damaged(path, f"tensor {name} has the unknown dtype {dtype!r}")
+        raise damaged(path, f"tensor {name} has the unknown dtype {dtype!r}")
     if end - begin != tensor_bytes(dtype, shape):
-        raise _damaged(
+        raise damaged(
             path, f"tensor {name} is {dtype} {list(shape)} but its offsets span {end - begin:,} bytes"
         )
     return StoredTensor(
@@ -228,7 +229,7 @@ def _check_tiling(path: Path, tensors: list[StoredTensor], start: int, size: int
     for tensor in tensors:
         if tensor.offset != position:
             kind = "overlaps the one before it" if tensor.offset < position else "leaves a hole before it"
-            raise _damaged(path, f"tensor {tensor.name} {kind}")
+            raise damaged(path, f"tensor {tensor.name} {kind}")
         position += tensor.nbytes
         if position > size:
             raise DamagedFile(
@@ -237,4 +238,4 @@ def _check_tiling(path: Path, tensors: list[StoredTensor], start: int, size: int
                 hint="the download was cut off; fetch the file again",
             )
     if position != size:
-        raise _damaged(path, f"{size - position:,} bytes follow its last tensor")
+        raise damaged(path, f"{size - position:,} bytes follow its last tensor")

@@ -33,10 +33,7 @@ class Location:
 
     @property
     def inputs(self) -> list[Path]:
-        """What must not be written into.
-
-        The place that was found, and the one that was given, which may lie above.
-        """
+        """The places that must not be written into: the one found, and the one given, which may lie above."""
         return [self.path] if self.hub_id is not None else [self.path, Path(self.given).expanduser()]
 
 

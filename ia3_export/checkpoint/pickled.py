@@ -21,11 +21,12 @@ from typing import Any
 from ia3_export.checkpoint.header import Shard, StoredTensor, tensor_bytes
 from ia3_export.errors import DamagedFile, NotFound, Unsupported, kind_and_line
 from ia3_export.libraries import private
+from ia3_export.words import STORED_NAMES, torch_name
 
 _SAFETENSORS_DTYPES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "complex64": "C64", "uint16": "U16",
-    "uint32": "U32", "uint64": "U64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+    **STORED_NAMES, "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8",
+    "uint16": "U16", "uint32": "U32", "uint64": "U64", "bool": "BOOL", "complex64": "C64",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
 }  # fmt: skip
 
 #: Bytes that a tensor may have beyond those of its storage, of which it repeats elements.
@@ -168,7 +169,7 @@ def _dtype_name(path: Path, key: str, value: Any) -> str:
             f"tensor {key} in {path} repeats fewer stored elements than it has",
             hint="save it as a plain dense tensor",
         )
-    name = str(value.dtype).removeprefix("torch.")
+    name = torch_name(value.dtype)
     if name not in _SAFETENSORS_DTYPES:
         raise Unsupported(f"tensor {key} in {path} has dtype {name}, which safetensors cannot hold")
     return _SAFETENSORS_DTYPES[name]

@@ -6,10 +6,14 @@ and with ``IA3_EXPORT_PLAIN_IO=1``, plain reads and writes do the same work.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from ia3_export.errors import DamagedFile
 
 #: Bytes that the kernel moves between two progress reports, and the unit in which it is fast.
 STEP = 16 << 20
@@ -19,6 +23,29 @@ _FICLONE = 0x40049409
 
 class ReadError(Exception):
     """The system cannot read an input; an `OSError` here would not say that it was no output."""
+
+
+@contextmanager
+def reading(file: Path, tensor: str) -> Iterator[None]:
+    """What stops a read of `tensor` in `file` as a `DamagedFile`: its end, and what the system says."""
+    try:
+        yield
+    except EOFError:
+        raise DamagedFile(
+            f"{file} became shorter while it was read, at tensor {tensor}",
+            hint="something else writes to the inputs; run again when it is done",
+        ) from None
+    except ReadError as error:
+        raise DamagedFile(
+            f"{file} cannot be read at tensor {tensor}: {error}",
+            hint="check the disk that the input is on, or fetch the file again",
+        ) from error
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def worker_count(tasks: int = 8) -> int:

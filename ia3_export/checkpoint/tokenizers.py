@@ -5,13 +5,14 @@ Only JSON and text are read; sentencepiece's own files are compared byte for byt
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+
+from ia3_export.checkpoint.ranges import hash_file
+from ia3_export.checkpoint.side_files import mapping, matches
 
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*")
 #: Files that hold a vocabulary: without one the others are no tokenizer.
@@ -39,7 +40,7 @@ _BOOKKEEPING = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokenizer:
-    """What tells two tokenizers apart.
+    """A tokenizer by all that tells two apart: tokens, merges, special tokens, chat templates.
 
     `ids` of the vocabulary (None where its form is not read), `added` tokens, `merges`, digests
     of `binary` vocabularies, `special` tokens by role, chat `templates` by name; `code`: whether
@@ -114,7 +115,7 @@ def read_tokenizer(folder: Path, names: Sequence[str]) -> Tokenizer:
         name: _read_object(folder / name) for name in names if name.endswith(".json") and name != "vocab.json"
     }
     whole, config = read.get("tokenizer.json", {}), read.get("tokenizer_config.json", {})
-    model = _mapping(whole.get("model"))
+    model = mapping(whole.get("model"))
     ids = _vocabulary(model.get("vocab"))
     if ids is None and "vocab.json" in names:
         ids = _vocabulary(_read_object(folder / "vocab.json"))
@@ -123,17 +124,17 @@ def read_tokenizer(folder: Path, names: Sequence[str]) -> Tokenizer:
     added = {key: value for key, value in read.get("added_tokens.json", {}).items() if isinstance(value, int)}
     rows = whole.get("added_tokens")
     entries = [
-        (row.get("content"), row.get("id")) for row in map(_mapping, rows if isinstance(rows, list) else [])
+        (row.get("content"), row.get("id")) for row in map(mapping, rows if isinstance(rows, list) else [])
     ]
-    decoder = _mapping(config.get("added_tokens_decoder"))
-    entries += [(_mapping(row).get("content"), int(key)) for key, row in decoder.items() if key.isdecimal()]
+    decoder = mapping(config.get("added_tokens_decoder"))
+    entries += [(mapping(row).get("content"), int(key)) for key, row in decoder.items() if key.isdecimal()]
     added |= {text: number for text, number in entries if isinstance(text, str) and isinstance(number, int)}
     merges = model.get("merges")
     return Tokenizer(
         ids=ids,
         added=added,
         merges=tuple(map(_pair, merges)) if isinstance(merges, list) else None,
-        binary={name: _digest(folder / name) for name in names if _is_binary(name)},
+        binary={name: hash_file(folder / name) for name in names if _is_binary(name)},
         special=_special({**read.get("special_tokens_map.json", {}), **config}),
         templates=_templates(folder, names, config, read.get("chat_template.json", {})),
         code="auto_map" in config,
@@ -179,7 +180,7 @@ def _templates(
     for stated in (config.get("chat_template"), other.get("chat_template")):
         if isinstance(stated, str):
             found["default"] = stated
-        for row in map(_mapping, stated if isinstance(stated, list) else []):
+        for row in map(mapping, stated if isinstance(stated, list) else []):
             found[str(row.get("name"))] = str(row.get("template"))
     for name in names:
         if name == TEMPLATES[0]:
@@ -202,17 +203,12 @@ def _pair(merge: object) -> tuple[str, ...]:
 
 
 def _content(token: object) -> str | None:
-    text = _mapping(token).get("content") if isinstance(token, dict) else token
+    text = mapping(token).get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 
 
 def _is_binary(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in ("*.model", "*.spm", "*.tiktoken", "tekken.json"))
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return matches(name, ("*.model", "*.spm", "*.tiktoken", "tekken.json"))
 
 
 def _read_text(path: Path) -> str:
@@ -226,7 +222,3 @@ def _read_object(path: Path) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object")
     return value
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}

@@ -154,7 +154,7 @@ def show_quantization(out: Output, quantization: dict[str, Any]) -> None:
         return
     formats = ", ".join(f"{count} {name}" for name, count in quantization["formats"].items())
     out.text(f"quantized base: {formats}; {_HOW[quantization['how']]}")
-    from ia3_export.planning.keep_quantized import OutcomeKind
+    from ia3_export.planning.quantized_placement import OutcomeKind
 
     sites = quantization["sites"]
     counts = {outcome: sum(site["outcome"] == outcome for site in sites) for outcome in get_args(OutcomeKind)}

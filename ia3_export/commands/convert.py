@@ -14,14 +14,15 @@ from ia3_export.adapters.mangled import may_be_damaged
 from ia3_export.adapters.model import Adapter, Site, TargetRules, second_key
 from ia3_export.adapters.writing import ConfigFacts, write_peft
 from ia3_export.arguments import check_arguments, real
+from ia3_export.checkpoint.manifest import MANIFEST
+from ia3_export.checkpoint.ranges import hash_file
 from ia3_export.errors import Refused, UnusedVector, UsageError
 from ia3_export.planning.placement import Placement
 from ia3_export.planning.plan import check_weights, not_finite
 from ia3_export.planning.resolve import resolve
 from ia3_export.quantization.base import Base, read_base
 from ia3_export.words import Combine, TaskType
-from ia3_export.writing.execute import hash_file
-from ia3_export.writing.manifest import NAME, Manifest, list_files, tool
+from ia3_export.writing.manifest import Manifest, list_files, tool
 from ia3_export.writing.stage import check_target, staged
 
 SCHEMA = "ia3-export/adapter/1"
@@ -173,7 +174,7 @@ def _fit(
         )
     if adapter.unplaced and not allow_unused:
         raise UnusedVector(
-            f"{adapter.name}: {adapter.warnings[-1]}",
+            f"{adapter.name}: {adapter.unplaced_reason}",
             hint="--allow-unused converts the vectors without the head",
         )
     extras = {name: tensor for name, tensor in adapter.extras.items() if name not in adapter.unplaced}
@@ -245,7 +246,7 @@ def _write(draft: _Draft, target: Path, base: Base | None, *, overwrite: bool) -
             "warnings": list(draft.warnings),
             "files": list_files(stage, known={}, hashed=True),
         }
-        (stage / NAME).write_text(Manifest(target, content).to_json(), encoding="utf-8")
+        (stage / MANIFEST).write_text(Manifest(target, content).to_json(), encoding="utf-8")
     return WrittenAdapter(target, content, tuple(draft.warnings))
 
 

@@ -17,6 +17,8 @@ from ia3_export.adapters.model import Adapter
 from ia3_export.arguments import check_arguments
 from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint, read_checkpoint
 from ia3_export.checkpoint.hub import Location
+from ia3_export.checkpoint.manifest import MANIFEST
+from ia3_export.checkpoint.ranges import hash_file
 from ia3_export.commands.merge import write_merges
 from ia3_export.commands.verify import Shipped, prove, read_exported
 from ia3_export.errors import CheckFailed, Refused, UsageError
@@ -40,15 +42,14 @@ from ia3_export.report.model import Report, Step
 from ia3_export.words import INTEGER_PRECISIONS
 from ia3_export.writing.card import BASE_CARD
 from ia3_export.writing.dense import write_dense
-from ia3_export.writing.execute import hash_file
-from ia3_export.writing.manifest import NAME, list_files, tool
+from ia3_export.writing.manifest import list_files, tool
 from ia3_export.writing.options import OutputOptions
 from ia3_export.writing.stage import check_target, copy_file, scratch_folder, set_aside, staged
 
 SCHEMA = "ia3-export/onnx/2"
 #: Bytes of weights in float32.
 _LARGE = 200_000_000
-_NOT_COPIED = ("README.md", BASE_CARD, NAME)
+_NOT_COPIED = ("README.md", BASE_CARD, MANIFEST)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,7 +321,7 @@ def _copy_side_files(checkpoint: Checkpoint, stage: Path) -> None:
 def _write_manifest(
     checkpoint: Checkpoint, stage: Path, done: OnnxExport, traced: Sequence[TracedGraph]
 ) -> None:
-    merged = checkpoint.folder / NAME
+    merged = checkpoint.folder / MANIFEST
     libraries = ("torch", "transformers", "onnx", "onnxscript")
     content = {
         "schema": SCHEMA,
@@ -336,4 +337,4 @@ def _write_manifest(
         "merge_manifest_sha256": hash_file(merged) if merged.is_file() else None,
         "files": list_files(stage, known={}, hashed=True),
     }
-    (stage / NAME).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (stage / MANIFEST).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,17 +13,18 @@ from ia3_export.adapters.model import Adapter
 from ia3_export.arguments import check_arguments
 from ia3_export.checkpoint import ranges
 from ia3_export.checkpoint.folder import Checkpoint
+from ia3_export.checkpoint.manifest import MANIFEST
 from ia3_export.errors import CheckFailed, OutputError, UsageError
 from ia3_export.planning.plan import Plan, make_plan
 from ia3_export.planning.recipe import DEFAULT_RECIPE, Recipe
 from ia3_export.quantization.base import read_base
-from ia3_export.quantization.settings import SIDE_FILES
+from ia3_export.quantization.config import SIDE_FILES
 from ia3_export.writing.card import BASE_CARD, make_card
 from ia3_export.writing.execute import Progress, write_outputs
 from ia3_export.writing.layout import INDEX, OutputFile, lay_out, make_index
-from ia3_export.writing.manifest import NAME, Manifest, make_manifest
+from ia3_export.writing.manifest import Manifest, make_manifest
 from ia3_export.writing.options import DEFAULT_OPTIONS, OutputOptions
-from ia3_export.writing.stage import check_target, copy_file, set_aside, space_hint, staged
+from ia3_export.writing.stage import check_target, copy_file, free_space, set_aside, space_hint, staged
 
 
 def ignore_progress(_: Progress) -> None:
@@ -145,7 +145,7 @@ def write_merges(
             _write_side_files(plan, stage, files)
             reload = _reload(plan, stage, target) if options.reload_check else None
             manifest = make_manifest(plan, stage, target, done, options.digests, reload)
-            (stage / NAME).write_text(manifest.to_json(), encoding="utf-8")
+            (stage / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
             manifests.append(manifest)
     return manifests
 
@@ -170,7 +170,7 @@ def _check_space(outputs: Sequence[tuple[Path, Sequence[OutputFile]]], base: Che
     """Refuse early when the disk is too small; a file system that clones needs next to nothing."""
     stage = outputs[0][0]
     needed = sum(file.size for _, files in outputs for file in files if not (link and file.untouched))
-    free = shutil.disk_usage(stage).free
+    free = free_space(stage)
     if needed <= free:
         return
     probe = stage / ".probe"
@@ -186,7 +186,7 @@ def _check_space(outputs: Sequence[tuple[Path, Sequence[OutputFile]]], base: Che
 def _write_side_files(plan: Plan, stage: Path, files: Sequence[OutputFile]) -> None:
     for relative, source in plan.companions.files.items():
         target = stage / (BASE_CARD if relative == "README.md" else relative)
-        if relative in (NAME, BASE_CARD) or (plan.dequantizes and relative in SIDE_FILES):
+        if relative in (MANIFEST, BASE_CARD) or (plan.dequantizes and relative in SIDE_FILES):
             continue
         if relative in plan.settings_files:
             _write_json(target, plan.settings_files[relative])

@@ -21,19 +21,20 @@ from ia3_export.adapters.model import Adapter, Fold
 from ia3_export.arguments import check_arguments
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.checkpoint.header import StoredTensor
+from ia3_export.checkpoint.manifest import MANIFEST
 from ia3_export.errors import Refused, ShapeMismatch, Unsupported
 from ia3_export.fold import Array, Scale, fold_block, storage_dtype
 from ia3_export.parity.bits.expected import Expected, Reader, expected_blocks
 from ia3_export.planning.base_match import is_of
 from ia3_export.planning.changes import Change
+from ia3_export.planning.merged_recipe import find_recipe
 from ia3_export.planning.plan import Plan, make_plan
 from ia3_export.planning.recipe import Recipe
-from ia3_export.planning.recorded import find_recipe
 from ia3_export.quantization.base import read_base
 from ia3_export.writing.card import BASE_CARD
 from ia3_export.writing.execute import Progress, write_outputs
 from ia3_export.writing.layout import INDEX, OutputFile, lay_out, make_index
-from ia3_export.writing.manifest import NAME, Manifest, list_files, tool
+from ia3_export.writing.manifest import Manifest, list_files, tool
 from ia3_export.writing.stage import check_target, copy_file, staged
 from ia3_export.writing.wording import describe_fold
 
@@ -161,7 +162,7 @@ def unmerge(
             "warnings": warnings,
             "files": list_files(stage, known={}, hashed=True),
         }
-        (stage / NAME).write_text(Manifest(target, content).to_json(), encoding="utf-8")
+        (stage / MANIFEST).write_text(Manifest(target, content).to_json(), encoding="utf-8")
     return UnmergedModel(target, tensors, content, tuple(warnings))
 
 
@@ -183,7 +184,7 @@ def _places(stage: Path, files: Sequence[OutputFile]) -> dict[str, tuple[Path, i
 def _compare_record(model: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[str]:
     """What the manifest of the merged model says that does not go with the adapters given."""
     try:
-        manifest = json.loads((model.folder / NAME).read_text(encoding="utf-8"))
+        manifest = json.loads((model.folder / MANIFEST).read_text(encoding="utf-8"))
         folded = [(str(row["name"]), int(row["parameters"])) for row in manifest["adapters"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         yield (
@@ -231,8 +232,8 @@ def _reciprocal(scale: Scale, fold: Fold) -> Scale:
 def _copy_side_files(model: Checkpoint, stage: Path, index: bytes | None) -> None:
     """The model's files; the base's own card, which `merge` had put aside, gets its name back."""
     for relative in model.side_files:
-        merge_card = relative == "README.md" and NAME in model.side_files
-        if relative in (NAME, BASE_CARD) or merge_card:
+        merge_card = relative == "README.md" and MANIFEST in model.side_files
+        if relative in (MANIFEST, BASE_CARD) or merge_card:
             continue
         copy_file(model.folder / relative, stage / relative)
     if BASE_CARD in model.side_files:

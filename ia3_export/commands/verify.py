@@ -11,6 +11,7 @@ from ia3_export.adapters import read_adapter
 from ia3_export.adapters.model import Adapter
 from ia3_export.arguments import check_arguments
 from ia3_export.checkpoint.folder import Checkpoint
+from ia3_export.checkpoint.manifest import MANIFEST
 from ia3_export.commands.merge import write_merges
 from ia3_export.errors import UsageError
 from ia3_export.onnx.exported import find_onnx
@@ -25,14 +26,13 @@ from ia3_export.parity.facts import (
     summarize_sites,
 )
 from ia3_export.parity.settings import DEFAULT_SETTINGS, RunSettings
+from ia3_export.planning.merged_recipe import find_recipe
 from ia3_export.planning.plan import Plan, make_plan
 from ia3_export.planning.recipe import Recipe
-from ia3_export.planning.recorded import find_recipe
 from ia3_export.quantization.base import Base, read_base
 from ia3_export.report.model import Reference, Report, Step, WeightsProof
 from ia3_export.words import TORCH_NAMES
 from ia3_export.writing.execute import Progress
-from ia3_export.writing.manifest import NAME
 from ia3_export.writing.options import OutputOptions
 from ia3_export.writing.stage import scratch_folder
 
@@ -197,7 +197,7 @@ def _prove_graphs(
 
 def _is_foreign(base: Base, merged: Base) -> bool:
     """Whether `merged` is a merge into a quantized base that another tool made."""
-    return not (merged.stored.folder / NAME).is_file() and base.is_quantized
+    return not (merged.stored.folder / MANIFEST).is_file() and base.is_quantized
 
 
 def _rounded(plan: Plan | None) -> str | None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.header import StoredTensor
-from ia3_export.errors import MissingVector, Refused
+from ia3_export.errors import MissingVector, Refused, kind_and_line
 from ia3_export.fold import Array
 from ia3_export.libraries import private
 
@@ -45,34 +45,36 @@ def loading_rules(model: Any) -> Loading:
     )
 
 
-def state_entry(rules: Loading, stored_name: str) -> tuple[str, str | None]:
+def state_entry(loading: Loading, stored_name: str) -> tuple[str, str | None]:
     """The state-dict entry into which a tensor of this stored name is loaded, and the pattern of the
     conversion (fusion, split, transposition) that it goes through on the way, if any."""
     rename_source_key = private("transformers.core_model_loading:rename_source_key")
-    prefix = rules.model.base_model_prefix
-    entry, pattern = rename_source_key(stored_name, rules.renamings, rules.converters, prefix, rules.state)
-    if entry not in rules.state and stored_name in rules.state:
+    prefix = loading.model.base_model_prefix
+    entry, pattern = rename_source_key(
+        stored_name, loading.renamings, loading.converters, prefix, loading.state
+    )
+    if entry not in loading.state and stored_name in loading.state:
         return stored_name, None
     return entry, pattern
 
 
-def in_class_names(adapter: Adapter, rules: Loading) -> Adapter:
+def in_class_names(adapter: Adapter, loading: Loading) -> Adapter:
     """`adapter` with the module paths that the class has today, where it states those of an earlier
     transformers.
 
     Stored names are earlier module paths, so what loading makes of them, it makes of an adapter's. Names that
     the class has, and names that loading makes nothing of, stay.
     """
-    modules = {path for path, _ in rules.model.named_modules()}
+    modules = {path for path, _ in loading.model.named_modules()}
     moved: dict[str, str] = {}
     for module in adapter.modules - modules:
-        entry, pattern = state_entry(rules, f"{module}.weight")
-        if pattern is None and entry in rules.state:
+        entry, pattern = state_entry(loading, f"{module}.weight")
+        if pattern is None and entry in loading.state:
             moved[module] = entry.removesuffix(".weight")
     extras = {}
     for name, tensor in adapter.extras.items():
-        entry, pattern = (name, None) if name in rules.state else state_entry(rules, name)
-        extras[entry if pattern is None and entry in rules.state else name] = tensor
+        entry, pattern = (name, None) if name in loading.state else state_entry(loading, name)
+        extras[entry if pattern is None and entry in loading.state else name] = tensor
     sites = {
         moved.get(key, key): replace(site, module=moved.get(site.module, site.module))
         for key, site in adapter.sites.items()
@@ -103,19 +105,19 @@ def _earlier_paths(moved: Mapping[str, str], modules: Iterable[str]) -> dict[str
 
 
 def converted_names(
-    rules: Loading, entry: str, keys: Sequence[str], tensors: Mapping[str, StoredTensor]
+    loading: Loading, entry: str, keys: Sequence[str], tensors: Mapping[str, StoredTensor]
 ) -> list[str]:
     """The parameters that the conversion at `entry` makes of the stored tensors `keys`, or would make of the
     right ones: that it fails on these is refused where a vector needs them."""
     try:
-        return list(_convert_stored(rules, keys, tensors, meta=True))
+        return list(_convert_stored(loading, keys, tensors, meta=True))
     except Refused:
-        first, *others = _converter(rules, keys[0]).target_patterns
+        first, *others = _converter(loading, keys[0]).target_patterns
         return [entry, *(entry.replace(first, other) for other in others)]
 
 
 def spread(
-    rules: Loading,
+    loading: Loading,
     name: str,
     sources: Sequence[str],
     multiplier: Array,
@@ -126,7 +128,7 @@ def spread(
     Returns a flat multiplier per stored tensor. Raises `Refused` when the loading computes with the weights
     instead of moving them.
     """
-    numbers = _convert_stored(rules, sources, tensors, meta=False).get(name)
+    numbers = _convert_stored(loading, sources, tensors, meta=False).get(name)
     traced = np.empty(0) if numbers is None else np.asarray(numbers.contiguous().numpy())
     if traced.shape != multiplier.shape or not np.array_equal(traced, np.floor(traced)):
         raise Refused(
@@ -142,7 +144,7 @@ def spread(
 
 
 def fused_multipliers(
-    rules: Loading, vectors: Mapping[str, tuple[Array, str]]
+    loading: Loading, vectors: Mapping[str, tuple[Array, str]]
 ) -> Iterator[tuple[str, Array, list[str]]]:
     """Multipliers of fused parameters for vectors under per-expert (transformers 4) module paths.
 
@@ -155,12 +157,12 @@ def fused_multipliers(
     dot_natural_key = private("transformers.core_model_loading:dot_natural_key")
     groups: dict[str, dict[str, list[str]]] = {}
     for module in sorted(vectors, key=dot_natural_key):
-        entry, pattern = state_entry(rules, f"{module}.weight")
-        if pattern is not None and entry in rules.state:
+        entry, pattern = state_entry(loading, f"{module}.weight")
+        if pattern is not None and entry in loading.state:
             groups.setdefault(entry, {}).setdefault(pattern, []).append(module)
     for entry, by_pattern in groups.items():
-        shape = tuple(rules.state[entry].shape)
-        converter = _converter(rules, f"{next(iter(by_pattern.values()))[0]}.weight")
+        shape = tuple(loading.state[entry].shape)
+        converter = _converter(loading, f"{next(iter(by_pattern.values()))[0]}.weight")
         for modules in by_pattern.values():
             if len(modules) != shape[0]:
                 raise MissingVector(
@@ -184,7 +186,7 @@ def fused_multipliers(
                 else:
                     inputs[pattern] = list(ones)
             if len(inputs) == parts:
-                result = _convert(rules, converter, entry, inputs)
+                result = _convert(loading, converter, entry, inputs)
                 if tuple(result.shape) == shape:
                     multiplier = result
                     break
@@ -193,7 +195,7 @@ def fused_multipliers(
 
 
 def _convert_stored(
-    rules: Loading, keys: Sequence[str], tensors: Mapping[str, StoredTensor], *, meta: bool
+    loading: Loading, keys: Sequence[str], tensors: Mapping[str, StoredTensor], *, meta: bool
 ) -> dict[str, Any]:
     """Run the loading operations of the stored tensors `keys` on element numbers (or, `meta`, on shapes
     alone)."""
@@ -211,34 +213,35 @@ def _convert_stored(
         first += count
     inputs: dict[str, list[Any]] = {}
     for key in sorted(keys, key=dot_natural_key):
-        _, pattern = state_entry(rules, key)
+        _, pattern = state_entry(loading, key)
         assert pattern is not None
         inputs.setdefault(pattern, []).append(numbered[key])
-    entry, _ = state_entry(rules, keys[0])
-    return dict(_run(rules, _converter(rules, keys[0]), entry, inputs))
+    entry, _ = state_entry(loading, keys[0])
+    return dict(_run(loading, _converter(loading, keys[0]), entry, inputs))
 
 
-def _converter(rules: Loading, key: str) -> Any:
+def _converter(loading: Loading, key: str) -> Any:
     """The converter that the stored tensor `key` goes through; another may have the same patterns for another
     part of the model."""
     rename_source_key = private("transformers.core_model_loading:rename_source_key")
-    return next(c for c in rules.converters if rename_source_key(key, rules.renamings, [c])[1] is not None)
+    return next(
+        c for c in loading.converters if rename_source_key(key, loading.renamings, [c])[1] is not None
+    )
 
 
 def _run(
-    rules: Loading, converter: Any, entry: str, inputs: Mapping[str, Iterable[Any]]
+    loading: Loading, converter: Any, entry: str, inputs: Mapping[str, Iterable[Any]]
 ) -> Iterator[tuple[str, Any]]:
     fresh = copy.deepcopy(converter)
     for pattern, values in inputs.items():
         for position, value in enumerate(values):
             fresh.add_tensor(entry, f"{entry}.{position}", pattern, value)
     try:
-        made = fresh.convert(entry, model=rules.model, config=rules.model.config)
-    except (
-        Exception
-    ) as error:  # whatever transformers' operations and torch raise for tensors of another model
+        made = fresh.convert(entry, model=loading.model, config=loading.model.config)
+    # whatever transformers' operations and torch raise for tensors of another model
+    except Exception as error:
         raise Refused(
-            f"transformers cannot make {entry} of the tensors stored for it: {type(error).__name__}: {error}",
+            f"transformers cannot make {entry} of the tensors stored for it: {kind_and_line(error)}",
             hint="config.json does not belong to these weights, or load the base with transformers, save "
             "it again, and merge into that copy",
         ) from error
@@ -246,6 +249,6 @@ def _run(
         yield name, value[0] if isinstance(value, list) else value
 
 
-def _convert(rules: Loading, converter: Any, entry: str, inputs: Mapping[str, Iterable[Any]]) -> Array:
-    results = dict(_run(rules, converter, entry, inputs))
+def _convert(loading: Loading, converter: Any, entry: str, inputs: Mapping[str, Iterable[Any]]) -> Array:
+    results = dict(_run(loading, converter, entry, inputs))
     return np.asarray(results[entry].contiguous().numpy()) if entry in results else np.empty(0)

@@ -57,7 +57,7 @@ class RuntimeModel:
     input_embedding: str | None
     output_embedding: str | None
     embeddings: frozenset[str]
-    rules: Loading
+    loading: Loading
 
 
 def load_runtime_model(
@@ -326,42 +326,42 @@ def _describe(
     layouts: dict[str, Layout] = {
         path: layout for path, module in modules.items() for cls, layout in kinds if isinstance(module, cls)
     }
-    rules = loading_rules(model)
-    stored, converted = _sources(rules, tensors)
+    loading = loading_rules(model)
+    stored, converted = _sources(loading, tensors)
     return RuntimeModel(
         class_name=name,
         config=config,
         layouts=layouts,
         groups={path: modules[path].groups for path, layout in layouts.items() if layout == "conv"},
-        needed=_needed(model, rules.state),
-        shapes={key: tuple(value.shape) for key, value in rules.state.items()},
+        needed=_needed(model, loading.state),
+        shapes={key: tuple(value.shape) for key, value in loading.state.items()},
         ties=tied_weights(model),
         stored=stored,
         converted=converted,
         input_embedding=_embedding_name(model, "input"),
         output_embedding=_embedding_name(model, "output"),
         embeddings=frozenset(path for path, module in modules.items() if isinstance(module, nn.Embedding)),
-        rules=rules,
+        loading=loading,
     )
 
 
 def _sources(
-    rules: Loading, tensors: Mapping[str, StoredTensor]
+    loading: Loading, tensors: Mapping[str, StoredTensor]
 ) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
     """The stored tensor that each state-dict entry is loaded from as it is, and those that the other entries
     are made of."""
     stored: dict[str, str] = {}
     parts: dict[str, list[str]] = {}
     for key in tensors:
-        entry, pattern = state_entry(rules, key)
-        if entry in rules.state and pattern is None:
+        entry, pattern = state_entry(loading, key)
+        if entry in loading.state and pattern is None:
             stored[entry] = key
-        elif entry in rules.state:
+        elif entry in loading.state:
             parts.setdefault(entry, []).append(key)
     converted = {
         target: tuple(keys)
         for entry, keys in parts.items()
-        for target in converted_names(rules, entry, keys, tensors)
+        for target in converted_names(loading, entry, keys, tensors)
     }
     return stored, converted
 

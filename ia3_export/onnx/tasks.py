@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ia3_export.checkpoint.folder import architectures
+from ia3_export.checkpoint.folder import first_class
 from ia3_export.errors import Unsupported, UsageError, first_line
 from ia3_export.models.sentence import SentenceHead, read_sentence_head
 from ia3_export.onnx.optimum_tasks import class_for_task, task_name, task_of_class
@@ -54,7 +54,7 @@ def choose_task(config: Mapping[str, Any], *, asked: str | None, sentence: bool)
     """
     if asked is not None:
         return _asked(asked, config)
-    name = next(iter(architectures(config)), "?")
+    name = first_class(config) or "?"
     found = _task_of(name, config)
     if not found:
         raise Unsupported(
@@ -156,7 +156,7 @@ def _model_class(task: Task, config: Mapping[str, Any]) -> Any:
     """The checkpoint's own class if it is made for the task, else transformers' Auto class."""
     import transformers
 
-    name = next(iter(architectures(config)), "")
+    name = first_class(config) or ""
     wanted = "feature-extraction" if task.name == "sentence-similarity" else task.name
     if _task_of(name, config) == wanted:
         return getattr(transformers, name)

@@ -14,11 +14,11 @@ import numpy as np
 from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.hub import Location
+from ia3_export.checkpoint.manifest import MANIFEST
+from ia3_export.checkpoint.ranges import hash_file
 from ia3_export.planning.plan import Plan
 from ia3_export.report.model import ModelId, SiteSummary
 from ia3_export.vectors.channels import count_channels
-from ia3_export.writing.execute import hash_file
-from ia3_export.writing.manifest import NAME
 
 _LIBRARIES = ("torch", "transformers", "peft", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu")
 _SHOWN = 128
@@ -104,8 +104,8 @@ def _files(
         for name in adapter.files:
             yield f"{adapter.name}/{name}", adapter.folder / name
     if merged is not None:
-        yield f"merged/{NAME}", merged.folder / NAME
+        yield f"merged/{MANIFEST}", merged.folder / MANIFEST
         yield "merged/config.json", merged.folder / "config.json"
     for path in graphs:
         yield f"onnx/{path.name}", path
-        yield f"onnx/{NAME}", path.parent.parent / NAME
+        yield f"onnx/{MANIFEST}", path.parent.parent / MANIFEST

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ia3_export.checkpoint.folder import Checkpoint, adapterless, architectures
+from ia3_export.checkpoint.folder import Checkpoint, adapterless, architectures, first_class
 from ia3_export.checkpoint.header import StoredTensor, read_values
 from ia3_export.errors import CheckFailed, DamagedFile, kind_and_line
 from ia3_export.fold import FLOAT_DTYPES, Array, from_float, to_float
@@ -29,7 +29,7 @@ from ia3_export.models.model_class import quiet
 from ia3_export.quantization.base import Base, read_base
 from ia3_export.quantization.detection import Quantization
 from ia3_export.quantization.gguf import reload_weights
-from ia3_export.words import STORED_NAMES
+from ia3_export.words import STORED_NAMES, torch_name
 
 #: Largest relative difference (Frobenius norm) of a weight: rounding of libraries that compute in 16 bits.
 TOLERANCE = {"bitsandbytes": 1e-6, "gguf": 0.0, "dense": 0.0}
@@ -134,7 +134,7 @@ def _impossible(dense: Checkpoint, quantization: Quantization) -> str:
         return ""
     config = dense.config or {}
     try:
-        name = next(iter(architectures(config)), None)
+        name = first_class(config)
     except DamagedFile as error:
         return str(error)
     if name is None:
@@ -194,7 +194,7 @@ def _load(
         for key, tensor in model.state_dict().items():
             name = stored.get(key, key)
             if key not in dequantized and tensor.is_floating_point() and not _is_code(name, quantization):
-                yield name, _plain(tensor), STORED_NAMES.get(str(tensor.dtype).removeprefix("torch."), "F32")
+                yield name, _plain(tensor), STORED_NAMES.get(torch_name(tensor.dtype), "F32")
         for key, values in dequantized.items():
             yield stored.get(key, key), values, "F32"
 
@@ -204,7 +204,8 @@ def _load_model(dense: Checkpoint, called: str) -> tuple[Any, Mapping[str, Any]]
     `CheckFailed`."""
     import transformers
 
-    name = architectures(dense.config or {})[0]
+    name = first_class(dense.config or {})
+    assert name is not None  # what `_impossible` found
     with quiet(), redirect_stderr(io.StringIO()):  # compressed-tensors draws bars of its own
         try:
             with TemporaryDirectory(prefix="ia3-export-") as scratch:

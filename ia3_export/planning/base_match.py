@@ -1,7 +1,4 @@
-"""Whether an adapter meets the base that it was trained on.
-
-The name that it states, its quantization, and what it holds already.
-"""
+"""Whether an adapter meets its own base: by name, by quantization, and without its vectors in it already."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from pathlib import Path
 
 from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint
-from ia3_export.checkpoint.record import MANIFEST, Folded
+from ia3_export.checkpoint.manifest import MANIFEST, Folded
 from ia3_export.errors import Refused
 from ia3_export.quantization.detection import Quantization
 
@@ -28,26 +25,27 @@ _IN_NAMES = (
 )
 
 
-def base_warnings(adapter: Adapter, base: Checkpoint, quantization: Quantization) -> Iterator[str]:
-    """Why the vectors may not act in `base` as they did in training; nothing where the adapter names no base.
+def base_warnings(adapter: Adapter, stored: Checkpoint, quantization: Quantization) -> Iterator[str]:
+    """Why the vectors may not act in `stored` as they did in training.
 
-    A vector trained over rounded weights has learned to make up for their rounding, and meets other weights
-    in the original (or the other way round): the merge is exact, what it computes is not what was evaluated.
+    Nothing where the adapter names no base. A vector trained over rounded weights has learned to make up for
+    their rounding, and meets other weights in the original (or the other way round): the merge is exact, what
+    it computes is not what was evaluated.
     """
-    if base.of_adapter is not None:
-        count = len(base.of_adapter)
+    if stored.of_adapter is not None:
+        count = len(stored.of_adapter)
         left = f", and {count} tensors of its adapter are left out" if count else ""
         yield (
-            f"{base.location.given} was saved inside a wrapper (PEFT, torch.compile, FSDP): it is read "
+            f"{stored.location.given} was saved inside a wrapper (PEFT, torch.compile, FSDP): it is read "
             f"under the model's own names{left}; vectors that had been merged in place before it was saved "
             "would count twice"
         )
     named = adapter.config.get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         return
-    if not _same(named, base):
+    if not _same(named, stored):
         yield (
-            f"{adapter.name} says that it was trained on {named}, the base given is {base.location.given}: "
+            f"{adapter.name} says that it was trained on {named}, the base given is {stored.location.given}: "
             "its vectors fit no other weights"
         )
     methods = sorted({packed.method for packed in quantization.packed.values()})
@@ -66,14 +64,14 @@ def base_warnings(adapter: Adapter, base: Checkpoint, quantization: Quantization
         )
 
 
-def folded_before(adapter: Adapter, base: Checkpoint) -> Refused | None:
-    """The refusal of an adapter that `base` already holds, by its manifest: it would act twice."""
-    found = next((folded for folded in base.folded if is_of(folded, adapter)), None)
+def folded_before(adapter: Adapter, stored: Checkpoint) -> Refused | None:
+    """The refusal of an adapter that `stored` already holds, by its manifest: it would act twice."""
+    found = next((folded for folded in stored.folded if is_of(folded, adapter)), None)
     if found is None:
         return None
     same = "" if found.vectors is not None else ", of the same name and size,"
     return Refused(
-        f"{base.location.given} already holds the vectors of {adapter.name}: its {MANIFEST} says that "
+        f"{stored.location.given} already holds the vectors of {adapter.name}: its {MANIFEST} says that "
         f"{found.name}{same} was folded into it",
         hint="give the base without it (unmerge takes it out); to fold it twice on purpose, move "
         f"{MANIFEST} away",
@@ -87,26 +85,26 @@ def is_of(folded: Folded, adapter: Adapter) -> bool:
     return (folded.name, folded.parameters) == (adapter.name, adapter.parameters)
 
 
-def merge_warnings(base: Checkpoint) -> Iterator[str]:
+def merge_warnings(stored: Checkpoint) -> Iterator[str]:
     """What should be known of a base that is itself the output of a merge."""
-    if base.folded:
-        names = " and ".join(dict.fromkeys(folded.name for folded in base.folded))
-        yield f"{base.location.given} already holds {names}: what is folded now acts on top of it"
-    if base.holds_adapter:
+    if stored.folded:
+        names = " and ".join(dict.fromkeys(folded.name for folded in stored.folded))
+        yield f"{stored.location.given} already holds {names}: what is folded now acts on top of it"
+    if stored.holds_adapter:
         yield (
-            f"{base.location.given} also holds an adapter ({ADAPTER_CONFIG}): it is left out, since "
+            f"{stored.location.given} also holds an adapter ({ADAPTER_CONFIG}): it is left out, since "
             "transformers would apply it to the merged model; what was trained by loading that folder was "
             "trained on top of it"
         )
 
 
-def _same(named: str, base: Checkpoint) -> bool:
+def _same(named: str, stored: Checkpoint) -> bool:
     given = [
-        base.location.given.partition("@")[0],
-        base.location.path.name,
-        base.location.path.resolve().name,
+        stored.location.given.partition("@")[0],
+        stored.location.path.name,
+        stored.location.path.resolve().name,
     ]
-    given += [base.location.hub_id or "", str((base.config or {}).get("_name_or_path") or "")]
+    given += [stored.location.hub_id or "", str((stored.config or {}).get("_name_or_path") or "")]
     ends = {name.rstrip("/").rpartition("/")[2].lower() for name in given if name}
     return named.rstrip("/").rpartition("/")[2].lower() in ends
 

@@ -66,10 +66,10 @@ class Change:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ledger:
-    """The changes decided so far, by name, for a dense `base` under the ``--dtype`` and ``--cast`` of a
+    """The changes decided so far, by name, for a `dense` base under the ``--dtype`` and ``--cast`` of a
     recipe."""
 
-    base: Checkpoint
+    dense: Checkpoint
     dtype: Dtype
     cast: Cast
     changes: dict[str, Change] = field(default_factory=dict)
@@ -84,7 +84,7 @@ class Ledger:
         `compute_dtype` is written. A name that the base does not have leaves a tie."""
         before = self.changes.get(name)
         if before is None:
-            how: How = "fold" if name in self.base.tensors else "untie"
+            how: How = "fold" if name in self.dense.tensors else "untie"
             before = Change(name=name, how=how, dtype=written_dtype(compute_dtype, self.dtype), source=source)
         self.changes[name] = before.with_folds((scale,), (fold,))
 
@@ -105,7 +105,7 @@ def written_dtype(stored: str, dtype: Dtype) -> str:
 def replace_tensors(resolutions: Sequence[Resolution], ledger: Ledger) -> None:
     """Heads, embeddings and other tensors that the adapters bring, in the dtype of what they replace."""
     owners: dict[str, Resolution] = {}
-    base, changes = ledger.base, ledger.changes
+    base, changes = ledger.dense, ledger.changes
     for result in resolutions:
         for name, target in result.extras.items():
             tensor = result.adapter.extras[name]
@@ -139,16 +139,16 @@ def _stored_twice(result: Resolution) -> Iterator[tuple[str, StoredTensor, str]]
                     yield runtime.stored[entry], tensor, "shared with what the adapter brings"
 
 
-def _resized(result: Resolution, base: Checkpoint) -> Iterator[tuple[str, StoredTensor, str]]:
+def _resized(result: Resolution, dense: Checkpoint) -> Iterator[tuple[str, StoredTensor, str]]:
     """Biases of the vocabulary that grow or shrink with it and that PEFT does not save: one that left its tie
     to what the adapter brings and is used no more, and constant ones (BART's ``final_logits_bias``), where
     transformers appends zeros."""
     runtime = result.runtime
     if runtime is None:
         return
-    trained = {name for name, _ in runtime.rules.model.named_parameters(remove_duplicate=False)}
+    trained = {name for name, _ in runtime.loading.model.named_parameters(remove_duplicate=False)}
     for entry, name in runtime.stored.items():
-        tensor, shape = base.tensors[name], runtime.shapes[entry]
+        tensor, shape = dense.tensors[name], runtime.shapes[entry]
         if (
             tensor.shape == shape
             or entry in result.adapter.extras
@@ -198,8 +198,8 @@ def fold_vectors(
                 )
     vectors = {}
     for key, placement in union.items():
-        weight = ledger.base.tensors.get(placement.parts[0].source)
-        stored = weight.compute_dtype if weight is not None else ledger.base.main_dtype
+        weight = ledger.dense.tensors.get(placement.parts[0].source)
+        stored = weight.compute_dtype if weight is not None else ledger.dense.main_dtype
         if weight is not None and weight.computed is not None:
             stored = "F32"  # PEFT rounds vectors to the dtype of 16-bit weights, and codes have none
         parts = [r.placements[key].site.vector if key in r.placements else None for r in resolutions]
@@ -226,7 +226,7 @@ class _VectorSet:
 def _lay(group: _VectorSet, shared: Mapping[str, StoredTensor], ledger: Ledger) -> None:
     """Fold one adapter (or one combination) into the tensors that its modules are made of."""
     experts: dict[str, tuple[Array, Direction]] = {}
-    runtime, tensors = group.result.runtime, ledger.base.tensors
+    runtime, tensors = group.result.runtime, ledger.dense.tensors
     for key, placement in group.placements.items():
         site, vector = placement.site, group.vectors[key]
         fold = Fold(group.label, site.module, site.direction)
@@ -258,10 +258,10 @@ def _lay_experts(group: _VectorSet, experts: Mapping[str, tuple[Array, Direction
     if runtime is None:
         return
     left = set(experts)
-    for entry, multiplier, modules in fused_multipliers(runtime.rules, experts):
+    for entry, multiplier, modules in fused_multipliers(runtime.loading, experts):
         left -= set(modules)
         stored = (runtime.converted.get(entry) or (runtime.stored[entry],))[0]
-        factors = ledger.factors(multiplier.reshape(-1), ledger.base.tensors[stored].compute_dtype)
+        factors = ledger.factors(multiplier.reshape(-1), ledger.dense.tensors[stored].compute_dtype)
         factors = factors.reshape(runtime.shapes[entry])
         _spread(group.result, entry, factors, Fold(group.label, entry, None), ledger)
     if left:
@@ -276,12 +276,12 @@ def _spread(result: Resolution, entry: str, multiplier: Array, fold: Fold, ledge
     one."""
     from ia3_export.models.conversions import spread
 
-    runtime, tensors = result.runtime, ledger.base.tensors
+    runtime, tensors = result.runtime, ledger.dense.tensors
     assert runtime is not None
     if entry in runtime.stored:
         parts = {runtime.stored[entry]: multiplier.reshape(-1)}
     else:
-        parts = spread(runtime.rules, entry, runtime.converted[entry], multiplier, tensors)
+        parts = spread(runtime.loading, entry, runtime.converted[entry], multiplier, tensors)
     for stored, factors in parts.items():
         if (factors != 1).any():
             tensor = tensors[stored]
@@ -309,7 +309,7 @@ def write_ties(resolutions: Sequence[Resolution], ledger: Ledger) -> list[str]:
     the tie transformers would look for it: with what the adapters bring for it, or what its tied partner
     becomes, else the base's own bytes. Returns what users should know."""
     shared, warnings = _shared(resolutions), []
-    base, changes = ledger.base, ledger.changes
+    base, changes = ledger.dense, ledger.changes
     for result in resolutions:
         if not result.untied or result.runtime is None:
             continue
@@ -331,7 +331,7 @@ def write_ties(resolutions: Sequence[Resolution], ledger: Ledger) -> list[str]:
 def cast_rest(ledger: Ledger) -> None:
     """What no vector touches and is written in another dtype than it is stored in, dequantized weights among
     it."""
-    for name, tensor in ledger.base.tensors.items():
+    for name, tensor in ledger.dense.tensors.items():
         written = written_dtype(tensor.compute_dtype, ledger.dtype)
         if name not in ledger.changes and (written != tensor.dtype or tensor.computed is not None):
             how: How = "cast" if tensor.computed is None else "dequantize"

@@ -11,12 +11,12 @@ import filecmp
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.folder import Checkpoint, check_contained
+from ia3_export.checkpoint.side_files import matches
 from ia3_export.checkpoint.tokenizers import (
     GENERATION,
     PROCESSORS,
@@ -50,22 +50,20 @@ class Companions:
 
 def is_companion(name: str) -> bool:
     """Whether a file is of a kind that an adapter may bring as well."""
-    return any(
-        fnmatch(name, pattern) for patterns in (TOKENIZERS, GENERATION, PROCESSORS) for pattern in patterns
-    )
+    return matches(name, (*TOKENIZERS, *GENERATION, *PROCESSORS))
 
 
 def choose_companions(
-    base: Checkpoint, adapters: Sequence[Adapter], choice: TokenizerChoice, config: Mapping[str, Any] | None
+    stored: Checkpoint, adapters: Sequence[Adapter], choice: TokenizerChoice, config: Mapping[str, Any] | None
 ) -> Companions:
     """Decide whose files the output gets; `config` is its configuration.
 
     An adapter's token ids must lie in the output's embedding, and several adapters must agree; else the
     base's files stay, with a warning (``auto``) or a refusal (``adapter``).
     """
-    made = _Choice(base, choice, config)
+    made = _Choice(stored, choice, config)
     sides = [side for adapter in adapters if (side := _beside(adapter)) is not None]
-    if choice == "auto" and base.is_gguf:
+    if choice == "auto" and stored.is_gguf:
         made.warnings += [
             (
                 f"the tokenizer and chat template beside {side.adapter} are not written into the GGUF "
@@ -74,11 +72,11 @@ def choose_companions(
             for side in sides
             if side.of(TOKENIZERS)
         ]
-    if choice == "base" or not base.location.path.is_dir() or base.is_gguf:
+    if choice == "base" or not stored.location.path.is_dir() or stored.is_gguf:
         if choice == "adapter":
             made.problems.append(
                 Refused(
-                    f"{base.location.given} has its tokenizer and settings in no files of their own, so "
+                    f"{stored.location.given} has its tokenizer and settings in no files of their own, so "
                     "none of an adapter take their place",
                     hint="leave --tokenizer adapter out",
                 )
@@ -107,8 +105,8 @@ def other_companions(wanted: Companions, folder: Path) -> Iterator[str]:
         ("generation settings", GENERATION, read_generation),
     )
     for what, patterns, read in kinds:
-        names = [name for name in wanted.files if any(fnmatch(name, pattern) for pattern in patterns)]
-        present = [name for name in _names(folder) if any(fnmatch(name, pattern) for pattern in patterns)]
+        names = [name for name in wanted.files if matches(name, patterns)]
+        present = [name for name in _names(folder) if matches(name, patterns)]
         if sorted(names) == sorted(present) and all(
             filecmp.cmp(wanted.files[name], folder / name, shallow=False) for name in names
         ):
@@ -135,14 +133,11 @@ class _Side:
     names: tuple[str, ...]
 
     def of(self, patterns: Sequence[str]) -> tuple[str, ...]:
-        return tuple(name for name in self.names if any(fnmatch(name, pattern) for pattern in patterns))
+        return tuple(name for name in self.names if matches(name, patterns))
 
 
 def _beside(adapter: Adapter) -> _Side | None:
-    """The files in the adapter's folder, or in the one above that was given.
-
-    The latter of an adapter that PEFT saved under its name.
-    """
+    """The files in the adapter's folder, or in the one above where PEFT saved it under its name."""
     if not adapter.location.path.is_dir():
         return None
     above = Path(adapter.location.given).expanduser()
@@ -161,10 +156,10 @@ def _beside(adapter: Adapter) -> _Side | None:
 class _Choice:
     """Files and reasons, while they are gathered."""
 
-    def __init__(self, base: Checkpoint, choice: TokenizerChoice, config: Mapping[str, Any] | None) -> None:
-        self.base, self.choice, self.config = base, choice, config or {}
+    def __init__(self, stored: Checkpoint, choice: TokenizerChoice, config: Mapping[str, Any] | None) -> None:
+        self.stored, self.choice, self.config = stored, choice, config or {}
         self.rows = _vocabulary_size(self.config)
-        self.files = {name: base.folder / name for name in base.side_files}
+        self.files = {name: stored.folder / name for name in stored.side_files}
         self.taken: dict[str, str] = {}
         self.warnings: list[str] = []
         self.problems: list[IA3ExportError] = []
@@ -202,7 +197,7 @@ class _Choice:
         self._take(side, patterns, what, differences if own and patterns is TOKENIZERS else [])
 
     def take_generation(self, sides: Sequence[_Side]) -> None:
-        """The generation settings of the adapters.
+        """Take the generation settings of the adapters where they differ from the base's.
 
         A base without any has those that its configuration says.
         """
@@ -226,7 +221,7 @@ class _Choice:
         self._compare_config(theirs)
 
     def take_processors(self, sides: Sequence[_Side]) -> None:
-        """The processor settings of the adapters.
+        """Take the processor settings of the adapters where they differ from the base's.
 
         What only one version of transformers writes is no difference.
         """
@@ -276,7 +271,7 @@ class _Choice:
             )
 
     def _own(self, patterns: Sequence[str]) -> tuple[str, ...]:
-        return tuple(name for name in self.files if any(fnmatch(name, pattern) for pattern in patterns))
+        return tuple(name for name in self.files if matches(name, patterns))
 
     def _copies(self, sides: Sequence[_Side], patterns: Sequence[str]) -> bool:
         """Whether nothing has to be read: the adapters bring nothing of a kind, or the base's very bytes."""
@@ -288,7 +283,7 @@ class _Choice:
 
     def _of_base(self, names: Sequence[str], read: Callable[[Path, Sequence[str]], T]) -> T | None:
         with suppress(OSError, ValueError, RecursionError):
-            return read(self.base.folder, names)
+            return read(self.stored.folder, names)
         return None
 
     def _read(
@@ -309,9 +304,9 @@ class _Choice:
                 self._keep(f"the {what} beside {side.adapter} cannot be read ({first_line(error)})")
 
     def _agree(self, found: Sequence[tuple[_Side, Any, list[str]]], what: str) -> bool:
-        """Whether there is one to take.
+        """Whether there is something to take, and the adapters that bring it bring the same.
 
-        Adapters that bring some bring the same; says so where they do not.
+        Says so where they do not.
         """
         if not any(differences or self.choice == "adapter" for _, _, differences in found):
             return False
@@ -339,7 +334,7 @@ class _Choice:
             self.warnings.append(f"{reason}: the base's are kept")
 
     def _take(self, side: _Side, patterns: Sequence[str], what: str, differences: Sequence[str]) -> None:
-        for name in [name for name in self.files if any(fnmatch(name, pattern) for pattern in patterns)]:
+        for name in [name for name in self.files if matches(name, patterns)]:
             del self.files[name]
         for name in side.of(patterns):
             self.files[name] = side.folder / name

@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 _NOT_LINEAR = ("embed_tokens", "lm_head")
 
 
-def report_unused(
-    adapter: Adapter, base: Checkpoint, unused: list[str], result: Resolution, *, allow_unused: bool
+def check_unused(
+    adapter: Adapter, checkpoint: Checkpoint, unused: list[str], result: Resolution, *, allow_unused: bool
 ) -> None:
     """Vectors of modules that the base has not: a problem, or with `allow_unused` a warning."""
     if not unused:
         return
     message = (
         f"{len(unused)} of {len(adapter.sites)} vectors of {adapter.name} land on no tensor of "
-        f"{base.location.given}, first: {unused[0]}"
+        f"{checkpoint.location.given}, first: {unused[0]}"
     )
     if allow_unused and len(unused) < len(adapter.sites):
         result.warnings.append(message + "; dropped")
         return
-    near = _nearest(unused[0], base.tensors)
+    near = _nearest(unused[0], checkpoint.tensors)
     result.problems.append(
         UnusedVector(
             message,
@@ -53,16 +53,18 @@ def report_unused(
     )
 
 
-def report_missing(adapter: Adapter, base: Checkpoint, result: Resolution, *, allow_missing: bool) -> None:
+def check_missing(
+    adapter: Adapter, checkpoint: Checkpoint, result: Resolution, *, allow_missing: bool
+) -> None:
     """Targeted modules without a vector: a problem, or with `allow_missing` a warning."""
     runtime = result.runtime
     rules = adapter.rules
-    modules = {*stored_modules(base.tensors), *(runtime.layouts if runtime is not None else ())}
+    modules = {*stored_modules(checkpoint.tensors), *(runtime.layouts if runtime is not None else ())}
     if not any(map(rules.targets, modules)) or (runtime is None and rules.is_all_linear):
         # the configuration cannot say what is missing, the other layers can
         adapter = replace(adapter, rules=replace(rules, target=same_in_every_layer(adapter.modules)))
     if runtime is None:
-        missing = missing_by_name(adapter, base)
+        missing = missing_by_name(adapter, checkpoint)
     else:
         output = _left_out_of_all_linear(adapter, runtime) if rules.is_all_linear else None
         missing = sorted(
@@ -79,7 +81,7 @@ def report_missing(adapter: Adapter, base: Checkpoint, result: Resolution, *, al
             key=natural,
         )
         # modules that exist in the file only: fused at run time, so PEFT never saw them
-        absent = set(missing_by_name(adapter, base)) - set(missing)
+        absent = set(missing_by_name(adapter, checkpoint)) - set(missing)
         absent -= {runtime.stored[e].removesuffix(".weight") for e in runtime.stored if e.endswith(".weight")}
         absent = {module for module in absent if is_fused_expert(module, runtime)}
         if any(is_fused_expert(module, runtime) for module in adapter.modules):
@@ -108,19 +110,19 @@ def _report(result: Resolution, message: str, hint: str, *, allowed: bool) -> No
         result.problems.append(MissingVector(message, hint=hint))
 
 
-def report_lost(adapter: Adapter, base: Checkpoint, result: Resolution, *, allow_missing: bool) -> None:
-    """Modules that were trained whole (heads) and of which the file lacks a tensor.
+def check_lost(adapter: Adapter, checkpoint: Checkpoint, result: Resolution, *, allow_missing: bool) -> None:
+    """Modules that were trained whole (heads) and of which the file lacks a tensor: a problem, or a warning.
 
-    A problem, or with `allow_missing` a warning. What neither class nor base has does not count.
+    A warning with `allow_missing`. What neither class nor base has does not count.
     """
     if not adapter.copied and adapter.format != "adapterhub":
         return
-    runtime, stored, ties = result.runtime, {name: name for name in base.tensors}, dict[str, str]()
+    runtime, stored, ties = result.runtime, {name: name for name in checkpoint.tensors}, dict[str, str]()
     if runtime is None:
-        entries = {name for name, tensor in base.tensors.items() if tensor.dtype in FLOAT_DTYPES}
+        entries = {name for name, tensor in checkpoint.tensors.items() if tensor.dtype in FLOAT_DTYPES}
     else:
         stored, ties = dict(runtime.stored), dict(runtime.ties)
-        entries = {name for name, _ in runtime.rules.model.named_parameters(remove_duplicate=False)}
+        entries = {name for name, _ in runtime.loading.model.named_parameters(remove_duplicate=False)}
     whole: dict[str, list[str]] = {}
     for entry in sorted(entries):
         module = _trained_whole(adapter, entry)
@@ -136,7 +138,7 @@ def report_lost(adapter: Adapter, base: Checkpoint, result: Resolution, *, allow
             # AdapterHub's heads share the embedding of the body, which is not trained
             lost = [e for e in lost if ties.get(e, "").rpartition(".")[0] not in runtime.embeddings]
         if lost:
-            _report_lost(module, lost, len(parts), result, allow_missing=allow_missing)
+            _check_lost(module, lost, len(parts), result, allow_missing=allow_missing)
 
 
 def _check_nesting(module: str, parts: list[str], result: Resolution) -> None:
@@ -158,9 +160,7 @@ def _check_nesting(module: str, parts: list[str], result: Resolution) -> None:
         )
 
 
-def _report_lost(
-    module: str, lost: list[str], count: int, result: Resolution, *, allow_missing: bool
-) -> None:
+def _check_lost(module: str, lost: list[str], count: int, result: Resolution, *, allow_missing: bool) -> None:
     adapter = result.adapter
     declared = f"{module} (modules_to_save)" if adapter.format == "peft" else module
     message = (
@@ -174,14 +174,11 @@ def _report_lost(
     _report(result, message, hint, allowed=allow_missing)
 
 
-def heads_in_question(adapter: Adapter, base: Checkpoint) -> bool:
-    """Whether only the class knows of a module that was trained whole.
-
-    Neither base nor adapter holds one of that name.
-    """
+def heads_in_question(adapter: Adapter, checkpoint: Checkpoint) -> bool:
+    """Whether a module was trained whole that neither base nor adapter holds, and only the class knows."""
     if not adapter.copied:
         return False
-    modules = {name.rpartition(".")[0] for name in (*base.tensors, *adapter.extras)}
+    modules = {name.rpartition(".")[0] for name in (*checkpoint.tensors, *adapter.extras)}
     return bool(adapter.without_module({outer for module in modules for outer in enclosing(module)}))
 
 
@@ -197,17 +194,14 @@ def _trained_whole(adapter: Adapter, entry: str) -> str | None:
 
 
 def _left_out_of_all_linear(adapter: Adapter, runtime: RuntimeModel) -> str | None:
-    """The output layer, which PEFT's ``all-linear`` spares.
-
-    The output embedding, or the head of a classifier.
-    """
+    """The output embedding or a classifier's head, which PEFT's ``all-linear`` spares."""
     if runtime.output_embedding is not None:
         return runtime.output_embedding.rpartition(".")[0]
     heads = ("score", "classifier") if adapter.task_type == "SEQ_CLS" else ()
-    return next((name for name in heads if hasattr(runtime.rules.model, name)), None)
+    return next((name for name in heads if hasattr(runtime.loading.model, name)), None)
 
 
-def report_random(result: Resolution) -> None:
+def check_random(result: Resolution) -> None:
     """Point out what the model needs and neither base nor adapter has: transformers fills it at random."""
     if result.runtime is None:
         return
@@ -222,13 +216,13 @@ def report_random(result: Resolution) -> None:
         )
 
 
-def missing_by_name(adapter: Adapter, base: Checkpoint) -> list[str]:
+def missing_by_name(adapter: Adapter, checkpoint: Checkpoint) -> list[str]:
     """Stored modules that the adapter's rules target and that have no vector, by their stored names."""
     spared = _NOT_LINEAR if adapter.rules.is_all_linear else ()
     return sorted(
         (
             module
-            for module in stored_modules(base.tensors)
+            for module in stored_modules(checkpoint.tensors)
             if module not in adapter.sites
             and adapter.rules.targets(module)
             and module.rpartition(".")[2] not in spared
@@ -241,7 +235,7 @@ def is_fused_expert(module: str, runtime: RuntimeModel) -> bool:
     """Whether the module's weight becomes a slice of a fused 3-D parameter at run time."""
     from ia3_export.models.conversions import state_entry
 
-    entry, pattern = state_entry(runtime.rules, f"{module}.weight")
+    entry, pattern = state_entry(runtime.loading, f"{module}.weight")
     return pattern is not None and len(runtime.shapes.get(entry, ())) == 3
 
 

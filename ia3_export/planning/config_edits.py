@@ -7,12 +7,13 @@ from typing import Any
 
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.errors import IA3ExportError, Refused
+from ia3_export.models.model_class import RuntimeModel
 from ia3_export.planning.placement import Resolution
 
 
 def edit_config(
     resolutions: Sequence[Resolution],
-    base: Checkpoint,
+    stored: Checkpoint,
     dtype: str,
     adjusted: Mapping[str, Any] | None,
     warnings: list[str],
@@ -23,27 +24,24 @@ def edit_config(
     model; `adjusted` is the configuration to start from (other quantization settings, or none). What a user
     should know is added to `warnings`.
     """
-    if base.config is None or adjusted is None:
+    if stored.config is None or adjusted is None:
         return None, []
     config = dict(adjusted)
     for result in resolutions:
         runtime = result.runtime
         if runtime is None:
             continue
-        fitted = {k: v for k, v in runtime.config.items() if base.config.get(k) != v}
-        config.update(fitted)
-        if "id2label" in fitted:
-            config.pop("num_labels", None)
-            if not result.adapter.labels:
-                warnings.append(
-                    "the adapter carries no label names: config.json calls them LABEL_0 to "
-                    f"LABEL_{len(fitted['id2label']) - 1}, in the order of training"
-                )
+        labels = adopt_heads(config, runtime, stored.config).get("id2label")
+        if labels is not None and not result.adapter.labels:
+            warnings.append(
+                "the adapter carries no label names: config.json calls them LABEL_0 to "
+                f"LABEL_{len(labels) - 1}, in the order of training"
+            )
         brings_head = any(runtime.stored.get(name) is None for name in result.extras)
         if brings_head and config.get("architectures") != [runtime.class_name]:
             config["architectures"] = [runtime.class_name]
         if result.untied:
-            if can_untie(result, base):
+            if can_untie(result, stored):
                 config = _untie(config)
             else:
                 warnings.append(
@@ -58,12 +56,23 @@ def edit_config(
         if "dtype" not in config and "torch_dtype" not in config:
             config["dtype"] = dtype
     edits = [
-        f"{key}: {_shown(base.config.get(key, 'absent'))} -> {_shown(value)}"
+        f"{key}: {_shown(stored.config.get(key, 'absent'))} -> {_shown(value)}"
         for key, value in config.items()
-        if base.config.get(key, ...) != value
+        if stored.config.get(key, ...) != value
     ]
-    edits += [f"{key}: removed" for key in base.config if key not in config]
+    edits += [f"{key}: removed" for key in stored.config if key not in config]
     return (config if edits else None), edits
+
+
+def adopt_heads(
+    config: dict[str, Any], runtime: RuntimeModel, base_config: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Put into `config` what the heads and embeddings of an adapter change in `base_config`; returns that."""
+    adopted = {key: value for key, value in runtime.config.items() if base_config.get(key) != value}
+    config.update(adopted)
+    if "id2label" in adopted:
+        config.pop("num_labels", None)
+    return adopted
 
 
 def output_class(resolutions: Sequence[Resolution]) -> str | None:
@@ -90,7 +99,7 @@ def check_vocabulary(
     shapes: Mapping[str, tuple[int, ...]],
     base_config: Mapping[str, Any] | None,
 ) -> list[IA3ExportError]:
-    """With a resized vocabulary or other labels, hold the output against the class.
+    """The refusals of an output whose vocabulary or labels were resized so that the class does not fit.
 
     Every tensor of the output (its `shapes` by stored name) must have the size that the class then gives it.
     """
@@ -116,11 +125,11 @@ def check_vocabulary(
     return found
 
 
-def can_untie(result: Resolution, base: Checkpoint) -> bool:
+def can_untie(result: Resolution, stored: Checkpoint) -> bool:
     """Whether ``tie_word_embeddings`` may be set to false without changing anything else."""
     from ia3_export.models.model_class import same_but_untied
 
-    config = result.runtime.config if result.runtime is not None else base.config or {}
+    config = result.runtime.config if result.runtime is not None else stored.config or {}
     return same_but_untied(config, _untie(config))
 
 

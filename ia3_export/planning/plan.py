@@ -1,4 +1,4 @@
-"""Adapters + checkpoint → Plan: one row a changed tensor.
+"""Adapters + Base → Plan: one `Change` a tensor.
 
 Every refusal is made here, nothing is decided later.
 """
@@ -26,13 +26,14 @@ from ia3_export.planning.changes import (
 )
 from ia3_export.planning.companions import Companions, choose_companions
 from ia3_export.planning.config_edits import check_vocabulary, edit_config, output_class
-from ia3_export.planning.keep_quantized import Kept, WeightOutcome
+from ia3_export.planning.keep_quantized import Kept, keep_scales, refusals
 from ia3_export.planning.placement import Resolution
-from ia3_export.planning.quantized import adjust_settings, keep_scales, refusals
+from ia3_export.planning.quantized_placement import WeightOutcome
+from ia3_export.planning.quantized_settings import adjust_settings
 from ia3_export.planning.recipe import Recipe
 from ia3_export.planning.resolve import resolve
 from ia3_export.quantization.base import Base
-from ia3_export.quantization.settings import without_settings
+from ia3_export.quantization.config import without_settings
 from ia3_export.words import TORCH_NAMES, Combine
 
 

@@ -30,13 +30,13 @@ from ia3_export.models.modules import (
     weight_layout,
 )
 from ia3_export.planning.completeness import (
+    check_lost,
+    check_missing,
+    check_random,
+    check_unused,
     heads_in_question,
     is_fused_expert,
     missing_by_name,
-    report_lost,
-    report_missing,
-    report_random,
-    report_unused,
 )
 from ia3_export.planning.placement import Part, Placement, Resolution
 
@@ -45,41 +45,41 @@ if TYPE_CHECKING:
 
 
 def resolve(
-    adapter: Adapter, base: Checkpoint, *, allow_missing: bool = False, allow_unused: bool = False
+    adapter: Adapter, checkpoint: Checkpoint, *, allow_missing: bool = False, allow_unused: bool = False
 ) -> Resolution:
-    """Lay `adapter` over `base`; whatever does not fit is in the result's `problems`.
+    """Lay `adapter` over `checkpoint`; whatever does not fit is in the result's `problems`.
 
     Raises `DamagedFile` only, for an expression of the adapter's configuration that takes too long.
     """
     result = Resolution(adapter=adapter)
     try:
-        refuse_wrapped(base.tensors)
+        refuse_wrapped(checkpoint.tensors)
     except Refused as error:
         result.problems.append(error)
         return result
     adapter.rules.look_at(
-        {*stored_modules(base.tensors), *(name.rpartition(".")[0] for name in adapter.extras)}
+        {*stored_modules(checkpoint.tensors), *(name.rpartition(".")[0] for name in adapter.extras)}
     )
-    _ask_class(result, base)
+    _ask_class(result, checkpoint)
     adapter = result.adapter
     try:
-        modules = result.runtime.layouts if result.runtime else stored_modules(base.tensors)
+        modules = result.runtime.layouts if result.runtime else stored_modules(checkpoint.tensors)
         restored = restore_names(adapter, modules)
     except Refused as error:
         result.problems.append(error)
         return result
     if restored is not None:
         result.adapter = restored
-        _ask_class(result, base)
+        _ask_class(result, checkpoint)
         adapter = result.adapter
     result.warnings.extend(adapter.warnings)
-    possible = _possible_layouts(result, base)
-    present = {*base.tensors, *(result.runtime.shapes if result.runtime is not None else ())}
+    possible = _possible_layouts(result, checkpoint)
+    present = {*checkpoint.tensors, *(result.runtime.shapes if result.runtime is not None else ())}
     unused = []
     for site in adapter.sites.values():
         try:
             refuse_untraceable(site.module, present)
-            placement = _place(site, base, result, possible)
+            placement = _place(site, checkpoint, result, possible)
             if placement is None:
                 unused.append(site.module)
             else:
@@ -93,67 +93,67 @@ def resolve(
                 )
     for name in adapter.extras:
         try:
-            _place_extra(name, base, result, allow_unused=allow_unused)
+            _place_extra(name, checkpoint, result, allow_unused=allow_unused)
         except Refused as error:
             result.problems.append(error)
-    report_unused(adapter, base, unused, result, allow_unused=allow_unused)
+    check_unused(adapter, checkpoint, unused, result, allow_unused=allow_unused)
     if allow_unused:
         result.adapter = replace(
             adapter,
             sites={key: site for key, site in adapter.sites.items() if site.module not in unused},
             extras={name: tensor for name, tensor in adapter.extras.items() if name in result.extras},
         )
-    report_missing(adapter, base, result, allow_missing=allow_missing)
-    report_lost(adapter, base, result, allow_missing=allow_missing)
-    report_random(result)
+    check_missing(adapter, checkpoint, result, allow_missing=allow_missing)
+    check_lost(adapter, checkpoint, result, allow_missing=allow_missing)
+    check_random(result)
     return result
 
 
-def _ask_class(result: Resolution, base: Checkpoint) -> None:
+def _ask_class(result: Resolution, checkpoint: Checkpoint) -> None:
     """Build the model class where names and shapes leave something open."""
-    if base.config is None or not _open_questions(result.adapter, base):
+    if checkpoint.config is None or not _open_questions(result.adapter, checkpoint):
         return
     from ia3_export.models.conversions import in_class_names
     from ia3_export.models.model_class import load_runtime_model
 
     try:
-        result.runtime = load_runtime_model(base.config, result.adapter, base.tensors)
+        result.runtime = load_runtime_model(checkpoint.config, result.adapter, checkpoint.tensors)
     except Unsupported as error:
         result.warnings.append(f"{error}; names are taken as stored")
         return
-    result.adapter = in_class_names(result.adapter, result.runtime.rules)
+    result.adapter = in_class_names(result.adapter, result.runtime.loading)
     result.adapter.rules.look_at(result.runtime.layouts)
 
 
-def _open_questions(adapter: Adapter, base: Checkpoint) -> bool:
+def _open_questions(adapter: Adapter, checkpoint: Checkpoint) -> bool:
     """Whether names and shapes leave something open that the model class can answer."""
-    may_be_tied = base.config is None or base.config.get("tie_word_embeddings") is not False
-    types = model_types(base.config)
+    may_be_tied = checkpoint.config is None or checkpoint.config.get("tie_word_embeddings") is not False
+    types = model_types(checkpoint.config)
     for site in adapter.sites.values():
-        weight = base.tensors.get(f"{site.module}.weight")
+        weight = checkpoint.tensors.get(f"{site.module}.weight")
         if weight is not None and not is_settled(site, weight.shape, types):
             return True
     for module in adapter.modules:
-        if f"{module}.weight" not in base.tensors or (may_be_tied and not in_layer_stack(module)):
+        if f"{module}.weight" not in checkpoint.tensors or (may_be_tied and not in_layer_stack(module)):
             return True
     for name, tensor in adapter.extras.items():
-        stored = base.tensors.get(name)
+        stored = checkpoint.tensors.get(name)
         if stored is None or stored.shape != tensor.shape or (may_be_tied and not in_layer_stack(name)):
             return True
-    return bool(missing_by_name(adapter, base)) or heads_in_question(adapter, base)
+    return bool(missing_by_name(adapter, checkpoint)) or heads_in_question(adapter, checkpoint)
 
 
-def _possible_layouts(result: Resolution, base: Checkpoint) -> tuple[Layout, ...]:
+def _possible_layouts(result: Resolution, checkpoint: Checkpoint) -> tuple[Layout, ...]:
     """How weights of modules that no class answers for may be stored, with a warning if that is assumed."""
-    adapter, types = result.adapter, model_types(base.config)
+    adapter, types = result.adapter, model_types(checkpoint.config)
     # the orientation of other formats' vectors is a reader's word, which a model type outweighs
     known = result.runtime is not None or (bool(types) and adapter.format != "peft")
-    possible = possible_layouts(types, shown_layouts(adapter, base.tensors), known=known)
+    possible = possible_layouts(types, shown_layouts(adapter, checkpoint.tensors), known=known)
     if known or types & CONV1D_MODEL_TYPES:
         return possible
-    weights = [base.tensors.get(f"{module}.weight") for module in adapter.modules]
+    weights = [checkpoint.tensors.get(f"{module}.weight") for module in adapter.modules]
     square = any(w is not None and len(w.shape) == 2 and w.shape[0] == w.shape[1] for w in weights)
-    if possible == ("conv1d",) or (square and base.config is None):
+    if possible == ("conv1d",) or (square and checkpoint.config is None):
         result.warnings.append(
             f"{'the model type is unknown' if types else 'the base has no config.json'}, so "
             + ("by their vectors the weights" if possible == ("conv1d",) else "square weights")
@@ -176,23 +176,23 @@ def _insert(result: Resolution, placement: Placement) -> None:
 
 
 def _place(
-    site: Site, base: Checkpoint, result: Resolution, possible: tuple[Layout, ...]
+    site: Site, checkpoint: Checkpoint, result: Resolution, possible: tuple[Layout, ...]
 ) -> Placement | None:
     """The tensors under `site`, or None when the module has no weight in the base."""
     runtime, module = result.runtime, site.module
     if runtime is not None and module in runtime.layouts:
-        return _place_by_class(site, base, result, runtime)
+        return _place_by_class(site, checkpoint, result, runtime)
     if runtime is not None and module in runtime.embeddings:
         raise Refused(
             f"module {module} is an embedding: a lookup, whose weight a vector does not fold into",
             hint="IA3 scales Linear, Conv1D and convolutions",
         )
-    weight = base.tensors.get(f"{module}.weight")
+    weight = checkpoint.tensors.get(f"{module}.weight")
     if weight is not None:
         _check_dtype(module, weight.dtype)
         layout = weight_layout(site, weight.shape, possible)
         parts = [Part("direct", weight.name, weight.name, weight.shape, layout)]
-        bias = base.tensors.get(f"{module}.bias")
+        bias = checkpoint.tensors.get(f"{module}.bias")
         if bias is not None and site.direction == "out":
             parts.append(Part("direct", bias.name, bias.name, bias.shape, layout))
         return Placement(site, tuple(parts))
@@ -202,7 +202,7 @@ def _place(
 
 
 def _place_by_class(
-    site: Site, base: Checkpoint, result: Resolution, runtime: RuntimeModel
+    site: Site, checkpoint: Checkpoint, result: Resolution, runtime: RuntimeModel
 ) -> Placement | None:
     parts = []
     for leaf in ("weight", "bias"):
@@ -213,7 +213,7 @@ def _place_by_class(
         layout = runtime.layouts[site.module]
         if leaf == "weight":
             _check_length(site, shape, layout, runtime)
-        part = _find_part(entry, shape, layout, base, result, runtime)
+        part = _find_part(entry, shape, layout, checkpoint, result, runtime)
         if part is None:
             if leaf == "weight":
                 return None
@@ -234,7 +234,7 @@ def _find_part(
     entry: str,
     shape: tuple[int, ...],
     layout: Layout,
-    base: Checkpoint,
+    checkpoint: Checkpoint,
     result: Resolution,
     runtime: RuntimeModel,
 ) -> Part | None:
@@ -243,7 +243,7 @@ def _find_part(
     stored = runtime.stored.get(entry)
     if entry in runtime.converted:
         for source in runtime.converted[entry]:
-            _check_dtype(entry, base.tensors[source].dtype)
+            _check_dtype(entry, checkpoint.tensors[source].dtype)
         return Part("converted", entry, "", shape, layout)
     if tied_to or tied_from:
         module = entry.rpartition(".")[0]
@@ -262,12 +262,12 @@ def _find_part(
         shared = stored or next((runtime.stored[s] for s in tied_to if s in runtime.stored), None)
         if shared is None:
             return None
-        _check_dtype(entry, base.tensors[shared].dtype)
+        _check_dtype(entry, checkpoint.tensors[shared].dtype)
         result.untied.append(entry)
         return Part("direct", stored or entry, shared, shape, layout)
     if stored is None:
         return None
-    _check_dtype(entry, base.tensors[stored].dtype)
+    _check_dtype(entry, checkpoint.tensors[stored].dtype)
     return Part("direct", stored, stored, shape, layout)
 
 
@@ -285,13 +285,13 @@ def _check_dtype(name: str, dtype: str) -> None:
         )
 
 
-def _place_extra(name: str, base: Checkpoint, result: Resolution, *, allow_unused: bool) -> None:
+def _place_extra(name: str, checkpoint: Checkpoint, result: Resolution, *, allow_unused: bool) -> None:
     """Find the stored name that the adapter's own tensor `name` replaces, or under which it is added."""
     runtime, tensor = result.runtime, result.adapter.extras[name]
     target: str | None = None
     expected: tuple[int, ...] | None = None
-    if name in base.tensors:
-        target, expected = name, base.tensors[name].shape
+    if name in checkpoint.tensors:
+        target, expected = name, checkpoint.tensors[name].shape
     if runtime is not None and name in runtime.shapes:
         expected = runtime.shapes[name]
         if name in runtime.converted:
@@ -307,7 +307,7 @@ def _place_extra(name: str, base: Checkpoint, result: Resolution, *, allow_unuse
         )
         hint = "the adapter belongs to another model; --allow-unused drops it"
         if name in result.adapter.unplaced:
-            message = f"{name}: {result.adapter.warnings[-1]}"
+            message = f"{name}: {result.adapter.unplaced_reason}"
             hint = "--allow-unused merges the vectors without the head"
         if not allow_unused:
             raise UnusedVector(message, hint=hint)

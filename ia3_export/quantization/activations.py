@@ -91,10 +91,10 @@ class Effects:
     warnings: tuple[str, ...]
 
 
-def cache_scales(base: Checkpoint) -> dict[str, str]:
+def cache_scales(checkpoint: Checkpoint) -> dict[str, str]:
     """Stored scales of a quantized cache → the module whose output they were calibrated on."""
     found = {}
-    for name, tensor in base.tensors.items():
+    for name, tensor in checkpoint.tensors.items():
         parent, _, leaf = name.rpartition(".")
         if leaf in CACHE_SCALES and tensor.size == 1:
             last = parent.rpartition(".")[2]
@@ -102,12 +102,12 @@ def cache_scales(base: Checkpoint) -> dict[str, str]:
     return found
 
 
-def cache_tensors(base: Checkpoint) -> set[str]:
+def cache_tensors(checkpoint: Checkpoint) -> set[str]:
     """Everything stored of a quantized cache: a dense model has none of it."""
-    return {name for name in base.tensors if name.rpartition(".")[2] in _OF_CACHE}
+    return {name for name in checkpoint.tensors if name.rpartition(".")[2] in _OF_CACHE}
 
 
-def largest(vector: Array) -> float:
+def largest_factor(vector: Array) -> float:
     """The factor by which a range grows at most; a vector of zeros leaves it, since a scale of zero divides
     by zero."""
     return float(np.abs(vector).max(initial=0.0)) or 1.0
@@ -136,28 +136,34 @@ def grow(name: str, factor: float) -> float:
     return 1 / factor if name.endswith("input_global_scale") else factor
 
 
-def follow(outputs: Mapping[str, OutputFactors], base: Checkpoint, packed: Mapping[str, Packed]) -> Effects:
-    """What the vectors on `outputs` (by module) do to the static scales of `base` and its quantized weights
-    `packed`."""
+def follow(
+    outputs: Mapping[str, OutputFactors], checkpoint: Checkpoint, packed: Mapping[str, Packed]
+) -> Effects:
+    """What the vectors on `outputs` (by module) do to the static scales of `checkpoint`.
+
+    `packed` are its quantized weights.
+    """
     grown = [
-        Growth(name, largest(outputs[module].factors), outputs[module].folds)
-        for name, module in cache_scales(base).items()
+        Growth(name, largest_factor(outputs[module].factors), outputs[module].folds)
+        for name, module in cache_scales(checkpoint).items()
         if module in outputs
     ]
     static = {p.module: p for p in packed.values() if input_scales(p)}
     for weight in packed.values():
         name = f"{weight.module}.{_OUTPUT_SCALE}"
         if weight.module in outputs and name in weight.parts and weight.method not in _NOT_STATIC:
-            grown.append(Growth(name, largest(outputs[weight.module].factors), outputs[weight.module].folds))
+            grown.append(
+                Growth(name, largest_factor(outputs[weight.module].factors), outputs[weight.module].folds)
+            )
     unknown: dict[str, str] = {}
     for module, weight in static.items():
-        for source, factors, reason in _reaching(module, outputs, base.config):
+        for source, factors, reason in _reaching(module, outputs, checkpoint.config):
             reason = reason or off_center(module, weight.parts, factors)
             if reason:
                 unknown[module] = reason
                 break
             grown += [
-                Growth(name, grow(name, largest(factors)), outputs[source].folds)
+                Growth(name, grow(name, largest_factor(factors)), outputs[source].folds)
                 for name in input_scales(weight)
             ]
     return Effects(tuple(grown), unknown, tuple(_warnings(outputs, static)))
@@ -193,15 +199,14 @@ def _reaching(
     siblings = [name for name in outputs if name != module and name.rpartition(".")[0] == parent]
     for name in dict.fromkeys((*siblings, *(feeder for feeder in ways if feeder in outputs))):
         factors, leaf = outputs[name].factors, name.rpartition(".")[2]
-        kind, _, place = ways.get(name, "").partition(":")
-        if kind in ("gated", "value") or (not ways and leaf in _VALUES):
+        way = ways.get(name)
+        if (way is not None and way.kind in ("gated", "value")) or (not ways and leaf in _VALUES):
             yield name, factors, ""  # of a fused projection of unequal parts all rows
-        elif kind == "fused":
-            number, parts = map(int, place.split("/"))
-            split = np.array_split(factors, parts)
-            others = split[: number - 1] + split[number:]
-            yield name, split[number - 1], "" if all((part == 1).all() for part in others) else _behind(name)
-        elif kind and activation_of(module, config) == "relu" and (factors > 0).all():
+        elif way is not None and way.kind == "fused":
+            parts = np.array_split(factors, way.parts)
+            own = parts.pop(way.number - 1)
+            yield name, own, "" if all((part == 1).all() for part in parts) else _behind(name)
+        elif way is not None and activation_of(module, config) == "relu" and (factors > 0).all():
             yield name, factors, ""
         elif leaf not in (*_QUERIES_AND_KEYS, *_BEFORE_NORM):
             yield name, factors, _behind(name)

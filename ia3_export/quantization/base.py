@@ -12,7 +12,7 @@ from ia3_export.quantization.detection import Quantization, dense_view, find_qua
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Base:
-    """A checkpoint with the answers to the question how it is quantized.
+    """A checkpoint, a base or a merge of one, with the answers to the question how it is quantized.
 
     `stored` is what lies on disk, `dense` the same with every quantized weight as the dense tensor that it
     stands for (`stored` itself where none is).

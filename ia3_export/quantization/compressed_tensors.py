@@ -24,6 +24,7 @@ from ia3_export.quantization.codes import (
     unpack,
     unpack_padded,
 )
+from ia3_export.quantization.config import schemes
 from ia3_export.quantization.packed import (
     BY_ROW,
     SCALE_DTYPES,
@@ -38,12 +39,13 @@ from ia3_export.quantization.packed import (
     read_flat,
     read_rows,
 )
-from ia3_export.quantization.settings import schemes
 
 METHOD = "compressed-tensors"
-_LEAVES = ("weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale",
-           "input_global_scale", "input_scale", "input_zero_point", "output_scale", "output_zero_point",
-           "weight_scale_2")  # fmt: skip
+_LEAVES = (
+    "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale",
+    "input_global_scale", "input_scale", "input_zero_point", "output_scale", "output_zero_point",
+    "weight_scale_2",
+)  # fmt: skip
 
 
 def find(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> Iterator[Packed]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.header import StoredTensor
-from ia3_export.errors import DamagedFile, IA3ExportError, Unsupported
+from ia3_export.errors import DamagedFile, IA3ExportError, Unsupported, kind_and_line
 from ia3_export.fold import FLOAT_DTYPES, Array
 from ia3_export.models.modules import CONV1D_MODEL_TYPES, model_types
 from ia3_export.quantization import (
@@ -25,9 +25,9 @@ from ia3_export.quantization import (
     quanto,
 )
 from ia3_export.quantization.activations import cache_tensors
+from ia3_export.quantization.config import check_expressions, read_settings
 from ia3_export.quantization.packed import READER_ERRORS, Packed
-from ia3_export.quantization.settings import check_expressions, read_settings
-from ia3_export.words import STORED_NAMES
+from ia3_export.words import STORED_NAMES, torch_name
 
 Finder = Callable[[Mapping[str, StoredTensor], Mapping[str, Any]], Iterator[Packed]]
 
@@ -90,37 +90,37 @@ class Quantization:
         return {part: name for name, packed in self.packed.items() for part in packed.parts}
 
 
-def find_quantization(base: Checkpoint) -> Quantization:
-    """Find the quantized weights of `base`. Reads headers, and of the data what names and shapes leave open.
+def find_quantization(checkpoint: Checkpoint) -> Quantization:
+    """Find the quantized weights of `checkpoint`.
 
-    What cannot be read is in the result's `problems`. Raises `DamagedFile` for unreadable configuration
-    files.
+    Reads headers, and of the data what names and shapes leave open. What cannot be read is in the result's
+    `problems`. Raises `DamagedFile` for unreadable configuration files.
     """
-    settings = read_settings(base)
+    settings = read_settings(checkpoint)
     packed: dict[str, Packed] = {}
     problems: list[IA3ExportError] = []
-    conv1d = bool(model_types(base.config) & CONV1D_MODEL_TYPES)
+    conv1d = bool(model_types(checkpoint.config) & CONV1D_MODEL_TYPES)
     method = str(settings.get("quant_method", "")).lower()
     reason = _UNREADABLE.get(method) or _unreadable_settings(settings)
     if reason:
         problems.append(
             Unsupported(
-                f"the base {base.location.given} is quantized by {method}: {reason}",
+                f"the base {checkpoint.location.given} is quantized by {method}: {reason}",
                 hint="give the unquantized checkpoint, or one in a format of docs/formats.md",
             )
         )
-        return Quantization({}, settings, _compute_dtype(base), tuple(problems))
+        return Quantization({}, settings, _compute_dtype(checkpoint), tuple(problems))
     try:
         check_expressions(
-            f"the quantization settings of {base.location.given}",
+            f"the quantization settings of {checkpoint.location.given}",
             settings,
-            {name.rpartition(".")[0] for name in base.tensors},
+            {name.rpartition(".")[0] for name in checkpoint.tensors},
         )
     except DamagedFile as error:
-        return Quantization({}, settings, _compute_dtype(base), (error,))
+        return Quantization({}, settings, _compute_dtype(checkpoint), (error,))
     for find in FORMATS.values():
         try:
-            for found in find(base.tensors, settings):
+            for found in find(checkpoint.tensors, settings):
                 if found.name in packed:
                     raise DamagedFile(
                         f"{found.name} is stored twice, as {packed[found.name].format} and as {found.format}",
@@ -132,20 +132,20 @@ def find_quantization(base: Checkpoint) -> Quantization:
         except READER_ERRORS as error:
             problems.append(
                 DamagedFile(
-                    f"the quantized weights of {base.location.given} cannot be read: "
-                    f"{type(error).__name__}: {error}",
+                    f"the quantized weights of {checkpoint.location.given} cannot be read: "
+                    f"{kind_and_line(error)}",
                     hint="tensors or quantization_config are damaged; fetch the files again",
                 )
             )
-    packed = dict(gptq_awq.scale_activations(packed, base.tensors))
-    result = Quantization(packed, settings, _compute_dtype(base))
+    packed = dict(gptq_awq.scale_activations(packed, checkpoint.tensors))
+    result = Quantization(packed, settings, _compute_dtype(checkpoint))
     if not problems:
-        problems += _left_over(base, result)
+        problems += _left_over(checkpoint, result)
     if not problems and method and not packed:
         problems.append(
             Unsupported(
-                f"the base {base.location.given} says that it is quantized by {method}, but every weight "
-                "in it is dense",
+                f"the base {checkpoint.location.given} says that it is quantized by {method}, but every "
+                "weight in it is dense",
                 hint="config.json belongs to another checkpoint; if the weights are right, remove "
                 "quantization_config from it",
             )
@@ -153,14 +153,14 @@ def find_quantization(base: Checkpoint) -> Quantization:
     return replace(result, problems=tuple(problems), warnings=tuple(_compare(result)))
 
 
-def dense_view(base: Checkpoint, quantization: Quantization) -> Checkpoint:
-    """`base` with every quantized weight as the dense tensor that it stands for, under its dense name."""
-    hidden = quantization.owners.keys() | (cache_tensors(base) if quantization.packed else set())
-    tensors = {name: tensor for name, tensor in base.tensors.items() if name not in hidden}
+def dense_view(checkpoint: Checkpoint, quantization: Quantization) -> Checkpoint:
+    """`checkpoint` with every quantized weight as the dense tensor that it stands for, by its dense name."""
+    hidden = quantization.owners.keys() | (cache_tensors(checkpoint) if quantization.packed else set())
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in hidden}
     tensors |= {
         name: packed.dense(quantization.compute_dtype) for name, packed in quantization.packed.items()
     }
-    return replace(base, tensors=tensors)
+    return replace(checkpoint, tensors=tensors)
 
 
 def _unreadable_settings(settings: Mapping[str, Any]) -> str:
@@ -172,21 +172,21 @@ def _unreadable_settings(settings: Mapping[str, Any]) -> str:
     return ""
 
 
-def _compute_dtype(base: Checkpoint) -> str:
+def _compute_dtype(checkpoint: Checkpoint) -> str:
     """The dtype that the checkpoint computes in: as configured, else that of most of its dense tensors."""
-    config = base.config or {}
+    config = checkpoint.config or {}
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in ("dtype", "torch_dtype"):
-            name = str(part.get(key, "")).removeprefix("torch.")
+            name = torch_name(part.get(key, ""))
             if name in STORED_NAMES:
                 return STORED_NAMES[name]
-    return base.main_dtype
+    return checkpoint.main_dtype
 
 
-def _left_over(base: Checkpoint, result: Quantization) -> Iterator[IA3ExportError]:
+def _left_over(checkpoint: Checkpoint, result: Quantization) -> Iterator[IA3ExportError]:
     """Codes that nothing above understood are an error: never are they taken for dense weights."""
     owners = result.owners
-    for name, tensor in base.tensors.items():
+    for name, tensor in checkpoint.tensors.items():
         if name in owners:
             continue
         coded = tensor.dtype not in FLOAT_DTYPES and (
@@ -211,9 +211,9 @@ def _compare(result: Quantization) -> Iterator[str]:
             f"{what} is not part of the forwards of verify and onnx, which have the rotary "
             "embedding without it"
         )
-    notes = [packed.format for packed in result.packed.values() if "although labelled" in packed.format]
-    if notes:
-        yield f"{len(notes)} weights are {notes[0]}: decided by their zero points"
+    mislabelled = [packed.format for packed in result.packed.values() if packed.mislabelled]
+    if mislabelled:
+        yield f"{len(mislabelled)} weights are {mislabelled[0]}: decided by their zero points"
 
 
 def _transposed(packed: Packed) -> Packed:

@@ -17,6 +17,7 @@ from ia3_export.checkpoint.header import Computed, StoredTensor
 from ia3_export.errors import DamagedFile, Unsupported
 from ia3_export.fold import Array
 from ia3_export.quantization.codes import E8M0, FLOAT_CODES, code_values
+from ia3_export.quantization.config import block_shape, scheme_of, schemes
 from ia3_export.quantization.packed import (
     BY_ROW,
     OF_WHOLE,
@@ -34,7 +35,6 @@ from ia3_export.quantization.packed import (
     read_flat,
     read_rows,
 )
-from ia3_export.quantization.settings import block_shape, scheme_of, schemes
 
 #: Names of the scale, after the module path; all of them multiply.
 _SCALES = ("weight_scale", "weight_scale_inv", "scale", "qscale_weight")

@@ -11,7 +11,7 @@ is moved: its results are ``feed_forward_table.json``, keyed by model type.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -36,6 +36,20 @@ _KINDS: Mapping[str, Kind] = {
     "norm": "norm",
     "value": "value",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A way out of the table on which a vector moves to the projection whose path ends in `tail`.
+
+    `kind` is one of ``gated``, ``value``, ``plain`` and so on; of the projection's rows the vector gets those
+    of part `number`, from 1, of `parts` equal ones.
+    """
+
+    kind: str
+    number: int
+    parts: int
+    tail: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +88,10 @@ def find_feeder(
         own = shapes.get(f"{module}.weight", ())
         if len(own) != 2 or own[1] != length:
             raise CannotKeep(f"{module} has no weight with {length} columns")
-        names = [_fill(module, way.split()[1], numbers) for way in ways]
+        names = [_fill(module, way.tail, numbers) for way in ways]
         for way, feeder in zip(ways, names, strict=True):
             if f"{feeder}.weight" in shapes:
-                return _check(way.split()[0], feeder, length, shapes, entry, part)
+                return _check(way, feeder, length, shapes, entry, part)
         raise CannotKeep(f"the checkpoint has no {' or '.join(names)}, which feeds {module}")
     if "reason" in entry and "att" not in module:
         raise CannotKeep(str(entry["reason"]))
@@ -86,16 +100,13 @@ def find_feeder(
     )
 
 
-def feeding(module: str, config: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """The projections that feed `module`, as (way, path); ``[]`` where that has not been reviewed. A way is
-    one of the table's: ``gated``, ``value``, ``fused:2/2`` (the second half of the rows), ``plain`` and so
-    on."""
+def feeding(module: str, config: Mapping[str, Any] | None) -> list[tuple[Way, str]]:
+    """The projections that feed `module`, as (way, path); ``[]`` where that has not been reviewed."""
     with suppress(CannotKeep):
         for pattern, ways in _entry(module, config)[0].get("move", {}).items():
             numbers = _match(pattern, module)
             if numbers is not None:
-                words = [way.split() for way in ways]
-                return [(way, _fill(module, tail, numbers)) for way, tail in words]
+                return [(way, _fill(module, way.tail, numbers)) for way in ways]
     return []
 
 
@@ -156,7 +167,7 @@ def _activation(entry: Mapping[str, Any], part: Mapping[str, Any]) -> str | None
 
 
 def _check(
-    kind: str,
+    way: Way,
     feeder: str,
     length: int,
     shapes: Mapping[str, tuple[int, ...]],
@@ -164,10 +175,8 @@ def _check(
     part: Mapping[str, Any],
 ) -> Feeder:
     """The feeder, once the conditions of its kind hold. Raises `CannotKeep`."""
-    kind, _, place = kind.partition(":")
-    number, parts = map(int, place.split("/")) if place else (1, 1)
-    shape = shapes[f"{feeder}.weight"]
-    if shape[0] != parts * length or len(shape) != (1 if kind == "norm" else 2):
+    kind, shape = way.kind, shapes[f"{feeder}.weight"]
+    if shape[0] != way.parts * length or len(shape) != (1 if kind == "norm" else 2):
         if kind == "value":
             raise CannotKeep(
                 f"{feeder} has {shape[0]} rows for {length} columns: heads share keys and "
@@ -184,7 +193,7 @@ def _check(
     clamped = any(part[key] for key in part if key.startswith("swiglu_limit"))
     if kind in ("gated", "fused") and clamped and not entry.get("clamps_elsewhere"):
         raise CannotKeep(f"config.json has the output of {feeder} clamped (swiglu_limit)")
-    start, stop = (number - 1) * length, number * length
+    start, stop = (way.number - 1) * length, way.number * length
     if kind in ("plain", "relu", "always_relu", "squared"):
         between = {"squared": "relu2", "always_relu": "relu"}.get(kind, _activation(entry, part))
         if between not in ("relu", "relu2") or (kind == "relu" and between == "relu2"):
@@ -217,56 +226,25 @@ def _fill(module: str, tail: str, numbers: list[str]) -> str:
     return ".".join([*module.split(".")[: len(_before_number(module)) + 1], *behind])
 
 
-@cache
-def _table() -> dict[str, Any]:
+def read_table() -> dict[str, Any]:
+    """The table as ``tools/mlp_kinds.py`` wrote it: what is known of each model type."""
     text = (files("ia3_export.quantization") / "feed_forward_table.json").read_text(encoding="utf-8")
     return dict(json.loads(text)["model_types"])
 
 
-def self_check(feeder: Feeder, vector: Array, activation: str | None = None) -> float:
-    """Relative difference between the live vector and the moved one, on random numbers through this kind's
-    arithmetic.
-
-    `activation` stands between the projection and the vector where there is no gate; without a name it is the
-    kind's own. float64 throughout; what remains is the rounding of the factors. Raises `CannotKeep` for a
-    vector that cannot move.
-    """
-    factors, norm = move_vector(feeder, vector), feeder.kind == "norm"
-    rng, n, width = np.random.default_rng(0), len(vector), 8
-    slices = feeder.stop // n
-    x = rng.standard_normal((5, n if norm else width))
-    weight = rng.standard_normal(n if norm else (feeder.stop if slices > 1 else n, width))
-    bias, down = rng.standard_normal(len(weight)), rng.standard_normal((width, n))
-    mixing = np.exp(rng.standard_normal((5, 5)))  # attention: a value stays in its channel
-    gate = rng.standard_normal((n, width))
-    own = {"squared relu": "relu2", "relu": "relu"}.get(feeder.kind, "silu")
-    act = _ACTIVATIONS.get(activation or own, _ACTIVATIONS["tanh"])
-
-    def middle(weight: Array, bias: Array) -> Array:
-        if norm:
-            return np.asarray(x / np.sqrt(np.mean(x**2, axis=1, keepdims=True)) * weight + bias)
-        made = x @ weight.T + bias
-        mine = made[:, feeder.start : feeder.stop]
-        if feeder.kind == "value":
-            return mixing @ mine
-        if feeder.kind in ("relu", "squared relu"):
-            return act(mine)
-        other = made[:, :n] if feeder.start else x @ gate.T
-        return act(other) * mine
-
-    live = (middle(weight, bias) * vector.astype("<f8")) @ down.T
-    rows = slice(feeder.start, feeder.stop)
-    weight, bias = weight.copy(), bias.copy()
-    weight[rows] *= factors if norm else factors[:, None]
-    bias[rows] *= factors
-    moved = middle(weight, bias) @ down.T
-    return float(np.linalg.norm(live - moved) / (np.linalg.norm(live) or 1.0))
+@cache
+def _table() -> dict[str, Any]:
+    """The reviewed model types, ``move`` with the ways of each pattern of paths."""
+    return {
+        model_type: entry
+        | {"move": {pattern: [*map(_read_way, ways)] for pattern, ways in entry.get("move", {}).items()}}
+        for model_type, entry in read_table().items()
+    }
 
 
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "relu": lambda z: np.maximum(z, 0),
-    "relu2": lambda z: np.maximum(z, 0) ** 2,
-    "tanh": lambda z: np.asarray(np.tanh(z)),
-    "silu": lambda z: z / (1 + np.exp(-z)),
-    "gelu": lambda z: z * 0.5 * (1 + np.tanh(0.7978845608 * (z + 0.044715 * z**3))),
-}
+def _read_way(text: str) -> Way:
+    """``gated up_proj``; ``fused:2/2 gate_up_proj`` is the second half of the rows."""
+    word, tail = text.split()
+    kind, _, place = word.partition(":")
+    number, parts = map(int, place.split("/")) if place else (1, 1)
+    return Way(kind, number, parts, tail)

@@ -126,6 +126,7 @@ def _gptq(weight: _Tensors, settings: Mapping[str, Any]) -> Packed:
         unit=32,
         on_output=Scales((ScaleTensor(weight.scales, 1),)),
         on_input=_ON_INPUT,
+        mislabelled=bool(note),
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ia3_export.checkpoint import ranges
 from ia3_export.checkpoint.header import Computed, StoredTensor, tensor_bytes
-from ia3_export.errors import DamagedFile
+from ia3_export.errors import DamagedFile, kind_and_line
 from ia3_export.fold import FLOAT_DTYPES, Array, Scale, storage_dtype, to_float
 
 #: ``read(first, count)``: rows ``first:first+count`` of a dense weight, float32 (count, columns).
@@ -95,7 +95,7 @@ class Packed:
     in)), `parts` every stored tensor that belongs to it by name, `rows` reads it dequantized, `unit` rows at
     a time. `on_output` and `on_input` say what takes a vector there. `conv1d`: the quantizer stored (out,
     in), while `shape` is the dense file's (in, out). `method` is the configuration's word (``quant_method``),
-    `format` names it for people.
+    `format` names it for people; `mislabelled`: the configuration says another version of it.
     """
 
     name: str
@@ -108,6 +108,7 @@ class Packed:
     on_output: Side
     on_input: Side
     conv1d: bool = False
+    mislabelled: bool = False
 
     @property
     def module(self) -> str:
@@ -137,7 +138,7 @@ def compute(
             return computed.read(first, count)
         except READER_ERRORS as error:
             raise DamagedFile(
-                f"{name} in {beside.file.name} cannot be dequantized: {type(error).__name__}: {error}",
+                f"{name} in {beside.file.name} cannot be dequantized: {kind_and_line(error)}",
                 hint="its scales, zero points or codes are damaged; quantize or fetch the base again",
             ) from error
 

@@ -1,7 +1,4 @@
-"""The model card of a merged folder.
-
-``README.md`` with the Hub's metadata (model card specification of the Hub).
-"""
+"""The model card of a merged folder: ``README.md`` with metadata as the Hub specifies them."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ _PIPELINES = {
     "ForCausalLM": "text-generation",
     "ForImageClassification": "image-classification",
 }
-_KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
+_CARRIED_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
 _FENCE = "---"
 #: Characters of a card that are read. The longest front matters, with results of benchmarks in them, have
 #: some 300,000.
@@ -28,35 +25,16 @@ _READ = 1_000_000
 
 
 def make_card(plan: Plan) -> str:
-    """Markdown of the card.
-
-    ``base_model`` holds hub ids or is left out: a local path would be a broken link.
-    """
+    """The card of a merge, in Markdown."""
     import yaml
 
-    base_card = plan.base.stored.folder / "README.md"
-    kept = _read_front_matter(base_card) if "README.md" in plan.base.stored.side_files else {}
-    front: dict[str, Any] = {key: kept[key] for key in _KEPT if key in kept}
-    if any(edit.startswith("architectures:") for edit in plan.config_edits):
-        # the head is another one, so the base's pipeline and library are no longer the model's
-        front.pop("library_name", None)
-        front.pop("pipeline_tag", None)
-        pipeline = next(
-            (tag for end, tag in _PIPELINES.items() if (plan.model_class or "").endswith(end)), None
-        )
-        front |= {"pipeline_tag": pipeline} if pipeline else {}
-    if not plan.base.stored.is_gguf:
-        front.setdefault("library_name", "transformers")
     base_id = _base_id(plan)
-    if base_id is not None:
-        front["base_model"] = [base_id]
-        front["base_model_relation"] = "merge"
-    front["tags"] = ["ia3", "merge"]
+    front = yaml.safe_dump(_front_matter(plan, base_id), sort_keys=False)
     location = plan.base.stored.location
     title = f"{location.name} + {' + '.join(a.name for a in plan.adapters)}"
     lines = [
         "---",
-        yaml.safe_dump(front, sort_keys=False).strip(),
+        front.strip(),
         "---",
         "",
         f"# {title}",
@@ -94,13 +72,40 @@ def make_card(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _front_matter(plan: Plan, base_id: str | None) -> dict[str, Any]:
+    """The Hub's metadata of the merged model: the base's where they stay true, and what it is a merge of.
+
+    ``base_model`` holds hub ids or is left out: a local path would be a broken link.
+    """
+    stored = plan.base.stored
+    base_card = stored.folder / "README.md"
+    base_front = _read_front_matter(base_card) if "README.md" in stored.side_files else {}
+    front: dict[str, Any] = {key: base_front[key] for key in _CARRIED_OVER if key in base_front}
+    stated = stored.config or {}
+    if plan.config is not None and plan.config.get("architectures") != stated.get("architectures"):
+        # the head is another one, so the base's pipeline and library are no longer the model's
+        front.pop("library_name", None)
+        front.pop("pipeline_tag", None)
+        pipeline = next(
+            (tag for end, tag in _PIPELINES.items() if (plan.model_class or "").endswith(end)), None
+        )
+        front |= {"pipeline_tag": pipeline} if pipeline else {}
+    if not stored.is_gguf:
+        front.setdefault("library_name", "transformers")
+    if base_id is not None:
+        front["base_model"] = [base_id]
+        front["base_model_relation"] = "merge"
+    front["tags"] = ["ia3", "merge"]
+    return front
+
+
 def _quantization(plan: Plan) -> str:
     if not plan.base.is_quantized:
         return ""
     formats = ", ".join(f"{count} {name}" for name, count in plan.base.quantization.formats.items())
     if plan.dequantizes:
         return f"The base's quantized weights ({formats}) were dequantized. "
-    dense = sum(site.kind == "dense" for site in plan.outcomes)
+    dense = sum(outcome.kind == "dense" for outcome in plan.outcomes)
     return f"The base stays quantized ({formats}), the vectors are in its scales and no code was touched" + (
         f"; {dense} weights that could not take theirs became dense. " if dense else ". "
     )

@@ -13,8 +13,8 @@ import numpy as np
 from ia3_export.checkpoint.header import StoredTensor, tensor_bytes, write_header
 from ia3_export.fold import FLOAT_DTYPES
 from ia3_export.quantization.base import Base
+from ia3_export.quantization.config import SIDE_FILES, without_settings
 from ia3_export.quantization.packed import read_flat
-from ia3_export.quantization.settings import SIDE_FILES, without_settings
 from ia3_export.writing.stage import copy_file
 
 #: Elements that are in memory at a time.
@@ -22,9 +22,7 @@ _BLOCK = 1 << 21
 
 
 def write_dense(base: Base, folder: Path) -> Path:
-    """Write `base` into `folder` with every quantized weight in float32, exactly.
-
-    Other tensors and files as they are.
+    """Write `base` into `folder` with every quantized weight in float32, exactly, and all else as it is.
 
     Raises the reason why a weight cannot be read.
     """

@@ -20,7 +20,7 @@ import numpy as np
 
 from ia3_export.checkpoint import ranges
 from ia3_export.checkpoint.header import StoredTensor
-from ia3_export.errors import DamagedFile, NotFinite
+from ia3_export.errors import NotFinite
 from ia3_export.fold import FLOAT_DTYPES, Workspace, check_block, count_zeros, fold_block, storage_dtype
 from ia3_export.planning.changes import Change
 from ia3_export.writing.layout import OutputFile
@@ -128,12 +128,6 @@ def write_outputs(
     ]
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def content_hash(dtype: str, shape: Sequence[int]) -> Any:
     """A SHA-256 to be fed a tensor's bytes; dtype and shape go first, as in ``BF16[1024,64]``."""
     return hashlib.sha256(f"{dtype}[{','.join(map(str, shape))}]".encode())
@@ -179,26 +173,16 @@ def _work(
         for job in queue.jobs(lambda: meter.stopped):
             if isinstance(job, Path):
                 assert sha256 is not None
-                sha256[job] = hash_file(job)
+                sha256[job] = ranges.hash_file(job)
                 continue
             for item in job.items:
                 targets = [descriptor(sink.path, "r+b") for sink in item.sinks]
                 source = descriptor(item.tensor.file, "rb") if item.tensor.in_file else -1
-                try:
+                with ranges.reading(item.tensor.file, item.tensor.name):
                     if item.is_copy:
                         _copy(item, source, targets, meter, work)
                     else:
-                        _transform(item, source, targets, sha256 is not None, results, meter, work)
-                except EOFError:
-                    raise DamagedFile(
-                        f"{item.tensor.file} became shorter while it was read, at tensor {item.tensor.name}",
-                        hint="something else writes to the inputs; run again when it is done",
-                    ) from None
-                except ranges.ReadError as error:
-                    raise DamagedFile(
-                        f"{item.tensor.file} cannot be read at tensor {item.tensor.name}: {error}",
-                        hint="check the disk that the input is on, or fetch the file again",
-                    ) from error
+                        _transform(item, source, targets, results, meter, work, digests=sha256 is not None)
 
 
 def _copy(item: Item, source: int, targets: Sequence[int], meter: _Meter, work: Workspace) -> None:
@@ -211,10 +195,11 @@ def _transform(
     item: Item,
     source: int,
     targets: Sequence[int],
-    digests: bool,
     results: Sequence[dict[str, TensorResult]],
     meter: _Meter,
     work: Workspace,
+    *,
+    digests: bool,
 ) -> None:
     """Read one tensor once, block by block, and write it, folded, to every sink."""
     tensor = item.tensor
@@ -222,12 +207,12 @@ def _transform(
     stored = storage_dtype(tensor.dtype) if floats else np.dtype("u1")
     count = tensor.nbytes // stored.itemsize
     step = _block_elements(item, stored.itemsize)
-    states = [_State(sink, digests) for sink in item.sinks]
+    states = [_State(sink, digests=digests) for sink in item.sinks]
     for first in range(0, count, step):
         length = min(step, count - first)
         raw = _read_block(tensor, source, first, length, stored, work)
         for target, state in zip(targets, states, strict=True):
-            state.write(target, raw, first, tensor.dtype, floats, work)
+            state.write(target, raw, first, tensor.dtype, work, floats=floats)
             meter.add(raw.nbytes)
     for state in states:
         if state.sink.change is not None:
@@ -254,12 +239,12 @@ def _read_block(
 class _State:
     """A changed tensor while it is written to one sink."""
 
-    def __init__(self, sink: Sink, digests: bool) -> None:
+    def __init__(self, sink: Sink, *, digests: bool) -> None:
         self.sink = sink
         self._hash = content_hash(sink.change.dtype, sink.change.shape) if digests and sink.change else None
         self._position, self._zeros, self._flushed = sink.position, 0, 0
 
-    def write(self, target: int, raw: Any, first: int, dtype: str, floats: bool, work: Workspace) -> None:
+    def write(self, target: int, raw: Any, first: int, dtype: str, work: Workspace, *, floats: bool) -> None:
         change = self.sink.change
         out = raw
         if change is not None and floats:
@@ -281,7 +266,7 @@ class _State:
 
 
 def _block_elements(item: Item, itemsize: int) -> int:
-    """Elements per block.
+    """How many elements of a tensor are transformed at a time.
 
     Half a megabyte, in whole periods or rows of the scales so that they take the fast way; of a computed
     tensor more, in its units, since starting a block costs more there.

@@ -48,9 +48,7 @@ class OutputFile:
 
 
 def lay_out(plan: Plan, shard_size: int | None = None) -> tuple[OutputFile, ...]:
-    """The weight files of the output.
-
-    The base's shards and names, or new shards of at most `shard_size` bytes.
+    """The weight files of the output: the base's shards, or new ones of at most `shard_size` bytes.
 
     What is dequantized stays where its codes were, other added tensors go into the last shard. ``.bin``
     shards become safetensors of the matching name, a GGUF file stays one. Raises `UsageError` and `Refused`

@@ -16,16 +16,15 @@ from typing import Any
 
 from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.hub import Location
-from ia3_export.checkpoint.ranges import worker_count
-from ia3_export.checkpoint.record import MANIFEST, Folded
+from ia3_export.checkpoint.manifest import Folded
+from ia3_export.checkpoint.ranges import hash_file, worker_count
 from ia3_export.ordering import natural
 from ia3_export.planning.plan import Plan
 from ia3_export.words import Digests
-from ia3_export.writing.execute import TensorResult, Written, hash_file
+from ia3_export.writing.execute import TensorResult, Written
 from ia3_export.writing.wording import describe_change, describe_fold
 
 SCHEMA = "ia3-export/manifest/1"
-NAME = MANIFEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,21 +72,27 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
 
 
 def describe_quantization(plan: Plan) -> dict[str, Any]:
-    """Formats of the base's quantized weights, what becomes of them, and site by site of kept ones."""
+    """Formats of the base's quantized weights, and of kept ones what became of each with vectors on it."""
     if not plan.base.is_quantized:
         return {}
     return {
         "formats": plan.base.quantization.formats,
         "method": plan.base.quantization.settings.get("quant_method"),
         "how": plan.recipe.quantized,
-        "sites": [{
-                "weight": site.weight, "format": site.format, "outcome": site.kind,
-                "tensors": list(site.tensors), "rounding": site.error, "reason": site.reason,
-                "folds": [describe_fold(fold) for fold in site.folds],
+        "sites": [
+            {
+                "weight": outcome.weight,
+                "format": outcome.format,
+                "outcome": outcome.kind,
+                "tensors": list(outcome.tensors),
+                "rounding": outcome.error,
+                "reason": outcome.reason,
+                "folds": [describe_fold(fold) for fold in outcome.folds],
             }
-            for site in plan.outcomes],
+            for outcome in plan.outcomes
+        ],
         "dropped": sorted(plan.dropped),
-    }  # fmt: skip
+    }
 
 
 def make_manifest(

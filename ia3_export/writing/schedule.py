@@ -130,7 +130,7 @@ def _continues(before: Item, item: Item) -> bool:
 
 
 class Queue:
-    """What the threads do next.
+    """The runs to write and the files to hash, handed out to threads.
 
     A file's copies, then its transforms (which may overwrite what was copied), and then its digest.
 

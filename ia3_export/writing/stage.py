@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 
-from ia3_export.checkpoint.record import MANIFEST, read_record
+from ia3_export.checkpoint.manifest import MANIFEST, read_record
 from ia3_export.errors import IA3ExportError, InputError, OutputError, Refused
 
 _SCRATCH = "ia3-export-"
@@ -145,10 +145,7 @@ def space_hint(target: Path) -> str:
 
 
 def _blamed(error: OSError, target: Path, stage: Path) -> IA3ExportError:
-    """The error for what failed while `stage` was filled.
-
-    An input that cannot be read, a temporary folder, or the output.
-    """
+    """The error for what failed while `stage` was filled: an input, a temporary folder, or the output."""
     file = Path(error.filename).absolute() if isinstance(error.filename, str) else None
     said = error.strerror or str(error)
     if is_full(error):
@@ -199,10 +196,7 @@ def set_aside(stage: Path, target: Path) -> Path:
 
 
 def _check_ours(target: Path) -> None:
-    """Refuse to replace what no command of ours wrote.
-
-    A folder without our manifest, or a file that the manifest does not list.
-    """
+    """Refuse to replace a folder without our manifest, or with a file that the manifest does not list."""
     record = read_record(target)
     if record is None:
         raise OutputError(

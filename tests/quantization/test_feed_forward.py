@@ -16,12 +16,12 @@ import pytest
 from ia3_export.quantization.feed_forward import (
     Feeder,
     Kind,
-    _table,
     activation_of,
     find_feeder,
     move_vector,
-    self_check,
+    read_table,
 )
+from ia3_export.quantization.feed_forward_check import self_check
 from ia3_export.quantization.packed import CannotKeep
 from tests.support import zoo
 from tools import mlp_kinds
@@ -248,7 +248,9 @@ SAMPLE = (
 
 def check_review(reviewed: str) -> None:
     """Everything in the table that was tried in this model type holds on the installed transformers."""
-    expected = {name: e for name, e in _table().items() if name == reviewed or e.get("tried_in") == reviewed}
+    expected = {
+        name: e for name, e in read_table().items() if name == reviewed or e.get("tried_in") == reviewed
+    }
     result = mlp_kinds.review(reviewed)
     assert "problem" not in result, result
     table = mlp_kinds.make_table({reviewed: result})
@@ -268,7 +270,7 @@ def test_a_sample_of_the_table_holds_on_real_models(reviewed: str) -> None:
 
 
 #: Every eighth; tools/mlp_kinds.py tries all of them in a quarter of an hour.
-_OTHERS = sorted({e.get("tried_in", n) for n, e in _table().items() if "move" in e} - set(SAMPLE))[::8]
+_OTHERS = sorted({e.get("tried_in", n) for n, e in read_table().items() if "move" in e} - set(SAMPLE))[::8]
 
 
 @pytest.mark.slow

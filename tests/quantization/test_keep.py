@@ -17,7 +17,8 @@ from ia3_export.checkpoint.folder import read_checkpoint
 from ia3_export.checkpoint.header import read_bytes
 from ia3_export.errors import Refused
 from ia3_export.fold import make_scale
-from ia3_export.planning.keep_quantized import WeightFolds, keep_codes
+from ia3_export.planning.keep_quantized import keep_codes
+from ia3_export.planning.quantized_placement import WeightFolds
 from ia3_export.quantization.base import read_base
 from tests.support.quantized import CASES, FIXTURES, dense_model, logits, unmerged_logits, write_adapter
 

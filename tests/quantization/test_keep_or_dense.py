@@ -124,7 +124,7 @@ def test_a_kept_merge_leaves_the_settings_alone(tmp_path: Path) -> None:
 
 
 def test_layers_that_differ_are_named_whole() -> None:
-    from ia3_export.quantization.settings import Mixture, exclude
+    from ia3_export.quantization.config import Mixture, exclude
 
     modules = [f"model.layers.{i}.{name}" for i in (0, 1, 11) for name in ("attn.q", "mlp.fc2")]
     leaving = ["model.layers.1.mlp.fc2"]

@@ -11,7 +11,6 @@ import numpy as np
 
 from ia3_export.checkpoint import ranges
 from ia3_export.checkpoint.header import StoredTensor
-from ia3_export.errors import DamagedFile
 from ia3_export.fold import FLOAT_DTYPES, Array, Scale, Workspace, fold_block, storage_dtype
 from ia3_export.planning.changes import How
 from ia3_export.planning.plan import Plan
@@ -79,13 +78,8 @@ class Reader:
             opened = self.stack.enter_context(tensor.file.open("rb", buffering=0))
             self._files[tensor.file] = opened.fileno()
         block = self.work.get(use, nbytes, "u1")
-        try:
+        with ranges.reading(tensor.file, tensor.name):
             ranges.read_into(self._files[tensor.file], block.data, tensor.offset + start)
-        except EOFError:
-            raise DamagedFile(
-                f"{tensor.file} became shorter while it was read, at tensor {tensor.name}",
-                hint="something else writes to the inputs; run again when it is done",
-            ) from None
         return block
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ia3_export.checkpoint.folder import read_config
-from ia3_export.checkpoint.record import MANIFEST
+from ia3_export.checkpoint.manifest import MANIFEST
 from ia3_export.errors import DamagedFile, NotFound, Refused, first_line
 from ia3_export.onnx.exported import plain_stem
 from ia3_export.onnx.quantize import SHAPING

@@ -18,12 +18,14 @@ import numpy as np
 
 from ia3_export.adapters.combine import combine_vectors
 from ia3_export.adapters.model import Adapter, Site
-from ia3_export.checkpoint.folder import Checkpoint, adapterless, architectures
+from ia3_export.checkpoint.folder import Checkpoint, adapterless, first_class
 from ia3_export.checkpoint.header import StoredTensor, read_values, same_bytes
+from ia3_export.checkpoint.wrapped import PEFT_PREFIX
 from ia3_export.errors import Unsupported, kind_and_line
 from ia3_export.models.conversions import in_class_names, loading_rules
 from ia3_export.models.model_class import load_runtime_model, make_config
 from ia3_export.parity.runs.quantized import load_dense, widen
+from ia3_export.planning.config_edits import adopt_heads
 from ia3_export.planning.recipe import DEFAULT_RECIPE, Recipe
 from ia3_export.quantization.base import Base
 from ia3_export.words import AppliedBy
@@ -103,7 +105,7 @@ def load_live(trained: FineTune, dtype: str, where: RunDevice) -> LiveModel:
             hint="give the model folder that save_pretrained() wrote",
         )
     if not adapters:
-        name = next(iter(architectures(config)), "AutoModel")
+        name = first_class(config) or "AutoModel"
         return LiveModel(load_plain(base, FittedClass(name), dtype, where), name, "none", ())
     fitted = fit_class(base.stored, adapters)
     refused = ""
@@ -129,11 +131,8 @@ def fit_class(base: Checkpoint, adapters: Sequence[Adapter]) -> FittedClass:
     class_name, config, brought = "", dict(base.config), dict[str, StoredTensor]()
     for given in adapters:
         runtime = load_runtime_model(base.config, given, base.tensors)
-        adapter = in_class_names(given, runtime.rules)
-        fitted = {key: value for key, value in runtime.config.items() if base.config.get(key) != value}
-        config |= fitted
-        if "id2label" in fitted:
-            config.pop("num_labels", None)
+        adapter = in_class_names(given, runtime.loading)
+        adopt_heads(config, runtime, base.config)
         if not class_name or any(name not in runtime.stored for name in adapter.extras):
             class_name = runtime.class_name
         for entry, shared in runtime.ties.items():
@@ -301,7 +300,7 @@ def _with_peft(model: Any, adapters: Sequence[Adapter]) -> Any:
     loaded = dict(live.named_parameters())
     for name, adapter in zip(names, adapters, strict=True):
         for site in adapter.sites.values():
-            vector = loaded.get(f"base_model.model.{site.module}.ia3_l.{name}")
+            vector = loaded.get(f"{PEFT_PREFIX}{site.module}.ia3_l.{name}")
             if vector is None:
                 raise _NotByPeft
             held = vector.detach().double().cpu().numpy().reshape(-1)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ia3_export.checkpoint.record import read_record
+from ia3_export.checkpoint.manifest import read_record
 from ia3_export.errors import IA3ExportError, Refused
 from ia3_export.planning.recipe import DEFAULT_RECIPE, Recipe
 from ia3_export.quantization.base import Base
@@ -16,10 +16,10 @@ from ia3_export.words import TORCH_NAMES
 def find_recipe(
     base: Base, merged: Base | None, adapters: int, said: Recipe | None, source: str
 ) -> tuple[Recipe, list[str]]:
-    """How `merged` was made: `recorded_recipe`, but for what the user `said`.
+    """The recipe by which `merged` was made, but for what the user `said`, and in words what was taken.
 
-    Of what is said ``combine`` and ``weights`` count. Also what was taken from the record (which people know
-    as `source`), in words. Raises `Refused` as `check_recorded`.
+    It is the `recorded_recipe`; of what is said ``combine`` and ``weights`` count. People know the record as
+    `source`. Raises `Refused` as `check_recorded`.
     """
     recipe = recorded_recipe(base, merged)
     if said is not None:
@@ -31,10 +31,7 @@ def find_recipe(
 
 
 def recorded_recipe(base: Base, merged: Base | None) -> Recipe:
-    """The recipe in the manifest of `merged`.
-
-    Without one, the default and the dtype that the weights have.
-    """
+    """The recipe in the manifest of `merged`; without one the default, with the dtype of its weights."""
     if merged is None:
         return DEFAULT_RECIPE
     recorded = _read(read_record(merged.stored.folder) or {})
@@ -67,10 +64,7 @@ def _read(record: Mapping[str, Any]) -> Recipe | None:
 
 
 def check_recorded(recipe: Recipe, adapters: int) -> None:
-    """Raise `Refused` for a recorded recipe by which an artifact could excuse itself.
-
-    That is an adapter that counts for nothing.
-    """
+    """Raise `Refused` for a recorded recipe by which an adapter counts for nothing: an artifact's excuse."""
     odd = recipe.combine != "product" and (adapters == 1 or 0.0 in recipe.weights)
     if odd or len(recipe.weights) not in (0, adapters):
         raise Refused(

@@ -32,19 +32,19 @@ class Scheme:
     weights: Mapping[str, Any]
 
 
-def read_settings(base: Checkpoint) -> dict[str, Any]:
+def read_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """The quantization settings of a checkpoint; ``{}`` when nothing states any.
 
     Old GPTQ and AWQ repositories keep them in a file of their own, composed models in a sub-configuration.
     """
-    config = base.config or {}
+    config = checkpoint.config or {}
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in _KEYS:
             if isinstance(part.get(key), dict):
                 return dict(part[key])
     for name in SETTINGS_FILES:
-        if name in base.side_files:
-            found = read_config(base.folder / name)
+        if name in checkpoint.side_files:
+            found = read_config(checkpoint.folder / name)
             if name == "quantize_config.json":
                 return {"quant_method": "gptq"} | found
             if name == "quant_config.json":
@@ -172,16 +172,16 @@ def exclude(settings: Mapping[str, Any], mixture: Mixture) -> dict[str, Any]:
     return edited
 
 
-def exclude_beside(base: Checkpoint, method: str, mixture: Mixture) -> dict[str, dict[str, Any]]:
-    """The settings that `base` has beside its config.json, by file, edited like those within.
+def exclude_beside(checkpoint: Checkpoint, method: str, mixture: Mixture) -> dict[str, dict[str, Any]]:
+    """The settings that `checkpoint` has beside its config.json, by file, edited like those within.
 
     GPTQModel reads such a file before config.json. Raises `CannotExclude`.
     """
     edited: dict[str, dict[str, Any]] = {}
     for name in (*SETTINGS_FILES, _COPY):
-        if name not in base.side_files:
+        if name not in checkpoint.side_files:
             continue
-        whole = read_config(base.folder / name)
+        whole = read_config(checkpoint.folder / name)
         own = whole
         if name == "hf_quant_config.json" and isinstance(whole.get("quantization"), dict):
             own = {"exclude_modules": []} | whole["quantization"]

@@ -1,7 +1,4 @@
-"""What the manifest in a folder says of it.
-
-Whose the folder is, and what was folded into its weights before.
-"""
+"""What the manifest in a folder says: whose the folder is, and what was folded into its weights before."""
 
 from __future__ import annotations
 
@@ -10,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ia3_export.checkpoint.side_files import mapping
 
 #: What every command of ours leaves in the folder that it wrote.
 MANIFEST = "ia3_export.json"
@@ -48,19 +47,15 @@ def read_record(folder: Path) -> Mapping[str, Any] | None:
 def read_folded(folder: Path, name: str | None = None) -> tuple[Folded, ...]:
     """What the manifest in `folder` says was folded into the weights there, or the weight file `name`."""
     record = read_record(folder)
-    if record is None or (name is not None and name not in _mapping(record.get("files"))):
+    if record is None or (name is not None and name not in mapping(record.get("files"))):
         return ()
     rows = record.get("folded")
     if rows is None and record["schema"] == "ia3-export/manifest/1":
         rows = record.get("adapters")
-    found = [_mapping(row) for row in rows] if isinstance(rows, list) else []
+    found = [mapping(row) for row in rows] if isinstance(rows, list) else []
     return tuple(
         Folded(row["name"], row["parameters"], digest if isinstance(digest, str) else None)
         for row in found
         if isinstance(row.get("name"), str) and isinstance(row.get("parameters"), int)
         for digest in [row.get("digest")]
     )
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
