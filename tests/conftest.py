@@ -23,7 +23,7 @@ _LONG = (
     "runtimes/test_optimum.py", "e2e/test_onnx.py", "e2e/test_sample.py", "e2e/test_releases.py",
     "e2e/test_onnx_quantized.py", "onnx/test_trace.py", "parity/test_codes.py", "runtimes/test_genai.py",
     "e2e/test_verify.py", "e2e/test_mutations.py", "e2e/test_bench.py", "runtimes/test_transformers_js.py",
-    "test_sentence.py", "ci/test_pipeline.py",
+    "models/test_sentence.py", "ci/test_pipeline.py",
 )  # fmt: skip
 
 
