@@ -45,7 +45,7 @@ BART = {
     "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 64,
 }  # fmt: skip
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 128, "n_positions": 64}
-MIXTRAL = Path(__file__).parent / "fixtures" / "mixtral_v4"
+MIXTRAL = Path(__file__).parent.parent / "fixtures" / "mixtral_v4"
 
 
 def _class(name: str) -> Any:
