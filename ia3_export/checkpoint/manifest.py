@@ -31,17 +31,21 @@ class Folded:
         return {"name": self.name, "parameters": self.parameters, "digest": self.vectors}
 
 
-def read_record(folder: Path) -> Mapping[str, Any] | None:
-    """The manifest in `folder`; None where there is none of ours, or none that can be read."""
+def read_manifest(folder: Path) -> Mapping[str, Any]:
+    """The JSON object in the manifest's place in `folder`, whoever wrote it; empty where none can be read."""
     path = folder / MANIFEST
     try:
         if path.stat().st_size > _LARGEST:
-            return None
-        value = json.loads(path.read_text(encoding="utf-8"))
+            return {}
+        return mapping(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError):
-        return None
-    ours = isinstance(value, dict) and str(value.get("schema", "")).startswith("ia3-export/")
-    return value if ours else None
+        return {}
+
+
+def read_record(folder: Path) -> Mapping[str, Any] | None:
+    """The manifest in `folder`; None where there is none of ours, or none that can be read."""
+    value = read_manifest(folder)
+    return value if str(value.get("schema", "")).startswith("ia3-export/") else None
 
 
 def read_folded(folder: Path, name: str | None = None) -> tuple[Folded, ...]:

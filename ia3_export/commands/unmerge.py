@@ -8,7 +8,6 @@ be it, next to a power of two).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +20,8 @@ from ia3_export.adapters.model import Adapter, Fold
 from ia3_export.arguments import check_arguments
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.checkpoint.header import StoredTensor
-from ia3_export.checkpoint.manifest import MANIFEST
+from ia3_export.checkpoint.manifest import MANIFEST, read_manifest
+from ia3_export.checkpoint.side_files import mapping
 from ia3_export.errors import Refused, ShapeMismatch, Unsupported
 from ia3_export.fold import Array, Scale, fold_block, storage_dtype
 from ia3_export.parity.bits.expected import Expected, Reader, expected_blocks
@@ -183,16 +183,16 @@ def _places(stage: Path, files: Sequence[OutputFile]) -> dict[str, tuple[Path, i
 
 def _compare_record(model: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[str]:
     """What the manifest of the merged model says that does not go with the adapters given."""
+    manifest = read_manifest(model.folder)
     try:
-        manifest = json.loads((model.folder / MANIFEST).read_text(encoding="utf-8"))
         folded = [(str(row["name"]), int(row["parameters"])) for row in manifest["adapters"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         yield (
             "the model has no manifest that says what was folded into it: a wrong adapter would be divided "
             "out all the same"
         )
         return
-    taken = manifest.get("taken_from_adapters")
+    taken = mapping(manifest.get("taken_from_adapters"))
     if taken:
         yield f"{', '.join(sorted(taken))} came from the adapters, and stay"
     given = [(adapter.name, adapter.parameters) for adapter in adapters]

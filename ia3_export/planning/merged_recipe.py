@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ia3_export.checkpoint.manifest import read_record
+from ia3_export.checkpoint.manifest import read_manifest
 from ia3_export.errors import IA3ExportError, Refused
 from ia3_export.planning.recipe import DEFAULT_RECIPE, Recipe
 from ia3_export.quantization.base import Base
@@ -34,7 +34,7 @@ def recorded_recipe(base: Base, merged: Base | None) -> Recipe:
     """The recipe in the manifest of `merged`; without one the default, with the dtype of its weights."""
     if merged is None:
         return DEFAULT_RECIPE
-    recorded = _read(read_record(merged.stored.folder) or {})
+    recorded = _read(read_manifest(merged.stored.folder))
     if recorded is not None:
         return recorded
     if base.is_quantized:

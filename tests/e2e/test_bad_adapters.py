@@ -107,6 +107,16 @@ def test_allow_unused_drops_an_unused_vector(case: Case, tiny: Tiny) -> None:
         assert (case.output / shard.name).read_bytes() == shard.read_bytes()
 
 
+def test_an_adapter_that_lost_a_vector_on_the_way_is_known_again(case: Case, tmp_path: Path) -> None:
+    add_vector(case)
+    assert case.merge("--allow-unused").code == 0
+    ran = run(
+        "merge", "--base", case.output, "--adapter", case.adapter, "--output", tmp_path / "twice",
+        "--allow-unused",
+    )  # fmt: skip
+    only_complaint(ran, 3, "already holds the vectors of adapter")
+
+
 def test_allow_missing_does_not_allow_unused(case: Case) -> None:
     add_vector(case)
     case.refuses(3, "model.layers.7.self_attn.k_proj", args=("--allow-missing",))

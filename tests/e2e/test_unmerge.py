@@ -348,6 +348,15 @@ def merged_copy(tiny: Tiny, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny.merged, tmp_path / "merged"))
 
 
+@pytest.mark.parametrize("odd", [[1, 2], [{}], "card", {"1": None}], ids=str)
+def test_what_else_the_manifest_holds_may_be_of_any_type(tiny: Tiny, tmp_path: Path, odd: Any) -> None:
+    model = merged_copy(tiny, tmp_path)
+    manifest = json.loads((model / "ia3_export.json").read_text())
+    manifest["taken_from_adapters"] = odd
+    (model / "ia3_export.json").write_text(json.dumps(manifest))
+    assert unmerge(model, [tiny.adapter], tmp_path / "out")["options"]["combine"] == "product"
+
+
 def test_other_values_of_the_adapter_do_not_fold_back(tiny: Tiny, tmp_path: Path) -> None:
     """A factor between powers of two reaches some of the codes only: a model made without it stands out."""
     document = unmerge(tiny.base, [tiny.adapter], tmp_path / "out")
