@@ -125,13 +125,15 @@ def unmerge(
     warnings += _compare_record(checkpoint, read)
     warnings += _staying(read)
     alone = replace(checkpoint, folded=())
-    left = [folded for folded in checkpoint.folded if not any(is_of(folded, adapter) for adapter in read)]
     plan = make_plan(
         replace(whole, stored=alone, dense=alone),
         [replace(a, extras={}, vectors_only=True) for a in read],
         replace(how, dtype="auto", quantized="dequantize", tokenizer="base"),
     )
     plan.raise_problems()
+    # an adapter may have lost a vector on its way into the model
+    divided = (*read, *plan.adapters)
+    left = [folded for folded in checkpoint.folded if not any(is_of(folded, a) for a in divided)]
     original = read_checkpoint(base) if base is not None else None
     if how.dtype != "auto":
         warnings.append(

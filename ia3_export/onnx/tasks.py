@@ -67,8 +67,19 @@ def choose_task(config: Mapping[str, Any], *, asked: str | None, sentence: bool)
 
 
 def sentence_head(folder: Path, task: Task) -> SentenceHead | None:
-    """The pooling of a sentence-transformers model in `folder`, for the task whose outputs it makes."""
-    return read_sentence_head(folder) if task.name == "sentence-similarity" else None
+    """The pooling of a sentence-transformers model in `folder`, for the task whose outputs it makes.
+
+    Raises `UsageError` where that task is asked of another model.
+    """
+    if task.name != "sentence-similarity":
+        return None
+    head = read_sentence_head(folder)
+    if head is None:
+        raise UsageError(
+            "--task sentence-similarity is for sentence-transformers models, which have a modules.json",
+            hint="--task feature-extraction exports the encoder alone",
+        )
+    return head
 
 
 def load_model(folder: Any, task: Task, config: Mapping[str, Any]) -> Any:

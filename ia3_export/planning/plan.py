@@ -88,8 +88,9 @@ def make_plan(base: Base, adapters: Sequence[Adapter], recipe: Recipe) -> Plan:
     """
     check_weights(adapters, recipe.combine, recipe.weights)
     stored = base.stored
-    if stored.is_gguf and (recipe.quantized, recipe.dtype) == ("dequantize", "auto"):
-        recipe = replace(recipe, quantized="keep")  # GGUF in, GGUF out; of another dtype it is refused below
+    asked = recipe.dtype
+    if stored.is_gguf and recipe.quantized == "dequantize":
+        recipe = replace(recipe, quantized="keep", dtype="auto")  # GGUF in, GGUF out
     resolutions = [
         resolve(a, base.dense, allow_missing=recipe.allow_missing, allow_unused=recipe.allow_unused)
         for a in adapters
@@ -112,7 +113,7 @@ def make_plan(base: Base, adapters: Sequence[Adapter], recipe: Recipe) -> Plan:
                 problems += refusals(kept, base)
                 warnings += kept.warnings
             if stored.is_gguf:
-                check_gguf(base.quantization, ledger.changes, recipe.dtype)
+                check_gguf(base.quantization, ledger.changes, asked)
         except IA3ExportError as error:
             problems.append(error)
     written = _configure(base, recipe, resolutions, ledger.changes, kept)

@@ -115,6 +115,9 @@ def test_an_adapter_that_lost_a_vector_on_the_way_is_known_again(case: Case, tmp
         "--allow-unused",
     )  # fmt: skip
     only_complaint(ran, 3, "already holds the vectors of adapter")
+    ran = run("unmerge", "--model", case.output, "--adapter", case.adapter, "--output", tmp_path / "without")
+    assert ran.code == 0, ran
+    assert case.merge("--allow-unused", base=tmp_path / "without", output=tmp_path / "again").code == 0
 
 
 def test_allow_missing_does_not_allow_unused(case: Case) -> None:

@@ -154,3 +154,10 @@ def test_an_output_that_cannot_be_called_so_is_an_output_error(
     (tmp_path / "file").write_bytes(b"")
     for output in (tmp_path / ("x" * 300), tmp_path / "file" / "out"):
         only_complaint(run(command, *sources[command], "--output", output), 4, "cannot write")
+
+
+def test_bytes_that_are_a_protobuf_by_chance_are_no_graph(tiny: Tiny, tmp_path: Path) -> None:
+    file = tmp_path / "model.onnx"
+    file.write_bytes(b"xx")
+    ran = run("verify", "--base", tiny.base, "--adapter", tiny.adapter, "--onnx", file)
+    only_complaint(ran, 3, str(file), "no graph with outputs")

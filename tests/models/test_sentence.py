@@ -277,3 +277,14 @@ def test_a_sentence_model_that_is_not_exported_leaves_nothing(tmp_path: Path) ->
     ran = run("onnx", "--model", tmp_path / "base", "--output", tmp_path / "out", "-q")
     only_complaint(ran, 3, "Dense")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_task_is_for_sentence_models_alone(tmp_path: Path) -> None:
+    kind = zoo.by_name("bert-seq-cls")
+    model = zoo.build(kind)
+    model.save_pretrained(tmp_path / "base")
+    ran = run(
+        "onnx", "--model", tmp_path / "base", "--output", tmp_path / "out", "--task", "sentence-similarity"
+    )
+    only_complaint(ran, 2, "modules.json")
+    assert not (tmp_path / "out").exists()
