@@ -53,7 +53,13 @@ def choose_task(config: Mapping[str, Any], *, asked: str | None, sentence: bool)
     Raises `UsageError` for a task that is not offered, `Unsupported` for an architecture without one.
     """
     if asked is not None:
-        return _asked(asked, config)
+        task = _asked(asked, config)
+        if task.name == "sentence-similarity" and not sentence:
+            raise UsageError(
+                f"--task {asked} is for sentence-transformers models, which have a modules.json",
+                hint="--task feature-extraction exports the encoder alone",
+            )
+        return task
     name = first_class(config) or "?"
     found = _task_of(name, config)
     if not found:
@@ -67,19 +73,8 @@ def choose_task(config: Mapping[str, Any], *, asked: str | None, sentence: bool)
 
 
 def sentence_head(folder: Path, task: Task) -> SentenceHead | None:
-    """The pooling of a sentence-transformers model in `folder`, for the task whose outputs it makes.
-
-    Raises `UsageError` where that task is asked of another model.
-    """
-    if task.name != "sentence-similarity":
-        return None
-    head = read_sentence_head(folder)
-    if head is None:
-        raise UsageError(
-            "--task sentence-similarity is for sentence-transformers models, which have a modules.json",
-            hint="--task feature-extraction exports the encoder alone",
-        )
-    return head
+    """The pooling of a sentence-transformers model in `folder`, for the task whose outputs it makes."""
+    return read_sentence_head(folder) if task.name == "sentence-similarity" else None
 
 
 def load_model(folder: Any, task: Task, config: Mapping[str, Any]) -> Any:
