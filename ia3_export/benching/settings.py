@@ -47,7 +47,8 @@ class BenchSettings:
 
     def __post_init__(self) -> None:
         check_arguments(BenchSettings, {field.name: getattr(self, field.name) for field in fields(self)})
-        if min(self.used_threads, self.length, self.tokens, self.batch) < 1 or self.rounds < 5:
+        threads = 1 if self.threads is None else self.threads
+        if min(threads, self.length, self.tokens, self.batch) < 1 or self.rounds < 5:
             raise UsageError(
                 "--threads, --length, --tokens and --batch are at least 1, --rounds at least 5",
                 hint="the spread of fewer rounds says nothing",

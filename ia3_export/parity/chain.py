@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ia3_export.checkpoint.folder import Checkpoint
-from ia3_export.errors import InputError, UsageError
+from ia3_export.errors import DamagedFile, InputError, UsageError
 from ia3_export.fold import Array
 from ia3_export.models.model_class import quiet
 from ia3_export.models.sentence import SentenceHead, read_sentence_head
@@ -70,6 +70,9 @@ def run_chain(
     place = choose_device(settings.device)
     warnings: list[str] = []
     merged, graphs = subject.merged, subject.graphs
+    for _, graph in graphs:
+        if not graph.outputs:  # two bytes may be a valid protobuf
+            raise DamagedFile(f"{graph.paths[-1]} holds no graph with outputs", hint="export the model again")
     trained.base.raise_problems()
     if merged is not None:
         merged.raise_problems()

@@ -26,19 +26,22 @@ _TEXT: Ports = [("input_ids", [_BATCH, _LENGTH]), ("attention_mask", [_BATCH, _L
 _TYPED: Ports = [*_TEXT, ("token_type_ids", [_BATCH, _LENGTH])]
 
 
-def _cache(kind: str, heads: int, length: str, size: int = 8) -> Ports:
+def _cache(kind: str, heads: int, length: str, layers: int) -> Ports:
     return [
-        (f"{kind}.{layer}.{part}", [_BATCH, heads, length, size])
-        for layer in (0, 1)
+        (f"{kind}.{layer}.{part}", [_BATCH, heads, length, 8])
+        for layer in range(layers)
         for part in ("key", "value")
     ]
 
 
-def _decoder(heads: int, *, positions: bool = True, vocabulary: int = 128) -> tuple[Ports, Ports]:
+def _decoder(
+    heads: int, *, positions: bool = True, vocabulary: int = 128, layers: int = 2
+) -> tuple[Ports, Ports]:
     placed: Ports = [("position_ids", [_BATCH, _LENGTH])] if positions else []
     inputs: Ports = [("input_ids", [_BATCH, _LENGTH]), ("attention_mask", [_BATCH, _TOTAL]), *placed]
     logits: Ports = [("logits", [_BATCH, _LENGTH, vocabulary])]
-    return inputs + _cache("past_key_values", heads, _PAST), logits + _cache("present", heads, _TOTAL)
+    past = _cache("past_key_values", heads, _PAST, layers)
+    return inputs + past, logits + _cache("present", heads, _TOTAL, layers)
 
 
 _NEW, _DECODED = "decoder_sequence_length", "past_decoder_sequence_length"
@@ -82,8 +85,8 @@ _SOUND: Ports = [("input_features", [_BATCH, 8, 528])]
 CONTRACT: list[tuple[str, tuple[str, ...], str, tuple[Ports, Ports]]] = [
     ("llama", (), "model", _decoder(2)),
     ("gpt2", (), "model", _decoder(4, vocabulary=320)),
-    ("bloom", (), "model", _decoder(4, positions=False, vocabulary=320)),
-    ("gpt_bigcode", (), "model", _decoder(1)),
+    ("bloom", (), "model", _decoder(4, positions=False, vocabulary=320, layers=1)),
+    ("gpt_bigcode", (), "model", _decoder(1, layers=1)),
     ("bert-seq-cls", (), "model", (_TYPED, [("logits", [_BATCH, 3])])),
     ("bert-token-cls", (), "model", (_TYPED, [("logits", [_BATCH, _LENGTH, 3])])),
     (

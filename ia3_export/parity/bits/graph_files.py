@@ -97,8 +97,6 @@ def _read_graph(path: Path) -> Graph:
             f"{path} is not readable ONNX: {first_line(error)}",
             hint="export the model again",
         ) from None
-    if not model.graph.outputs:  # two bytes may be a valid protobuf
-        raise DamagedFile(f"{path} holds no graph with outputs", hint="export the model again")
     initializers: dict[str, Any] = {}
     for graph in (model.graph, *model.graph.subgraphs()):
         for name, value in graph.initializers.items():
