@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import fields
 from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
@@ -28,6 +29,11 @@ def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> N
     for name, rule in _rules(function).items():
         if name in given:
             _check(f"{function.__name__}({name}={_shown(given[name])})", name, given[name], rule)
+
+
+def check_fields(record: Any) -> None:
+    """`check_arguments` of a dataclass that is being made: its fields are the arguments."""
+    check_arguments(type(record), {field.name: getattr(record, field.name) for field in fields(record)})
 
 
 def real(numbers: Iterable[float]) -> tuple[float, ...]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from ia3_export.arguments import check_arguments
+from ia3_export.arguments import check_fields
 from ia3_export.errors import UsageError
 from ia3_export.onnx.options import in_order
 
@@ -46,7 +46,7 @@ class BenchSettings:
     rounds: int = 15
 
     def __post_init__(self) -> None:
-        check_arguments(BenchSettings, {field.name: getattr(self, field.name) for field in fields(self)})
+        check_fields(self)
         threads = 1 if self.threads is None else self.threads
         if min(threads, self.length, self.tokens, self.batch) < 1 or self.rounds < 5:
             raise UsageError(

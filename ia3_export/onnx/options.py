@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
-from ia3_export.arguments import check_arguments
+from ia3_export.arguments import check_fields
 from ia3_export.errors import UsageError
 
 #: merged: one decoder file that is its own first step; separate: optimum's two; if: those two in one ``If``
@@ -57,7 +57,7 @@ class GraphOptions:
     opset: int = 20
 
     def __post_init__(self) -> None:
-        check_arguments(GraphOptions, {field.name: getattr(self, field.name) for field in fields(self)})
+        check_fields(self)
         if self.opset not in OPSETS:
             raise UsageError(
                 f"--opset {self.opset} is not offered",

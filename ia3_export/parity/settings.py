@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-from ia3_export.arguments import check_arguments
+from ia3_export.arguments import check_fields
 from ia3_export.errors import UsageError
 from ia3_export.words import RunDtype
 
@@ -52,7 +52,7 @@ class RunSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_arguments(RunSettings, {field.name: getattr(self, field.name) for field in fields(self)})
+        check_fields(self)
         if self.inputs is not None and self.text is not None:
             raise UsageError("--inputs and --text exclude each other", hint="give one of them")
         if any(number is not None and not 0 <= number < math.inf for number in (self.atol, self.rtol)):

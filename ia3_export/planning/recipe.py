@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ia3_export.arguments import check_arguments, real
+from ia3_export.arguments import check_fields, real
 from ia3_export.errors import UsageError
 from ia3_export.words import Cast, Combine, Dtype, Quantized, TokenizerChoice
 
@@ -47,7 +47,7 @@ class Recipe:
     tokenizer: TokenizerChoice = "auto"
 
     def __post_init__(self) -> None:
-        check_arguments(Recipe, {field.name: getattr(self, field.name) for field in fields(self)})
+        check_fields(self)
         object.__setattr__(self, "weights", real(self.weights))
         if self.quantized != "dequantize" and self.dtype != "auto":
             raise UsageError(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from ia3_export.arguments import check_arguments
+from ia3_export.arguments import check_fields
 from ia3_export.errors import UsageError
 from ia3_export.words import Digests
 
@@ -34,7 +34,7 @@ class OutputOptions:
     reload_check: bool = True
 
     def __post_init__(self) -> None:
-        check_arguments(OutputOptions, {field.name: getattr(self, field.name) for field in fields(self)})
+        check_fields(self)
         if self.shard_size is not None and self.shard_size <= 0:
             raise UsageError(
                 f"a shard of {self.shard_size} bytes holds nothing",
