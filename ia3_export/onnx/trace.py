@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,8 +17,10 @@ from typing import Any
 from ia3_export.errors import Unsupported, first_line
 from ia3_export.libraries import private
 from ia3_export.onnx.contract import GraphSpec
+from ia3_export.onnx.layers import RepeatedLayers, copy_layers, find_repeated, traced_once
 from ia3_export.onnx.passes import run_passes
 
+_log = logging.getLogger(__name__)
 _PREFIX = "model."
 
 
@@ -33,14 +35,9 @@ def trace(model: Any, spec: GraphSpec, opset: int) -> Any:
     import torch
 
     apply_patches = private("transformers.exporters.utils:apply_patches")
-    apply_fx_node_fixes = private("transformers.exporters.utils:apply_fx_node_fixes")
-    apply_onnx_ir_fixes = private("transformers.exporters.exporter_onnx:apply_onnx_ir_fixes")
-    translations = private("transformers.exporters.exporter_onnx:_ONNX_TRANSLATION_TABLE")
     reset_model_state = private("transformers.exporters.exporter_dynamo:reset_model_state")
-    dynamic = tuple(
-        {i: torch.export.Dim.DYNAMIC for i, axis in enumerate(port.shape) if isinstance(axis, str)}
-        for port in spec.inputs
-    )
+    # the import of its module registers what apply_patches applies
+    apply_onnx_ir_fixes = private("transformers.exporters.exporter_onnx:apply_onnx_ir_fixes")
     try:
         with (
             apply_patches("dynamo"),
@@ -49,42 +46,78 @@ def trace(model: Any, spec: GraphSpec, opset: int) -> Any:
             _patched(model),
             torch.no_grad(),
         ):
-            program = torch.export.export(
-                _wrap(model, spec),
-                spec.samples,
-                dynamic_shapes=(dynamic,),
-                strict=False,
-                prefer_deferred_runtime_asserts_over_guards=True,
-            )
-            apply_fx_node_fixes("onnx", program.graph_module)
-            exported = torch.onnx.export(
-                program,
-                args=(),
-                dynamo=True,
-                opset_version=opset,
-                verbose=False,
-                optimize=False,
-                input_names=[port.name for port in spec.inputs],
-                output_names=[port.name for port in spec.outputs],
-                custom_translation_table=translations,
-            )
-            apply_onnx_ir_fixes(exported)
+            return _trace(model, spec, partial(_to_onnx, spec=spec, opset=opset, fix=apply_onnx_ir_fixes))
     except Exception as error:  # torch.export and torch.onnx fail in many ways, without a common base
         cause = error.__cause__ or error
         raise Unsupported(
             f"torch cannot export {type(model).__name__} to ONNX: {first_line(cause)}",
             hint="try another --task or --opset, and please report the architecture",
         ) from error
-    return _finish(exported.model, spec)
 
 
-def _finish(model: Any, spec: GraphSpec) -> Any:
+def _trace(model: Any, spec: GraphSpec, to_onnx: Callable[[Any], Any]) -> Any:
+    """Layers of one kind traced once; where that cannot be done, all of them."""
+    wrapped = _wrap(model, spec)
+    repeated = _repeated(model, lambda: wrapped(*spec.samples))
+    if repeated:
+        try:
+            with traced_once(model, repeated):
+                traced = to_onnx(wrapped)
+            return _finish(traced, spec, partial(copy_layers, model=model, repeated=repeated))
+        except Exception as error:  # as in `trace`; what fails again is told
+            _log.debug("every layer is traced", exc_info=error)
+    return _finish(to_onnx(wrapped), spec)
+
+
+def _repeated(model: Any, forward: Callable[[], Any]) -> list[RepeatedLayers]:
+    try:
+        return find_repeated(model, forward)
+    except Exception as error:  # samples that do not fit one another, as a filled cache of another length
+        _log.debug("every layer is traced", exc_info=error)
+        return []
+
+
+def _to_onnx(wrapped: Any, *, spec: GraphSpec, opset: int, fix: Callable[[Any], None]) -> Any:
+    """``torch.export`` and ``torch.onnx.export``, as transformers' exporter calls them."""
+    import torch
+
+    apply_fx_node_fixes = private("transformers.exporters.utils:apply_fx_node_fixes")
+    translations = private("transformers.exporters.exporter_onnx:_ONNX_TRANSLATION_TABLE")
+    dynamic = tuple(
+        {i: torch.export.Dim.DYNAMIC for i, axis in enumerate(port.shape) if isinstance(axis, str)}
+        for port in spec.inputs
+    )
+    program = torch.export.export(
+        wrapped,
+        spec.samples,
+        dynamic_shapes=(dynamic,),
+        strict=False,
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+    apply_fx_node_fixes("onnx", program.graph_module)
+    exported = torch.onnx.export(
+        program,
+        args=(),
+        dynamo=True,
+        opset_version=opset,
+        verbose=False,
+        optimize=False,
+        input_names=[port.name for port in spec.inputs],
+        output_names=[port.name for port in spec.outputs],
+        custom_translation_table=translations,
+    )
+    fix(exported)
+    return exported.model
+
+
+def _finish(model: Any, spec: GraphSpec, *further: Callable[[Any], Any]) -> Any:
     """Optimize the graph, give weights and axes their names, and remove what belongs to this machine."""
     import onnx_ir.passes.common as common
 
     run_passes(
         model,
         _name_parameters,
+        *further,
         _transpose_weights,
         _optimize,
         _state_sizes,
