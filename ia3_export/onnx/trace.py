@@ -120,6 +120,7 @@ def _finish(model: Any, spec: GraphSpec, *further: Callable[[Any], Any]) -> Any:
         *further,
         _transpose_weights,
         _optimize,
+        common.TopologicalSortPass(),  # onnxscript 0.6 may leave a node before what it reads
         _state_sizes,
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedFunctionsPass(),
