@@ -63,10 +63,25 @@ def _trace(model: Any, spec: GraphSpec, to_onnx: Callable[[Any], Any]) -> Any:
         try:
             with traced_once(model, repeated):
                 traced = to_onnx(wrapped)
-            return _finish(traced, spec, partial(copy_layers, model=model, repeated=repeated))
+            finished = _finish(traced, spec, partial(copy_layers, model=model, repeated=repeated))
+            _check_order(finished)
+            return finished
         except Exception as error:  # as in `trace`; what fails again is told
             _log.debug("every layer is traced", exc_info=error)
     return _finish(to_onnx(wrapped), spec)
+
+
+def _check_order(traced: Any) -> None:
+    """Raise `LookupError` when a node reads what no earlier one gives.
+
+    The optimizer of onnxscript 0.6 takes away constants that copied nodes of GPT-2 read.
+    """
+    known = {*traced.graph.inputs, *traced.graph.initializers.values()}
+    for node in traced.graph:
+        for value in node.inputs:
+            if value is not None and value not in known:
+                raise LookupError(f"{node.name} reads {value.name}, which nothing before it gives")
+        known.update(node.outputs)
 
 
 def _repeated(model: Any, forward: Callable[[], Any]) -> list[RepeatedLayers]:
@@ -120,7 +135,6 @@ def _finish(model: Any, spec: GraphSpec, *further: Callable[[Any], Any]) -> Any:
         *further,
         _transpose_weights,
         _optimize,
-        common.TopologicalSortPass(),  # onnxscript 0.6 may leave a node before what it reads
         _state_sizes,
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedFunctionsPass(),
