@@ -70,7 +70,7 @@ class Call:
         self.writes = False
         self._names: dict[int, Any] = {}
         self._alive: list[Any] = []  # an id tells a tensor from others while all live
-        self._outside: list[Any] = []
+        self._outside: list[Any] = []  # as long as calls are compared
         self._made: set[int] = set()
         for name, tensor in named_tensors(layer):
             if id(tensor) not in tied:
@@ -78,10 +78,7 @@ class Call:
         self._arguments, _ = leaves_of(arguments)
         for i, leaf in enumerate(self._arguments):
             self._name(leaf, ("argument", i))
-        self._entries = [
-            [getattr(layer, name) for layer, name in cache_slots(self._arguments, i)]
-            for i in range(_cache_length(self._arguments))
-        ]
+        self._entries = _cache_entries(self._arguments)
         for i, entry in enumerate(self._entries):
             for part, tensor in enumerate(entry):
                 self._name(tensor, ("entry", i, part))
@@ -106,10 +103,7 @@ class Call:
 
     def end(self, returned: Any) -> None:
         """Add what was `returned` and what has become of the cache."""
-        now = [
-            [getattr(layer, name) for layer, name in cache_slots(self._arguments, i)]
-            for i in range(_cache_length(self._arguments))
-        ]
+        now = _cache_entries(self._arguments)
         before = [[id(t) for t in entry] for entry in self._entries]
         changed = [i for i, e in enumerate(now) if i >= len(before) or [id(t) for t in e] != before[i]]
         after = []
@@ -144,7 +138,10 @@ class Call:
                 self._outside.append(leaf)
             return self._names[id(leaf)], tuple(leaf.shape), str(leaf.dtype)
         plain = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout)
-        return repr(leaf) if isinstance(leaf, plain) else ("object", id(leaf))
+        if isinstance(leaf, plain):
+            return repr(leaf)
+        self._outside.append(leaf)
+        return "object", id(leaf)
 
 
 def _with_own(value: Any, own: tuple[str, int | None]) -> Any:
@@ -203,8 +200,10 @@ def _caches(leaves: Sequence[Any]) -> list[Any]:
     ]
 
 
-def _cache_length(leaves: Sequence[Any]) -> int:
-    return max((len(cache.layers) for cache in _caches(leaves)), default=0)
+def _cache_entries(leaves: Sequence[Any]) -> list[list[Any]]:
+    """The tensors of each entry of the caches among `leaves`."""
+    length = max((len(cache.layers) for cache in _caches(leaves)), default=0)
+    return [[getattr(entry, name) for entry, name in cache_slots(leaves, i)] for i in range(length)]
 
 
 def cache_slots(leaves: Sequence[Any], index: int | None) -> list[tuple[Any, str]]:

@@ -36,8 +36,7 @@ def trace(model: Any, spec: GraphSpec, opset: int) -> Any:
 
     apply_patches = private("transformers.exporters.utils:apply_patches")
     reset_model_state = private("transformers.exporters.exporter_dynamo:reset_model_state")
-    # the import of its module registers what apply_patches applies
-    apply_onnx_ir_fixes = private("transformers.exporters.exporter_onnx:apply_onnx_ir_fixes")
+    to_onnx = _exporter(spec, opset)  # imports the module that registers what apply_patches applies
     try:
         with (
             apply_patches("dynamo"),
@@ -46,7 +45,7 @@ def trace(model: Any, spec: GraphSpec, opset: int) -> Any:
             _patched(model),
             torch.no_grad(),
         ):
-            return _trace(model, spec, partial(_to_onnx, spec=spec, opset=opset, fix=apply_onnx_ir_fixes))
+            return _trace(model, spec, to_onnx)
     except Exception as error:  # torch.export and torch.onnx fail in many ways, without a common base
         cause = error.__cause__ or error
         raise Unsupported(
@@ -92,37 +91,42 @@ def _repeated(model: Any, forward: Callable[[], Any]) -> list[RepeatedLayers]:
         return []
 
 
-def _to_onnx(wrapped: Any, *, spec: GraphSpec, opset: int, fix: Callable[[Any], None]) -> Any:
-    """``torch.export`` and ``torch.onnx.export``, as transformers' exporter calls them."""
+def _exporter(spec: GraphSpec, opset: int) -> Callable[[Any], Any]:
+    """``torch.export`` and ``torch.onnx.export`` of a wrapped model, as transformers' exporter calls them."""
     import torch
 
     apply_fx_node_fixes = private("transformers.exporters.utils:apply_fx_node_fixes")
+    apply_onnx_ir_fixes = private("transformers.exporters.exporter_onnx:apply_onnx_ir_fixes")
     translations = private("transformers.exporters.exporter_onnx:_ONNX_TRANSLATION_TABLE")
     dynamic = tuple(
         {i: torch.export.Dim.DYNAMIC for i, axis in enumerate(port.shape) if isinstance(axis, str)}
         for port in spec.inputs
     )
-    program = torch.export.export(
-        wrapped,
-        spec.samples,
-        dynamic_shapes=(dynamic,),
-        strict=False,
-        prefer_deferred_runtime_asserts_over_guards=True,
-    )
-    apply_fx_node_fixes("onnx", program.graph_module)
-    exported = torch.onnx.export(
-        program,
-        args=(),
-        dynamo=True,
-        opset_version=opset,
-        verbose=False,
-        optimize=False,
-        input_names=[port.name for port in spec.inputs],
-        output_names=[port.name for port in spec.outputs],
-        custom_translation_table=translations,
-    )
-    fix(exported)
-    return exported.model
+
+    def to_onnx(wrapped: Any) -> Any:
+        program = torch.export.export(
+            wrapped,
+            spec.samples,
+            dynamic_shapes=(dynamic,),
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+        apply_fx_node_fixes("onnx", program.graph_module)
+        exported = torch.onnx.export(
+            program,
+            args=(),
+            dynamo=True,
+            opset_version=opset,
+            verbose=False,
+            optimize=False,
+            input_names=[port.name for port in spec.inputs],
+            output_names=[port.name for port in spec.outputs],
+            custom_translation_table=translations,
+        )
+        apply_onnx_ir_fixes(exported)
+        return exported.model
+
+    return to_onnx
 
 
 def _finish(model: Any, spec: GraphSpec, *further: Callable[[Any], Any]) -> Any:

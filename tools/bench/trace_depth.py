@@ -11,7 +11,7 @@ import statistics
 import time
 from typing import Any
 
-_TINY = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
+_SHAPE = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def _seconds(layers: int, *, once: bool) -> float:
     from ia3_export.onnx.tasks import TASKS
     from ia3_export.parity.runs.inputs import sample_inputs
 
-    config = LlamaConfig(**_TINY, num_key_value_heads=3, num_hidden_layers=layers)
+    config = LlamaConfig(**_SHAPE, num_key_value_heads=3, num_hidden_layers=layers)
     model = LlamaForCausalLM(config).eval()
     (spec,) = plan_graphs(model, TASKS["text-generation"], sample_inputs(model), "merged", None)
 
