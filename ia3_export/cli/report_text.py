@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ia3_export.cli.output import Output
-from ia3_export.drawing.formats import human_bytes
+from ia3_export.drawing.formats import human_bytes, times
 from ia3_export.report.model import Report, Step, WeightsProof
 from ia3_export.report.wording import ON_TERMINAL, generation_in_words
 
@@ -67,6 +67,10 @@ def _show_chain(out: Output, report: Report) -> None:
     if report.adapters:
         out.text(f"control: the adapters change the base's outputs by up to {reference.effect:.3g}")
     for step in report.steps:
+        if step.told_by is not None:
+            out.text(
+                f"{step.name}: a wrong artifact would be {times(step.told_by)} beyond the gates, or more"
+            )
         _show_step(out, step)
 
 

@@ -40,6 +40,11 @@ def compared(value: float, limit: float) -> tuple[str, str]:
     return shown
 
 
+def times(value: float | None) -> str:
+    """`value` as a factor."""
+    return number(value) if value is None or not math.isfinite(value) else f"{value:,.3g} times"
+
+
 def share(value: float | None) -> str:
     """`value` as a percentage; what is short of all by 0.001 % or more is not rounded up to 100 %."""
     if value is None or not math.isfinite(value):

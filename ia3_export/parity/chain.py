@@ -14,6 +14,7 @@ from ia3_export.models.model_class import quiet
 from ia3_export.models.sentence import SentenceHead, read_sentence_head
 from ia3_export.onnx.runtime import open_model
 from ia3_export.parity.bits.graph_files import Graph
+from ia3_export.parity.discrimination import untold
 from ia3_export.parity.gates import coarser, computes_in
 from ia3_export.parity.judging import Artifact, Evidence, failed_step, judge, unmerged_distance
 from ia3_export.parity.runs.forwards import MergedRuns, UnmergedRuns, run_merged, run_unmerged
@@ -21,7 +22,7 @@ from ia3_export.parity.runs.greedy import prompts
 from ia3_export.parity.runs.inputs import Case, make_cases
 from ia3_export.parity.runs.live import FineTune, RunDevice
 from ia3_export.parity.runs.metrics import Outputs, distance_between, largest_magnitude
-from ia3_export.parity.runs.own_inputs import fit_text, has_tokenizer, read_inputs, read_texts
+from ia3_export.parity.runs.own_inputs import fit_text, has_tokenizer, load_tokenizer, read_inputs, read_texts
 from ia3_export.parity.runs.run_onnx import decode_onnx, run_onnx
 from ia3_export.parity.runs.run_torch import Wanted, exact_matmul
 from ia3_export.parity.settings import RunSettings
@@ -82,6 +83,7 @@ def run_chain(
         numeric = [computes_in(graph.precision) for _, graph in graphs]
         needed = [coarser(dtypes.used, dtypes.written)] if merged is not None and subject.judged else []
         needed += [coarser(dtypes.written, precision) for precision in numeric]
+        needed += [precision for precision in numeric if precision == "float16"]
         hidden = any(graph.outputs[0] in ("last_hidden_state", "token_embeddings") for _, graph in graphs)
         unmerged = run_unmerged(
             trained,
@@ -100,7 +102,7 @@ def run_chain(
         runs: MergedRuns | None = None
         if merged is not None:
             half = dtypes.written in ("float16", "bfloat16")
-            widened = half and "float32" in numeric and where.offload is None
+            widened = half and bool(graphs) and where.offload is None
             try:
                 runs = run_merged(merged, unmerged, dtypes.used, where, widened=widened)
             except (InputError, ValueError, RuntimeError) as error:
@@ -118,8 +120,7 @@ def run_chain(
         reference = _reference(unmerged, dtypes.working, place)
         if unmerged.refused:
             warnings.append(f"PEFT cannot load the adapters, so hooks applied them: {unmerged.refused}")
-    weak = _weak(reference, steps) if trained.adapters else []
-    return reference, tuple(steps), [*warnings, *weak]
+    return reference, tuple(steps), [*warnings, *_weak(steps)]
 
 
 def _dtypes(base: Base, subject: Subject, asked: str) -> _Dtypes:
@@ -172,7 +173,8 @@ def _case_maker(tokenizer: Path, settings: RunSettings) -> Callable[[Any], list[
     if settings.text is not None:
         texts = read_texts(settings.text, tokenizer)
         return lambda model: [fit_text(case, model) for case in texts]
-    return lambda model: make_cases(model, seed=settings.seed)
+    reader = load_tokenizer(tokenizer) if has_tokenizer(tokenizer) else None
+    return lambda model: make_cases(model, seed=settings.seed, tokenizer=reader)
 
 
 def _sentence_head(base: Base, graphs: Sequence[tuple[str, Graph]]) -> SentenceHead | None:
@@ -273,20 +275,19 @@ def _reference(unmerged: UnmergedRuns, dtype: str, device: str) -> Reference:
         dtype=dtype,
         runs_on=_torch_on(device),
         inputs=tuple(case.name for case in unmerged.cases),
+        origin=", ".join(dict.fromkeys(case.origin for case in unmerged.cases)),
         unmerged=unmerged_distance(unmerged, dtype),
         effect=effect,
         scale=largest_magnitude(outputs),
     )
 
 
-def _weak(reference: Reference, steps: Sequence[Step]) -> list[str]:
-    """Where the control says that the forwards could not have told the artifact from the base."""
-    limits = {step.name: step.bound for step in steps if step.bound is not None}
+def _weak(steps: Sequence[Step]) -> list[str]:
+    """Where the forwards could hardly have told an artifact from a wrong one."""
     return [
-        (
-            f"the adapters change the outputs by {reference.effect:.3g} only, hardly more than the bound "
-            f"{limit:.3g} of {name}: its forwards could not tell it from the base, only the weights proof can"
-        )
-        for name, limit in limits.items()
-        if reference.effect <= 4 * limit
+        f"the forwards of {step.name} could not tell it from {name}, only the weights proof can"
+        if factor < 1
+        else f"the forwards of {step.name} would tell it from {name} by {factor:.1f} times the gates only"
+        for step in steps
+        for name, factor in untold(step)
     ]

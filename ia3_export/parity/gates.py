@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from ia3_export.parity.runs.metrics import EPSILON
@@ -14,6 +15,9 @@ from ia3_export.words import INTEGER_PRECISIONS
 #: which the live model happens to round to nothing.
 FACTOR = 6.0
 MARGIN = 2.0
+#: The root mean squares of two such samples of thousands of errors lie nearer to one another.
+RMS_FACTOR = 3.0
+_MANY = 1000
 #: Another runtime orders sums differently and approximates exp, erf and tanh to some units in the last place
 #: where PyTorch stays within one or two; so its errors may be this many times as large.
 RUNTIME = 4.0
@@ -28,7 +32,9 @@ QUANTIZED = {
     "int4": {"kl": 0.10, "top1": 0.85, "perplexity": 0.10, "cosine": 0.95},
 }
 #: Share of the adapters' effect that a quantized artifact must show, at least and at most.
-EFFECT = (0.5, 1.5)
+EFFECT = (0.75, 1.25)
+#: A wrong artifact must be so many times beyond the gates; below, the report warns.
+TOLD = 10.0
 
 
 def computes_in(precision: str) -> str:
@@ -53,9 +59,19 @@ def rounding_bound(
     return wider * (FACTOR * max(1, adapters) * unmerged + MARGIN * EPSILON[dtype] * scale)
 
 
+def rms_bound(
+    unmerged: float, scale: float, count: int, dtype: str, adapters: int, *, runtime: bool
+) -> float:
+    """`rounding_bound` of the root mean square of `count` errors, from the root mean squares `unmerged` and
+    `scale`."""
+    factor = RMS_FACTOR if count >= _MANY else FACTOR
+    wider = RUNTIME if runtime else 1.0
+    return wider * (factor * max(1, adapters) * unmerged + MARGIN * EPSILON[dtype] * scale)
+
+
 def at_most(name: str, value: float, limit: float) -> Gate:
-    """The gate ``value <= limit``; NaN fails."""
-    return Gate(name, value, "<=", limit, value <= limit)
+    """The gate ``value <= limit``; NaN fails, and a limit that is infinite is none."""
+    return Gate(name, value, "<=", limit, value <= limit and math.isfinite(limit))
 
 
 def at_least(name: str, value: float, limit: float) -> Gate:

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ia3_export.fold import Array
-from ia3_export.parity.gates import EFFECT, at_most, coarser, computes_in, quantized_gates, rounding_bound
+from ia3_export.parity.discrimination import (
+    BASE,
+    Likeness,
+    discrimination,
+    likeness_gates,
+    likenesses,
+)
+from ia3_export.parity.gates import (
+    EFFECT,
+    at_least,
+    at_most,
+    coarser,
+    computes_in,
+    quantized_gates,
+    rms_bound,
+    rounding_bound,
+)
+from ia3_export.parity.localisation import layer_errors, locate
 from ia3_export.parity.runs.forwards import MergedRuns, UnmergedRuns
 from ia3_export.parity.runs.greedy import Decoded, compare_decoded
 from ia3_export.parity.runs.metrics import (
@@ -19,12 +36,14 @@ from ia3_export.parity.runs.metrics import (
     error_histogram,
     largest_magnitude,
     perplexity,
+    root_mean_square,
 )
-from ia3_export.parity.runs.run_torch import ForwardOutputs
+from ia3_export.parity.runs.wrong import HALF, thinned
 from ia3_export.parity.settings import Tolerance
 from ia3_export.report.model import (
     MAX_ERROR,
     ArtifactKind,
+    Discrimination,
     Distance,
     FaultLocation,
     Gate,
@@ -97,29 +116,33 @@ def judge(
     except ValueError as error:
         return _failed(artifact, str(error))
     share = effect_present(outputs, reference, plain) if unmerged.adapters else None
-    bound = _bound(artifact, unmerged, reference)
-    generation: Generation | None = None
-    if unmerged.decoded is not None and artifact.decoded is not None:
-        generation = compare_decoded(artifact.decoded, unmerged.decoded, bound)
+    bounds = _bounds(artifact, unmerged, reference)
+    excuse = min(bounds.largest, distance.max_error)
+    generation = _generation(artifact, unmerged, excuse)
+    likes = _likenesses(artifact, merged, unmerged) if unmerged.adapters else []
     if tolerance is not None:
         gates = [at_most("max error beyond rtol", beyond(outputs, reference, tolerance.rtol), tolerance.atol)]
     elif artifact.precision in INTEGER_PRECISIONS:
-        gates = list(quantized_gates(artifact.precision, distance, share))
+        gates = [*quantized_gates(artifact.precision, distance, share), *likeness_gates(likes)]
     else:
-        gates = [at_most(MAX_ERROR, distance.max_error, bound)]
-        gates += _step_gates(artifact, merged, unmerged.adapters)
-        if generation is not None:
-            value = generation.margin or 0.0
-            gates.append(Gate("greedy decoding", value, "<=", 2 * bound, generation.excused))
+        gates = [
+            at_most(MAX_ERROR, distance.max_error, bounds.largest),
+            at_most("root mean square error", distance.rms_error, bounds.rms),
+            *_step_gates(artifact, merged, unmerged),
+            *likeness_gates(likes),
+            *_greedy_gate(generation, excuse),
+        ]
+    told, proof = None, evidence.proof_of(artifact.name)
+    if unmerged.adapters and tolerance is None:
+        told = discrimination(likes, _sizes(artifact, unmerged, bounds))
+        gates += _needed(told, proof)
     layers: tuple[LayerError, ...] = ()
     if artifact.kind == "merged" and merged is not None:
-        layers = _layers(artifact, merged.run, unmerged)
+        layers = layer_errors(merged.run, unmerged, coarser(artifact.precision, artifact.weights))
     passed, finding = all(gate.passed for gate in gates), "in parity"
     location: FaultLocation | None = None
     if not passed:
-        location = _locate(
-            layers, unmerged.reference.modules, evidence.proof_of(artifact.name), evidence.sites
-        )
+        location = locate(layers, unmerged.reference.modules, proof, evidence.sites)
         finding = _finding(_Effect(outputs, plain, reference, share), distance, location, gates)
     return Step(
         name=artifact.name,
@@ -134,11 +157,30 @@ def judge(
         loss=apart(before) if before is not None else None,
         library=apart(unmerged.library.outputs) if unmerged.library is not None else None,
         effect_present=share,
+        discrimination=told,
         generation=generation,
         error_histogram=error_histogram(outputs, reference),
         layers=layers,
         location=location,
     )
+
+
+def _generation(artifact: Artifact, unmerged: UnmergedRuns, excuse: float) -> Generation | None:
+    if unmerged.decoded is None or artifact.decoded is None:
+        return None
+    return compare_decoded(artifact.decoded, unmerged.decoded, excuse)
+
+
+def _greedy_gate(generation: Generation | None, excuse: float) -> Iterator[Gate]:
+    if generation is not None:
+        yield Gate("greedy decoding", generation.margin or 0.0, "<=", 2 * excuse, generation.excused)
+
+
+def _needed(told: Discrimination, proof: WeightsProof | None) -> Iterator[Gate]:
+    """Where the weights are not proven, the forwards must be able to tell."""
+    proven = proof is not None and proof.passed and not proof.unproven
+    if not proven and told.least is not None and told.least < 1:
+        yield at_least("discrimination", told.least, 1.0)
 
 
 def unmerged_distance(unmerged: UnmergedRuns, dtype: str) -> Distance:
@@ -191,86 +233,87 @@ def _distance(
     return replace(distance, perplexity_change=mine / theirs - 1)
 
 
-def _bound(artifact: Artifact, unmerged: UnmergedRuns, reference: Outputs) -> float:
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    """What rounding explains of the largest error and of its root mean square."""
+
+    largest: float
+    rms: float
+
+
+def _bounds(artifact: Artifact, unmerged: UnmergedRuns, reference: Outputs) -> _Bounds:
     dtype = coarser(computes_in(artifact.precision), artifact.weights)
     run = _part(unmerged.runs[dtype].outputs, reference, artifact.cases)
-    own = distance_between(run, reference, dtype).max_error
-    return rounding_bound(
-        own, largest_magnitude(reference), dtype, unmerged.adapters, runtime=artifact.kind == "onnx"
+    return _bounds_of(run, reference, dtype, unmerged.adapters, runtime=artifact.kind == "onnx")
+
+
+def _bounds_of(run: Outputs, exact: Outputs, dtype: str, adapters: int, *, runtime: bool) -> _Bounds:
+    """From a right `run` in `dtype` beside the `exact` outputs."""
+    own = distance_between(run, exact, dtype)
+    scale, count = root_mean_square(exact)
+    return _Bounds(
+        rounding_bound(own.max_error, largest_magnitude(exact), dtype, adapters, runtime=runtime),
+        rms_bound(own.rms_error, scale, count, dtype, adapters, runtime=runtime),
     )
 
 
-def _step_gates(artifact: Artifact, merged: MergedRuns | None, adapters: int) -> list[Gate]:
-    """Hold a graph that computes in float32 with weights of 16 bits to the exactness of float32.
+def _step_gates(artifact: Artifact, merged: MergedRuns | None, unmerged: UnmergedRuns) -> list[Gate]:
+    """Hold a graph that computes with weights of 16 bits to the exactness of its own arithmetic.
 
     The bound above is as wide as the rounding of the weights; beside the merged weights themselves, widened,
-    the graph must be as exact as float32 is.
+    the graph must be as exact as float32 (or float16) is.
     """
     if artifact.kind != "onnx" or merged is None or merged.single is None or merged.double is None:
         return []
-    if artifact.precision != "float32":
-        return []
-    outputs = artifact.outputs
-    exact = _part(merged.double.outputs, outputs, artifact.cases)
-    own = distance_between(_part(merged.single.outputs, exact, artifact.cases), exact, "float32").max_error
-    limit = rounding_bound(own, largest_magnitude(exact), "float32", adapters, runtime=True)
-    return [
-        at_most(
-            "max error to the merged weights", distance_between(outputs, exact, "float32").max_error, limit
+    outputs, cases, dtype = artifact.outputs, artifact.cases, artifact.precision
+    exact = _part(merged.double.outputs, outputs, cases)
+    if dtype == "float32":
+        bounds = _bounds_of(
+            _part(merged.single.outputs, exact, cases), exact, dtype, unmerged.adapters, runtime=True
         )
+    elif dtype in unmerged.runs:
+        run = _part(unmerged.runs[dtype].outputs, exact, cases)
+        reference = _part(unmerged.reference.outputs, exact, cases)
+        bounds = _bounds_of(run, reference, dtype, unmerged.adapters, runtime=True)
+    else:
+        return []
+    apart = distance_between(outputs, exact, dtype)
+    return [
+        at_most("max error to the merged weights", apart.max_error, bounds.largest),
+        at_most("root mean square error to the merged weights", apart.rms_error, bounds.rms),
     ]
 
 
-def _layers(artifact: Artifact, run: ForwardOutputs, unmerged: UnmergedRuns) -> tuple[LayerError, ...]:
-    dtype = coarser(artifact.precision, artifact.weights)
-    own = unmerged.runs[dtype].modules
-    rows = []
-    for module, exact in unmerged.reference.modules.items():
-        mine, theirs = run.modules.get(module), own.get(module)
-        if mine is None or theirs is None or not (mine.shape == theirs.shape == exact.shape):
-            continue
-        scale = float(np.abs(exact).max(initial=0.0))
-        error, live = (_largest_error(values, exact) for values in (mine, theirs))
-        bound = rounding_bound(live, scale, dtype, unmerged.adapters, layer=True)
-        rows.append(
-            LayerError(
-                module=module, scale=scale, unmerged=live, error=error, bound=bound, passed=error <= bound
-            )
-        )
-    return tuple(rows)
+def _likenesses(artifact: Artifact, merged: MergedRuns | None, unmerged: UnmergedRuns) -> list[Likeness]:
+    """Those of the artifact; of a merged model of 16 bits those of its weights, without 16-bit products."""
+    if artifact.kind == "merged" and merged is not None and merged.single is not None:
+        return likenesses(merged.single.outputs, artifact.cases, unmerged)
+    return likenesses(artifact.outputs, artifact.cases, unmerged)
 
 
-def _largest_error(values: Array, exact: Array) -> float:
-    with np.errstate(invalid="ignore"):
-        return float(np.nan_to_num(np.abs(values - exact), nan=np.inf).max(initial=0.0))
+def _sizes(artifact: Artifact, unmerged: UnmergedRuns, bounds: _Bounds) -> dict[str, float]:
+    """How many times the gates of an error's size the errors of the base and of wrong models are."""
+    exact = _part(unmerged.reference.outputs, artifact.outputs, artifact.cases)
+    plain = _part(unmerged.plain.outputs, exact, artifact.cases)
+    apart = distance_between(plain, exact, "float64")
+    if artifact.precision in INTEGER_PRECISIONS:
+        return {BASE: max(map(_times, quantized_gates(artifact.precision, apart, None)), default=0.0)}
+    sizes = {
+        BASE: max(apart.max_error / bounds.largest, apart.rms_error / bounds.rms) if bounds.largest else 0.0
+    }
+    cases = unmerged.wrong.cases
+    if cases and bounds.largest:
+        exact = thinned(_part(unmerged.reference.outputs, unmerged.wrong.outputs[HALF], cases))
+        for name, outputs in unmerged.wrong.outputs.items():
+            apart = distance_between(outputs, exact, "float64")
+            sizes[name] = max(apart.max_error / bounds.largest, apart.rms_error / bounds.rms)
+    return sizes
 
 
-def _locate(
-    layers: Sequence[LayerError],
-    order: Mapping[str, Array],
-    proof: WeightsProof | None,
-    sites: Mapping[str, Sequence[str]],
-) -> FaultLocation | None:
-    """The first module out of its bound, and its site: the last one executed up to there whose weights are
-    wrong, else the last.
-    """
-    first = next((layer.module for layer in layers if not layer.passed), None)
-    if first is None:
-        return None
-    executed = list(order)
-    before = [module for module in reversed(executed[: executed.index(first) + 1]) if module in sites]
-    findings = {finding.tensor: finding for finding in proof.findings} if proof is not None else {}
-    wrong = next((module for module in before if findings.keys() & sites[module]), None)
-    site = wrong or next(iter(before), None)
-    if proof is None:
-        return FaultLocation(first, site, "its weights were not compared")
-    if not findings:
-        return FaultLocation(first, site, "every tensor is what it must be")
-    chosen = findings.keys() & sites[wrong] if wrong is not None else findings.keys()
-    finding = next(finding for name, finding in findings.items() if name in chosen)
-    return FaultLocation(
-        first, site if wrong else None, f"{finding.tensor}: {finding.what}; {finding.detail}"
-    )
+def _times(gate: Gate) -> float:
+    """How many times the distance that `gate` allows its value is."""
+    assert gate.value is not None
+    return gate.value / gate.limit if gate.relation == "<=" else (1 - gate.value) / (1 - gate.limit)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

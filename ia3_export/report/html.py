@@ -42,6 +42,7 @@ def to_html(report: Report) -> str:
         "number": formats.number,
         "factor": formats.factor,
         "share": formats.share,
+        "times": formats.times,
         "size": formats.size,
         "generation": lambda generation: generation_in_words(generation, ON_PAGE),
         "gate_in_words": _gate_in_words,

@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
-from ia3_export.drawing.formats import compared, number, share
+from ia3_export.drawing.formats import compared, number, share, times
 from ia3_export.report.model import Distance, Gate, Report, Step, WeightsProof
 from ia3_export.report.wording import (
     IN_TABLE,
@@ -108,7 +108,7 @@ def _subject(report: Report) -> str:
     return (
         f"Adapters {adapters} on {_code(report.base.id)} ({_code(reference.model_class)}). Reference: "
         f"vectors applied live by {_sentence(reference.applied_by)} in {_sentence(reference.precision)}, "
-        f"inputs: {len(reference.inputs)}; the adapters change the outputs by up to "
+        f"inputs: {len(reference.inputs)}, {reference.origin}; the adapters change the outputs by up to "
         f"{number(reference.effect)}."
     )
 
@@ -123,6 +123,7 @@ def _chain(report: Report) -> str:
         "KL",
         "top-1",
         "effect present",
+        "a wrong one",
         "verdict",
     )
     rows = []
@@ -139,6 +140,7 @@ def _chain(report: Report) -> str:
                 share(own.top1),
                 _NOTHING,
                 _NOTHING,
+                _NOTHING,
             )
         )
     for step in report.steps:
@@ -153,6 +155,7 @@ def _chain(report: Report) -> str:
                 number(None if distance is None else distance.kl),
                 share(None if distance is None else distance.top1),
                 share(step.effect_present),
+                times(step.told_by),
                 _mark(step.passed),
             )
         )

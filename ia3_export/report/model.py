@@ -28,7 +28,7 @@ MAX_ERROR = "max error"
 class Distance:
     """How far one set of outputs is from another, over all inputs.
 
-    Errors are absolute, and relative for elements of at least 1e-3 of the largest reference value; ``ulp``
+    Errors are absolute (largest, mean, root mean square), and relative for elements of at least 1e-3 of the largest reference value; ``ulp``
     counts units in the last place of the step's precision at the reference value, for the same elements.
     ``kl`` (nats, mean and largest over rows), ``top1`` and ``top5`` (shares of rows) exist for logits only,
     ``perplexity_change`` (relative) for causal language models.
@@ -36,6 +36,7 @@ class Distance:
 
     max_error: float
     mean_error: float
+    rms_error: float
     max_relative: float
     mean_relative: float
     max_ulp: float
@@ -60,12 +61,30 @@ class Gate:
 
 
 @dataclass(frozen=True, slots=True)
+class Discrimination:
+    """How many times beyond its gates a wrong artifact would have been on the same inputs: the `base`, `half` of
+    the adapters' strength, and the `nearest` of those that leave out one layer's vectors, which is called
+    `nearest_name`. None where it was not run.
+    """
+
+    base: float | None
+    half: float | None
+    nearest: float | None
+    nearest_name: str
+
+    @property
+    def least(self) -> float | None:
+        """The smallest of them."""
+        return min((f for f in (self.base, self.half, self.nearest) if f is not None), default=None)
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
     """Greedy decoding of `tokens` tokens in each of `sequences`, beside the reference.
 
     `first_divergence` counts generated tokens from 0, None when all agree; `margin` is the reference's logit
     distance there between its own choice and the artifact's, and `excused` tells that every such margin is
-    within twice the bound, so that rounding may decide either way.
+    within twice the error that the artifact may have, so that rounding may decide either way.
     """
 
     tokens: int
@@ -108,7 +127,8 @@ class Step:
     `distance` is to the reference, `loss` to the step before it (the unmerged model for the first), `library`
     to a quantized base with live adapters as its own library runs it (the reference being that base
     dequantized). `effect_present` is the share of the adapters' effect that the artifact shows: 1 is right, 0
-    the base, 2 applied twice. `error_histogram` pairs a power of ten n with the number of output elements
+    the base, 2 applied twice. `discrimination` says how far wrong artifacts would have been from passing.
+    `error_histogram` pairs a power of ten n with the number of output elements
     whose error is in [10^n, 10^(n+1)) of the largest reference value; (-99, count) are exact. `layers` is
     empty where modules cannot be observed (ONNX).
     """
@@ -125,10 +145,16 @@ class Step:
     loss: Distance | None = None
     library: Distance | None = None
     effect_present: float | None = None
+    discrimination: Discrimination | None = None
     generation: Generation | None = None
     error_histogram: tuple[tuple[int, int], ...] = ()
     layers: tuple[LayerError, ...] = ()
     location: FaultLocation | None = None
+
+    @property
+    def told_by(self) -> float | None:
+        """How many times beyond the gates the nearest wrong artifact would have been."""
+        return None if self.discrimination is None else self.discrimination.least
 
     @property
     def bound(self) -> float | None:
@@ -211,8 +237,9 @@ class ModelId:
 class Reference:
     """What the steps are compared with: vectors applied live by ``peft`` or by ``hooks``, in `precision`.
 
-    `unmerged` is how far the live model itself is from that in the stored `dtype`; `effect` is the largest
-    change that the adapters make to the base's outputs, `scale` the largest reference output.
+    `inputs` are the names of the forwards, `origin` says what they were made of. `unmerged` is how far the live
+    model itself is from that in the stored `dtype`; `effect` is the largest change that the adapters make to
+    the base's outputs, `scale` the largest reference output.
     """
 
     applied_by: AppliedBy
@@ -221,6 +248,7 @@ class Reference:
     dtype: str
     runs_on: str
     inputs: tuple[str, ...]
+    origin: str
     unmerged: Distance
     effect: float
     scale: float

@@ -37,6 +37,7 @@ class Metric:
 METRICS: Mapping[str, Metric] = {
     "max_error": Metric("max error"),
     "mean_error": Metric("mean error"),
+    "rms_error": Metric("root mean square error"),
     "max_relative": Metric("max relative error"),
     "mean_relative": Metric("mean relative error"),
     "max_ulp": Metric("max error in ulp"),

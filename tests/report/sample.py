@@ -7,6 +7,7 @@ import random
 from dataclasses import replace
 
 from ia3_export.report.model import (
+    Discrimination,
     Distance,
     FaultLocation,
     Gate,
@@ -261,6 +262,7 @@ def _reference(
         dtype=dtype,
         runs_on="PyTorch 2.13.0, cpu",
         inputs=("batch 1, length 8", "batch 3, length 17, padded", "batch 2, length 5, padded"),
+        origin="random token ids",
         unmerged=_distance(unmerged, scale, dtype, causal=False),
         effect=effect,
         scale=scale,
@@ -276,6 +278,7 @@ def _distance(error: float, scale: float, precision: str, *, causal: bool) -> Di
     return Distance(
         max_error=error,
         mean_error=error / 7.3,
+        rms_error=error / 5.1,
         max_relative=error / scale * 31,
         mean_relative=error / scale * 2.1,
         max_ulp=ulp,
@@ -327,6 +330,7 @@ def _step(
         distance=_distance(error, scale, precision, causal=causal),
         loss=_distance(loss if loss is not None else error * 0.7, scale, precision, causal=causal),
         effect_present=effect,
+        discrimination=Discrimination(40.0, 12.5, 10.0, "model.layers.3 left out") if effect else None,
         generation=generation or (Generation(12, 2, None, None, False) if causal else None),
         error_histogram=_histogram(error / scale),
         layers=layers,

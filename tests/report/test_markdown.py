@@ -209,9 +209,10 @@ def test_the_chain_has_the_live_model_and_every_step() -> None:
         "4.64e-14",
         "100 %",
         "100 %",
+        "10 times",
         "✅",
     ]
-    assert rows[4][6:] == ["98 %", "98.7 %", "✅"]
+    assert rows[4][6:] == ["98 %", "98.7 %", "10 times", "✅"]
 
 
 def test_the_bound_is_that_of_the_gate_on_the_error() -> None:
@@ -285,6 +286,7 @@ def test_details_hold_inputs_options_environment_digests_and_metrics() -> None:
     assert [row[0] for row in metrics[1:]] == [
         "max error",
         "mean error",
+        "root mean square error",
         "max relative error",
         "mean relative error",
         "max error in ulp",

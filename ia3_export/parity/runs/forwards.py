@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,6 @@ from ia3_export.parity.runs.inputs import Case, is_decoder
 from ia3_export.parity.runs.live import (
     FineTune,
     FittedClass,
-    LiveModel,
     RunDevice,
     load_as_library_runs_it,
     load_live,
@@ -26,6 +25,7 @@ from ia3_export.parity.runs.live import (
 from ia3_export.parity.runs.metrics import EPSILON, largest_magnitude
 from ia3_export.parity.runs.quantized import is_bitsandbytes
 from ia3_export.parity.runs.run_torch import ForwardOutputs, Wanted, rounding_noise, run_torch
+from ia3_export.parity.runs.wrong import WrongRuns, run_wrong
 from ia3_export.quantization.base import Base
 from ia3_export.words import AppliedBy
 
@@ -41,6 +41,7 @@ class UnmergedRuns:
 
     `decoded` is the reference's greedy decoding, None where the model cannot generate; `library` a quantized
     base with live adapters as its own library runs it, or `library_failure` why that cannot be had here.
+    `wrong` are models that were made wrong, to see whether they could be told.
     """
 
     class_name: str
@@ -58,12 +59,13 @@ class UnmergedRuns:
     special: SpecialTokens
     library: ForwardOutputs | None
     library_failure: str
+    wrong: WrongRuns
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MergedRuns:
-    """What the merged model gave in the working dtype (`run`) and, where another runtime widens 16-bit
-    weights, in float32 (`single`) and float64 (`double`).
+    """What the merged model gave in the working dtype (`run`), of 16 bits also in float32 (`single`) and, where
+    another runtime widens it, in float64 (`double`).
     """
 
     run: ForwardOutputs
@@ -88,7 +90,12 @@ def run_unmerged(
     """
     stored = trained.base.stored
     live = load_live(trained, dtypes[0], where)
+    cast = _caster(live.model, dtypes[0])
+    if where.offload is None:
+        cast("float32")  # products of 16 bits are slow where the processor has none
     cases = make_cases(live.inner)
+    if where.offload is None:
+        cast(dtypes[0])
     first = run_torch(live.model, cases, wanted, trace=True)
     causal = is_decoder(live.inner)
     if where.offload is not None:
@@ -97,31 +104,27 @@ def run_unmerged(
         live = load_live(trained, "float32", where)
         precision, reference = "float32", run_torch(live.model, cases, wanted, trace=True)
     else:
-        precision, reference = _widest(live, cases, wanted, where.precision)
+        precision, reference = _widest(cast, cases, wanted, where.precision)
     finite = _finite(reference, precision)
     cases, reference, first = [cases[i] for i in finite], reference.part(finite), first.part(finite)
-    runs, decoded = {dtypes[0]: first}, None
-    if where.offload is None:
-        decoded = decode(live.model, prompts(cases))
-        for dtype in dtypes[1:]:
-            runs[dtype] = run_torch(_cast(live.model, dtype), cases, wanted, trace=True)
-            _cast(live.model, precision)
-    # a reference that is no wider than what it is to judge would have no error of its own
-    if precision in runs:
-        with rounding_noise(live.inner, EPSILON[precision]):
-            runs[precision] = run_torch(live.model, cases, wanted, trace=True)
+    runs, decoded, wrong = {dtypes[0]: first}, None, WrongRuns((), {})
     with live.without_adapter():
         plain = run_torch(live.model, cases, wanted)
+    # a reference that is no wider than what it is to judge would have no error of its own
+    if precision in dtypes:
+        with rounding_noise(live.inner, EPSILON[precision]):
+            runs[precision] = run_torch(live.model, cases, wanted, trace=True)
+    if where.offload is None:
+        decoded = decode(live.model, prompts(cases))
+        cast("float32")
+        wrong = run_wrong(live, cases, reference.outputs, wanted)
+        # the narrowest last: weights that were rounded stay so
+        for dtype in sorted(set(dtypes) - runs.keys(), key=lambda dtype: EPSILON[dtype]):
+            runs[dtype] = run_torch(cast(dtype), cases, wanted, trace=True)
     class_name, by, refused, special = live.class_name, live.by, live.refused, special_tokens(live.model)
     del live
     _free(stored)
-    library, failure = None, ""
-    if is_bitsandbytes(stored):
-        try:
-            quantized = load_as_library_runs_it(trained, class_name, where)
-            library = None if quantized is None else run_torch(quantized, cases, Wanted(wanted.hidden))
-        except Unsupported as error:  # a comparison more than the proof needs
-            failure = str(error)
+    library, failure = _as_library_runs_it(trained, class_name, where, cases, wanted)
     return UnmergedRuns(
         class_name=class_name,
         adapters=len(trained.adapters),
@@ -138,7 +141,22 @@ def run_unmerged(
         special=special,
         library=library,
         library_failure=failure,
+        wrong=wrong,
     )
+
+
+def _as_library_runs_it(
+    trained: FineTune, class_name: str, where: RunDevice, cases: Sequence[Case], wanted: Wanted
+) -> tuple[ForwardOutputs | None, str]:
+    """What a base of bitsandbytes gives on that library's layers, or why that cannot be had: it is a comparison
+    more than the proof needs."""
+    if not is_bitsandbytes(trained.base.stored):
+        return None, ""
+    try:
+        quantized = load_as_library_runs_it(trained, class_name, where)
+        return None if quantized is None else run_torch(quantized, cases, Wanted(wanted.hidden)), ""
+    except Unsupported as error:
+        return None, str(error)
 
 
 def _finite(reference: ForwardOutputs, precision: str) -> list[int]:
@@ -159,40 +177,65 @@ def _finite(reference: ForwardOutputs, precision: str) -> list[int]:
 def run_merged(
     merged: Base, unmerged: UnmergedRuns, dtype: str, where: RunDevice, *, widened: bool
 ) -> MergedRuns:
-    """Run the merged checkpoint on the same inputs in `dtype`, if `widened` also in float32 and float64."""
+    """Run the merged checkpoint on the same inputs in `dtype`, in float32 if that has 16 bits, and if `widened`
+    also in float64."""
     if merged.stored.holds_adapter:
         raise Refused(
             f"{ADAPTER_CONFIG} lies beside the merged weights: transformers would apply that adapter to them",
             hint=f"move {ADAPTER_CONFIG} out of {merged.stored.location.given}",
         )
     model = load_plain(merged, FittedClass(unmerged.class_name), dtype, where)
+    cast = _caster(model, dtype)
     run = run_torch(model, unmerged.cases, unmerged.wanted, trace=True)
     decoded = None
     if unmerged.decoded is not None:
         decoded = decode(model, prompts(unmerged.cases), unmerged.special)
     single = double = None
-    if widened:
-        single = run_torch(_cast(model, "float32"), unmerged.cases, unmerged.wanted)
-        if unmerged.precision == "float64":
-            double = run_torch(_cast(model, "float64"), unmerged.cases, unmerged.wanted)
+    if where.offload is None and dtype in ("float16", "bfloat16"):
+        single = run_torch(cast("float32"), unmerged.cases, unmerged.wanted)
+        if widened and unmerged.precision == "float64":
+            double = run_torch(cast("float64"), unmerged.cases, unmerged.wanted)
     del model
     _free(merged.stored)
     return MergedRuns(run, decoded, single, double)
 
 
 def _widest(
-    live: LiveModel, cases: Sequence[Case], wanted: Wanted, precision: str
+    cast: Callable[[str], Any], cases: Sequence[Case], wanted: Wanted, precision: str
 ) -> tuple[str, ForwardOutputs]:
     if precision == "float64":
         with suppress(Unsupported):  # an operator without a float64 kernel
-            return precision, run_torch(_cast(live.model, precision), cases, wanted, trace=True)
-    return "float32", run_torch(_cast(live.model, "float32"), cases, wanted, trace=True)
+            return precision, run_torch(cast(precision), cases, wanted, trace=True)
+    return "float32", run_torch(cast("float32"), cases, wanted, trace=True)
 
 
-def _cast(model: Any, dtype: str) -> Any:
+def _caster(model: Any, loaded: str) -> Callable[[str], Any]:
+    """A function that gives `model`, which was `loaded` in a dtype, in another, as often as one likes.
+
+    What was loaded in another (frequencies of rotary embeddings, PEFT's vectors) is always made of that:
+    ``Module.to`` there and back would round it.
+    """
     import torch
 
-    return model.to(getattr(torch, dtype))
+    def tensors() -> Iterator[tuple[str, Any]]:
+        yield from model.named_parameters()
+        yield from model.named_buffers()
+
+    narrow = getattr(torch, loaded)
+    kept = {
+        name: tensor.detach().clone()
+        for name, tensor in tensors()
+        if tensor.is_floating_point() and tensor.dtype != narrow
+    }
+
+    def cast(dtype: str) -> Any:
+        model.to(getattr(torch, dtype))
+        for name, tensor in tensors():
+            if name in kept:
+                tensor.data = kept[name].clone() if dtype == loaded else kept[name].to(getattr(torch, dtype))
+        return model
+
+    return cast
 
 
 def _free(base: Checkpoint) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ia3_export.fold import Array
+from ia3_export.parity.runs.generation import generate, special_ids
 from ia3_export.parity.runs.inputs import Case
 from ia3_export.parity.runs.run_torch import inner_model, place
 from ia3_export.report.model import Generation
@@ -40,21 +39,12 @@ class SpecialTokens:
 
 def special_tokens(model: Any) -> SpecialTokens:
     """Those of the model's generation configuration, as `decode` uses them."""
-    ids = _token_ids(inner_model(model))
+    ids = special_ids(inner_model(model))
     start = next((ids[n] for n in ("decoder_start_token_id", "bos_token_id") if ids[n] is not None), -1)
     ends = ids["eos_token_id"]
     return SpecialTokens(
         int(start), tuple(ends) if isinstance(ends, list | tuple) else () if ends is None else (int(ends),)
     )
-
-
-def _token_ids(model: Any) -> dict[str, Any]:
-    own, text = getattr(model, "generation_config", None), model.config.get_text_config()
-    names = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
-    return {
-        n: getattr(own, n, None) if getattr(own, n, None) is not None else getattr(text, n, None)
-        for n in names
-    }
 
 
 def prompts(cases: Sequence[Case]) -> list[Case]:
@@ -69,54 +59,24 @@ def decode(model: Any, cases: Sequence[Case], special: SpecialTokens | None = No
     generate.
 
     What ends a text is not chosen, so that of a reference must be `special`: a merge may have taken the
-    adapter's own. ``GenerationMixin.generate`` itself, because some classes (Whisper) put long-form logic of
-    their own before it.
+    adapter's own.
     """
     import torch
-    from transformers import GenerationConfig, GenerationMixin
 
     inner = inner_model(model)
-    if not cases or not isinstance(inner, GenerationMixin) or not inner.can_generate():
-        return None
-    ids = _token_ids(inner)
+    ids = special_ids(inner)
     if special is not None:
         start = special.start if special.start >= 0 else None
         ids |= {"eos_token_id": list(special.ends) or None, "decoder_start_token_id": start}
-    config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=TOKENS,
-        min_new_tokens=TOKENS,
-        use_cache=True,
-        output_logits=True,
-        return_dict_in_generate=True,
-        **ids,
-    )
     results = []
     for case in cases:
         inputs = {name: v for name, v in place(inner, case.tensors).items() if name not in _OWN_INPUTS}
-        try:
-            with torch.no_grad(), _only(inner, config):
-                out = GenerationMixin.generate(inner, **inputs, generation_config=config)
-        except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError, AssertionError):
+        out = generate(inner, inputs, TOKENS, ids)
+        if out is None:
             return None
         logits = torch.stack(list(out.logits), dim=1).double().cpu().numpy()
         results.append(Decoded(out.sequences[:, -logits.shape[1] :].cpu().numpy(), logits))
-    return results
-
-
-@contextmanager
-def _only(model: Any, config: Any) -> Iterator[None]:
-    """Make `config` the model's own in this context.
-
-    generate() fills what is None in it (forced and suppressed tokens, penalties) from there.
-    """
-    own = model.generation_config
-    model.generation_config = copy.deepcopy(config)
-    try:
-        yield
-    finally:
-        model.generation_config = own
+    return results or None
 
 
 def compare_decoded(got: Sequence[Decoded], reference: Sequence[Decoded], bound: float) -> Generation:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ia3_export.errors import Unsupported
 from ia3_export.libraries import cache_argument
+from ia3_export.parity.runs.natural import (
+    RANDOM,
+    TextRows,
+    continued_rows,
+    random_rows,
+    sample,
+    sentence_rows,
+)
 
 _POSITIONS = ("n_positions", "max_seq_len", "n_ctx")
 #: Length of the long text: beyond the windows and position buckets that short ones never leave.
 _LONG = 72
+#: Length of the others at most.
+_SHORT = 17
+NOISE = "noise"
 
 
 Side = Literal["", "left", "right"]
@@ -24,24 +35,25 @@ class Case:
     tensors).
 
     With `past` > 0 the first so many tokens are run first, and the outputs are those of the rest with their
-    cache. `side` is that of the padding, empty where there is none or it is not known.
-
-    With `past` > 0 the first so many tokens are run first, and the outputs are those of the rest with their
-    cache. `side` is that of the padding, empty where there is none or it is not known.
+    cache. `side` is that of the padding, empty where there is none or it is not known. `origin` says what the
+    inputs are.
     """
 
     name: str
     tensors: dict[str, Any]
     past: int = 0
     side: Side = ""
+    origin: str = "given"
 
 
-def make_cases(model: Any, *, seed: int = 0) -> list[Case]:
+def make_cases(model: Any, *, seed: int = 0, tokenizer: Any = None) -> list[Case]:
     """Inputs of several batch sizes and lengths for `model`: texts without padding, padded on the right and
     (decoders) on the left, and for decoders with a cache of past tokens.
 
-    Texts are random token ids, images and sounds normal noise; the same seed gives the same inputs. The first
-    case is the smallest. Raises `Unsupported` for models whose main input is none of these.
+    A causal language model writes its texts itself, from the beginnings of sentences; other models get sentences,
+    all random token ids without a `tokenizer`.
+    Images and sounds are normal noise. The same seed gives the same inputs. The first case is the smallest.
+    Raises `Unsupported` for models whose main input is none of these.
     """
     import torch
 
@@ -51,7 +63,7 @@ def make_cases(model: Any, *, seed: int = 0) -> list[Case]:
     if name == "input_ids" or (
         "input_ids" in accepted and model.config.get_text_config() is not model.config
     ):
-        return list(_text_cases(model, generator))
+        return list(_text_cases(model, _rows(model, tokenizer, seed, generator), generator))
     if name == "pixel_values":
         return [_image_case(model, batch, generator) for batch in (1, 3)]
     if name in ("input_features", "input_values"):
@@ -80,22 +92,41 @@ def is_decoder(model: Any) -> bool:
     return bool((causal or head) and model.can_generate() and not model.config.is_encoder_decoder)
 
 
-def _text_cases(model: Any, generator: Any) -> Iterator[Case]:
+def _rows(model: Any, tokenizer: Any, seed: int, generator: Any) -> TextRows:
+    """The texts of `make_cases`."""
     text = model.config.get_text_config()
-    longest = _longest(model.config)
+    if tokenizer is not None and len(tokenizer) > text.vocab_size:
+        tokenizer = None  # of another model
+    rows = None
+    if tokenizer is not None and is_decoder(model):
+        rows = continued_rows(model, tokenizer, _SHORT, _fitting(model, _LONG), seed)
+    if rows is None and tokenizer is not None:
+        rows = sentence_rows(tokenizer)
+    return rows or random_rows(text.vocab_size, generator)
+
+
+def _fitting(model: Any, length: int) -> int:
+    """`length`, or the most tokens that `model` takes while it still generates."""
+    return max(2, min(length, _longest(model.config) - 4))
+
+
+def _text_cases(model: Any, rows: TextRows, generator: Any) -> Iterator[Case]:
+    import torch
+
+    text = model.config.get_text_config()
     decoder = is_decoder(model)
     shapes: list[tuple[int, int, Side]] = [(1, 8, ""), (3, 17, "right")]
-    shapes += [(2, 12, "left")] if decoder else [(2, 5, "right")]
-    if longest > _LONG // 2:
-        shapes.append((1, _LONG, ""))
+    shapes += [(2, 9, "left")] if decoder else [(2, 5, "right")]
     for batch, length, side in shapes:
         if batch > 1 and getattr(text, "pad_token_id", None) is None and hasattr(model, "score"):
             continue  # decoders with a classification head need a padding token to find the last one
-        yield _text_case(model, batch, max(2, min(length, longest - 4)), side, generator)
+        yield _text_case(model, rows, _padded(model, rows, batch, length, side), side, generator)
+    if _longest(model.config) > _LONG // 2:
+        ids = rows.row(_fitting(model, _LONG)) if rows.long is None else rows.long
+        yield _text_case(model, rows, (ids[None], torch.ones_like(ids[None])), "", generator)
     cached = decoder or (model.config.is_encoder_decoder and model.can_generate())
     if cached and cache_argument(model) is not None:
-        length = max(4, min(16, longest - 4))
-        case = _text_case(model, 1, length, "", generator)
+        case = _text_case(model, rows, _padded(model, rows, 1, 16, ""), "", generator)
         if "pixel_values" not in case.tensors:
             yield _after_past(case)
 
@@ -113,21 +144,33 @@ def _after_past(case: Case) -> Case:
     ids = case.tensors["decoder_input_ids" if "decoder_input_ids" in case.tensors else "input_ids"]
     batch, length = ids.shape
     past = length // 2 + 1
-    return Case(f"batch {batch}, length {length - past} after {past} past tokens", case.tensors, past)
+    name = f"batch {batch}, length {length - past} after {past} past tokens"
+    return Case(name, case.tensors, past, origin=case.origin)
 
 
-def _text_case(model: Any, batch: int, length: int, side: Side, generator: Any) -> Case:
+def _padded(model: Any, rows: TextRows, batch: int, length: int, side: Side) -> tuple[Any, Any]:
+    """Token ids (batch, length) and their mask; of the last row a third is padding on `side`, if any."""
     import torch
+
+    length = _fitting(model, length)
+    padding = length // 3 if side else 0
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None) or 0
+    ids, mask = torch.full((batch, length), pad), torch.zeros(batch, length, dtype=torch.int64)
+    for i in range(batch):
+        missing = padding if i == batch - 1 else 0
+        real = slice(missing, length) if side == "left" else slice(0, length - missing)
+        ids[i, real], mask[i, real] = rows.row(length - missing), 1
+    return ids, mask
+
+
+def _text_case(model: Any, rows: TextRows, padded: tuple[Any, Any], side: Side, generator: Any) -> Case:
 
     config = model.config
     text = config.get_text_config()
     accepted = inspect.signature(model.forward).parameters
-    tensors = {"input_ids": _ids(text.vocab_size, batch, length, generator)}
-    mask = torch.ones(batch, length, dtype=torch.int64)
-    if side:
-        padded = slice(0, length // 3) if side == "left" else slice(length - length // 3, length)
-        mask[-1, padded] = 0
-        tensors["input_ids"][-1, padded] = getattr(text, "pad_token_id", None) or 0
+    ids, mask = padded
+    batch, length = ids.shape
+    tensors = {"input_ids": ids}
     eos = getattr(text, "eos_token_id", None)
     if isinstance(eos, int) and (config.is_encoder_decoder or "CLIP" in type(model).__name__):
         for row in range(batch):  # BART's classifier and CLIP pool at this token
@@ -142,11 +185,26 @@ def _text_case(model: Any, batch: int, length: int, side: Side, generator: Any) 
         and config.is_encoder_decoder
         and "SequenceClass" not in type(model).__name__
     ):
-        tensors["decoder_input_ids"] = _ids(text.vocab_size, batch, max(2, length // 2), generator)
+        tensors["decoder_input_ids"] = _answers(model, tensors, rows, max(2, length // 2), generator)
     if "pixel_values" in accepted and getattr(config, "vision_config", None) is not None:
         tensors |= _with_image(model, tensors, batch, generator)
     name = f"batch {batch}, length {length}" + (f", padded on the {side}" if side else "")
-    return Case(name, tensors, side=side)
+    return Case(name, tensors, side=side, origin=rows.origin)
+
+
+def _answers(model: Any, tensors: Mapping[str, Any], rows: TextRows, length: int, generator: Any) -> Any:
+    """What the decoder is given (batch, length): what it wrote itself, by seeded sampling, or random ids for
+    random ids."""
+    import torch
+
+    batch = len(tensors["input_ids"])
+    if rows.origin != RANDOM:
+        encoded = {name: tensors[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        ids = sample(model, encoded, length, seed=0)
+        if ids is not None:
+            return ids[:, :length]
+    drawn = random_rows(model.config.get_text_config().vocab_size, generator)
+    return torch.stack([drawn.row(length) for _ in range(batch)])
 
 
 def _with_image(model: Any, tensors: dict[str, Any], batch: int, generator: Any) -> dict[str, Any]:
@@ -186,7 +244,7 @@ def _image_case(model: Any, batch: int, generator: Any) -> Case:
 
     shape = _image_shape(getattr(model.config, "vision_config", None) or model.config)
     tensors = {"pixel_values": torch.randn(batch, *shape, generator=generator)}
-    return Case(f"batch {batch}, image {'x'.join(map(str, shape))}", tensors)
+    return Case(f"batch {batch}, image {'x'.join(map(str, shape))}", tensors, origin=NOISE)
 
 
 def _sound_case(model: Any, name: str, batch: int, generator: Any) -> Case:
@@ -196,16 +254,9 @@ def _sound_case(model: Any, name: str, batch: int, generator: Any) -> Case:
     shape = _sound_shape(config, name)
     tensors = {name: torch.randn(batch, *shape, generator=generator)}
     if config.is_encoder_decoder:
-        tensors["decoder_input_ids"] = _ids(config.vocab_size, batch, 6, generator)
-    return Case(f"batch {batch}, sound {'x'.join(map(str, shape))}", tensors)
-
-
-def _ids(vocabulary: int, batch: int, length: int, generator: Any) -> Any:
-    import torch
-
-    low = min(5, vocabulary - 1)  # both ends of a vocabulary hold special tokens nearly everywhere
-    high = vocabulary - 3 if vocabulary > 16 else vocabulary
-    return torch.randint(low, high, (batch, length), generator=generator)
+        drawn = random_rows(config.vocab_size, generator)
+        tensors["decoder_input_ids"] = torch.stack([drawn.row(6) for _ in range(batch)])
+    return Case(f"batch {batch}, sound {'x'.join(map(str, shape))}", tensors, origin=NOISE)
 
 
 def _image_shape(config: Any) -> tuple[int, ...]:

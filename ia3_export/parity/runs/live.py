@@ -6,9 +6,8 @@ or where the combination is one that PEFT does not know (``delta``).
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from ia3_export.adapters.combine import combine_vectors
-from ia3_export.adapters.model import Adapter, Site
+from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.folder import Checkpoint, adapterless, first_class
 from ia3_export.checkpoint.header import StoredTensor, read_values, same_bytes
 from ia3_export.checkpoint.wrapped import PEFT_PREFIX
 from ia3_export.errors import Unsupported, kind_and_line
-from ia3_export.models.conversions import in_class_names, loading_rules
+from ia3_export.models.conversions import in_class_names
 from ia3_export.models.model_class import load_runtime_model, make_config
+from ia3_export.parity.runs.hooks import fill_entry, multiply_live, named_as_in
 from ia3_export.parity.runs.quantized import load_dense, widen
 from ia3_export.planning.config_edits import adopt_heads
 from ia3_export.planning.recipe import DEFAULT_RECIPE, Recipe
@@ -67,18 +66,19 @@ class FittedClass:
     brought: Mapping[str, StoredTensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class LiveModel:
     """A model with its adapters live.
 
-    `by` is ``peft`` or ``hooks`` (whose handles `hooks` are), or ``none`` without adapters; `refused` is what
-    PEFT said where it could not load them.
+    `by` is ``peft`` or ``hooks``, or ``none`` without adapters; `vectors` are the
+    tensors that the model multiplies with, by module path; `refused` is what PEFT said where it could not load
+    the adapters.
     """
 
     model: Any
     class_name: str
     by: AppliedBy
-    hooks: tuple[Any, ...]
+    vectors: tuple[tuple[str, Any], ...] = ()
     refused: str = ""
 
     @property
@@ -88,11 +88,32 @@ class LiveModel:
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
-        """In this context the vectors (and with PEFT the adapter's heads) are off; hooks are off for good."""
-        for handle in self.hooks:
-            handle.remove()
-        with self.model.disable_adapter() if self.by == "peft" else nullcontext():
+        """In this context the vectors (and with PEFT the adapter's heads) are off."""
+        import torch
+
+        off = (
+            self.model.disable_adapter()
+            if self.by == "peft"
+            else self.with_vectors(lambda _, v: torch.ones_like(v))
+        )
+        with off:
             yield
+
+    @contextmanager
+    def with_vectors(self, change: Callable[[str, Any], Any]) -> Iterator[None]:
+        """In this context every vector is what `change` makes of it: module path, vector → vector."""
+        import torch
+
+        before = [vector.detach().clone() for _, vector in self.vectors]
+        with torch.no_grad():
+            for module, vector in self.vectors:
+                vector.copy_(change(module, vector))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for (_, vector), kept in zip(self.vectors, before, strict=True):
+                    vector.copy_(kept)
 
 
 def load_live(trained: FineTune, dtype: str, where: RunDevice) -> LiveModel:
@@ -106,17 +127,18 @@ def load_live(trained: FineTune, dtype: str, where: RunDevice) -> LiveModel:
         )
     if not adapters:
         name = first_class(config) or "AutoModel"
-        return LiveModel(load_plain(base, FittedClass(name), dtype, where), name, "none", ())
+        return LiveModel(model=load_plain(base, FittedClass(name), dtype, where), class_name=name, by="none")
     fitted = fit_class(base.stored, adapters)
     refused = ""
     if recipe.combine == "product" and where.offload is None:
         try:
-            live = _with_peft(load_plain(base, fitted, dtype, where), adapters)
-            return LiveModel(live.eval(), fitted.name, "peft", ())
+            live, vectors = _with_peft(load_plain(base, fitted, dtype, where), adapters)
+            return LiveModel(model=live.eval(), class_name=fitted.name, by="peft", vectors=vectors)
         except _NotByPeft as reason:
             refused = str(reason)
     model = load_plain(base, fitted, dtype, where)
-    return LiveModel(model, fitted.name, "hooks", tuple(_with_hooks(model, adapters, recipe)), refused)
+    vectors = multiply_live(model, adapters, recipe)
+    return LiveModel(model=model, class_name=fitted.name, by="hooks", vectors=vectors, refused=refused)
 
 
 class _NotByPeft(Exception):
@@ -246,19 +268,7 @@ def _bring(
             f"{list(wanted)} for the adapter's labels or vocabulary, and the adapter does not bring it",
             hint="train the adapter on this base, or save it with save_embedding_layers=True",
         )
-    _fill(model.state_dict(), name, tensor)
-
-
-def _fill(state: Mapping[str, Any], name: str, tensor: StoredTensor) -> None:
-    import torch
-
-    if state[name].device.type == "meta":
-        raise Unsupported(
-            f"{name} comes from the adapter, and the model is too large for memory",
-            hint="use --weights-only, a larger --max-memory, or a machine with more memory",
-        )
-    with torch.no_grad():
-        state[name].copy_(torch.from_numpy(read_values(tensor)))
+    fill_entry(model.state_dict(), name, tensor)
 
 
 def load_as_library_runs_it(trained: FineTune, class_name: str, where: RunDevice) -> Any | None:
@@ -267,13 +277,13 @@ def load_as_library_runs_it(trained: FineTune, class_name: str, where: RunDevice
     """
     model = load_plain(trained.base, FittedClass(class_name), "float32", where, quantized=True)
     try:
-        return _with_peft(model, trained.adapters).eval()
+        return _with_peft(model, trained.adapters)[0].eval()
     except _NotByPeft:
         return None
 
 
-def _with_peft(model: Any, adapters: Sequence[Adapter]) -> Any:
-    """The PEFT model. Raises `_NotByPeft`.
+def _with_peft(model: Any, adapters: Sequence[Adapter]) -> tuple[Any, tuple[tuple[str, Any], ...]]:
+    """The PEFT model, and its vectors by module path. Raises `_NotByPeft`.
 
     What a file lacks was refused before, in the plan; PEFT may still not find what is there under other names
     (of damaged keys, of experts that are fused now), and hooks then apply all that the adapter holds.
@@ -284,7 +294,7 @@ def _with_peft(model: Any, adapters: Sequence[Adapter]) -> Any:
 
     if any(adapter.format != "peft" for adapter in adapters):
         raise _NotByPeft
-    adapters = _named_as_in(model, adapters)
+    adapters = named_as_in(model, adapters)
     for adapter in adapters:  # PEFT would wait for an expression that never ends
         adapter.rules.look_at(dict(model.named_modules()))
     names = [f"adapter_{i}" for i in range(len(adapters))]
@@ -298,6 +308,7 @@ def _with_peft(model: Any, adapters: Sequence[Adapter]) -> Any:
         except (ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
             raise _NotByPeft(kind_and_line(error)) from error
     loaded = dict(live.named_parameters())
+    vectors = []
     for name, adapter in zip(names, adapters, strict=True):
         for site in adapter.sites.values():
             vector = loaded.get(f"{PEFT_PREFIX}{site.module}.ia3_l.{name}")
@@ -306,75 +317,5 @@ def _with_peft(model: Any, adapters: Sequence[Adapter]) -> Any:
             held = vector.detach().double().cpu().numpy().reshape(-1)
             if not np.array_equal(held, site.vector):
                 raise _NotByPeft
-    return live
-
-
-def _named_as_in(model: Any, adapters: Sequence[Adapter]) -> list[Adapter]:
-    rules = loading_rules(model)
-    return [in_class_names(adapter, rules) for adapter in adapters]
-
-
-def _with_hooks(model: Any, adapters: Sequence[Adapter], recipe: Recipe) -> list[Any]:
-    adapters = _named_as_in(model, adapters)
-    for adapter in adapters:
-        _copy_modules(model, adapter)
-        state = model.state_dict()
-        for name, tensor in adapter.extras.items():
-            if name not in state:
-                raise Unsupported(
-                    f"{adapter.name} brings {name}, which does not exist in {type(model).__name__}",
-                    hint="its weight is fused at run time (experts of a mixture); --weights-only proves "
-                    "such a merge",
-                )
-            _fill(state, name, tensor)
-    modules = dict(model.named_modules())
-    handles = []
-    for module, site, vector in _combined(adapters, recipe):
-        target = modules.get(module)
-        if target is None:
-            raise Unsupported(
-                f"module {module} does not exist in {type(model).__name__}, so its vector cannot be "
-                "applied live",
-                hint="its weight is fused at run time (experts of a mixture); --weights-only "
-                "proves such a merge",
-            )
-        handles.append(_hook(target, site, vector))
-    return handles
-
-
-def _copy_modules(model: Any, adapter: Adapter) -> None:
-    """Give the modules that PEFT trains a copy of tensors of their own.
-
-    They leave the ties to the rest of the model.
-    """
-    copies = {adapter.copy_of(name.rpartition(".")[0]) or "" for name in adapter.extras}
-    for path in sorted(copies - {""}):
-        parent, _, leaf = path.rpartition(".")
-        holder = model.get_submodule(parent)
-        setattr(holder, leaf, copy.deepcopy(getattr(holder, leaf)))
-
-
-def _combined(adapters: Sequence[Adapter], recipe: Recipe) -> list[tuple[str, Site, Any]]:
-    if recipe.combine == "product":
-        return [(site.module, site, site.vector) for a in adapters for site in a.sites.values()]
-    union: Mapping[str, Site] = {key: s for a in reversed(adapters) for key, s in a.sites.items()}
-    rows = []
-    for key, site in union.items():
-        vectors = [a.sites[key].vector if key in a.sites else None for a in adapters]
-        rows.append((site.module, site, combine_vectors(vectors, recipe.weights, recipe.combine, "F64")))
-    return rows
-
-
-def _hook(target: Any, site: Site, vector: Any) -> Any:
-    import torch
-
-    dimensions = target.weight.dim()  # a bare vector does not say that it is a convolution's
-    shape = (1, -1, *(1,) * (dimensions - 2)) if dimensions > 2 else (-1,)
-    factors = torch.from_numpy(np.array(vector)).reshape(shape)
-
-    def scaled(values: Any) -> Any:
-        return values * factors.to(device=values.device, dtype=values.dtype)
-
-    if site.direction == "out":
-        return target.register_forward_hook(lambda _m, _i, output: scaled(output))
-    return target.register_forward_pre_hook(lambda _m, inputs: (scaled(inputs[0]), *inputs[1:]))
+            vectors.append((site.module, vector))
+    return live, tuple(vectors)

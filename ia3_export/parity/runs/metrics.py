@@ -28,7 +28,7 @@ def distance_between(outputs: Outputs, reference: Outputs, dtype: str) -> Distan
     shapes differ and `KeyError` when an output is missing.
     """
     scale = largest_magnitude(reference)
-    worst = total = dot = norm_a = norm_b = 0.0
+    worst = total = squares = dot = norm_a = norm_b = 0.0
     count = 0
     relative, places = [np.zeros(0)], [np.zeros(0)]
     for a, b in _pairs(outputs, reference):
@@ -38,6 +38,7 @@ def distance_between(outputs: Outputs, reference: Outputs, dtype: str) -> Distan
             total + float(error.sum()),
             count + error.size,
         )
+        squares += float((error * error).sum())
         dot += float((a * b).sum())
         norm_a, norm_b = norm_a + float((a * a).sum()), norm_b + float((b * b).sum())
         relevant = np.abs(b) >= max(_RELEVANT * scale, np.finfo("<f8").tiny)
@@ -56,6 +57,7 @@ def distance_between(outputs: Outputs, reference: Outputs, dtype: str) -> Distan
     return Distance(
         max_error=worst,
         mean_error=total / max(1, count),
+        rms_error=(squares / max(1, count)) ** 0.5,
         max_relative=float(all_relative.max(initial=0.0)),
         mean_relative=_mean(all_relative),
         max_ulp=float(all_places.max(initial=0.0)),
@@ -79,6 +81,14 @@ def largest_magnitude(outputs: Outputs) -> float:
     """Largest absolute value in `outputs`, infinite when one is NaN."""
     values = [float(np.abs(v).max(initial=0.0)) for output in outputs for v in output.values()]
     return max((np.inf if np.isnan(v) else v for v in values), default=0.0)
+
+
+def root_mean_square(outputs: Outputs) -> tuple[float, int]:
+    """That of all values in `outputs`, and how many there are."""
+    arrays = [np.asarray(values, "<f8") for output in outputs for values in output.values()]
+    count = sum(array.size for array in arrays)
+    with np.errstate(over="ignore"):
+        return (sum(float((array * array).sum()) for array in arrays) / max(1, count)) ** 0.5, count
 
 
 def beyond(outputs: Outputs, reference: Outputs, rtol: float) -> float:

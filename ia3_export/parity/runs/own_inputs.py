@@ -61,18 +61,7 @@ def read_texts(path: str | Path, folder: Path) -> list[Case]:
         raise DamagedFile(f"{file}: {error}", hint="--text takes a UTF-8 file with one text a line") from None
     if not lines:
         raise DamagedFile(f"{file} holds no text", hint="write one text a line")
-    if not has_tokenizer(folder):
-        # transformers would make up an empty tokenizer for some model types
-        raise Unsupported(f"{folder} holds no tokenizer", hint=_NO_TOKENIZER)
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # tokenizers fail in many ways
-        raise Unsupported(
-            f"{folder} has no tokenizer that transformers can load: {first_line(error)}",
-            hint=_NO_TOKENIZER,
-        ) from None
+    tokenizer = load_tokenizer(folder)
     longest = min(tokenizer.model_max_length, 512)
     step = _ROWS if tokenizer.pad_token_id is not None else 1
     cases = []
@@ -85,6 +74,22 @@ def read_texts(path: str | Path, folder: Path) -> list[Case]:
         name = f"lines {start + 1} to {start + len(rows)}, length {length}"
         cases.append(Case(name, dict(encoded)))
     return cases
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in `folder`. Raises `Unsupported` where there is none that transformers can load."""
+    if not has_tokenizer(folder):
+        # transformers would make up an empty tokenizer for some model types
+        raise Unsupported(f"{folder} holds no tokenizer", hint=_NO_TOKENIZER)
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers fail in many ways
+        raise Unsupported(
+            f"{folder} has no tokenizer that transformers can load: {first_line(error)}",
+            hint=_NO_TOKENIZER,
+        ) from None
 
 
 def has_tokenizer(folder: Path) -> bool:
