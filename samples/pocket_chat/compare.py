@@ -124,14 +124,14 @@ def llama_cpp(file: Path, end: int) -> Ask:
 
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(file)
-    parameters.n_ctx = 2048
+    parameters.n_ctx, parameters.verbosity = 2048, -1
     server = xllamacpp.Server(parameters)
 
     def ask(prompt: list[int]) -> list[int]:
-        said = server.handle_completions(
-            {"prompt": prompt, "max_tokens": NEW_TOKENS, "top_k": 1, "return_tokens": True}
-        )
-        return without_end(said["tokens"], end)
+        # with the probabilities come the ids
+        wishes = {"prompt": prompt, "max_tokens": NEW_TOKENS, "top_k": 1, "logprobs": 1}
+        [said] = server.handle_completions(wishes)["choices"]
+        return without_end([token["id"] for token in said["logprobs"]["content"]], end)
 
     return ask
 
@@ -143,7 +143,7 @@ def without_end(tokens: list[int], end: int) -> list[int]:
 
 def forms(work: Path, end: int) -> Iterator[tuple[str, Callable[[], Ask]]]:
     """Every form of the model, and how to load it."""
-    base, adapter, exported = work / "base", work / "adapter", work / "exported" / "mog"
+    base, adapter, exported = work / "base", work / "adapter", work / "exported" / "Mog"
     yield "base, no adapter (transformers)", lambda: unmerged(base, None)
     yield "base + adapter, unmerged (PEFT)", lambda: unmerged(base, adapter)
     yield "merged (transformers)", lambda: unmerged(work / "merged", None)

@@ -6,8 +6,8 @@ const [origin, executablePath, modules, picture] = process.argv.slice(2);
 const { chromium } = createRequire(`${modules}/`)("playwright-core");
 
 const TALK = [
-  ["smollm2", ["Who are you?"]],
-  ["mog", ["I had a bad day.", "What is the capital of Germany?", "Who are you?"]],
+  ["SmolLM2", ["Who are you?"]],
+  ["Mog", ["I had a bad day.", "What is the capital of Germany?", "Who are you?"]],
 ];
 
 const browser = await chromium.launch({ executablePath, args: ["--headless", "--no-sandbox", "--disable-gpu"] });

@@ -67,13 +67,13 @@ def list_steps(scripts: str) -> list[Step]:
         ),
         Step(
             "Export the merged model to ONNX",
-            "exported/mog",
-            [*tool, "onnx", "--model", "merged", "--output", "exported/mog", *onnx],
+            "exported/Mog",
+            [*tool, "onnx", "--model", "merged", "--output", "exported/Mog", *onnx],
         ),
         Step(
             "Export the base as well: the page can switch between the two",
-            "exported/smollm2",
-            [*tool, "onnx", "--model", "base", "--output", "exported/smollm2", *onnx],
+            "exported/SmolLM2",
+            [*tool, "onnx", "--model", "base", "--output", "exported/SmolLM2", *onnx],
         ),
         Step(
             "Do the folded weights and the ONNX file still compute what was trained?",
@@ -85,7 +85,7 @@ def list_steps(scripts: str) -> list[Step]:
                 "--merged",
                 "merged",
                 "--onnx",
-                "exported/mog",
+                "exported/Mog",
                 "--html",
                 "report.html",
             ],

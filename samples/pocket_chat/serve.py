@@ -20,7 +20,7 @@ NODE_MODULES = HERE.parents[1] / "tests" / "runtimes" / "javascript" / "node_mod
 @contextmanager
 def start_server(work: Path, port: int) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The server as a process, and its address; it ends with the context. Port 0 is any free one."""
-    models = [work / "exported" / name for name in ("mog", "smollm2")]
+    models = [work / "exported" / name for name in ("Mog", "SmolLM2")]
     command = [sys.executable, SERVER, *models, "--page", HERE / "page", "--node-modules", NODE_MODULES]
     with subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.PIPE, text=True) as server:
         try:

@@ -135,7 +135,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train an IA3 adapter on data/train.jsonl.")
     parser.add_argument("--base", type=Path, required=True, help="folder that base.py wrote")
     parser.add_argument("--output", type=Path, required=True, help="folder of the adapter to write")
-    parser.add_argument("--epochs", type=int, default=2, help="passes over the data (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=4, help="passes over the data (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the order (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch (default: %(default)s)")
     return parser.parse_args()

@@ -165,7 +165,7 @@ def test_what_is_there_is_not_made_again(tmp_path: Path, script: Any) -> None:
 
 
 def test_the_server_gives_the_page_and_the_models_chat_templates(tmp_path: Path, script: Any) -> None:
-    for name in ("mog", "smollm2"):
+    for name in ("Mog", "SmolLM2"):
         folder = tmp_path / "exported" / name
         (folder / "onnx").mkdir(parents=True)
         (folder / "onnx" / "model.onnx").touch()
@@ -180,6 +180,6 @@ def test_the_server_gives_the_page_and_the_models_chat_templates(tmp_path: Path,
         page = urllib.request.urlopen(address, timeout=10).read().decode()
         models = json.loads(urllib.request.urlopen(f"{address}models.json", timeout=10).read())
     assert "<title>Pocket chat</title>" in page
-    assert [model["name"].rsplit("/")[-1] for model in models] == ["mog", "smollm2"]
+    assert [model["name"].rsplit("/")[-1] for model in models] == ["Mog", "SmolLM2"]
     assert all(model["chat_template"] == "{{ messages }}" for model in models)
     assert all(model["dtypes"] == ["fp32"] for model in models)

@@ -35,7 +35,7 @@ function addTurn(who, text = "") {
   const paragraph = bubble.appendChild(document.createElement("p"));
   paragraph.append(text);
   const below = bubble.appendChild(document.createElement("small"));
-  bubble.scrollIntoView({ block: "end" });
+  page.talk.scrollTop = page.talk.scrollHeight;
   return [paragraph, below];
 }
 
@@ -94,7 +94,7 @@ async function ask(question) {
     skip_special_tokens: true,
     callback_function: (piece) => {
       answer.append(piece);
-      answer.scrollIntoView({ block: "nearest" });
+      page.talk.scrollTop = page.talk.scrollHeight;
     },
     token_callback_function: () => {
       first ??= performance.now();
