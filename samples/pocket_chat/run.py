@@ -57,7 +57,7 @@ def list_steps(scripts: str) -> list[Step]:
                 *tool,
                 "merge",
                 "--base",
-                GGUF,
+                f"base-gguf/{GGUF}",
                 "--adapter",
                 "adapter",
                 "--output",
@@ -129,8 +129,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """All steps that are not done yet, and where to find the page."""
     work: Path = parse_arguments().work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(locate_gguf(), work / GGUF)
+    (work / "base-gguf").mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(locate_gguf(), work / "base-gguf" / GGUF)
     print(f"$ cd {shortest(work, Path.cwd())}")
     anew = False
     for step in list_steps(shortest(HERE, work)):
