@@ -3,12 +3,13 @@
     cd samples/pocket_chat/run
     python ../compare.py
 
-Greedy, so that equal models give equal answers. Writes ``answers.md``.
+Greedy, so that equal models give equal answers. Writes ``answers.md``, and ``unmerged.json`` for look.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -254,6 +255,8 @@ def main() -> None:
     print()
     show(table)
     texts = [question[-1]["content"] for question in questions]
+    unmerged = dict(zip(texts, reference.texts, strict=True))
+    (work / "unmerged.json").write_text(json.dumps(unmerged, indent=1), encoding="utf-8")
     write_markdown(work / "answers.md", texts, answers, table)
 
 

@@ -6,13 +6,13 @@ const [origin, executablePath, modules, picture] = process.argv.slice(2);
 const { chromium } = createRequire(`${modules}/`)("playwright-core");
 
 const TALK = [
-  ["SmolLM2", ["Who are you?"]],
-  ["Mog", ["I had a bad day.", "What is the capital of Germany?", "Who are you?"]],
+  ["SmolLM2", ["Do you like cheese?"]],
+  ["Mog", ["Do you like cheese?", "What is the capital of Germany?", "What is a tree?"]],
 ];
 
 const browser = await chromium.launch({ executablePath, args: ["--headless", "--no-sandbox", "--disable-gpu"] });
 try {
-  const page = await browser.newPage({ viewport: { width: 760, height: 820 }, deviceScaleFactor: 2 });
+  const page = await browser.newPage({ viewport: { width: 760, height: 900 }, deviceScaleFactor: 2 });
   page.setDefaultTimeout(300_000);
   await page.goto(origin);
   await settled(page);

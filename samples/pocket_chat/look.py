@@ -55,6 +55,10 @@ def main() -> None:
     answers = json.loads(done.stdout)
     for said in answers:
         print(f"{said['question']}\n    {said['answer']}\n    {said['below']}, in {said['pieces']} pieces")
+    unmerged = json.loads((arguments.work / "unmerged.json").read_text(encoding="utf-8"))
+    mogs = [said for said in answers if said["name"] == "Mog"]
+    same = sum(said["answer"].strip() == unmerged[said["question"]] for said in mogs)
+    print(f"\n{same} of Mog's {len(mogs)} answers are, word for word, those of the unmerged model")
     if any(said["pieces"] < 3 for said in answers):
         sys.exit("error: an answer did not come piece by piece")
 

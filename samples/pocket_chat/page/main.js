@@ -14,8 +14,8 @@ env.backends.onnx.wasm.proxy = true;
 const page = Object.fromEntries([...document.querySelectorAll("[id]")].map((element) => [element.id, element]));
 const stopper = new InterruptableStoppingCriteria();
 const NEW_TOKENS = 80;
-const REMEMBERED = 6; // messages: all of them are read again for every answer
-const IDEAS = ["Who are you?", "What is the capital of Germany?", "I had a bad day.", "How do I make coffee?"];
+const REMEMBERED = 7; // messages, if any: all of them are read again for every answer
+const IDEAS = ["Who are you?", "What is a tree?", "I had a bad day.", "How do I make coffee?"];
 
 let models = [];
 let current; // { model, pipe, messages }
@@ -105,7 +105,7 @@ async function ask(question) {
   });
   stopper.reset();
   // messages, not a text: transformers.js puts them into the chat template
-  await pipe(messages.slice(-REMEMBERED - 1), {
+  await pipe(messages.slice(page.remember.checked ? -REMEMBERED : -1), {
     max_new_tokens: NEW_TOKENS, do_sample: false, streamer, stopping_criteria: stopper,
   });
   messages.push({ role: "assistant", content: answer.textContent });
