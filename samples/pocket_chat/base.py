@@ -13,6 +13,8 @@ import hashlib
 import importlib.util
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +42,16 @@ def locate_gguf() -> Path:
     return file
 
 
+@contextmanager
+def made_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `folder` if all goes well."""
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    yield unfinished
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+
+
 def load_gguf(file: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The dense model in `dtype` that a GGUF file stands for."""
     from transformers import AutoModelForCausalLM, GgufConfig
@@ -54,20 +66,16 @@ def load_gguf(file: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def write_base(folder: Path) -> None:
-    """Write the model in bfloat16 as safetensors, with tokenizer and chat template, to `folder`.
-
-    The folder appears when it is complete.
-    """
+    """Write the model in bfloat16 as safetensors, with tokenizer and chat template, to `folder`."""
     import torch
     from transformers import AutoTokenizer
 
     gguf = locate_gguf()
     model = load_gguf(gguf, torch.bfloat16)
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=str(gguf)).save_pretrained(unfinished)
-    unfinished.rename(folder)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=str(gguf))
+    with made_whole(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from base import made_whole
 from peft import IA3Config, PeftModel, TaskType, get_peft_model
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
@@ -155,7 +156,8 @@ def main() -> None:
     print(f"training on {len(dialogues)} dialogues, {answers:,} tokens of answers")
     train(model, dialogues, arguments.epochs, arguments.seed)
 
-    model.save_pretrained(arguments.output)
+    with made_whole(arguments.output) as unfinished:
+        model.save_pretrained(unfinished)
     size = (arguments.output / "adapter_model.safetensors").stat().st_size
     trained, all_parameters = model.get_nb_trainable_parameters()
     print(f"saved {trained:,} trained of {all_parameters:,} parameters, {size / 1000:.0f} kB")
