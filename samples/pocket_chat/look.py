@@ -43,7 +43,7 @@ def main() -> None:
     if node is None or browser is None or not (NODE_MODULES / "playwright-core").is_dir():
         print("skipped: needs node, chromium, and npm ci --ignore-scripts --prefix tests/runtimes/javascript")
         return
-    with start_server(arguments.work, port=0) as (_, address):
+    with start_server(arguments.work) as address:
         done = subprocess.run(
             [node, HERE / "look.mjs", address, browser, NODE_MODULES, arguments.output],
             stdout=subprocess.PIPE,

@@ -228,7 +228,7 @@ def test_the_server_gives_the_page_and_the_models_chat_templates(tmp_path: Path,
         pytest.skip(
             "transformers.js is not installed: npm ci --ignore-scripts --prefix tests/runtimes/javascript"
         )
-    with serve.start_server(tmp_path, port=0) as (_, address):
+    with serve.start_server(tmp_path) as address:
         page = urllib.request.urlopen(address, timeout=10).read().decode()
         models = json.loads(urllib.request.urlopen(f"{address}models.json", timeout=10).read())
     assert "<title>Pocket chat</title>" in page
