@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from importlib import metadata
 from pathlib import Path
 
@@ -31,6 +32,8 @@ def pytest_configure() -> None:
     # torch and transformers hold a million objects that never go; tracing a model makes the collector look at
     # them often
     gc.set_threshold(50_000, 20, 20)
+    # torch writes thousands of records of every trace for a log of its own, which pytest would keep
+    logging.getLogger("torch.__trace").propagate = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

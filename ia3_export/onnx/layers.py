@@ -1,4 +1,4 @@
-"""Layers of one kind are traced once: the time and memory of a trace then hardly grow with depth.
+"""Layers of one kind are traced once: the time of a trace then grows little with depth.
 
 ``torch.export`` reasons about symbolic shapes in every layer anew, seconds for each. Layers that do the same
 with other parameters need that once. A forward in eager mode is recorded first, operator by operator; layers
@@ -27,6 +27,8 @@ from ia3_export.onnx.eager import (
     recorded,
 )
 
+#: In the ``meta`` of an initializer that holds the transpose of its parameter.
+TRANSPOSED = "transposed"
 _DOMAIN = "ia3_export"
 _ENTER, _LEAVE, _LAYER = "Enter", "Leave", "Layer"
 
@@ -174,22 +176,21 @@ def _operator(op_type: str, path: str, inputs: Sequence[Any], like: Sequence[Any
 
 def copy_layers(traced: Any, model: Any, repeated: Sequence[RepeatedLayers]) -> Any:
     """A pass over `traced`, the ``onnx_ir.Model`` of `model` under `traced_once`: the nodes of each kind's
-    first layer are copied to where the others stand. Initializers bear the names of parameters.
+    first layer are copied to where the others stand. Initializers bear the names of parameters, or hold their
+    transpose.
 
     Raises `LookupError` for what cannot be copied: a node with a graph in it.
     """
     import onnx_ir
 
     graph = traced.graph
-    nodes = list(graph)
     markers = {
-        (node.op_type, node.attributes["path"].as_string()): node for node in nodes if node.domain == _DOMAIN
+        (node.op_type, node.attributes["path"].as_string()): node for node in graph if node.domain == _DOMAIN
     }
-    position = {node: i for i, node in enumerate(nodes)}
     for layers in repeated:
         first, _ = layers.first
         enter, leave = markers[_ENTER, first], markers[_LEAVE, first]
-        body = _body(nodes[position[enter] + 1 : position[leave]], enter, f"{first}.")
+        body = _body(graph, enter, leave, f"{first}.")
         for path, _ in layers.others:
             placeholder = markers[_LAYER, path]
             values = dict(zip(enter.outputs, placeholder.inputs, strict=True))
@@ -202,13 +203,21 @@ def copy_layers(traced: Any, model: Any, repeated: Sequence[RepeatedLayers]) -> 
     return onnx_ir.passes.PassResult(traced, modified=bool(markers))
 
 
-def _body(nodes: Sequence[Any], enter: Any, prefix: str) -> list[Any]:
-    """Those of `nodes` that compute with what a layer is given or with its own initializers, whose names
-    start with `prefix`. The rest, constants and sizes, is the same for all layers."""
+def _body(graph: Any, enter: Any, leave: Any, prefix: str) -> list[Any]:
+    """The nodes of `graph`, in order, that `leave` needs and that compute with what a layer is given or with
+    its own initializers, whose names start with `prefix`. The rest, constants and sizes, is the same for all
+    layers."""
+    needed: set[Any] = set()
+    left = [leave]
+    while left:
+        nodes = {value.producer() for value in left.pop().inputs if value is not None}
+        nodes -= {None, enter, *needed}
+        needed |= nodes
+        left.extend(nodes)
     own = set(enter.outputs)
     body = []
-    for node in nodes:
-        if any(
+    for node in graph:
+        if node in needed and any(
             v in own or (v is not None and v.is_initializer() and v.name.startswith(prefix))
             for v in node.inputs
         ):
@@ -230,7 +239,8 @@ def _initializers(graph: Any, body: Sequence[Any], model: Any, paths: tuple[str,
         inside = value.name.removeprefix(f"{paths[0]}.")
         if inside != value.name and tensors[inside] is not theirs[inside]:
             name = f"{paths[1]}.{inside}"
-            tensor = onnx_ir.tensor(tensors[inside].detach(), name=name)
+            parameter = tensors[inside].detach()
+            tensor = onnx_ir.tensor(parameter.t() if value.meta.get(TRANSPOSED) else parameter, name=name)
             found[value] = onnx_ir.Value(
                 name=name, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype), const_value=tensor
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from ia3_export.errors import Unsupported, first_line
 from ia3_export.libraries import private
 from ia3_export.onnx.contract import GraphSpec
-from ia3_export.onnx.layers import RepeatedLayers, copy_layers, find_repeated, traced_once
+from ia3_export.onnx.layers import TRANSPOSED, RepeatedLayers, copy_layers, find_repeated, traced_once
 from ia3_export.onnx.passes import run_passes
 
 _log = logging.getLogger(__name__)
@@ -62,25 +62,10 @@ def _trace(model: Any, spec: GraphSpec, to_onnx: Callable[[Any], Any]) -> Any:
         try:
             with traced_once(model, repeated):
                 traced = to_onnx(wrapped)
-            finished = _finish(traced, spec, partial(copy_layers, model=model, repeated=repeated))
-            _check_order(finished)
-            return finished
+            return _finish(traced, spec, model, repeated)
         except Exception as error:  # as in `trace`; what fails again is told
             _log.debug("every layer is traced", exc_info=error)
-    return _finish(to_onnx(wrapped), spec)
-
-
-def _check_order(traced: Any) -> None:
-    """Raise `LookupError` when a node reads what no earlier one gives.
-
-    The optimizer of onnxscript 0.6 takes away constants that copied nodes of GPT-2 read.
-    """
-    known = {*traced.graph.inputs, *traced.graph.initializers.values()}
-    for node in traced.graph:
-        for value in node.inputs:
-            if value is not None and value not in known:
-                raise LookupError(f"{node.name} reads {value.name}, which nothing before it gives")
-        known.update(node.outputs)
+    return _finish(to_onnx(wrapped), spec, model, [])
 
 
 def _repeated(model: Any, forward: Callable[[], Any]) -> list[RepeatedLayers]:
@@ -129,33 +114,66 @@ def _exporter(spec: GraphSpec, opset: int) -> Callable[[Any], Any]:
     return to_onnx
 
 
-def _finish(model: Any, spec: GraphSpec, *further: Callable[[Any], Any]) -> Any:
-    """Optimize the graph, give weights and axes their names, and remove what belongs to this machine."""
+def _finish(traced: Any, spec: GraphSpec, model: Any, repeated: Sequence[RepeatedLayers]) -> Any:
+    """Optimize the graph, copy its repeated layers, give weights and axes their names, and remove what belongs
+    to this machine."""
     import onnx_ir.passes.common as common
 
     run_passes(
-        model,
+        traced,
         _name_parameters,
-        *further,
         _transpose_weights,
-        _optimize,
+        partial(_optimize, kept=[layers.first[0] for layers in repeated]),
+        _transpose_weights,
+        partial(copy_layers, model=model, repeated=repeated),
         _state_sizes,
+        common.IdentityEliminationPass(),
+        _fold_constants,
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedFunctionsPass(),
         common.RemoveUnusedOpsetsPass(),
+        common.TopologicalSortPass(),
         common.ClearMetadataAndDocStringPass(),
         _forget_machine,
         partial(_declare_ports, spec=spec),
     )
-    return model
+    return traced
 
 
-def _optimize(model: Any) -> Any:
+def _optimize(model: Any, *, kept: Sequence[str]) -> Any:
+    """Run the optimizer of onnxscript.
+
+    Initializers of the layers at `kept` stay as they are: for it they are inputs. It would merge them with
+    equal ones and with constants, and other layers' differ.
+    """
     from onnx_ir.passes import PassResult
     from onnxscript import optimizer
 
+    graph = model.graph
+    prefixes = tuple(f"{path}." for path in kept)
+    tensors = {
+        value: value.const_value for name, value in graph.initializers.items() if name.startswith(prefixes)
+    }
+    for value in tensors:
+        graph.initializers.pop(value.name)
+        value.const_value = None
+        graph.inputs.append(value)
     optimizer.optimize(model)
+    for value, tensor in tensors.items():
+        graph.inputs.remove(value)
+        value.const_value = tensor
+        graph.register_initializer(value)
     return PassResult(model, modified=True)  # it does not say
+
+
+def _fold_constants(model: Any) -> Any:
+    from onnx_ir.passes import PassResult
+    from onnxscript import optimizer
+
+    return PassResult(model, modified=bool(optimizer.fold_constants(model, onnx_shape_inference=False)))
 
 
 def _forget_machine(model: Any) -> Any:
@@ -286,6 +304,7 @@ def _transpose_weights(model: Any) -> Any:
             else onnx_ir.tensor(tensor.numpy().T.copy(), name=value.name)
         )
         value.shape = value.const_value.shape
+        value.meta[TRANSPOSED] = not value.meta.get(TRANSPOSED, False)
         for node in turned:
             onnx_ir.convenience.replace_all_uses_with(node.outputs[0], value)
             node.graph.remove(node, safe=True)
