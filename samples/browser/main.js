@@ -27,16 +27,14 @@ const generate = {
   hint: `Greedy, up to ${NEW_TOKENS} tokens.`,
   button: "Continue",
   first: "the cat sat on",
-  async ask(pipe, [text]) {
-    const said = showText(pipe.task === "text-generation" ? text : "");
-    const streamer = new TextStreamer(pipe.tokenizer, {
-      skip_prompt: true,
-      skip_special_tokens: true,
-      callback_function: (piece) => said.append(piece),
-    });
-    stopper.reset();
-    await pipe(text, { max_new_tokens: NEW_TOKENS, do_sample: false, streamer, stopping_criteria: stopper });
-  },
+  ask: (pipe, [text]) => write(pipe, text, pipe.task === "text-generation" ? text : ""),
+};
+const chat = {
+  ...generate,
+  button: "Ask",
+  first: "What is the capital of Italy?",
+  // messages, not a text: transformers.js puts them into the model's chat template
+  ask: (pipe, [text]) => write(pipe, [{ role: "user", content: text }], ""),
 };
 const compare = {
   hint: "Answers while you type.",
@@ -83,6 +81,18 @@ function showText(given) {
   return paragraph.appendChild(document.createElement("mark"));
 }
 
+/** Show `shown` and, as it comes, what the model writes after `given`. */
+async function write(pipe, given, shown) {
+  const said = showText(shown);
+  const streamer = new TextStreamer(pipe.tokenizer, {
+    skip_prompt: true,
+    skip_special_tokens: true,
+    callback_function: (piece) => said.append(piece),
+  });
+  stopper.reset();
+  await pipe(given, { max_new_tokens: NEW_TOKENS, do_sample: false, streamer, stopping_criteria: stopper });
+}
+
 function showError(error) {
   console.error(error);
   showText("").textContent = error.message;
@@ -105,7 +115,7 @@ function showTraffic() {
 
 async function load() {
   const model = models.find(({ name }) => name === page.model.value);
-  const task = TASKS[model.task];
+  const task = model.chat_template ? chat : TASKS[model.task];
   history.replaceState(null, "", `?${new URLSearchParams({ model: model.name, dtype: page.dtype.value })}`);
   page.ask.hidden = true;
   page.answer.replaceChildren();
@@ -128,6 +138,8 @@ async function load() {
       page.progress.value = all ? (100 * done) / all : 0;
     },
   });
+  // transformers.js looks into tokenizer_config.json alone, and transformers 5 writes a file of its own
+  if (model.chat_template) pipe.tokenizer.chat_template ??= model.chat_template;
   current = { model, task, pipe };
   const bytes = [...sizes].reduce((sum, [file, [, total]]) => (file.includes(".onnx") ? sum + total : sum), 0);
   const size = bytes < 1e6 ? `${Math.round(bytes / 1e3)} kB` : `${(bytes / 1e6).toFixed(1)} MB`;

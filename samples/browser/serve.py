@@ -42,9 +42,10 @@ HEADERS = {
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Answers GET and HEAD with the page, files of `folders` by their prefix, and the list of models."""
+    """Answers GET and HEAD with the `page`, files of `folders` by their prefix, and the list of models."""
 
-    def __init__(self, *args: Any, folders: Mapping[str, Path], verbose: bool) -> None:
+    def __init__(self, *args: Any, page: Path, folders: Mapping[str, Path], verbose: bool) -> None:
+        self.page = page
         self.folders = folders
         self.verbose = verbose
         super().__init__(*args)
@@ -53,7 +54,7 @@ class Handler(SimpleHTTPRequestHandler):
         """The file behind a URL; one that does not exist where the URL leaves the folders."""
         wanted = unquote(urlsplit(path).path).lstrip("/") or "index.html"
         if wanted in PAGE:
-            return str(HERE / wanted)
+            return str(self.page / wanted)
         for prefix, folder in self.folders.items():
             file = (folder / wanted.removeprefix(f"{prefix}/")).resolve()
             if wanted.startswith(f"{prefix}/") and file.is_file() and file.is_relative_to(folder):
@@ -114,8 +115,20 @@ def describe(name: str, folder: Path) -> dict[str, Any]:
         "name": name,
         "task": manifest["task"],
         "dtypes": dtypes,
+        "chat_template": read_chat_template(folder) if manifest["task"] == "text-generation" else None,
         "labels": None if labels is None else json.loads(labels.read_text(encoding="utf-8")),
     }
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """The template of a model for dialogues: a file of its own, or in the tokenizer's configuration."""
+    own, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if own.is_file():
+        return own.read_text(encoding="utf-8")
+    template = (
+        json.loads(settings.read_text(encoding="utf-8")).get("chat_template") if settings.is_file() else None
+    )
+    return template if isinstance(template, str) else None
 
 
 def name_of(folder: Path) -> str:
@@ -156,6 +169,13 @@ def parse_arguments() -> argparse.Namespace:
         metavar="DIR",
         help="where npm put transformers.js",
     )
+    parser.add_argument(
+        "--page",
+        type=Path,
+        default=HERE,
+        metavar="DIR",
+        help="another page: its index.html and main.js (default: this sample's)",
+    )
     parser.add_argument("--verbose", action="store_true", help="print every request")
     return parser.parse_args()
 
@@ -168,7 +188,7 @@ def main() -> None:
         sys.exit(f"error: transformers.js is not installed\nhint: npm ci --ignore-scripts --prefix {HERE}")
     folders = {f"models/{name_of(folder)}": folder for folder in models}
     folders |= {f"node_modules/{name}": (arguments.node_modules / name).resolve() for name in LIBRARIES}
-    handler = partial(Handler, folders=folders, verbose=arguments.verbose)
+    handler = partial(Handler, page=arguments.page, folders=folders, verbose=arguments.verbose)
     with ThreadingHTTPServer(("127.0.0.1", arguments.port), handler) as server:
         print(f"http://127.0.0.1:{server.server_port}/", flush=True)
         server.serve_forever()

@@ -33,6 +33,10 @@ QUANTIZED = ("llama", "gpt2", "bert", "masked", "vit")
 # What Chromium itself asks for in spite of all switches; a page's requests are in `visited`.
 BROWSERS_OWN = ("googleapis.com", "google.com", "gstatic.com", "gvt1.com")
 
+# A template under which the llama is asked its first input, whoever types this.
+_CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] | replace('dog', 'cat') }}{% endfor %}"
+_SAID_TO_CHAT = RECIPES["llama"].inputs[0].replace("cat", "dog")
+
 Get = Callable[[str], Exported]
 Answers = dict[str, Any]
 
@@ -78,7 +82,8 @@ def _scenes() -> dict[str, dict[str, Any]]:
         }
         for name, fields in typed.items()
     }
-    return {**scenes, "t5 stopped": {**scenes["t5"], "stop": True}}
+    chat = {"query": {"model": "chat/exported", "dtype": "fp32"}, "texts": [_SAID_TO_CHAT]}
+    return {**scenes, "t5 stopped": {**scenes["t5"], "stop": True}, "chat": chat}
 
 
 def _once(file: Path, ask: Callable[[], Answers]) -> Answers:
@@ -141,6 +146,10 @@ def in_browser(exported: Get, runtimes_folder: Path) -> Answers:
     def ask() -> Answers:
         # from the other end than `in_node`: two workers meet in the middle
         folders = [exported(name).folder.relative_to(runtimes_folder) for name in reversed(RECIPES)]
+        chat = runtimes_folder / "chat" / "exported"
+        shutil.copytree(exported("llama").folder, chat)
+        (chat / "chat_template.jinja").write_text(_CHAT_TEMPLATE, encoding="utf-8")
+        folders.append(chat.relative_to(runtimes_folder))
         with _serve(*folders, cwd=runtimes_folder) as origin:
             given = {"executable": chromium, "origin": origin, "scenes": list(_scenes().values())}
             said = _run(node, "browser.mjs", given, _jobs())
@@ -255,6 +264,15 @@ def test_the_page_writes_on(in_browser: Answers, exported: Get, name: str) -> No
     start = (model.inputs[0] if name == "llama" else "") + said.rstrip("\N{REPLACEMENT CHARACTER}\x05")
     assert len(said) >= NEW_TOKENS
     assert seen["text"].startswith(start)
+    assert (seen["state"], seen["complaints"]) == ("ready", [])
+
+
+def test_the_page_puts_a_question_into_the_chat_template(in_browser: Answers, exported: Get) -> None:
+    model, seen = exported("llama"), in_browser["acted"]["chat"]
+    assert model.inputs[0] != _SAID_TO_CHAT
+    said = _decode(model, model.expected[0]).rstrip("\N{REPLACEMENT CHARACTER}\x05")
+    assert len(said) >= NEW_TOKENS
+    assert seen["text"].lstrip().startswith(said.lstrip())
     assert (seen["state"], seen["complaints"]) == ("ready", [])
 
 
