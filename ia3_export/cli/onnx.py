@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     show_default=True,
     callback=parse_words,
     metavar="LIST",
-    help="Of fp32, fp16, int8, int4, separated by commas; all from one trace.",
+    help="Of fp32, fp16, int8, q8 (8 bits for browsers), int4, separated by commas; all from one trace.",
 )
 @click.option(
     "--target",

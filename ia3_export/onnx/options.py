@@ -12,14 +12,14 @@ from ia3_export.errors import UsageError
 #: merged: one decoder file that is its own first step; separate: optimum's two; if: those two in one ``If``
 DecoderForm = Literal["merged", "separate", "if"]
 
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
+PRECISIONS = ("fp32", "fp16", "int8", "q8", "int4")
 TARGETS = ("transformers.js", "optimum", "genai", "mobile")
 #: torch translates to 18 and converts upwards; 24 is beyond some runtimes.
 OPSETS = range(18, 24)
 
 
 def in_order(precisions: Sequence[str]) -> tuple[str, ...]:
-    """`precisions` without repetition, in the order fp32, fp16, int8, int4. Raises `UsageError` for others,
+    """`precisions` without repetition, in the order of `PRECISIONS`. Raises `UsageError` for others,
     or none."""
     given = tuple(precisions)
     unknown = [name for name in given if name not in PRECISIONS]
@@ -38,8 +38,8 @@ class GraphOptions:
     Attributes:
         task: optimum's name or synonym (``text-generation``, ``fill-mask``, ...); inferred from the
             checkpoint by default.
-        precisions: of ``fp32``, ``fp16``, ``int8``, ``int4``, all from one trace; held once each, in this
-            order.
+        precisions: of ``fp32``, ``fp16``, ``int8``, ``q8``, ``int4``, all from one trace; held once each, in
+            this order.
         targets: beside transformers.js and optimum also ``genai`` (``genai_config.json``) and ``mobile``
             (``.ort`` files).
         decoder: form of an encoder-decoder's decoder: ``merged`` (one file that is its own first step),

@@ -31,8 +31,9 @@ class Coverage:
 
 _REWRITES: Mapping[str, Pass] = {
     "fp16": to_float16,
-    "int8": partial(quantize, precision="int8"),
-    "int4": partial(quantize, precision="int4"),
+    "q8": partial(quantize, bits=8, dense=True),
+    "int8": partial(quantize, bits=8),
+    "int4": partial(quantize, bits=4),
 }
 
 

@@ -1,53 +1,54 @@
-"""Weights of 8 and 4 bits: the operators of ONNX Runtime's own quantizers, placed weight by weight.
+"""Weights of 8 and 4 bits in blocks: the operators that ONNX Runtime computes with, placed weight by weight.
 
 ``onnxruntime.quantization`` makes the same nodes, but leaves out what our graphs are full of (``Gemm``,
-weights that reach a ``MatMul`` through a ``Transpose`` or a ``Split``, tied heads), holds all weights in
-memory three times over, and gives a whole embedding one scale. So its kernel and its formats are used here,
-and its walk over the graph is not.
+weights that reach a ``MatMul`` through a ``Transpose`` or a ``Split``, tied heads) and holds all weights in
+memory three times over. So its formats are used here, and its walk over the graph is not.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 from ia3_export.fold import Array
+from ia3_export.onnx.blocks import BLOCK, encode
 
-#: Weights in int4 that share a scale and a zero point.
-BLOCK = 32
 #: A weight has more bytes than this, and two axes longer than 1 (biases and norms have one).
 SMALL = 1024
-#: ``MatMulNBits`` may compute in 8 bits: decodes 2.3 times as fast as in float32 on a CPU, and is as near.
+#: Activations are rounded to 8 bits, a scale for each block: decodes several times as fast as in float32.
 _ACCURACY_LEVEL = 4
 _CONTRIB = "com.microsoft"
 _FLOAT = 1  # onnx.TensorProto.FLOAT
-_ZERO = 128
 #: What may lie between a weight, or the ids of tokens, and their reader.
 SHAPING = ("Cast", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
 
 
-def quantize(model: Any, *, precision: Literal["int8", "int4"]) -> Any:
+def quantize(
+    model: Any, *, bits: int, dense: bool = False, widths: Mapping[str, int] = MappingProxyType({})
+) -> Any:
     """The pass that replaces the weights of an ``onnx_ir.Model`` by codes, in the bodies of ``If`` too.
 
-    In ``int8`` a weight has one scale for each output feature, token or channel:
+    Products take codes of `bits` bits, or of those that `widths` names for an initializer: ``MatMul`` and
+    ``Gemm`` become ``MatMulNBits``, which computes with codes. With `dense` they are products of float32
+    weights that plain operators make of the codes; ONNX Runtime does that once, when a session is made.
 
-    - ``MatMul`` and ``Gemm`` become ``MatMulInteger``, and activations are quantized as they come;
-    - ``Gather`` of the token embedding takes codes and scales;
-    - a ``Conv`` computes in float32 after ``DequantizeLinear``.
+    The rest has 8 bits unless `widths` says otherwise:
 
-    In ``int4`` a scale and a zero point belong to 32 weights, and activations stay float32 (``MatMulNBits``);
-    the token embedding has 8 bits.
+    - the token embedding: rows of codes are looked up and multiplied by their scales, with plain operators.
+      A tied embedding stays tied: lookup and head read the same codes;
+    - batches of matrices (experts), always `dense`: no operator takes codes of them;
+    - a ``Conv`` after ``DequantizeLinear``, with one scale for each output channel.
 
-    In ``int8`` a tied embedding stays tied: lookup and head read the same codes. Tables of positions stay
-    float32: they are small, and all layers see their error.
+    Scales are stored in float16 where that is exact, and cast when a session is made. Tables of positions
+    stay float32: they are small, and all layers see their error.
     """
     import onnx_ir
 
-    written = _Written(model, precision == "int4")
+    written = _Written(model, bits, dense, widths)
     changed = False
     for node in list(model.graph.all_nodes()):
         if node.op_type in _READERS and not node.domain:
@@ -56,40 +57,8 @@ def quantize(model: Any, *, precision: Literal["int8", "int4"]) -> Any:
             if out is not None:
                 _replace(node, tape.nodes, out)
                 changed = True
+    written.cast_scales()
     return onnx_ir.passes.PassResult(model, changed)
-
-
-def eight_bits(array: Array, axis: int) -> tuple[Array, Array]:
-    """Codes (uint8, 128 is zero) and scales of `array`; those along `axis` share a scale.
-
-    Unsigned, since ONNX Runtime saturates sums of products of uint8 activations and int8 weights on x86
-    processors without VNNI: the same file would give other numbers there.
-    """
-    largest = np.maximum(array.max(axis=axis, keepdims=True), -array.min(axis=axis, keepdims=True))
-    scale = np.where(largest == 0, np.float32(1), largest / np.float32(127))
-    codes = array / scale
-    np.rint(codes, out=codes)
-    codes += _ZERO
-    return codes.astype(np.uint8), scale.reshape(-1) if array.ndim == 2 else scale
-
-
-def four_bits(array: Array, axis: int) -> tuple[Array, ...]:
-    """Codes, scales, zero points of the matrix `array`, inputs along `axis`, as ``MatMulNBits`` takes them.
-
-    By ONNX Runtime's own kernel: blocks of 32 from least to largest value. An odd number of blocks is
-    symmetric and has no zero points: ``GatherBlockQuantized`` reads them from the wrong places then (ONNX
-    Runtime before 1.27).
-    """
-    handlers, level = logging.root.handlers[:], logging.root.level
-    from onnxruntime.quantization import matmul_nbits_quantizer as tool
-
-    logging.root.handlers[:], logging.root.level = handlers, level  # importing it configures logging
-    columns = np.ascontiguousarray(np.moveaxis(array, axis, 0))
-    symmetric = -(-len(columns) // BLOCK) % 2 == 1
-    config = tool.DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=symmetric)
-    codes, *rest = tool.DefaultWeightOnlyQuantizer(config).qbits_block_quant(columns)
-    scales, zeros = (part.reshape(len(codes), -1) for part in rest)  # flat in earlier versions
-    return (codes, scales) if symmetric else (codes, scales, zeros)
 
 
 def constant(value: Any) -> Array | None:
@@ -119,26 +88,40 @@ def is_weight(array: Any) -> bool:
     return array.nbytes > SMALL and sum(int(size) > 1 for size in array.shape) > 1
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Coded:
+    """A weight in the graph: values of codes and scales, of zero points or None, with so many bits each, and
+    the shape (rows, blocks, columns) that they stand for."""
+
+    codes: Any
+    scales: Any
+    zeros: Any | None
+    bits: int
+    shape: tuple[int, int, int]
+
+
 @dataclass(frozen=True, slots=True)
 class _Written:
-    """What is there already and used again: codes of weights, and quantized activations of each graph."""
+    """What is there already and used again: codes of weights, and casts of their scales."""
 
     model: Any
-    int4: bool
-    codes: dict[tuple[Any, int, int], tuple[Any, ...]] = field(default_factory=dict)
-    activations: dict[tuple[Any, Any], tuple[Any, ...]] = field(default_factory=dict)
+    bits: int
+    dense: bool
+    widths: Mapping[str, int]
+    coded: dict[tuple[Any, bool], _Coded] = field(default_factory=dict)
+    casts: list[Any] = field(default_factory=list)
 
-    def coded(self, weight: Any, array: Array, axis: int, bits: int) -> tuple[Any, ...]:
-        """Codes, scales and, with 4 `bits`, zero points of `weight`, which holds `array`; its inputs lie
-        along `axis`.
-        """
-        key = (weight, axis, bits)
-        if key not in self.codes:
-            suffixes = ("_Q4", "_scales", "_zero_points") if bits == 4 else ("_quantized", "_scale")
-            parts = four_bits(array, axis) if bits == 4 else eight_bits(array, axis)
-            named = zip(suffixes, parts, strict=False)  # not all have zero points
-            self.codes[key] = tuple(self.initializer(f"{weight.name}{end}", part) for end, part in named)
-        return self.codes[key]
+    def code(self, weight: Any, matrix: Array, *, turned: bool, bits: int) -> _Coded:
+        """Codes of `weight`, whose rows are those of `matrix`, or its columns if it is `turned`."""
+        if (weight, turned) not in self.coded:
+            bits = self.widths.get(weight.name, bits)
+            made = encode(matrix, bits)
+            codes = self.initializer(f"{weight.name}_Q{bits}", made.packed)
+            zeros = None if made.zeros is None else self.initializer(f"{weight.name}_zero_points", made.zeros)
+            scales = self._scales(f"{weight.name}_scales", made.scales)
+            shape = (*made.scales.shape, matrix.shape[1])
+            self.coded[weight, turned] = _Coded(codes, scales, zeros, bits, shape)
+        return self.coded[weight, turned]
 
     def initializer(self, name: str, array: Array) -> Any:
         """`array` as an initializer of the outermost graph, whose values the bodies of ``If`` see."""
@@ -152,6 +135,29 @@ class _Written:
             self.model.graph.register_initializer(onnx_ir.Value(name=name, const_value=tensor))
         return there[name]
 
+    def numbers(self, *values: int) -> Any:
+        """A constant of int64."""
+        return self.initializer(f"int64_{'_'.join(map(str, values))}", np.array(values))
+
+    def _scales(self, name: str, scales: Array) -> Any:
+        """`scales` in float32; stored in half of it where nothing is lost."""
+        import onnx_ir
+
+        with np.errstate(over="ignore"):
+            half = scales.astype(np.float16)
+        if not np.array_equal(half, scales):
+            return self.initializer(name, scales)
+        stored = self.initializer(name, half)
+        cast = onnx_ir.node("Cast", [stored], {"to": _FLOAT}, name=f"{stored.name}_cast")
+        cast.outputs[0].name = cast.name
+        self.casts.append(cast)
+        return cast.outputs[0]
+
+    def cast_scales(self) -> None:
+        """Put the casts where all bodies see them."""
+        if self.casts:
+            self.model.graph.insert_before(self.model.graph[0], self.casts)
+
 
 def _matmul(written: _Written, tape: Any, node: Any) -> Any:
     """``x @ weight``, for ``Gemm`` with its bias."""
@@ -160,56 +166,44 @@ def _matmul(written: _Written, tape: Any, node: Any) -> Any:
         return None
     x, weight, *bias = node.inputs
     array = constant(weight)
-    if array is None or not is_weight(array) or (written.int4 and array.ndim != 2):
+    if array is None or not is_weight(array):
         return None
-    axis = -1 if options.get("transB") else -2
+    turned = not options.get("transB")
+    rows = np.swapaxes(array, -1, -2) if turned else array
     maker = weight.producer()
-    if maker is not None and maker.op_type == "Transpose" and array.ndim == 2 and axis == -2:
+    if maker is not None and maker.op_type == "Transpose" and turned and array.ndim == 2:
         # a head that is tied to the embedding: its codes are those of the lookup
-        weight, array, axis = maker.inputs[0], array.T, -1
-    coded = written.coded(weight, array, axis, 4 if written.int4 else 8)
-    if written.int4:
-        out = _four_bit_product(written, tape, x, coded, np.moveaxis(array, axis, 0).shape)
+        weight, turned = maker.inputs[0], False
+    batched = array.ndim > 2
+    matrix = rows.reshape(-1, rows.shape[-1])
+    coded = written.code(weight, matrix, turned=turned, bits=8 if batched else written.bits)
+    if batched or written.dense:
+        whole = _dequantized(written, tape, coded, None, written.numbers(*rows.shape[:-1]))
+        axes = [*range(array.ndim - 2), array.ndim - 1, array.ndim - 2]
+        out = tape.op("MatMul", [x, tape.op("Transpose", [whole], {"perm": axes})])
     else:
-        out = _eight_bit_product(written, tape, node.graph, x, coded, turned=axis == -1)
+        out = _product_of_codes(written, tape, x, coded)
     return tape.op("Add", [out, bias[0]]) if bias and bias[0] is not None else out
 
 
-def _four_bit_product(
-    written: _Written, tape: Any, x: Any, coded: Sequence[Any], shape: tuple[int, ...]
-) -> Any:
-    inputs, outputs = shape
+def _product_of_codes(written: _Written, tape: Any, x: Any, coded: _Coded) -> Any:
     attributes = {
-        "K": inputs,
-        "N": outputs,
-        "bits": 4,
+        "K": coded.shape[2],
+        "N": coded.shape[0],
+        "bits": coded.bits,
         "block_size": BLOCK,
         "accuracy_level": _ACCURACY_LEVEL,
     }
+    inputs = [x, coded.codes, coded.scales, *([] if coded.zeros is None else [coded.zeros])]
     written.model.opset_imports[_CONTRIB] = 1
-    return tape.op("MatMulNBits", [x, *coded], attributes, domain=_CONTRIB)
-
-
-def _eight_bit_product(
-    written: _Written, tape: Any, graph: Any, x: Any, coded: Sequence[Any], *, turned: bool
-) -> Any:
-    """Integers, times the scales of both sides: the chain of nodes that ONNX Runtime fuses into one."""
-    codes, scale = coded
-    if turned:
-        codes = tape.op("Transpose", [codes], {"perm": [1, 0]})
-    if (x, graph) not in written.activations:
-        written.activations[x, graph] = tape.op_multi_out("DynamicQuantizeLinear", [x], num_outputs=3)
-    quantized, x_scale, x_zero = written.activations[x, graph]
-    zero = written.initializer("weight_zero_point", np.array(_ZERO, np.uint8))
-    sums = tape.op("Cast", [tape.op("MatMulInteger", [quantized, codes, x_zero, zero])], {"to": _FLOAT})
-    return tape.op("Mul", [sums, tape.op("Mul", [x_scale, scale])])
+    return tape.op("MatMulNBits", inputs, attributes, domain=_CONTRIB)
 
 
 def _embedding(written: _Written, tape: Any, node: Any) -> Any:
-    """Rows of the table of tokens, in 8 bits whatever the precision.
+    """Rows of the table of tokens.
 
-    The WebAssembly build that transformers.js loads by itself has no kernel for rows of 4 bits
-    (``GatherBlockQuantized``), and plain operators run everywhere.
+    By plain operators: the WebAssembly build that transformers.js loads by itself has no kernel for
+    ``GatherBlockQuantized``.
     """
     table, ids = node.inputs
     along = node.attributes.get("axis")
@@ -222,11 +216,43 @@ def _embedding(written: _Written, tape: Any, node: Any) -> Any:
         or not _are_tokens(ids)
     ):
         return None
-    codes, scale = written.coded(table, array, -1, 8)
-    zero = written.initializer("embedding_zero_point", np.array(_ZERO, np.float32))
-    last = written.initializer("embedding_axis", np.array([-1]))
-    rows = tape.op("Sub", [tape.op("Cast", [tape.op("Gather", [codes, ids])], {"to": _FLOAT}), zero])
-    return tape.op("Mul", [rows, tape.op("Unsqueeze", [tape.op("Gather", [scale, ids]), last])])
+    coded = written.code(table, array, turned=False, bits=8)
+    return _dequantized(written, tape, coded, ids, tape.op("Shape", [ids]))
+
+
+def _dequantized(written: _Written, tape: Any, coded: _Coded, ids: Any | None, leading: Any) -> Any:
+    """The rows `ids` of a weight in float32, or all of them; their shape is `leading`, and the columns."""
+    _, blocks, columns = coded.shape
+
+    def rows(value: Any) -> Any:
+        return value if ids is None else tape.op("Gather", [value, ids])
+
+    def joined(value: Any, width: int, wanted: int) -> Any:
+        """What is behind the leading axes as one axis of `width`, and the first `wanted` of it."""
+        shape = tape.op("Concat", [leading, written.numbers(width)], {"axis": 0})
+        flat = tape.op("Reshape", [value, shape])
+        ends = [written.numbers(end) for end in (0, wanted, -1)]
+        return flat if width == wanted else tape.op("Slice", [flat, *ends])
+
+    values = tape.op("Cast", [rows(coded.codes)], {"to": _FLOAT})
+    zeros: Any = written.initializer("middle_code", np.array(2 ** (coded.bits - 1), np.float32))
+    scales = tape.op("Unsqueeze", [rows(coded.scales), written.numbers(-1)])
+    if coded.bits == 4:
+        values, scales = _halves(written, tape, values), tape.op("Unsqueeze", [scales, written.numbers(-1)])
+    if coded.zeros is not None:
+        pairs = _halves(written, tape, tape.op("Cast", [rows(coded.zeros)], {"to": _FLOAT}))
+        zeros = tape.op("Unsqueeze", [joined(pairs, blocks + blocks % 2, blocks), written.numbers(-1, -2)])
+    products = tape.op("Mul", [tape.op("Sub", [values, zeros]), scales])
+    return joined(products, blocks * BLOCK, columns)
+
+
+def _halves(written: _Written, tape: Any, packed: Any) -> Any:
+    """Two codes of 4 bits from each byte, on an axis of their own: the lower half, and the upper."""
+    sixteen = written.initializer("sixteen", np.array(16, np.float32))
+    upper = tape.op("Floor", [tape.op("Div", [packed, sixteen])])
+    lower = tape.op("Sub", [packed, tape.op("Mul", [upper, sixteen])])
+    both = [tape.op("Unsqueeze", [part, written.numbers(-1)]) for part in (lower, upper)]
+    return tape.op("Concat", both, {"axis": -1})
 
 
 def _convolution(written: _Written, tape: Any, node: Any) -> Any:
@@ -236,10 +262,11 @@ def _convolution(written: _Written, tape: Any, node: Any) -> Any:
     """
     x, weight, *bias = node.inputs
     array = constant(weight)
-    if written.int4 or array is None or not is_weight(array):
+    if array is None or not is_weight(array):
         return None
-    codes, scale = eight_bits(array.reshape(len(array), -1), -1)
-    parts = (codes.reshape(array.shape), scale, np.full(len(array), _ZERO, np.uint8))
+    matrix = array.reshape(len(array), -1)
+    codes = encode(matrix, 8, block=matrix.shape[1])
+    parts = (codes.packed.reshape(array.shape), codes.scales[:, 0], np.full(len(array), 128, np.uint8))
     names = (f"{weight.name}{end}" for end in ("_quantized", "_scale", "_zero_point"))
     held = [written.initializer(name, part) for name, part in zip(names, parts, strict=True)]
     widened = tape.op("DequantizeLinear", held, {"axis": 0})

@@ -1,0 +1,77 @@
+"""Weights as codes of 8 or 4 bits: neighbours in a row of a matrix share a scale.
+
+The layout is that of ONNX Runtime's ``MatMulNBits``:
+https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#commicrosoftmatmulnbits
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ia3_export.fold import Array
+
+#: Weights that share a scale: the smallest block of which every runtime has a kernel.
+BLOCK = 32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Codes:
+    """A matrix of `rows` x columns in blocks along its rows.
+
+    Attributes:
+        packed: uint8 (rows, blocks, block * bits / 8); of two codes in a byte the first is the lower half.
+        scales: float32 (rows, blocks).
+        zeros: uint8 (rows, bytes), the codes that stand for 0, packed alike; None where they all are
+            ``2 ** (bits - 1)``.
+        bits: 8 or 4.
+    """
+
+    packed: Array
+    scales: Array
+    zeros: Array | None
+    bits: int
+
+
+def encode(matrix: Array, bits: int, block: int = BLOCK) -> Codes:
+    """Codes of a float32 `matrix` (rows, columns), each at most one step from its weight.
+
+    The last block of a row is filled up with zeros. With 8 bits the middle code is 0; with 4 bits a block
+    reaches from its least to its largest value. Scales are numbers of float16 where its range allows, rounded
+    up, so that no weight is cut off.
+    """
+    rows, columns = matrix.shape
+    count = -(-columns // block)
+    values = np.zeros((rows, count, block), np.float32)
+    values.reshape(rows, -1)[:, :columns] = matrix
+    low, high = values.min(-1), values.max(-1)
+    if bits == 8:
+        scales, zeros = _half(np.maximum(high, -low) / np.float32(127)), np.float32(128)
+    else:
+        low, high = np.minimum(low, 0), np.maximum(high, 0)
+        scales = _half((high - low) / np.float32(15))
+        zeros = np.clip(np.rint(-low / scales), 0, 15)[..., None]
+    values /= scales[..., None]
+    values += zeros
+    codes = np.clip(np.rint(values, out=values), 0, 2**bits - 1, out=values).astype(np.uint8)
+    if bits == 8:
+        return Codes(codes, scales, None, bits)
+    return Codes(_halves(codes), scales, _halves(zeros[..., 0].astype(np.uint8)), bits)
+
+
+def _half(scales: Array) -> Array:
+    """`scales` as float32 that float16 holds, too, none of them smaller; 1 for blocks of zeros."""
+    scales = np.where(scales == 0, np.float32(1), scales)
+    with np.errstate(over="ignore"):
+        half = scales.astype(np.float16)
+        half = np.where(half < scales, np.nextafter(half, np.float16(np.inf)), half).astype(np.float32)
+    return np.where(np.isinf(half), scales, half)
+
+
+def _halves(codes: Array) -> Array:
+    """Pairs of codes along the last axis in one byte each, an odd last one beside 8."""
+    if codes.shape[-1] % 2:
+        codes = np.concatenate([codes, np.full_like(codes[..., :1], 8)], axis=-1)
+    packed: Array = codes[..., ::2] | codes[..., 1::2] << 4
+    return packed
