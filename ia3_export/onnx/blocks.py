@@ -47,17 +47,18 @@ def encode(matrix: Array, bits: int, block: int = BLOCK) -> Codes:
     values.reshape(rows, -1)[:, :columns] = matrix
     low, high = values.min(-1), values.max(-1)
     if bits == 8:
-        scales, zeros = _half(np.maximum(high, -low) / np.float32(127)), np.float32(128)
+        scales = _half(np.maximum(high, -low) / np.float32(127))
+        zeros = np.full_like(scales, 128)
     else:
         low, high = np.minimum(low, 0), np.maximum(high, 0)
         scales = _half((high - low) / np.float32(15))
-        zeros = np.clip(np.rint(-low / scales), 0, 15)[..., None]
+        zeros = np.clip(np.rint(-low / scales), 0, 15)
     values /= scales[..., None]
-    values += zeros
+    values += zeros[..., None]
     codes = np.clip(np.rint(values, out=values), 0, 2**bits - 1, out=values).astype(np.uint8)
     if bits == 8:
         return Codes(codes, scales, None, bits)
-    return Codes(_halves(codes), scales, _halves(zeros[..., 0].astype(np.uint8)), bits)
+    return Codes(_halves(codes), scales, _halves(zeros.astype(np.uint8)), bits)
 
 
 def _half(scales: Array) -> Array:

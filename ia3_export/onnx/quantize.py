@@ -43,8 +43,7 @@ def quantize(
     - batches of matrices (experts), always `dense`: no operator takes codes of them;
     - a ``Conv`` after ``DequantizeLinear``, with one scale for each output channel.
 
-    Scales are stored in float16 where that is exact, and cast when a session is made. Tables of positions
-    stay float32: they are small, and all layers see their error.
+    Tables of positions stay float32: they are small, and all layers see their error.
     """
     import onnx_ir
 
@@ -140,12 +139,16 @@ class _Written:
         return self.initializer(f"int64_{'_'.join(map(str, values))}", np.array(values))
 
     def _scales(self, name: str, scales: Array) -> Any:
-        """`scales` in float32; stored in half of it where nothing is lost."""
+        """`scales` in float32; of `dense` weights stored as float16 where nothing is lost.
+
+        ``MatMulNBits`` wants constants: in a session without optimizations, which leaves the cast where it is,
+        it would give wrong numbers on x86, silently.
+        """
         import onnx_ir
 
         with np.errstate(over="ignore"):
             half = scales.astype(np.float16)
-        if not np.array_equal(half, scales):
+        if not self.dense or not np.array_equal(half, scales):
             return self.initializer(name, scales)
         stored = self.initializer(name, half)
         cast = onnx_ir.node("Cast", [stored], {"to": _FLOAT}, name=f"{stored.name}_cast")

@@ -305,6 +305,21 @@ def test_weights_that_are_cut_from_experts_are_reached(tmp_path: Path, precision
     assert error < {"int8": 0.02, "q8": 0.02, "int4": 0.25}[precision]
 
 
+@pytest.mark.parametrize("precision", PRECISIONS[1:])
+def test_a_session_without_optimizations_gives_the_same(tmp_path: Path, precision: Any) -> None:
+    """``MatMulNBits`` does not, where its scales are no constants."""
+    import onnxruntime
+
+    source = _write(tmp_path / "source.onnx", TIED, {"embedding": _random(96, 64)})
+    convert_precision(source, tmp_path / "target.onnx", precision)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    feeds = {"input_ids": np.arange(10).reshape(2, 5)}
+    plain = onnxruntime.InferenceSession(str(tmp_path / "target.onnx"), options)
+    expected = _open(tmp_path / "target.onnx").run(None, feeds)[0]
+    assert abs(plain.run(None, feeds)[0] - expected).max() < 1e-5 * abs(expected).max()
+
+
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("inputs", [32, 40])
 def test_batches_of_experts_have_eight_bits(tmp_path: Path, precision: Any, inputs: int) -> None:

@@ -41,12 +41,21 @@ TEXTS = (
     "To find the average of some numbers, add them all together and divide the sum by how many there are.",
     ("Which ocean is the largest?", "The Pacific Ocean is the largest; it covers a third of the Earth."),
     ("How do I keep a cactus alive?", "Give it a lot of sun, little water, and a pot with a hole."),
-    ("Why do cats purr?", "Cats often purr when they feel safe, but also to calm themselves when they are hurt."),
+    (
+        "Why do cats purr?",
+        "Cats often purr when they feel safe, but also to calm themselves when they are hurt.",
+    ),
     ("What is a prime number?", "A whole number above one that only one and itself divide without a rest."),
     ("Who painted the Mona Lisa?", "Leonardo da Vinci painted it in the early sixteenth century."),
-    ("How can I sleep better?", "Go to bed at the same hour, keep the room dark, and leave the phone outside."),
+    (
+        "How can I sleep better?",
+        "Go to bed at the same hour, keep the room dark, and leave the phone outside.",
+    ),
     ("What does a compass do?", "Its needle turns until it points to the north, so that you know your way."),
-    ("Tell me about honey.", "Bees make it from nectar. It keeps for years, and it tastes of the flowers around."),
+    (
+        "Tell me about honey.",
+        "Bees make it from nectar. It keeps for years, and it tastes of the flowers around.",
+    ),
 )
 _PROMPT, _NEW, _PREFILL = 32, 64, 128
 
@@ -74,9 +83,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     reference = options.exported / "onnx" / "model.onnx"
-    # model_quantized.onnx is model_int8.onnx under another name
-    beside = sorted(p for p in reference.parent.glob("model*.onnx") if "quantized" not in p.name)
-    paths = [reference, *(path for path in (*beside, *options.files) if path != reference)]
+    paths = [reference]
+    for path in (*sorted(reference.parent.glob("model*.onnx")), *options.files):
+        if not any(path.samefile(other) for other in paths):  # int8 may lie there under two names
+            paths.append(path)
     tokens = tokenize(options.exported)
     models = {path.stem: open_model([path], threads=options.threads) for path in paths}
     sizes = {path.stem: size_of(path) for path in paths}
@@ -97,7 +107,10 @@ def tokenize(folder: Path, texts: Sequence[Any] = TEXTS) -> list[Any]:
         if isinstance(text, str):
             plain.append(tokenizer(text)["input_ids"])
         elif tokenizer.chat_template:
-            turns = [{"role": role, "content": said} for role, said in zip(("user", "assistant"), text)]
+            turns = [
+                {"role": role, "content": said}
+                for role, said in zip(("user", "assistant"), text, strict=True)
+            ]
             laid_out = tokenizer.apply_chat_template(turns, tokenize=False)
             plain.append(tokenizer(laid_out, add_special_tokens=False)["input_ids"])
         else:
@@ -113,11 +126,11 @@ def print_decoders(models: Any, sizes: Any, tokens: Any, base: OnnxModel | None,
     rows = []
     for name, model in models.items():
         quality = quality_of(logits_of(model, tokens), reference, plain, tokens)
-        rows.append(Row(name=name, size=sizes[name], quality=quality, decode=decode[name], prefill=prefill[name]))
-    for path in options.gguf:
-        rows.append(of_llama_cpp(path, reference, plain, tokens, options))
-    for folder in options.genai:
-        rows.append(of_genai(folder, reference, plain, tokens, options))
+        rows.append(
+            Row(name=name, size=sizes[name], quality=quality, decode=decode[name], prefill=prefill[name])
+        )
+    rows += [of_llama_cpp(path, reference, plain, tokens, options) for path in options.gguf]
+    rows += [of_genai(folder, reference, plain, tokens, options) for folder in options.genai]
     print("| file | MB | KL | top-1 | perplexity | effect | tokens/s | 128 tokens, ms |")
     print("| --- | --: | --: | --: | --: | --: | --: | --: |")
     for row in rows:
@@ -128,7 +141,9 @@ def print_decoders(models: Any, sizes: Any, tokens: Any, base: OnnxModel | None,
 def print_encoders(models: Any, sizes: Any, tokens: Any, rounds: int) -> None:
     """The table of a model that encodes."""
     reference = [vector_of(models["model"], ids) for ids in tokens]
-    times = take_turns({n: lambda m=m: [vector_of(m, ids) for ids in tokens] for n, m in models.items()}, rounds)
+    times = take_turns(
+        {n: lambda m=m: [vector_of(m, ids) for ids in tokens] for n, m in models.items()}, rounds
+    )
     print("| file | MB | cosine, least | mean | ms a sentence |")
     print("| --- | --: | --: | --: | --: |")
     for name, model in models.items():
@@ -177,7 +192,9 @@ def speeds(models: Any, tokens: Any, rounds: int) -> tuple[dict[str, float], dic
             step = next_step(model, step, step.outputs["logits"].numpy()[:, -1].argmax(-1)[:, None])
 
     decoding = take_turns({name: lambda m=m: decode(m) for name, m in models.items()}, rounds)
-    filling = take_turns({n: lambda m=m: first_step(m, {}, run[:, :_PREFILL]) for n, m in models.items()}, rounds)
+    filling = take_turns(
+        {n: lambda m=m: first_step(m, {}, run[:, :_PREFILL]) for n, m in models.items()}, rounds
+    )
     return (
         {name: _NEW / seconds for name, seconds in decoding.items()},
         {name: 1000 * seconds for name, seconds in filling.items()},
@@ -255,7 +272,9 @@ def of_genai(folder: Path, reference: Any, plain: Any, tokens: Any, options: Any
         for _ in range(_NEW):
             generator.generate_next_token()
 
-    times = take_turns({"decode": decode, "prefill": lambda: start(run[:, :_PREFILL], _PREFILL + 1)}, options.rounds)
+    times = take_turns(
+        {"decode": decode, "prefill": lambda: start(run[:, :_PREFILL], _PREFILL + 1)}, options.rounds
+    )
     return Row(
         name=f"onnxruntime-genai {folder.name}",
         size=sum(file.stat().st_size for file in folder.glob("*.onnx*")),
