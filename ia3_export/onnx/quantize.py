@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ia3_export.fold import Array
-from ia3_export.onnx.blocks import BLOCK, encode
+from ia3_export.onnx.blocks import BLOCK, Codes, encode
 
 #: A weight has more bytes than this, and two axes longer than 1 (biases and norms have one).
 SMALL = 1024
@@ -28,15 +28,16 @@ SHAPING = ("Cast", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze"
 
 
 def quantize(
-    model: Any, *, bits: int, dense: bool = False, widths: Mapping[str, int] = MappingProxyType({})
+    model: Any, *, bits: int, dense: bool = False, given: Mapping[str, Codes] = MappingProxyType({})
 ) -> Any:
     """The pass that replaces the weights of an ``onnx_ir.Model`` by codes, in the bodies of ``If`` too.
 
-    Products take codes of `bits` bits, or of those that `widths` names for an initializer: ``MatMul`` and
-    ``Gemm`` become ``MatMulNBits``, which computes with codes. With `dense` they are products of float32
-    weights that plain operators make of the codes; ONNX Runtime does that once, when a session is made.
+    Products take codes of `bits` bits: ``MatMul`` and ``Gemm`` become ``MatMulNBits``, which computes with
+    codes. With `dense` they are products of float32 weights that plain operators make of the codes; ONNX
+    Runtime does that once, when a session is made. Of a weight that is `given` (outputs x inputs, by name)
+    these are the codes.
 
-    The rest has 8 bits unless `widths` says otherwise:
+    The rest has 8 bits:
 
     - the token embedding: rows of codes are looked up and multiplied by their scales, with plain operators.
       A tied embedding stays tied: lookup and head read the same codes;
@@ -47,7 +48,7 @@ def quantize(
     """
     import onnx_ir
 
-    written = _Written(model, bits, dense, widths)
+    written = _Written(model=model, bits=bits, dense=dense, given=given)
     changed = False
     for node in list(model.graph.all_nodes()):
         if node.op_type in _READERS and not node.domain:
@@ -99,22 +100,22 @@ class _Coded:
     shape: tuple[int, int, int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Written:
     """What is there already and used again: codes of weights, and casts of their scales."""
 
     model: Any
     bits: int
     dense: bool
-    widths: Mapping[str, int]
+    given: Mapping[str, Codes]
     coded: dict[tuple[Any, bool], _Coded] = field(default_factory=dict)
     casts: list[Any] = field(default_factory=list)
 
     def code(self, weight: Any, matrix: Array, *, turned: bool, bits: int) -> _Coded:
         """Codes of `weight`, whose rows are those of `matrix`, or its columns if it is `turned`."""
         if (weight, turned) not in self.coded:
-            bits = self.widths.get(weight.name, bits)
-            made = encode(matrix, bits)
+            made = self.given.get(weight.name) or encode(matrix, bits)
+            bits = made.bits
             codes = self.initializer(f"{weight.name}_Q{bits}", made.packed)
             zeros = None if made.zeros is None else self.initializer(f"{weight.name}_zero_points", made.zeros)
             scales = self._scales(f"{weight.name}_scales", made.scales)

@@ -17,7 +17,7 @@ import pytest
 
 from ia3_export.errors import Unsupported
 from ia3_export.onnx import precision as precisions
-from ia3_export.onnx.blocks import Codes, encode
+from ia3_export.onnx.blocks import decode, encode
 from ia3_export.onnx.files import external_files, save_model
 from ia3_export.onnx.precision import Coverage, convert_precision
 from ia3_export.onnx.quantize import quantize
@@ -181,7 +181,7 @@ def test_a_table_of_4_bits_is_looked_up_with_plain_operators(tmp_path: Path, wid
     table = _random(96, width)
     source = _write(tmp_path / "source.onnx", TIED, {"embedding": table})
     model = onnx_ir.load(source)
-    assert quantize(model, bits=8, widths={"embedding": 4}).modified
+    assert quantize(model, bits=8, given={"embedding": encode(table, 4)}).modified
     onnx_ir.save(model, tmp_path / "target.onnx")
     kinds = _operators(tmp_path / "target.onnx")
     assert (kinds["MatMulNBits"], kinds["GatherBlockQuantized"]) == (1, 0)
@@ -482,21 +482,9 @@ def test_every_code_is_within_a_step_of_its_weight(bits: int, size: float) -> No
     matrix[4] = abs(matrix[4]) + size
     codes = encode(matrix, bits)
     steps = np.repeat(codes.scales, 32, axis=1)[:, :100]
-    assert (abs(_decoded(codes)[:, :100] - matrix) <= steps * (0.501 if bits == 8 else 1.001)).all()
-    assert (_decoded(codes)[2] == 0).all() and (_decoded(codes)[:, 100:] == 0).all()
+    decoded = decode(codes, 100)
+    assert (abs(decoded - matrix) <= steps * (0.501 if bits == 8 else 1.001)).all()
+    assert (decoded[2] == 0).all() and (decode(codes, 128)[:, 100:] == 0).all()
     assert codes.packed.dtype == np.uint8 and codes.packed.shape == (6, 4, 4 * bits)
     if size < 1e3:
         assert np.array_equal(codes.scales.astype(np.float16), codes.scales)
-
-
-def _decoded(codes: Codes) -> np.ndarray:
-    packed, zeros = codes.packed, codes.zeros
-    if codes.bits == 8:
-        values = packed.astype(np.float32) - 128
-    else:
-        assert zeros is not None
-        nibbles = np.stack((zeros & 15, zeros >> 4), axis=-1).reshape(len(zeros), -1, 1)
-        values = np.stack((packed & 15, packed >> 4), axis=-1).reshape(len(packed), -1, 32).astype(np.float32)
-        values -= nibbles[:, : values.shape[1]]
-    decoded: np.ndarray = (values * codes.scales[..., None]).reshape(len(packed), -1)
-    return decoded
