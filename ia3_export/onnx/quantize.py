@@ -7,7 +7,7 @@ memory three times over. So its formats are used here, and its walk over the gra
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -111,17 +111,18 @@ class _Written:
     coded: dict[tuple[Any, bool], _Coded] = field(default_factory=dict)
     casts: list[Any] = field(default_factory=list)
 
-    def code(self, weight: Any, matrix: Array, *, turned: bool, bits: int) -> _Coded:
-        """Codes of `weight`, whose rows are those of `matrix`, or its columns if it is `turned`."""
-        if (weight, turned) not in self.coded:
-            made = self.given.get(weight.name) or encode(matrix, bits)
-            bits = made.bits
-            codes = self.initializer(f"{weight.name}_Q{bits}", made.packed)
-            zeros = None if made.zeros is None else self.initializer(f"{weight.name}_zero_points", made.zeros)
-            scales = self._scales(f"{weight.name}_scales", made.scales)
+    def code(self, weight: Weight, *, bits: int) -> _Coded:
+        """Its codes, made with `bits` bits if they are not there or `given`."""
+        key = (weight.value, weight.turned)
+        if key not in self.coded:
+            name, matrix = weight.value.name, weight.rows.reshape(-1, weight.rows.shape[-1])
+            made = self.given.get(name) or encode(matrix, bits)
+            codes = self.initializer(f"{name}_Q{made.bits}", made.packed)
+            zeros = None if made.zeros is None else self.initializer(f"{name}_zero_points", made.zeros)
+            scales = self._scales(f"{name}_scales", made.scales)
             shape = (*made.scales.shape, matrix.shape[1])
-            self.coded[weight, turned] = _Coded(codes, scales, zeros, bits, shape)
-        return self.coded[weight, turned]
+            self.coded[key] = _Coded(codes, scales, zeros, made.bits, shape)
+        return self.coded[key]
 
     def initializer(self, name: str, array: Array) -> Any:
         """`array` as an initializer of the outermost graph, whose values the bodies of ``If`` see."""
@@ -163,31 +164,74 @@ class _Written:
             self.model.graph.insert_before(self.model.graph[0], self.casts)
 
 
-def _matmul(written: _Written, tape: Any, node: Any) -> Any:
-    """``x @ weight``, for ``Gemm`` with its bias."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Weight:
+    """What a node reads as a weight, a value of ``onnx_ir``.
+
+    Attributes:
+        value: it, or of a transposed one (a head that is tied to the embedding) what it is the transpose of.
+        rows: its numbers, outputs x inputs, or tokens x columns; batches of matrices have more axes in front.
+        turned: whether `value` holds the transpose of `rows`.
+        factor: what a product multiplies it with; None for a table.
+    """
+
+    value: Any
+    rows: Array
+    turned: bool
+    factor: Any | None
+
+
+def find_weights(model: Any) -> Iterator[Weight]:
+    """The weights that `quantize` holds as codes, except those of convolutions, in the order of their nodes."""
+    for node in model.graph.all_nodes():
+        read = {"MatMul": _factor, "Gemm": _factor, "Gather": _table}.get(node.op_type)
+        weight = None if read is None or node.domain else read(node)
+        if weight is not None:
+            yield weight
+
+
+def _factor(node: Any) -> Weight | None:
     options = {name: attribute.value for name, attribute in node.attributes.items()}
     if options.get("transA") or options.get("alpha", 1) != 1 or options.get("beta", 1) != 1:
         return None
-    x, weight, *bias = node.inputs
-    array = constant(weight)
+    factor, value = node.inputs[:2]
+    array = constant(value)
     if array is None or not is_weight(array):
         return None
     turned = not options.get("transB")
     rows = np.swapaxes(array, -1, -2) if turned else array
-    maker = weight.producer()
+    maker = value.producer()
     if maker is not None and maker.op_type == "Transpose" and turned and array.ndim == 2:
-        # a head that is tied to the embedding: its codes are those of the lookup
-        weight, turned = maker.inputs[0], False
-    batched = array.ndim > 2
-    matrix = rows.reshape(-1, rows.shape[-1])
-    coded = written.code(weight, matrix, turned=turned, bits=8 if batched else written.bits)
-    if batched or written.dense:
-        whole = _dequantized(written, tape, coded, None, written.numbers(*rows.shape[:-1]))
-        axes = [*range(array.ndim - 2), array.ndim - 1, array.ndim - 2]
-        out = tape.op("MatMul", [x, tape.op("Transpose", [whole], {"perm": axes})])
+        value, turned = maker.inputs[0], False
+    return Weight(value, rows, turned, factor)
+
+
+def _table(node: Any) -> Weight | None:
+    value, ids = node.inputs
+    along = node.attributes.get("axis")
+    if (along and along.value) or not _are_tokens(ids):
+        return None
+    array = constant(value)
+    if array is None or array.ndim != 2 or not is_weight(array):
+        return None
+    return Weight(value, array, False, None)
+
+
+def _matmul(written: _Written, tape: Any, node: Any) -> Any:
+    """``x @ weight``, for ``Gemm`` with its bias."""
+    weight = _factor(node)
+    if weight is None:
+        return None
+    batch = weight.rows.shape[:-2]
+    coded = written.code(weight, bits=8 if batch else written.bits)
+    if batch or written.dense:
+        whole = _dequantized(written, tape, coded, None, written.numbers(*weight.rows.shape[:-1]))
+        axes = [*range(len(batch)), len(batch) + 1, len(batch)]
+        out = tape.op("MatMul", [weight.factor, tape.op("Transpose", [whole], {"perm": axes})])
     else:
-        out = _product_of_codes(written, tape, x, coded)
-    return tape.op("Add", [out, bias[0]]) if bias and bias[0] is not None else out
+        out = _product_of_codes(written, tape, weight.factor, coded)
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    return out if bias is None else tape.op("Add", [out, bias])
 
 
 def _product_of_codes(written: _Written, tape: Any, x: Any, coded: _Coded) -> Any:
@@ -209,19 +253,11 @@ def _embedding(written: _Written, tape: Any, node: Any) -> Any:
     By plain operators: the WebAssembly build that transformers.js loads by itself has no kernel for
     ``GatherBlockQuantized``.
     """
-    table, ids = node.inputs
-    along = node.attributes.get("axis")
-    array = constant(table)
-    if (
-        array is None
-        or array.ndim != 2
-        or not is_weight(array)
-        or (along and along.value)
-        or not _are_tokens(ids)
-    ):
+    weight = _table(node)
+    if weight is None:
         return None
-    coded = written.code(table, array, turned=False, bits=8)
-    return _dequantized(written, tape, coded, ids, tape.op("Shape", [ids]))
+    ids = node.inputs[1]
+    return _dequantized(written, tape, written.code(weight, bits=8), ids, tape.op("Shape", [ids]))
 
 
 def _dequantized(written: _Written, tape: Any, coded: _Coded, ids: Any | None, leading: Any) -> Any:
