@@ -66,14 +66,20 @@ def _moments(path: Path, feeds: Sequence[Feeds], names: Sequence[str]) -> dict[s
 def open_with_outputs(path: Path, names: Sequence[str]) -> Any:
     """A session of the graph `path` that also gives the inner values `names`."""
     import onnx
-    import onnxruntime
 
     model = onnx.load(path, load_external_data=False)
     there = {value.name for value in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in there)
+    return open_beside(path, model)
+
+
+def open_beside(path: Path, model: Any) -> Any:
+    """A session of a changed `model` of the file `path`, with its external data."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    copy = path.with_name(f"{path.stem}.outputs.onnx")  # beside it, where its external data are
+    copy = path.with_name(f"{path.stem}.changed.onnx")
     copy.write_bytes(model.SerializeToString())
     try:
         return onnxruntime.InferenceSession(str(copy), options, providers=["CPUExecutionProvider"])
