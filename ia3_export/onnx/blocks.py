@@ -33,6 +33,11 @@ class Codes:
     zeros: Array | None
     bits: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes in a file."""
+        return self.packed.nbytes + self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes)
+
 
 def encode(matrix: Array, bits: int, block: int = BLOCK) -> Codes:
     """Codes of a float32 `matrix` (rows, columns), each at most one step from its weight.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ia3_export.fold import Array
+from ia3_export.onnx.runtime import OnnxModel
 
 #: Inputs of a graph by name.
 Feeds = Mapping[str, Any]
@@ -29,7 +30,7 @@ class Moments:
     path: Path
     feeds: Sequence[Feeds]
     sizes: Mapping[str, int]
-    known: dict[str, Array] = field(default_factory=dict)
+    known: dict[str, Any] = field(default_factory=dict)
 
     def of(self, name: str) -> Array | None:
         """Mean of ``x xT`` (size, size) in float32 over all vectors x of the value `name`; None for a value
@@ -57,10 +58,29 @@ def _moments(path: Path, feeds: Sequence[Feeds], names: Sequence[str]) -> dict[s
         mask = feed.get("attention_mask")
         for name, value in zip(names, session.run(list(names), dict(feed)), strict=True):
             attended = mask is not None and value.shape[: mask.ndim] == mask.shape
-            vectors = value[mask.astype(bool)] if attended else value.reshape(-1, value.shape[-1])
+            vectors = value[np.asarray(mask, bool)] if attended else value.reshape(-1, value.shape[-1])
             sums[name] = sums.get(name, 0) + vectors.T @ vectors
             count[name] = count.get(name, 0) + len(vectors)
     return {name: total / np.float32(max(1, count[name])) for name, total in sums.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorder:
+    """A session that keeps what it is fed."""
+
+    session: Any
+    feeds: list[Feeds]
+
+    def run_with_ort_values(self, outputs: Sequence[str], feeds: Feeds) -> Any:
+        self.feeds.append({name: value.numpy() for name, value in feeds.items()})
+        return self.session.run_with_ort_values(outputs, feeds)
+
+
+def record(model: OnnxModel) -> tuple[OnnxModel, Mapping[str, list[Feeds]]]:
+    """`model`, and what each of its graphs is fed from now on, as arrays."""
+    feeds: dict[str, list[Feeds]] = {stem: [] for stem in model.graphs}
+    graphs = {s: replace(g, session=_Recorder(g.session, feeds[s])) for s, g in model.graphs.items()}
+    return OnnxModel(graphs), feeds
 
 
 def open_with_outputs(path: Path, names: Sequence[str]) -> Any:
