@@ -14,8 +14,8 @@ from ia3_export.onnx.runtime import OnnxModel
 
 #: Inputs of a graph by name.
 Feeds = Mapping[str, Any]
-#: Moments that are held at a time, in numbers: those of a quarter of SmolLM2-135M.
-_HELD = 32_000_000
+#: Moments that are held at a time, in numbers (512 MB): all those of SmolLM2-135M.
+_HELD = 128_000_000
 
 
 @dataclass(slots=True)
@@ -72,7 +72,7 @@ class _Recorder:
     feeds: list[Feeds]
 
     def run_with_ort_values(self, outputs: Sequence[str], feeds: Feeds) -> Any:
-        self.feeds.append({name: value.numpy() for name, value in feeds.items()})
+        self.feeds.append({name: np.array(value.numpy()) for name, value in feeds.items()})
         return self.session.run_with_ort_values(outputs, feeds)
 
 

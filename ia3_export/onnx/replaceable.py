@@ -47,12 +47,16 @@ class Sample:
 
     def loss_of_file(self, path: Path) -> float:
         """What the graph `path` loses."""
-        return self.loss(open_model([path]).decoder.session)
+        return self.loss(_open(path))
 
 
 def take_sample(path: Path, feeds: Sequence[Feeds]) -> Sample:
     """What the graph `path` gives for `feeds`."""
-    return _sample_of(open_model([path]).decoder.session, feeds)
+    return _sample_of(_open(path), feeds)
+
+
+def _open(path: Path) -> Any:
+    return next(iter(open_model([path]).graphs.values())).session
 
 
 def _sample_of(session: Any, feeds: Sequence[Feeds]) -> Sample:
