@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ia3_export.fold import Array
-from ia3_export.onnx.blocks import Codes, decode, encode
+from ia3_export.onnx.blocks import BLOCK, Codes, decode, encode
 from ia3_export.onnx.calibration import Feeds, Moments
 from ia3_export.onnx.quantize import Weight, find_weights
 from ia3_export.onnx.replaceable import open_replaceable
@@ -103,7 +103,7 @@ class Mix:
 
 
 def find_choices(graph: Calibrated, say: Callable[[str], None]) -> list[Choice]:
-    """Every matrix of a graph with its codes, and what 4 bits cost it; none without inputs.
+    """Every matrix of a graph (of whole blocks) with its codes, and what 4 bits cost it; none without inputs.
 
     A weight is rounded to 4 bits for the activations that it multiplies on all inputs. What that costs is
     measured by forwards of the first of them in which this weight alone is replaced. Weights that no
@@ -115,7 +115,9 @@ def find_choices(graph: Calibrated, say: Callable[[str], None]) -> list[Choice]:
     if not graph.feeds:
         return []
     model = onnx_ir.load(graph.path)
-    weights = {w.value.name: w for w in find_weights(model) if w.rows.ndim == 2}
+    weights = {
+        w.value.name: w for w in find_weights(model) if w.rows.ndim == 2 and w.rows.shape[1] % BLOCK == 0
+    }
     factors = [w for w in weights.values() if w.factor is not None and _is_outermost(model, w.factor)]
     moments = Moments(graph.path, graph.feeds, {w.factor.name: w.rows.shape[1] for w in factors if w.factor})
     whole = open_replaceable(graph.path, _first(graph.feeds))

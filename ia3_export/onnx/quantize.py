@@ -90,12 +90,12 @@ def is_weight(array: Any) -> bool:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Coded:
-    """A weight in the graph: values of codes and scales, of zero points or None, with so many bits each, and
-    the shape (rows, blocks, columns) that they stand for."""
+    """A weight in the graph: values of codes and scales, of offsets or None, with so many bits each, and the
+    shape (rows, blocks, columns) that they stand for."""
 
     codes: Any
     scales: Any
-    zeros: Any | None
+    offsets: Any | None
     bits: int
     shape: tuple[int, int, int]
 
@@ -116,12 +116,13 @@ class _Written:
         key = (weight.value, weight.turned)
         if key not in self.coded:
             name, matrix = weight.value.name, weight.rows.reshape(-1, weight.rows.shape[-1])
-            made = self.given.get(name) or encode(matrix, bits)
+            # offsets need whole blocks
+            made = self.given.get(name) or encode(matrix, bits if matrix.shape[1] % BLOCK == 0 else 8)
             codes = self.initializer(f"{name}_Q{made.bits}", made.packed)
-            zeros = None if made.zeros is None else self.initializer(f"{name}_zero_points", made.zeros)
+            offsets = None if made.offsets is None else self._halved(f"{name}_offsets", made.offsets)
             scales = self._scales(f"{name}_scales", made.scales)
             shape = (*made.scales.shape, matrix.shape[1])
-            self.coded[key] = _Coded(codes, scales, zeros, made.bits, shape)
+            self.coded[key] = _Coded(codes, scales, offsets, made.bits, shape)
         return self.coded[key]
 
     def initializer(self, name: str, array: Array) -> Any:
@@ -141,18 +142,22 @@ class _Written:
         return self.initializer(f"int64_{'_'.join(map(str, values))}", np.array(values))
 
     def _scales(self, name: str, scales: Array) -> Any:
-        """`scales` in float32; of `dense` weights stored as float16 where nothing is lost.
+        """`scales` in float32, of `dense` weights stored as float16.
 
         ``MatMulNBits`` wants constants: in a session without optimizations, which leaves the cast where it is,
         it would give wrong numbers on x86, silently.
         """
+        return self._halved(name, scales) if self.dense else self.initializer(name, scales)
+
+    def _halved(self, name: str, array: Array) -> Any:
+        """`array` in float32, stored as float16 if nothing is lost."""
         import onnx_ir
 
         with np.errstate(over="ignore"):
-            half = scales.astype(np.float16)
-        if not self.dense or not np.array_equal(half, scales):
-            return self.initializer(name, scales)
-        stored = self.initializer(name, half)
+            halved = array.astype(np.float16)
+        if not np.array_equal(halved, array):
+            return self.initializer(name, array)
+        stored = self.initializer(name, halved)
         cast = onnx_ir.node("Cast", [stored], {"to": _FLOAT}, name=f"{stored.name}_cast")
         cast.outputs[0].name = cast.name
         self.casts.append(cast)
@@ -242,9 +247,16 @@ def _product_of_codes(written: _Written, tape: Any, x: Any, coded: _Coded) -> An
         "block_size": BLOCK,
         "accuracy_level": _ACCURACY_LEVEL,
     }
-    inputs = [x, coded.codes, coded.scales, *([] if coded.zeros is None else [coded.zeros])]
     written.model.opset_imports[_CONTRIB] = 1
-    return tape.op("MatMulNBits", inputs, attributes, domain=_CONTRIB)
+    out = tape.op("MatMulNBits", [x, coded.codes, coded.scales], attributes, domain=_CONTRIB)
+    if coded.offsets is None:
+        return out
+    # what a block's offset adds is the same for all its weights: the sum of its inputs times the offset
+    sizes = tape.op("Shape", [x], {"end": -1})
+    shape = tape.op("Concat", [sizes, written.numbers(coded.shape[1], BLOCK)], {"axis": 0})
+    sums = tape.op("ReduceSum", [tape.op("Reshape", [x, shape]), written.numbers(-1)], {"keepdims": 0})
+    turned = tape.op("Transpose", [coded.offsets], {"perm": [1, 0]})
+    return tape.op("Add", [out, tape.op("MatMul", [sums, turned])])
 
 
 def _embedding(written: _Written, tape: Any, node: Any) -> Any:
@@ -274,15 +286,18 @@ def _dequantized(written: _Written, tape: Any, coded: _Coded, ids: Any | None, l
         ends = [written.numbers(end) for end in (0, wanted, -1)]
         return flat if width == wanted else tape.op("Slice", [flat, *ends])
 
+    def spread(value: Any) -> Any:
+        """One number a block on the axes of its codes."""
+        axes = written.numbers(*([-1] if coded.bits == 8 else [-2, -1]))
+        return tape.op("Unsqueeze", [rows(value), axes])
+
     values = tape.op("Cast", [rows(coded.codes)], {"to": _FLOAT})
-    zeros: Any = written.initializer("middle_code", np.array(2 ** (coded.bits - 1), np.float32))
-    scales = tape.op("Unsqueeze", [rows(coded.scales), written.numbers(-1)])
     if coded.bits == 4:
-        values, scales = _halves(written, tape, values), tape.op("Unsqueeze", [scales, written.numbers(-1)])
-    if coded.zeros is not None:
-        pairs = _halves(written, tape, tape.op("Cast", [rows(coded.zeros)], {"to": _FLOAT}))
-        zeros = tape.op("Unsqueeze", [joined(pairs, blocks + blocks % 2, blocks), written.numbers(-1, -2)])
-    products = tape.op("Mul", [tape.op("Sub", [values, zeros]), scales])
+        values = _halves(written, tape, values)
+    middle = written.initializer(f"middle_{coded.bits}", np.array(2 ** (coded.bits - 1), np.float32))
+    products = tape.op("Mul", [tape.op("Sub", [values, middle]), spread(coded.scales)])
+    if coded.offsets is not None:
+        products = tape.op("Add", [products, spread(coded.offsets)])
     return joined(products, blocks * BLOCK, columns)
 
 

@@ -20,7 +20,7 @@ from ia3_export.onnx import precision as precisions
 from ia3_export.onnx.blocks import decode, encode
 from ia3_export.onnx.files import external_files, save_model
 from ia3_export.onnx.precision import Coverage, convert_precision
-from ia3_export.onnx.quantize import quantize
+from ia3_export.onnx.rounding import encode_nearest
 from tests.support.exported import Exports
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
@@ -145,7 +145,7 @@ def test_all_matrices_are_reached_and_position_tables_are_left(
             kinds = _operators(tmp_path / "q.onnx")
             assert not kinds["Gemm"]
             # attention multiplies activations: two products in each of two layers
-            assert precision == "q8" or kinds["MatMul"] == 4
+            assert precision != "int8" or kinds["MatMul"] == 4
             assert (kinds["MatMulNBits"] == 0) == (precision == "q8")
 
 
@@ -173,26 +173,18 @@ def test_a_tied_head_stays_tied(tmp_path: Path, precision: Any, width: int) -> N
     assert large == ["embedding" if precision == "fp16" else "embedding_Q8"]
 
 
-@pytest.mark.parametrize("width", [64, 40, 96])
+@pytest.mark.parametrize("width", [64, 96])
 def test_a_table_of_4_bits_is_looked_up_with_plain_operators(tmp_path: Path, width: int) -> None:
-    """The rows are those that the head multiplies with: the lookup of all tokens against one-hot products."""
-    import onnx_ir
-
+    """The rows are those that the head multiplies with."""
     table = _random(96, width)
     source = _write(tmp_path / "source.onnx", TIED, {"embedding": table})
-    model = onnx_ir.load(source)
-    assert quantize(model, bits=8, given={"embedding": encode(table, 4)}).modified
-    onnx_ir.save(model, tmp_path / "target.onnx")
+    codes = encode(table, 4)
+    convert_precision(source, tmp_path / "target.onnx", "int4", {"embedding": codes})
     kinds = _operators(tmp_path / "target.onnx")
     assert (kinds["MatMulNBits"], kinds["GatherBlockQuantized"]) == (1, 0)
-    held = _tensors(tmp_path / "target.onnx")
-    blocks = -(-width // 32)
-    codes = np.stack((held["embedding_Q4"] & 15, held["embedding_Q4"] >> 4), -1).reshape(96, blocks, 32)
-    zeros = held["embedding_zero_points"]
-    zeros = np.stack((zeros & 15, zeros >> 4), -1).reshape(96, -1)[:, :blocks, None]
-    scales = held["embedding_scales"].astype(np.float32)[..., None]
-    rows = ((codes.astype(np.float32) - zeros) * scales).reshape(96, -1)[:, :width]
-    assert (abs(rows - table) <= 1.01 * np.repeat(scales, 32, -1).reshape(96, -1)[:, :width]).all()
+    large = [name for name, array in _tensors(tmp_path / "target.onnx").items() if array.size >= 48 * width]
+    assert large == ["embedding_Q4"]
+    rows = decode(codes, width)
     ids = np.arange(96).reshape(2, 48)
     logits = _open(tmp_path / "target.onnx").run(None, {"input_ids": ids})[0]
     # the product rounds activations to 8 bits; the lookup is exact
@@ -484,7 +476,18 @@ def test_every_code_is_within_a_step_of_its_weight(bits: int, size: float) -> No
     steps = np.repeat(codes.scales, 32, axis=1)[:, :100]
     decoded = decode(codes, 100)
     assert (abs(decoded - matrix) <= steps * (0.501 if bits == 8 else 1.001)).all()
-    assert (decoded[2] == 0).all() and (decode(codes, 128)[:, 100:] == 0).all()
+    assert (decoded[2] == 0).all()
     assert codes.packed.dtype == np.uint8 and codes.packed.shape == (6, 4, 4 * bits)
     if size < 1e3:
         assert np.array_equal(codes.scales.astype(np.float16), codes.scales)
+
+
+def test_codes_of_gguf_are_found_again() -> None:
+    """Weights that lie on 16 places between least and largest of a block, as in Q4_1, lose next to nothing."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 16, (40, 8, 32)).astype(np.float32)
+    codes[..., :2] = (0, 15)
+    scales, least = (rng.uniform(low, high, (40, 8, 1)) for low, high in ((0.01, 0.03), (-0.4, -0.1)))
+    matrix = (codes * scales + least).reshape(40, -1).astype(np.float32)
+    for made in (encode(matrix, 4), encode_nearest(matrix, None)):
+        assert abs(decode(made, 256) - matrix).max() < 0.02 * 0.03

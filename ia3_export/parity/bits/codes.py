@@ -1,7 +1,7 @@
 """Quantized initializers beside the tensors they stand for: every code must be within one step of its weight.
 
 ONNX Runtime's quantizers name what they write: ``X_quantized`` with ``X_scale`` and ``X_zero_point`` (a scale
-for a tensor or a channel), ``X_Q8`` or ``X_Q4`` with ``X_scales`` and ``X_zero_points`` (``MatMulNBits``: blocks
+for a tensor or a channel), ``X_Q8`` or ``X_Q4`` with ``X_scales`` and ``X_zero_points`` or our ``X_offsets`` (``MatMulNBits``: blocks
 along the input axis, of two codes in a byte the lower half first).
 """
 
@@ -167,7 +167,9 @@ def _in_blocks(name: str, tensor: Any, initializers: Mapping[str, Any]) -> list[
     if zero is not None:
         offset = _unpacked(zero.numpy().reshape(rows, -1), bits).reshape(rows, -1)
         offset = offset[:, :blocks, None].astype("<f8")
-    values = ((codes - offset) * step).reshape(rows, -1)
+    added = initializers.get(f"{name}_offsets")
+    extra: Any = 0.0 if added is None else added.numpy().astype("<f8").reshape(rows, blocks, 1)
+    values = ((codes - offset) * step + extra).reshape(rows, -1)
     steps = np.broadcast_to(np.abs(step), codes.shape).reshape(rows, -1)
     return [DecodedCodes(values, steps, codes.shape[-1] - 1)]
 
