@@ -22,12 +22,14 @@ from ia3_export.checkpoint.ranges import hash_file
 from ia3_export.commands.calibrating import mix_bits
 from ia3_export.commands.merge import write_merges
 from ia3_export.commands.verify import Shipped, prove, read_exported
+from ia3_export.drawing.files import write_whole
 from ia3_export.errors import CheckFailed, Refused, UsageError
 from ia3_export.models.model_class import quiet
 from ia3_export.onnx.contract import plan_graphs
 from ia3_export.onnx.export import TracedGraph, export_graphs
 from ia3_export.onnx.exported import file_name
 from ia3_export.onnx.files import size_of
+from ia3_export.onnx.mix_page import mix_page
 from ia3_export.onnx.mixing import Mix
 from ia3_export.onnx.options import DEFAULT_GRAPHS, GraphOptions
 from ia3_export.onnx.package import package
@@ -168,6 +170,7 @@ def export_onnx(
         mix = None
         if "int4" in graphs.precisions:
             mix = mix_bits(traced, cases, source.plan, graphs, say)
+            write_whole(stage / "bits.html", mix_page(mix))
         files += _convert(traced, graphs, stage / "onnx", mix, say)
         _copy_side_files(checkpoint, stage)
         package(stage, graphs.precisions, graphs.targets)

@@ -11,6 +11,7 @@ import pytest
 
 from ia3_export.onnx.blocks import decode, encode
 from ia3_export.onnx.calibration import Moments
+from ia3_export.onnx.mix_page import mix_page
 from ia3_export.onnx.mixing import Aim, Calibrated, find_choices
 from ia3_export.onnx.precision import choose_bits, convert_precision
 from ia3_export.onnx.replaceable import loss_of, open_replaceable
@@ -114,6 +115,15 @@ def test_mixes_meet_a_loss_or_a_size(graph: Calibrated, tmp_path: Path) -> None:
     assert made(Aim(size=widest[0] + 5000)) == widest
     assert made(Aim(size=1)) == narrowest
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "target.onnx"]
+
+
+def test_the_page_has_every_mix_and_every_weight(graph: Calibrated) -> None:
+    mix = choose_bits([graph], Aim(loss=0.01), lambda _: None)
+    shown = mix_page(mix).decode()
+    assert shown.count("<circle") == len(mix.tried) > 1
+    assert shown.count('<circle class="chosen"') == 1
+    for choice in mix.order:
+        assert f"<td>{choice.name}</td>" in shown
 
 
 def test_losses_are_divergences_of_logits_and_shares_of_other_outputs() -> None:
