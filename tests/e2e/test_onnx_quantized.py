@@ -20,10 +20,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> list[str | Path]:
-    """A Llama of which most is a tied table, and an adapter that changes what it says."""
+    """A Llama whose matrices are larger than the nodes around them, and an adapter that changes what it says."""
     folder = tmp_path_factory.mktemp("sources")
     kind = zoo.by_name("llama")
-    kind = replace(kind, config={**kind.config, "vocab_size": 320, "tie_word_embeddings": True})
+    sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256}
+    kind = replace(kind, config={**kind.config, **sizes, "tie_word_embeddings": True})
     model = zoo.build(kind)
     model.save_pretrained(folder / "base")
     zoo.adapt(model, kind).save_pretrained(folder / "adapter")
