@@ -72,7 +72,7 @@ class OnnxFile:
     left: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OnnxExport:
     """What `export_onnx` wrote.
 
@@ -174,7 +174,9 @@ def export_onnx(
         files += _convert(traced, graphs, stage / "onnx", mix, say)
         _copy_side_files(checkpoint, stage)
         package(stage, graphs.precisions, graphs.targets)
-        done = OnnxExport(target, task.name, graphs.opset, tuple(files), None, mix)
+        done = OnnxExport(
+            folder=target, task=task.name, opset=graphs.opset, files=tuple(files), report=None, bits=mix
+        )
         _write_manifest(checkpoint, stage, done, traced)
         if check:
             say("verifying")
