@@ -13,6 +13,7 @@ from ia3_export.cli.options import (
     output_option,
     output_options,
     overwrite_option,
+    parse_size,
     parse_words,
     rules_option,
 )
@@ -23,6 +24,10 @@ from ia3_export.onnx.options import DecoderForm, GraphOptions
 
 if TYPE_CHECKING:
     from ia3_export.commands.export_onnx import OnnxExport
+    from ia3_export.onnx.mixing import Mix
+
+#: Weights that are named without ``-v``.
+_COSTLY = 8
 
 
 @click.command("onnx")
@@ -46,7 +51,19 @@ if TYPE_CHECKING:
     show_default=True,
     callback=parse_words,
     metavar="LIST",
-    help="Of fp32, fp16, int8, int4, separated by commas; all from one trace.",
+    help="Of fp32, fp16, int8, q8 (8 bits for browsers), int4, separated by commas; all from one trace.",
+)
+@click.option(
+    "--budget",
+    callback=parse_size,
+    metavar="SIZE",
+    help="Of int4: how large its files may be, such as 90MB; of the weights' bits, 4 or 8, those that lose least.",
+)
+@click.option(
+    "--keep-effect",
+    type=float,
+    metavar="SHARE",
+    help="Of int4: the share of the adapters' effect that must be left, such as 0.95, in files as small as possible.",
 )
 @click.option(
     "--target",
@@ -109,6 +126,8 @@ def onnx_command(
     )
     if done.report is not None:
         show_report(out, done.report)
+    if done.bits is not None:
+        _show_bits(out, done.bits)
     _show_files(out, done)
     for loss in done.losses:
         out.text(
@@ -116,6 +135,24 @@ def onnx_command(
             "measures on your texts)"
         )
     out.document(done.to_json())
+
+
+def _show_bits(out: Output, mix: Mix) -> None:
+    """The weights that would cost most (with ``-v`` all), and what was tried."""
+    costly = list(reversed(mix.order))
+    shown = costly if out.verbose else costly[:_COSTLY]
+    narrow = {id(choice) for choice in mix.order[: mix.count]}
+    rows = [
+        (choice.name, "4" if id(choice) in narrow else "8", f"{choice.loss:.2g}", human_bytes(choice.saved))
+        for choice in shown
+    ]
+    out.table(("weight", "bits", "loss at 4 bits alone", "would save"), rows, numbers=("bits", "would save"))
+    if len(shown) < len(costly):
+        out.text(f"and {len(costly) - len(shown)} weights that cost less (-v)")
+    out.text(
+        f"int4: {mix.count} of {len(mix.order)} weights have 4 bits, the others 8; on the inputs that they were chosen "
+        f"on they lose {mix.loss:.3g}"
+    )
 
 
 def _show_files(out: Output, done: OnnxExport) -> None:

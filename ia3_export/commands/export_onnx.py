@@ -19,20 +19,24 @@ from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint, read_checkp
 from ia3_export.checkpoint.hub import Location
 from ia3_export.checkpoint.manifest import MANIFEST
 from ia3_export.checkpoint.ranges import hash_file
+from ia3_export.commands.calibrating import mix_bits
 from ia3_export.commands.merge import write_merges
 from ia3_export.commands.verify import Shipped, prove, read_exported
+from ia3_export.drawing.files import write_whole
 from ia3_export.errors import CheckFailed, Refused, UsageError
 from ia3_export.models.model_class import quiet
 from ia3_export.onnx.contract import plan_graphs
 from ia3_export.onnx.export import TracedGraph, export_graphs
 from ia3_export.onnx.exported import file_name
 from ia3_export.onnx.files import size_of
+from ia3_export.onnx.mix_page import mix_page
+from ia3_export.onnx.mixing import Mix
 from ia3_export.onnx.options import DEFAULT_GRAPHS, GraphOptions
 from ia3_export.onnx.package import package
 from ia3_export.onnx.precision import Coverage, convert_precision
 from ia3_export.onnx.tasks import Task, choose_task, load_model, sentence_head
 from ia3_export.parity.facts import model_id
-from ia3_export.parity.runs.inputs import sample_inputs
+from ia3_export.parity.runs.inputs import Case, make_cases, sample_inputs
 from ia3_export.parity.runs.run_torch import exact_matmul
 from ia3_export.parity.settings import RunSettings
 from ia3_export.planning.plan import Plan, make_plan
@@ -68,11 +72,12 @@ class OnnxFile:
     left: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OnnxExport:
     """What `export_onnx` wrote.
 
-    `report` compares every graph with the live adapters (or, without adapters, with the model).
+    `report` compares every graph with the live adapters (or, without adapters, with the model). `bits` says
+    which weights of int4 have 4 bits, and what each would cost.
     """
 
     folder: Path
@@ -80,6 +85,7 @@ class OnnxExport:
     opset: int
     files: tuple[OnnxFile, ...]
     report: Report | None
+    bits: Mix | None = None
 
     @property
     def losses(self) -> tuple[str, ...]:
@@ -95,6 +101,7 @@ class OnnxExport:
             "opset": self.opset,
             "files": [asdict(f) for f in self.files],
             "losses": list(self.losses),
+            "bits": None if self.bits is None else self.bits.to_json(),
             "report": None if self.report is None else self.report.to_json(),
         }
 
@@ -158,12 +165,18 @@ def export_onnx(
         task = _task(checkpoint, graphs)
         stage = stack.enter_context(staged(target, overwrite=overwrite))
         plain = stage / "onnx" if "fp32" in graphs.precisions else scratch / "onnx"
-        traced = _export(checkpoint, task, graphs, plain, say)
+        traced, cases = _export(checkpoint, task, graphs, plain, say)
         files = [_describe(graph.path, "fp32") for graph in traced if "fp32" in graphs.precisions]
-        files += _convert(traced, graphs, stage / "onnx", say)
+        mix = None
+        if "int4" in graphs.precisions:
+            mix = mix_bits(traced, cases, source.plan, graphs, say)
+            write_whole(stage / "bits.html", mix_page(mix))
+        files += _convert(traced, graphs, stage / "onnx", mix, say)
         _copy_side_files(checkpoint, stage)
         package(stage, graphs.precisions, graphs.targets)
-        done = OnnxExport(target, task.name, graphs.opset, tuple(files), None)
+        done = OnnxExport(
+            folder=target, task=task.name, opset=graphs.opset, files=tuple(files), report=None, bits=mix
+        )
         _write_manifest(checkpoint, stage, done, traced)
         if check:
             say("verifying")
@@ -235,22 +248,29 @@ def _task(checkpoint: Checkpoint, graphs: GraphOptions) -> Task:
 
 def _export(
     checkpoint: Checkpoint, task: Task, graphs: GraphOptions, folder: Path, say: Callable[[str], None]
-) -> list[TracedGraph]:
-    """The graphs in float32, and no more of the model: the proof loads it again, in float64."""
+) -> tuple[list[TracedGraph], list[Case]]:
+    """The graphs in float32, inputs to choose bits on if they are to be chosen, and no more of the model: the proof
+    loads it again, in float64."""
     say("loading the model")
     model = load_model(checkpoint.folder, task, checkpoint.config or {})
     sentence = sentence_head(checkpoint.folder, task)
     specs = plan_graphs(model, task, sample_inputs(model), graphs.decoder, sentence)
+    cases = make_cases(model) if "int4" in graphs.precisions else []
     traced = export_graphs(model, specs, folder, graphs, stored=checkpoint.tensors, say=say)
     del model, specs
     gc.collect()
-    return traced
+    return traced, cases
 
 
 def _convert(
-    traced: Sequence[TracedGraph], graphs: GraphOptions, folder: Path, say: Callable[[str], None]
+    traced: Sequence[TracedGraph],
+    graphs: GraphOptions,
+    folder: Path,
+    mix: Mix | None,
+    say: Callable[[str], None],
 ) -> list[OnnxFile]:
     """The graphs in their further precisions."""
+    codes = {} if mix is None else mix.codes
     files = []
     for precision in graphs.precisions:
         if precision == "fp32":
@@ -258,7 +278,8 @@ def _convert(
         say(f"converting to {precision}")
         for graph in traced:
             path = folder / file_name(graph.path.stem, precision)
-            files.append(_describe(path, precision, convert_precision(graph.path, path, precision)))
+            given = codes.get(graph.path.stem, {}) if precision == "int4" else None
+            files.append(_describe(path, precision, convert_precision(graph.path, path, precision, given)))
     return files
 
 

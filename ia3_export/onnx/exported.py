@@ -15,7 +15,13 @@ ENCODER, MERGED, FIRST, CACHED = (
     "decoder_with_past_model",
 )
 #: What the files of a precision end in.
-SUFFIXES: Mapping[str, str] = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "int4": "_q4"}
+SUFFIXES: Mapping[str, str] = {
+    "fp32": "",
+    "fp16": "_fp16",
+    "int8": "_int8",
+    "q8": "_quantized",
+    "int4": "_q4",
+}
 _STEMS = sorted(("model", ENCODER, MERGED, FIRST, CACHED), key=len, reverse=True)
 
 

@@ -12,14 +12,14 @@ from ia3_export.errors import UsageError
 #: merged: one decoder file that is its own first step; separate: optimum's two; if: those two in one ``If``
 DecoderForm = Literal["merged", "separate", "if"]
 
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
+PRECISIONS = ("fp32", "fp16", "int8", "q8", "int4")
 TARGETS = ("transformers.js", "optimum", "genai", "mobile")
 #: torch translates to 18 and converts upwards; 24 is beyond some runtimes.
 OPSETS = range(18, 24)
 
 
 def in_order(precisions: Sequence[str]) -> tuple[str, ...]:
-    """`precisions` without repetition, in the order fp32, fp16, int8, int4. Raises `UsageError` for others,
+    """`precisions` without repetition, in the order of `PRECISIONS`. Raises `UsageError` for others,
     or none."""
     given = tuple(precisions)
     unknown = [name for name in given if name not in PRECISIONS]
@@ -38,14 +38,18 @@ class GraphOptions:
     Attributes:
         task: optimum's name or synonym (``text-generation``, ``fill-mask``, ...); inferred from the
             checkpoint by default.
-        precisions: of ``fp32``, ``fp16``, ``int8``, ``int4``, all from one trace; held once each, in this
-            order.
+        precisions: of ``fp32``, ``fp16``, ``int8``, ``q8``, ``int4``, all from one trace; held once each, in
+            this order.
         targets: beside transformers.js and optimum also ``genai`` (``genai_config.json``) and ``mobile``
             (``.ort`` files).
         decoder: form of an encoder-decoder's decoder: ``merged`` (one file that is its own first step),
             ``separate`` (optimum's decoder and decoder with past) or ``if`` (those two as branches of one
             ``If``, as optimum merges them).
         opset: ONNX operator set.
+        budget: of ``int4``: bytes that its files may have together; the bits of each weight are chosen so that
+            as little as possible is lost.
+        keep_effect: of ``int4`` instead: the share of the adapters' effect that is to be left, from 0 to 1;
+            chosen so that the files are as small as possible.
 
     Raises `UsageError` for what is not offered (a task: when the checkpoint is read).
     """
@@ -55,6 +59,8 @@ class GraphOptions:
     targets: Sequence[str] = ()
     decoder: DecoderForm = "merged"
     opset: int = 20
+    budget: int | None = None
+    keep_effect: float | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -66,9 +72,28 @@ class GraphOptions:
         object.__setattr__(self, "opset", int(self.opset))
         object.__setattr__(self, "precisions", in_order(self.precisions))
         object.__setattr__(self, "targets", tuple(self.targets))
+        self._check_bits()
         unknown = sorted(set(self.targets) - set(TARGETS))
         if unknown:
             raise UsageError(f"--target {unknown[0]} is not offered", hint=f"there are {', '.join(TARGETS)}")
+
+    def _check_bits(self) -> None:
+        asked = [n for n, v in (("budget", self.budget), ("keep-effect", self.keep_effect)) if v is not None]
+        if asked and "int4" not in self.precisions:
+            raise UsageError(
+                f"--{asked[0]} is about the bits of --precision int4, which is not asked for",
+                hint="add int4 to --precision",
+            )
+        if len(asked) > 1:
+            raise UsageError(
+                "--budget and --keep-effect both decide how many weights have 4 bits", hint="give one of them"
+            )
+        if self.keep_effect is not None and not 0 < self.keep_effect < 1:
+            raise UsageError(
+                f"--keep-effect {self.keep_effect} is no share", hint="give a number such as 0.95"
+            )
+        if self.budget is not None and self.budget <= 0:
+            raise UsageError(f"--budget {self.budget} is no size", hint="give bytes, such as 90_000_000")
 
 
 DEFAULT_GRAPHS = GraphOptions()

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ia3_export.checkpoint.ranges import link_or_copy
-from ia3_export.onnx.exported import SUFFIXES
+from ia3_export.onnx.exported import SUFFIXES, plain_stem
 from ia3_export.onnx.files import external_files
 
-#: transformers.js' names of the precisions. It looks for int8 weights under two: ``int8``, and ``q8``, its
-#: default in browsers.
-_DTYPES: Mapping[str, str] = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "int4": "q4"}
-_QUANTIZED = "_quantized"
+#: transformers.js' names of the precisions, the best for a browser first. It looks for 8-bit weights under two:
+#: ``q8``, its default in browsers, and ``int8``.
+_DTYPES: Mapping[str, str] = {"q8": "q8", "int8": "int8", "int4": "q4", "fp16": "fp16", "fp32": "fp32"}
 
 
 def package(folder: Path, precisions: Sequence[str], targets: Sequence[str]) -> None:
@@ -25,9 +24,8 @@ def package(folder: Path, precisions: Sequence[str], targets: Sequence[str]) -> 
     """
     graphs = sorted((folder / "onnx").glob("*.onnx"))
     chunks = {graph: len(external_files(graph)) for graph in graphs}
-    for graph in graphs:
-        if graph.stem.endswith(SUFFIXES["int8"]) and not chunks[graph]:
-            link_or_copy(graph, graph.with_name(graph.name.replace(SUFFIXES["int8"], _QUANTIZED)))
+    if "q8" not in precisions:
+        _name_twice(chunks)
     path = folder / "config.json"
     written = json.loads(path.read_text(encoding="utf-8"))
     written["transformers.js_config"] = _javascript(chunks, precisions)
@@ -39,21 +37,27 @@ def package(folder: Path, precisions: Sequence[str], targets: Sequence[str]) -> 
     if "mobile" in targets:
         from ia3_export.onnx.mobile import write_ort
 
-        for graph in graphs:
+        # an .ort file of q8 would hold the float32 weights that ONNX Runtime makes of its codes
+        for graph in (g for g in graphs if not g.stem.endswith(SUFFIXES["q8"])):
             write_ort(graph)
+
+
+def _name_twice(chunks: Mapping[Path, int]) -> None:
+    """Link int8 files under q8's name, too: transformers.js asks for that one by itself. External data carry
+    the name of one file only."""
+    for graph, count in chunks.items():
+        if graph.stem.endswith(SUFFIXES["int8"]) and not count:
+            link_or_copy(graph, graph.with_name(graph.name.replace(SUFFIXES["int8"], SUFFIXES["q8"])))
 
 
 def _javascript(chunks: Mapping[Path, int], precisions: Sequence[str]) -> dict[str, Any]:
     """The settings that transformers.js reads: the best file for a browser by default, and how many chunks of
     external data there are.
     """
-    chosen = next(p for p in ("int8", "int4", "fp16", "fp32") if p in precisions)
-    dtype = _DTYPES[chosen]
-    if dtype == "q8" and not any(
-        graph.with_name(f"{graph.stem.removesuffix(SUFFIXES['int8'])}{_QUANTIZED}.onnx").exists()
-        for graph in chunks
-    ):
-        dtype = "int8"  # external data carry the name of one file only
+    dtype = next(name for precision, name in _DTYPES.items() if precision in precisions)
+    quantized = any(graph.with_name(f"{plain_stem(graph)}{SUFFIXES['q8']}.onnx").exists() for graph in chunks)
+    if dtype == "int8" and quantized:
+        dtype = "q8"
     settings: dict[str, Any] = {"dtype": dtype}
     if any(chunks.values()):
         settings["use_external_data_format"] = {graph.name: count for graph, count in chunks.items() if count}

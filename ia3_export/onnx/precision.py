@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ia3_export.errors import Unsupported
-from ia3_export.onnx.files import save_model
+from ia3_export.onnx.blocks import Codes
+from ia3_export.onnx.files import external_files, save_model, size_of
 from ia3_export.onnx.float16 import to_float16
+from ia3_export.onnx.mixing import Aim, Calibrated, GivenCodes, Mix, choose, codes_of, find_choices
 from ia3_export.onnx.passes import Pass, run_passes
 from ia3_export.onnx.quantize import is_weight, quantize
+from ia3_export.onnx.replaceable import Sample, take_sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +34,22 @@ class Coverage:
 
 _REWRITES: Mapping[str, Pass] = {
     "fp16": to_float16,
-    "int8": partial(quantize, precision="int8"),
-    "int4": partial(quantize, precision="int4"),
+    "q8": partial(quantize, bits=8, dense=True),
+    "int8": partial(quantize, bits=8),
+    "int4": partial(quantize, bits=4),
 }
 
 
-def convert_precision(source: Path, target: Path, precision: str) -> Coverage:
-    """Write the float32 graph `source` to `target` in `precision`: ``fp16``, ``int8`` or ``int4``; inputs and
-    outputs stay as they are.
+def convert_precision(
+    source: Path, target: Path, precision: str, codes: Mapping[str, Codes] | None = None
+) -> Coverage:
+    """Write the float32 graph `source` to `target` in `precision`: ``fp16``, ``int8``, ``q8`` or ``int4``; inputs
+    and outputs stay as they are.
 
-    ``fp16``: weights and activations are float16, except what float16 cannot hold (`to_float16`). ``int8``
-    and ``int4``: weights are codes (`quantize`), all else is float32. External data are read tensor by
-    tensor; what is held in memory is the result.
+    ``fp16``: weights and activations are float16, except what float16 cannot hold (`to_float16`). The others:
+    weights are codes (`quantize`), all else is float32; of ``int4`` they may be given as `codes` by
+    initializer (`choose_bits`), and have 8 bits where they are not among them. External data are read tensor
+    by tensor; what is held in memory is the result.
 
     Raises `Unsupported` when no weight of the graph can be held in `precision`.
     """
@@ -52,9 +59,8 @@ def convert_precision(source: Path, target: Path, precision: str) -> Coverage:
     model = onnx_ir.load(source)
     run_passes(model, common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0))
     before = dict(_weights(model))
-    run_passes(
-        model, _REWRITES[precision], common.RemoveUnusedNodesPass(), common.ClearMetadataAndDocStringPass()
-    )
+    rewrite = _REWRITES[precision] if codes is None else partial(quantize, bits=8, given=codes)
+    run_passes(model, rewrite, common.RemoveUnusedNodesPass(), common.ClearMetadataAndDocStringPass())
     after = {name: size for name, size in _weights(model) if name in before}
     left = tuple(sorted(after, key=lambda name: (-after[name], name)))
     coverage = Coverage(sum(before.values()), sum(before.values()) - sum(after.values()), left)
@@ -67,6 +73,46 @@ def convert_precision(source: Path, target: Path, precision: str) -> Coverage:
     onnx_ir.external_data.load_to_model(model)
     save_model(model, target)
     return coverage
+
+
+def choose_bits(graphs: Sequence[Calibrated], aim: Aim, say: Callable[[str], None]) -> Mix:
+    """Codes of the weights of all `graphs` of a model, some of 4 bits and some of 8, that meet `aim`.
+
+    Every mix that is looked at is written beside its graph and run on the inputs, as it will be run.
+    """
+    choices = [choice for graph in graphs for choice in find_choices(graph, say)]
+    samples = {graph.path: take_sample(graph.path, graph.feeds) for graph in graphs if graph.feeds}
+    sizes: list[int] = []
+
+    def judge(codes: GivenCodes) -> float:
+        written = [
+            _try(graph.path, codes.get(graph.path.stem, {}), samples.get(graph.path)) for graph in graphs
+        ]
+        sizes.append(sum(size for size, _ in written))
+        loss = max(loss for _, loss in written)
+        say(f"{sizes[-1] / 1e6:.1f} MB lose {loss:.4f}")
+        return loss
+
+    if aim.size is None:
+        return choose(choices, judge, limit=aim.loss)
+    # what is in the files beside codes: zero points bring names and inputs with them
+    for count in (0, len(choices)):
+        judge(codes_of(choices, count))
+    wide, narrow = (
+        sum(one.nbytes for one in ones) for ones in zip(*((c.wide, c.narrow) for c in choices), strict=True)
+    )
+    return choose(choices, judge, budget=aim.size - max(sizes[0] - wide, sizes[1] - narrow))
+
+
+def _try(path: Path, codes: Mapping[str, Codes], sample: Sample | None) -> tuple[int, float]:
+    """Bytes of the graph `path` with `codes`, and what it loses."""
+    target = path.with_name(f"{path.stem}.tried.onnx")
+    convert_precision(path, target, "int4", codes)
+    try:
+        return size_of(target), 0.0 if sample is None else sample.loss_of_file(target)
+    finally:
+        for file in (*external_files(target), target):
+            file.unlink()
 
 
 def _weights(model: Any) -> Iterator[tuple[str, int]]:

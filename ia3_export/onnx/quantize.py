@@ -1,53 +1,54 @@
-"""Weights of 8 and 4 bits: the operators of ONNX Runtime's own quantizers, placed weight by weight.
+"""Weights of 8 and 4 bits in blocks: the operators that ONNX Runtime computes with, placed weight by weight.
 
 ``onnxruntime.quantization`` makes the same nodes, but leaves out what our graphs are full of (``Gemm``,
-weights that reach a ``MatMul`` through a ``Transpose`` or a ``Split``, tied heads), holds all weights in
-memory three times over, and gives a whole embedding one scale. So its kernel and its formats are used here,
-and its walk over the graph is not.
+weights that reach a ``MatMul`` through a ``Transpose`` or a ``Split``, tied heads) and holds all weights in
+memory three times over. So its formats are used here, and its walk over the graph is not.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 from ia3_export.fold import Array
+from ia3_export.onnx.blocks import BLOCK, Codes, encode
 
-#: Weights in int4 that share a scale and a zero point.
-BLOCK = 32
 #: A weight has more bytes than this, and two axes longer than 1 (biases and norms have one).
 SMALL = 1024
-#: ``MatMulNBits`` may compute in 8 bits: decodes 2.3 times as fast as in float32 on a CPU, and is as near.
+#: Activations are rounded to 8 bits, a scale for each block: decodes several times as fast as in float32.
 _ACCURACY_LEVEL = 4
 _CONTRIB = "com.microsoft"
 _FLOAT = 1  # onnx.TensorProto.FLOAT
-_ZERO = 128
 #: What may lie between a weight, or the ids of tokens, and their reader.
 SHAPING = ("Cast", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
 
 
-def quantize(model: Any, *, precision: Literal["int8", "int4"]) -> Any:
+def quantize(
+    model: Any, *, bits: int, dense: bool = False, given: Mapping[str, Codes] = MappingProxyType({})
+) -> Any:
     """The pass that replaces the weights of an ``onnx_ir.Model`` by codes, in the bodies of ``If`` too.
 
-    In ``int8`` a weight has one scale for each output feature, token or channel:
+    Products take codes of `bits` bits: ``MatMul`` and ``Gemm`` become ``MatMulNBits``, which computes with
+    codes. With `dense` they are products of float32 weights that plain operators make of the codes; ONNX
+    Runtime does that once, when a session is made. Of a weight that is `given` (outputs x inputs, by name)
+    these are the codes.
 
-    - ``MatMul`` and ``Gemm`` become ``MatMulInteger``, and activations are quantized as they come;
-    - ``Gather`` of the token embedding takes codes and scales;
-    - a ``Conv`` computes in float32 after ``DequantizeLinear``.
+    The rest has 8 bits:
 
-    In ``int4`` a scale and a zero point belong to 32 weights, and activations stay float32 (``MatMulNBits``);
-    the token embedding has 8 bits.
+    - the token embedding: rows of codes are looked up and multiplied by their scales, with plain operators.
+      A tied embedding stays tied: lookup and head read the same codes;
+    - batches of matrices (experts), always `dense`: no operator takes codes of them;
+    - a ``Conv`` after ``DequantizeLinear``, with one scale for each output channel.
 
-    In ``int8`` a tied embedding stays tied: lookup and head read the same codes. Tables of positions stay
-    float32: they are small, and all layers see their error.
+    Tables of positions stay float32: they are small, and all layers see their error.
     """
     import onnx_ir
 
-    written = _Written(model, precision == "int4")
+    written = _Written(model=model, bits=bits, dense=dense, given=given)
     changed = False
     for node in list(model.graph.all_nodes()):
         if node.op_type in _READERS and not node.domain:
@@ -56,40 +57,8 @@ def quantize(model: Any, *, precision: Literal["int8", "int4"]) -> Any:
             if out is not None:
                 _replace(node, tape.nodes, out)
                 changed = True
+    written.cast_scales()
     return onnx_ir.passes.PassResult(model, changed)
-
-
-def eight_bits(array: Array, axis: int) -> tuple[Array, Array]:
-    """Codes (uint8, 128 is zero) and scales of `array`; those along `axis` share a scale.
-
-    Unsigned, since ONNX Runtime saturates sums of products of uint8 activations and int8 weights on x86
-    processors without VNNI: the same file would give other numbers there.
-    """
-    largest = np.maximum(array.max(axis=axis, keepdims=True), -array.min(axis=axis, keepdims=True))
-    scale = np.where(largest == 0, np.float32(1), largest / np.float32(127))
-    codes = array / scale
-    np.rint(codes, out=codes)
-    codes += _ZERO
-    return codes.astype(np.uint8), scale.reshape(-1) if array.ndim == 2 else scale
-
-
-def four_bits(array: Array, axis: int) -> tuple[Array, ...]:
-    """Codes, scales, zero points of the matrix `array`, inputs along `axis`, as ``MatMulNBits`` takes them.
-
-    By ONNX Runtime's own kernel: blocks of 32 from least to largest value. An odd number of blocks is
-    symmetric and has no zero points: ``GatherBlockQuantized`` reads them from the wrong places then (ONNX
-    Runtime before 1.27).
-    """
-    handlers, level = logging.root.handlers[:], logging.root.level
-    from onnxruntime.quantization import matmul_nbits_quantizer as tool
-
-    logging.root.handlers[:], logging.root.level = handlers, level  # importing it configures logging
-    columns = np.ascontiguousarray(np.moveaxis(array, axis, 0))
-    symmetric = -(-len(columns) // BLOCK) % 2 == 1
-    config = tool.DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=symmetric)
-    codes, *rest = tool.DefaultWeightOnlyQuantizer(config).qbits_block_quant(columns)
-    scales, zeros = (part.reshape(len(codes), -1) for part in rest)  # flat in earlier versions
-    return (codes, scales) if symmetric else (codes, scales, zeros)
 
 
 def constant(value: Any) -> Array | None:
@@ -119,26 +88,42 @@ def is_weight(array: Any) -> bool:
     return array.nbytes > SMALL and sum(int(size) > 1 for size in array.shape) > 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Coded:
+    """A weight in the graph: values of codes and scales, of offsets or None, with so many bits each, and the
+    shape (rows, blocks, columns) that they stand for."""
+
+    codes: Any
+    scales: Any
+    offsets: Any | None
+    bits: int
+    shape: tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Written:
-    """What is there already and used again: codes of weights, and quantized activations of each graph."""
+    """What is there already and used again: codes of weights, and casts of their scales."""
 
     model: Any
-    int4: bool
-    codes: dict[tuple[Any, int, int], tuple[Any, ...]] = field(default_factory=dict)
-    activations: dict[tuple[Any, Any], tuple[Any, ...]] = field(default_factory=dict)
+    bits: int
+    dense: bool
+    given: Mapping[str, Codes]
+    coded: dict[tuple[Any, bool], _Coded] = field(default_factory=dict)
+    casts: list[Any] = field(default_factory=list)
 
-    def coded(self, weight: Any, array: Array, axis: int, bits: int) -> tuple[Any, ...]:
-        """Codes, scales and, with 4 `bits`, zero points of `weight`, which holds `array`; its inputs lie
-        along `axis`.
-        """
-        key = (weight, axis, bits)
-        if key not in self.codes:
-            suffixes = ("_Q4", "_scales", "_zero_points") if bits == 4 else ("_quantized", "_scale")
-            parts = four_bits(array, axis) if bits == 4 else eight_bits(array, axis)
-            named = zip(suffixes, parts, strict=False)  # not all have zero points
-            self.codes[key] = tuple(self.initializer(f"{weight.name}{end}", part) for end, part in named)
-        return self.codes[key]
+    def code(self, weight: Weight, *, bits: int) -> _Coded:
+        """Its codes, made with `bits` bits if they are not there or `given`."""
+        key = (weight.value, weight.turned)
+        if key not in self.coded:
+            name, matrix = weight.value.name, weight.rows.reshape(-1, weight.rows.shape[-1])
+            # offsets need whole blocks
+            made = self.given.get(name) or encode(matrix, bits if matrix.shape[1] % BLOCK == 0 else 8)
+            codes = self.initializer(f"{name}_Q{made.bits}", made.packed)
+            offsets = None if made.offsets is None else self._halved(f"{name}_offsets", made.offsets)
+            scales = self._scales(f"{name}_scales", made.scales)
+            shape = (*made.scales.shape, matrix.shape[1])
+            self.coded[key] = _Coded(codes, scales, offsets, made.bits, shape)
+        return self.coded[key]
 
     def initializer(self, name: str, array: Array) -> Any:
         """`array` as an initializer of the outermost graph, whose values the bodies of ``If`` see."""
@@ -152,81 +137,177 @@ class _Written:
             self.model.graph.register_initializer(onnx_ir.Value(name=name, const_value=tensor))
         return there[name]
 
+    def numbers(self, *values: int) -> Any:
+        """A constant of int64."""
+        return self.initializer(f"int64_{'_'.join(map(str, values))}", np.array(values))
 
-def _matmul(written: _Written, tape: Any, node: Any) -> Any:
-    """``x @ weight``, for ``Gemm`` with its bias."""
+    def _scales(self, name: str, scales: Array) -> Any:
+        """`scales` in float32, of `dense` weights stored as float16.
+
+        ``MatMulNBits`` wants constants: in a session without optimizations, which leaves the cast where it is,
+        it would give wrong numbers on x86, silently.
+        """
+        return self._halved(name, scales) if self.dense else self.initializer(name, scales)
+
+    def _halved(self, name: str, array: Array) -> Any:
+        """`array` in float32, stored as float16 if nothing is lost."""
+        import onnx_ir
+
+        with np.errstate(over="ignore"):
+            halved = array.astype(np.float16)
+        if not np.array_equal(halved, array):
+            return self.initializer(name, array)
+        stored = self.initializer(name, halved)
+        cast = onnx_ir.node("Cast", [stored], {"to": _FLOAT}, name=f"{stored.name}_cast")
+        cast.outputs[0].name = cast.name
+        self.casts.append(cast)
+        return cast.outputs[0]
+
+    def cast_scales(self) -> None:
+        """Put the casts where all bodies see them."""
+        if self.casts:
+            self.model.graph.insert_before(self.model.graph[0], self.casts)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weight:
+    """What a node reads as a weight, a value of ``onnx_ir``.
+
+    Attributes:
+        value: it, or of a transposed one (a head that is tied to the embedding) what it is the transpose of.
+        rows: its numbers, outputs x inputs, or tokens x columns; batches of matrices have more axes in front.
+        turned: whether `value` holds the transpose of `rows`.
+        factor: what a product multiplies it with; None for a table.
+    """
+
+    value: Any
+    rows: Array
+    turned: bool
+    factor: Any | None
+
+
+def find_weights(model: Any) -> Iterator[Weight]:
+    """The weights that `quantize` holds as codes, except those of convolutions, in the order of their nodes."""
+    for node in model.graph.all_nodes():
+        read = {"MatMul": _factor, "Gemm": _factor, "Gather": _table}.get(node.op_type)
+        weight = None if read is None or node.domain else read(node)
+        if weight is not None:
+            yield weight
+
+
+def _factor(node: Any) -> Weight | None:
     options = {name: attribute.value for name, attribute in node.attributes.items()}
     if options.get("transA") or options.get("alpha", 1) != 1 or options.get("beta", 1) != 1:
         return None
-    x, weight, *bias = node.inputs
-    array = constant(weight)
-    if array is None or not is_weight(array) or (written.int4 and array.ndim != 2):
+    factor, value = node.inputs[:2]
+    array = constant(value)
+    if array is None or not is_weight(array):
         return None
-    axis = -1 if options.get("transB") else -2
-    maker = weight.producer()
-    if maker is not None and maker.op_type == "Transpose" and array.ndim == 2 and axis == -2:
-        # a head that is tied to the embedding: its codes are those of the lookup
-        weight, array, axis = maker.inputs[0], array.T, -1
-    coded = written.coded(weight, array, axis, 4 if written.int4 else 8)
-    if written.int4:
-        out = _four_bit_product(written, tape, x, coded, np.moveaxis(array, axis, 0).shape)
+    turned = not options.get("transB")
+    rows = np.swapaxes(array, -1, -2) if turned else array
+    maker = value.producer()
+    if maker is not None and maker.op_type == "Transpose" and turned and array.ndim == 2:
+        value, turned = maker.inputs[0], False
+    return Weight(value, rows, turned, factor)
+
+
+def _table(node: Any) -> Weight | None:
+    value, ids = node.inputs
+    along = node.attributes.get("axis")
+    if (along and along.value) or not _are_tokens(ids):
+        return None
+    array = constant(value)
+    if array is None or array.ndim != 2 or not is_weight(array):
+        return None
+    return Weight(value, array, False, None)
+
+
+def _matmul(written: _Written, tape: Any, node: Any) -> Any:
+    """``x @ weight``, for ``Gemm`` with its bias."""
+    weight = _factor(node)
+    if weight is None:
+        return None
+    batch = weight.rows.shape[:-2]
+    coded = written.code(weight, bits=8 if batch else written.bits)
+    if batch or written.dense:
+        whole = _dequantized(written, tape, coded, None, written.numbers(*weight.rows.shape[:-1]))
+        axes = [*range(len(batch)), len(batch) + 1, len(batch)]
+        out = tape.op("MatMul", [weight.factor, tape.op("Transpose", [whole], {"perm": axes})])
     else:
-        out = _eight_bit_product(written, tape, node.graph, x, coded, turned=axis == -1)
-    return tape.op("Add", [out, bias[0]]) if bias and bias[0] is not None else out
+        out = _product_of_codes(written, tape, weight.factor, coded)
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    return out if bias is None else tape.op("Add", [out, bias])
 
 
-def _four_bit_product(
-    written: _Written, tape: Any, x: Any, coded: Sequence[Any], shape: tuple[int, ...]
-) -> Any:
-    inputs, outputs = shape
+def _product_of_codes(written: _Written, tape: Any, x: Any, coded: _Coded) -> Any:
     attributes = {
-        "K": inputs,
-        "N": outputs,
-        "bits": 4,
+        "K": coded.shape[2],
+        "N": coded.shape[0],
+        "bits": coded.bits,
         "block_size": BLOCK,
         "accuracy_level": _ACCURACY_LEVEL,
     }
     written.model.opset_imports[_CONTRIB] = 1
-    return tape.op("MatMulNBits", [x, *coded], attributes, domain=_CONTRIB)
-
-
-def _eight_bit_product(
-    written: _Written, tape: Any, graph: Any, x: Any, coded: Sequence[Any], *, turned: bool
-) -> Any:
-    """Integers, times the scales of both sides: the chain of nodes that ONNX Runtime fuses into one."""
-    codes, scale = coded
-    if turned:
-        codes = tape.op("Transpose", [codes], {"perm": [1, 0]})
-    if (x, graph) not in written.activations:
-        written.activations[x, graph] = tape.op_multi_out("DynamicQuantizeLinear", [x], num_outputs=3)
-    quantized, x_scale, x_zero = written.activations[x, graph]
-    zero = written.initializer("weight_zero_point", np.array(_ZERO, np.uint8))
-    sums = tape.op("Cast", [tape.op("MatMulInteger", [quantized, codes, x_zero, zero])], {"to": _FLOAT})
-    return tape.op("Mul", [sums, tape.op("Mul", [x_scale, scale])])
+    out = tape.op("MatMulNBits", [x, coded.codes, coded.scales], attributes, domain=_CONTRIB)
+    if coded.offsets is None:
+        return out
+    # what a block's offset adds is the same for all its weights: the sum of its inputs times the offset
+    sizes = tape.op("Shape", [x], {"end": -1})
+    shape = tape.op("Concat", [sizes, written.numbers(coded.shape[1], BLOCK)], {"axis": 0})
+    sums = tape.op("ReduceSum", [tape.op("Reshape", [x, shape]), written.numbers(-1)], {"keepdims": 0})
+    turned = tape.op("Transpose", [coded.offsets], {"perm": [1, 0]})
+    return tape.op("Add", [out, tape.op("MatMul", [sums, turned])])
 
 
 def _embedding(written: _Written, tape: Any, node: Any) -> Any:
-    """Rows of the table of tokens, in 8 bits whatever the precision.
+    """Rows of the table of tokens.
 
-    The WebAssembly build that transformers.js loads by itself has no kernel for rows of 4 bits
-    (``GatherBlockQuantized``), and plain operators run everywhere.
+    By plain operators: the WebAssembly build that transformers.js loads by itself has no kernel for
+    ``GatherBlockQuantized``.
     """
-    table, ids = node.inputs
-    along = node.attributes.get("axis")
-    array = constant(table)
-    if (
-        array is None
-        or array.ndim != 2
-        or not is_weight(array)
-        or (along and along.value)
-        or not _are_tokens(ids)
-    ):
+    weight = _table(node)
+    if weight is None:
         return None
-    codes, scale = written.coded(table, array, -1, 8)
-    zero = written.initializer("embedding_zero_point", np.array(_ZERO, np.float32))
-    last = written.initializer("embedding_axis", np.array([-1]))
-    rows = tape.op("Sub", [tape.op("Cast", [tape.op("Gather", [codes, ids])], {"to": _FLOAT}), zero])
-    return tape.op("Mul", [rows, tape.op("Unsqueeze", [tape.op("Gather", [scale, ids]), last])])
+    ids = node.inputs[1]
+    return _dequantized(written, tape, written.code(weight, bits=8), ids, tape.op("Shape", [ids]))
+
+
+def _dequantized(written: _Written, tape: Any, coded: _Coded, ids: Any | None, leading: Any) -> Any:
+    """The rows `ids` of a weight in float32, or all of them; their shape is `leading`, and the columns."""
+    _, blocks, columns = coded.shape
+
+    def rows(value: Any) -> Any:
+        return value if ids is None else tape.op("Gather", [value, ids])
+
+    def joined(value: Any, width: int, wanted: int) -> Any:
+        """What is behind the leading axes as one axis of `width`, and the first `wanted` of it."""
+        shape = tape.op("Concat", [leading, written.numbers(width)], {"axis": 0})
+        flat = tape.op("Reshape", [value, shape])
+        ends = [written.numbers(end) for end in (0, wanted, -1)]
+        return flat if width == wanted else tape.op("Slice", [flat, *ends])
+
+    def spread(value: Any) -> Any:
+        """One number a block on the axes of its codes."""
+        axes = written.numbers(*([-1] if coded.bits == 8 else [-2, -1]))
+        return tape.op("Unsqueeze", [rows(value), axes])
+
+    values = tape.op("Cast", [rows(coded.codes)], {"to": _FLOAT})
+    if coded.bits == 4:
+        values = _halves(written, tape, values)
+    middle = written.initializer(f"middle_{coded.bits}", np.array(2 ** (coded.bits - 1), np.float32))
+    products = tape.op("Mul", [tape.op("Sub", [values, middle]), spread(coded.scales)])
+    if coded.offsets is not None:
+        products = tape.op("Add", [products, spread(coded.offsets)])
+    return joined(products, blocks * BLOCK, columns)
+
+
+def _halves(written: _Written, tape: Any, packed: Any) -> Any:
+    """Two codes of 4 bits from each byte, on an axis of their own: the lower half, and the upper."""
+    sixteen = written.initializer("sixteen", np.array(16, np.float32))
+    upper = tape.op("Floor", [tape.op("Div", [packed, sixteen])])
+    lower = tape.op("Sub", [packed, tape.op("Mul", [upper, sixteen])])
+    both = [tape.op("Unsqueeze", [part, written.numbers(-1)]) for part in (lower, upper)]
+    return tape.op("Concat", both, {"axis": -1})
 
 
 def _convolution(written: _Written, tape: Any, node: Any) -> Any:
@@ -236,10 +317,11 @@ def _convolution(written: _Written, tape: Any, node: Any) -> Any:
     """
     x, weight, *bias = node.inputs
     array = constant(weight)
-    if written.int4 or array is None or not is_weight(array):
+    if array is None or not is_weight(array):
         return None
-    codes, scale = eight_bits(array.reshape(len(array), -1), -1)
-    parts = (codes.reshape(array.shape), scale, np.full(len(array), _ZERO, np.uint8))
+    matrix = array.reshape(len(array), -1)
+    codes = encode(matrix, 8, block=matrix.shape[1])
+    parts = (codes.packed.reshape(array.shape), codes.scales[:, 0], np.full(len(array), 128, np.uint8))
     names = (f"{weight.name}{end}" for end in ("_quantized", "_scale", "_zero_point"))
     held = [written.initializer(name, part) for name, part in zip(names, parts, strict=True)]
     widened = tape.op("DequantizeLinear", held, {"axis": 0})

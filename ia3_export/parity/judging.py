@@ -144,14 +144,9 @@ def judge(
     if not passed:
         location = locate(layers, unmerged.reference.modules, proof, evidence.sites)
         finding = _finding(_Effect(outputs, plain, reference, share), distance, location, gates)
-    return Step(
-        name=artifact.name,
-        kind=artifact.kind,
-        file=artifact.file,
-        precision=artifact.precision,
-        runs_on=artifact.runs_on,
+    return replace(
+        _failed(artifact, finding),
         passed=passed,
-        finding=finding,
         gates=tuple(gates),
         distance=distance,
         loss=apart(before) if before is not None else None,

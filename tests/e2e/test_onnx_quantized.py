@@ -3,16 +3,79 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from ia3_export.checkpoint.folder import read_checkpoint
 from tests.e2e.command import run
+from tests.support import zoo
 from tests.support.quantized import dense_model, logits, source_of, unmerged_logits, write_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> list[str | Path]:
+    """A Llama whose matrices are larger than the nodes around them, and an adapter that changes what it says."""
+    folder = tmp_path_factory.mktemp("sources")
+    kind = zoo.by_name("llama")
+    sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256}
+    kind = replace(kind, config={**kind.config, **sizes, "tie_word_embeddings": True})
+    model = zoo.build(kind)
+    model.save_pretrained(folder / "base")
+    zoo.adapt(model, kind).save_pretrained(folder / "adapter")
+    return ["--base", folder / "base", "--adapter", folder / "adapter"]
+
+
+def _bits(sources: list[str | Path], output: Path, *options: str) -> tuple[int, dict[str, Any]]:
+    """Bytes of the int4 file and what ``--json`` says of its bits."""
+    ran = run("onnx", *sources, "--output", output, "--precision", "int4", "--no-verify", "--json", *options)
+    assert ran.code == 0, ran
+    assert [file.name for file in (output / "onnx").iterdir()] == ["model_q4.onnx"]
+    return (output / "onnx" / "model_q4.onnx").stat().st_size, json.loads(ran.stdout)["bits"]
+
+
+def test_int4_is_as_small_or_as_near_as_asked(sources: list[str | Path], tmp_path: Path) -> None:
+    _, bits = _bits(sources, tmp_path / "plain")
+    assert bits["loss"] <= 0.05
+    assert {row["bits"] for row in bits["weights"]} <= {4, 8}
+    # the order in which weights become narrow is that of what they lose for a byte
+    rates = [row["loss"] / row["saved"] for row in bits["weights"]]
+    assert rates == sorted(rates)
+    assert [row["bits"] for row in bits["weights"]] == sorted(row["bits"] for row in bits["weights"])
+
+    near, near_bits = _bits(sources, tmp_path / "near", "--keep-effect", "0.999")
+    rough, rough_bits = _bits(sources, tmp_path / "rough", "--keep-effect", "0.2")
+    assert near > rough and near_bits["loss"] < rough_bits["loss"]
+    budget = (near + rough) // 2
+    asked, _ = _bits(sources, tmp_path / "asked", "--budget", f"{budget / 1000}KB")
+    assert rough <= asked <= budget
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--budget", "1MB"], "--budget is about the bits of --precision int4"),
+        (["--precision", "int4", "--budget", "1MB", "--keep-effect", "0.9"], "both decide"),
+        (["--precision", "int4", "--keep-effect", "1.5"], "is no share"),
+    ],
+)
+def test_options_of_bits_that_mean_nothing_are_wrong_usage(
+    sources: list[str | Path], tmp_path: Path, options: list[str], said: str
+) -> None:
+    ran = run("onnx", *sources, "--output", tmp_path / "out", *options)
+    assert ran.code == 2 and said in ran.stderr
+
+
+def test_an_effect_can_only_be_kept_of_an_adapter(sources: list[str | Path], tmp_path: Path) -> None:
+    base = ["--model", sources[1], "--output", tmp_path / "out"]
+    ran = run("onnx", *base, "--precision", "int4", "--keep-effect", "0.9", "--no-verify")
+    assert ran.code == 3 and "no effect to keep" in ran.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def _adapter(case: str, folder: Path) -> Path:

@@ -31,7 +31,7 @@ def _model(width: int) -> Any:
     return ir.Model(graph, ir_version=10)
 
 
-@pytest.mark.parametrize("change", [to_float16, partial(quantize, precision="int8")], ids=["fp16", "int8"])
+@pytest.mark.parametrize("change", [to_float16, partial(quantize, bits=8)], ids=["fp16", "int8"])
 def test_a_chain_has_changed_a_model_where_one_of_its_passes_has(change: Any) -> None:
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 

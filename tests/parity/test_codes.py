@@ -51,17 +51,17 @@ def _write(folder: Path, shape: tuple[int, int]) -> dict[str, Expected]:
 
 def _quantize(folder: Path, how: str) -> Path:
     target = folder / "quantized.onnx"
-    if how.startswith("int8"):
+    if how.startswith("int8") and "blocks" not in how:
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
         kind = QuantType.QUInt8 if "unsigned" in how else QuantType.QInt8
         quantize_dynamic(folder / "model.onnx", target, weight_type=kind, per_channel="channel" in how)
         return target
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+    from onnxruntime.quantization import matmul_nbits_quantizer as tool
 
-    quantizer = MatMulNBitsQuantizer(
-        onnx.load(folder / "model.onnx"), block_size=32, is_symmetric="symmetric" in how
-    )
+    bits = int(how.removeprefix("int")[0])
+    config = tool.DefaultWeightOnlyQuantConfig(block_size=32, bits=bits, is_symmetric="symmetric" in how)
+    quantizer = tool.MatMulNBitsQuantizer(onnx.load(folder / "model.onnx"), algo_config=config)
     quantizer.process()
     quantizer.model.save_model_to_file(str(target))
     return target
@@ -72,7 +72,18 @@ def _checks(rows: dict[str, Expected], path: Path) -> list[CodeCheck]:
 
 
 @pytest.mark.parametrize("shape", [(48, 64), (64, 64), (32, 80)], ids=str)
-@pytest.mark.parametrize("how", ["int8", "int8 unsigned", "int8 channel", "int4", "int4 symmetric"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "int8",
+        "int8 unsigned",
+        "int8 channel",
+        "int8 blocks",
+        "int8 blocks symmetric",
+        "int4",
+        "int4 symmetric",
+    ],
+)
 def test_onnx_runtimes_codes_are_within_a_step_and_a_wrong_one_is_not(
     tmp_path: Path, how: str, shape: tuple[int, int]
 ) -> None:
@@ -124,7 +135,7 @@ def _in_codes(exported: Exported, folder: Path) -> Path:
     """The exported folder with its graphs in int8 and int4, too: what ``--precision`` writes from one trace."""
     shutil.copytree(exported.folder, folder)
     for graph in exported.graphs:
-        for precision in ("int8", "int4"):
+        for precision in ("int8", "q8", "int4"):
             convert_precision(graph, folder / "onnx" / file_name(graph.stem, precision), precision)
     return folder
 
@@ -167,14 +178,15 @@ def test_verify_fails_on_a_changed_code_of_a_renamed_tensor_and_says_what_was_no
     exported = exports("vit")
     _in_codes(exported, tmp_path / "exported")
     (tmp_path / "exported/onnx/model.onnx").unlink()
-    (tmp_path / "exported/onnx/model_q4.onnx").unlink()
+    for other in ("q4", "quantized"):
+        (tmp_path / f"exported/onnx/model_{other}.onnx").unlink()
     path = tmp_path / "exported/onnx/model_int8.onnx"
     what = ("verify", "--base", exported.base, "--adapter", exported.adapter, "--onnx", tmp_path / "exported")
     ran = run(*what)
     assert ran.code == 0, ran.stdout + ran.stderr
     assert "initializers hold codes, which bits cannot prove; 13 of them were compared" in ran.stdout
     model = onnx.load(path)
-    codes = next(t for t in model.graph.initializer if t.name.endswith("q_proj.weight_quantized"))
+    codes = next(t for t in model.graph.initializer if t.name.endswith("q_proj.weight_Q8"))
     values = numpy_helper.to_array(codes).copy()
     values.reshape(-1)[3] ^= 0x08
     codes.CopyFrom(numpy_helper.from_array(values, codes.name))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NEW_TOKENS = 12
-PRECISIONS = ("fp32", "int8", "int4")
+PRECISIONS = ("fp32", "int8", "q8", "int4")
 LABELS = {0: "ask", 1: "sing", 2: "sleep"}
 
 # Two greedy candidates this close could change places by rounding, and no runtime would be wrong. float32

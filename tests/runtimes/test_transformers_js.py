@@ -27,8 +27,13 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
 JAVASCRIPT = Path(__file__).parent / "javascript"
 SERVER = Path(__file__).parents[2] / "samples" / "browser" / "serve.py"
-# transformers.js's names of fp32, int8 and int4
-DTYPES = {"fp32": "model.onnx", "q8": "model_quantized.onnx", "q4": "model_q4.onnx"}
+# transformers.js's names of fp32, int8, q8 and int4
+DTYPES = {
+    "fp32": "model.onnx",
+    "int8": "model_int8.onnx",
+    "q8": "model_quantized.onnx",
+    "q4": "model_q4.onnx",
+}
 QUANTIZED = ("llama", "gpt2", "bert", "masked", "vit")
 # What Chromium itself asks for in spite of all switches; a page's requests are in `visited`.
 BROWSERS_OWN = ("googleapis.com", "google.com", "gstatic.com", "gvt1.com")
@@ -216,7 +221,7 @@ def test_the_pipeline_says_the_text_of_the_tokens(said: Answers, exported: Get, 
         assert given["said"].strip() == _decode(model, tokens).strip()
 
 
-@pytest.mark.parametrize("dtype", ["q8", "q4"])
+@pytest.mark.parametrize("dtype", ["int8", "q8", "q4"])
 @pytest.mark.parametrize("name", RECIPES)
 def test_quantized_files_load_and_answer(said: Answers, exported: Get, name: str, dtype: str) -> None:
     result = said["results"][f"{name} {dtype}"]
@@ -227,7 +232,7 @@ def test_quantized_files_load_and_answer(said: Answers, exported: Get, name: str
         assert np.isfinite(got).all()
 
 
-@pytest.mark.parametrize("dtype", ["q8", "q4"])
+@pytest.mark.parametrize("dtype", ["int8", "q8", "q4"])
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_quantized_files_compute_what_they_compute_in_python(
     said: Answers, exported: Get, name: str, dtype: str

@@ -1,8 +1,8 @@
 """Quantized initializers beside the tensors they stand for: every code must be within one step of its weight.
 
-ONNX Runtime's quantizers name what they write: ``X_quantized`` with ``X_scale`` and ``X_zero_point`` (8
-bits), ``X_Q4`` with ``X_scales`` and ``X_zero_points`` (``MatMulNBits``, ``GatherBlockQuantized``: blocks
-along the input axis, low nibble first).
+ONNX Runtime's quantizers name what they write: ``X_quantized`` with ``X_scale`` and ``X_zero_point`` (a scale
+for a tensor or a channel), ``X_Q8`` or ``X_Q4`` with ``X_scales`` and ``X_zero_points`` or our ``X_offsets`` (``MatMulNBits``: blocks
+along the input axis, of two codes in a byte the lower half first).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _STEPS = 1.01
 CODES = ("INT8", "UINT8", "INT4", "UINT4")
 #: What belongs to codes and is of the same types.
 _PARAMETER = re.compile(r"zero_points?_*$|_zp$|_zero$")
-_ENDING = re.compile(r"_(quantized|Q4)_*$")
+_ENDING = re.compile(r"_(quantized|Q4|Q8)_*$")
 #: Elements of the first row by which a tensor is looked up before all of it is compared.
 _START = 64
 
@@ -153,29 +153,34 @@ def _eight_bits(name: str, tensor: Any, initializers: Mapping[str, Any]) -> list
     return found
 
 
-def _four_bits(name: str, tensor: Any, initializers: Mapping[str, Any]) -> list[DecodedCodes]:
+def _in_blocks(name: str, tensor: Any, initializers: Mapping[str, Any]) -> list[DecodedCodes]:
     scales = initializers.get(f"{name}_scales")
     packed = tensor.numpy()
     if scales is None or packed.ndim != 3:
         return []
     rows, blocks, _ = packed.shape
-    codes = _nibbles(packed).reshape(rows, blocks, -1).astype("<f8")
+    bits = 4 if tensor.name.rstrip("_").endswith("4") else 8
+    codes = _unpacked(packed, bits).reshape(rows, blocks, -1).astype("<f8")
     step = scales.numpy().astype("<f8").reshape(rows, blocks, 1)
     zero = initializers.get(f"{name}_zero_points")
-    offset: Any = 8.0
+    offset: Any = 2.0 ** (bits - 1)
     if zero is not None:
-        offset = _nibbles(zero.numpy().reshape(rows, -1)).reshape(rows, -1)[:, :blocks, None].astype("<f8")
-    values = ((codes - offset) * step).reshape(rows, -1)
+        offset = _unpacked(zero.numpy().reshape(rows, -1), bits).reshape(rows, -1)
+        offset = offset[:, :blocks, None].astype("<f8")
+    added = initializers.get(f"{name}_offsets")
+    extra: Any = 0.0 if added is None else added.numpy().astype("<f8").reshape(rows, blocks, 1)
+    values = ((codes - offset) * step + extra).reshape(rows, -1)
     steps = np.broadcast_to(np.abs(step), codes.shape).reshape(rows, -1)
     return [DecodedCodes(values, steps, codes.shape[-1] - 1)]
 
 
-def _nibbles(packed: Array) -> Array:
-    unpacked: Array = np.stack((packed & 0x0F, packed >> 4), axis=-1)
-    return unpacked
+def _unpacked(packed: Array, bits: int) -> Array:
+    """Codes of 8 bits as they are, those of 4 bits on an axis of their own: lower half, upper half."""
+    return packed if bits == 8 else np.stack((packed & 0x0F, packed >> 4), axis=-1)
 
 
 _READERS: Mapping[str, Callable[[str, Any, Mapping[str, Any]], list[DecodedCodes]]] = {
     "quantized": _eight_bits,
-    "Q4": _four_bits,
+    "Q4": _in_blocks,
+    "Q8": _in_blocks,
 }

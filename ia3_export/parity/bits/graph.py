@@ -23,8 +23,8 @@ from ia3_export.planning.plan import Plan
 from ia3_export.report.model import TensorFinding, WeightsProof
 from ia3_export.words import INTEGER_PRECISIONS
 
-#: Scales of codes.
-_SCALE = re.compile(r"_scales?_*$")
+#: Scales and offsets of codes.
+_SCALE = re.compile(r"_(scales?|offsets)_*$")
 _REPARAMETRIZED = re.compile(r"\.parametrizations\.|weight_(g|v|orig)$")
 _ADAPTER_WORDS = ("ia3_l", "lora_", "base_layer", ".adapter_", "modules_to_save")
 #: Elements of the first row by which an initializer is looked up before all of it is compared.

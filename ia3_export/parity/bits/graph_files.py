@@ -12,7 +12,7 @@ from ia3_export.checkpoint.folder import read_config
 from ia3_export.checkpoint.manifest import MANIFEST
 from ia3_export.errors import DamagedFile, NotFound, Refused, first_line
 from ia3_export.onnx.exported import plain_stem
-from ia3_export.onnx.quantize import SHAPING
+from ia3_export.onnx.quantize import SHAPING, is_weight
 from ia3_export.words import INTEGER_PRECISIONS, TORCH_NAMES
 
 #: ONNX's floating element types, by their names in safetensors.
@@ -164,15 +164,12 @@ def _check_external(tensor: Any, path: Path) -> None:
 def _precision(model: Any, initializers: Mapping[str, Any]) -> str:
     """What the weights that reach the outputs are held in."""
     nodes, values = _reachable(model)
-    kinds = {node.op_type for node in nodes}
     used = [tensor for name, tensor in initializers.items() if name in values]
-    held = {tensor.dtype.name for tensor in used if tensor.size > 1}
-    if kinds & {"MatMulNBits", "MatMulBnb4"} or held & {"INT4", "UINT4"}:
+    held = {tensor.dtype.name for tensor in used if is_weight(tensor)}
+    in_blocks = {n.attributes["bits"].value for n in nodes if n.op_type == "MatMulNBits"}
+    if 4 in in_blocks or held & {"INT4", "UINT4"} or any(n.op_type == "MatMulBnb4" for n in nodes):
         return "int4"
-    if kinds & {"MatMulInteger", "DequantizeLinear", "QLinearMatMul", "DynamicQuantizeMatMul"} and held & {
-        "INT8",
-        "UINT8",
-    }:
+    if in_blocks or held & {"INT8", "UINT8"}:
         return "int8"
     sizes: Counter[str] = Counter()
     for tensor in used:
