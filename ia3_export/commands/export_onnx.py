@@ -37,6 +37,7 @@ from ia3_export.onnx.precision import Coverage, convert_precision
 from ia3_export.onnx.tasks import Task, choose_task, load_model, sentence_head
 from ia3_export.parity.facts import model_id
 from ia3_export.parity.runs.inputs import Case, make_cases, sample_inputs
+from ia3_export.parity.runs.own_inputs import find_tokenizer
 from ia3_export.parity.runs.run_torch import exact_matmul
 from ia3_export.parity.settings import RunSettings
 from ia3_export.planning.plan import Plan, make_plan
@@ -255,7 +256,9 @@ def _export(
     model = load_model(checkpoint.folder, task, checkpoint.config or {})
     sentence = sentence_head(checkpoint.folder, task)
     specs = plan_graphs(model, task, sample_inputs(model), graphs.decoder, sentence)
-    cases = make_cases(model) if "int4" in graphs.precisions else []
+    cases = (
+        make_cases(model, tokenizer=find_tokenizer(checkpoint.folder)) if "int4" in graphs.precisions else []
+    )
     traced = export_graphs(model, specs, folder, graphs, stored=checkpoint.tensors, say=say)
     del model, specs
     gc.collect()

@@ -22,7 +22,7 @@ from ia3_export.parity.runs.greedy import prompts
 from ia3_export.parity.runs.inputs import Case, make_cases
 from ia3_export.parity.runs.live import FineTune, RunDevice
 from ia3_export.parity.runs.metrics import Outputs, distance_between, largest_magnitude
-from ia3_export.parity.runs.own_inputs import fit_text, has_tokenizer, load_tokenizer, read_inputs, read_texts
+from ia3_export.parity.runs.own_inputs import find_tokenizer, fit_text, has_tokenizer, read_inputs, read_texts
 from ia3_export.parity.runs.run_onnx import decode_onnx, run_onnx
 from ia3_export.parity.runs.run_torch import Wanted, exact_matmul
 from ia3_export.parity.settings import RunSettings
@@ -173,7 +173,7 @@ def _case_maker(tokenizer: Path, settings: RunSettings) -> Callable[[Any], list[
     if settings.text is not None:
         texts = read_texts(settings.text, tokenizer)
         return lambda model: [fit_text(case, model) for case in texts]
-    reader = load_tokenizer(tokenizer) if has_tokenizer(tokenizer) else None
+    reader = find_tokenizer(tokenizer)
     return lambda model: make_cases(model, seed=settings.seed, tokenizer=reader)
 
 

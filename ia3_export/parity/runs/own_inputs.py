@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,13 @@ def load_tokenizer(folder: Path) -> Any:
             f"{folder} has no tokenizer that transformers can load: {first_line(error)}",
             hint=_NO_TOKENIZER,
         ) from None
+
+
+def find_tokenizer(folder: Path) -> Any | None:
+    """The tokenizer in `folder`, if there is one that transformers can load."""
+    with suppress(Unsupported):
+        return load_tokenizer(folder)
+    return None
 
 
 def has_tokenizer(folder: Path) -> bool:
