@@ -66,6 +66,13 @@ _COSTLY = 8
     help="Of int4: the share of the adapters' effect that must be left, such as 0.95, in files as small as possible.",
 )
 @click.option(
+    "--max-loss",
+    type=float,
+    metavar="NATS",
+    help="The most that a quantized file may lose: mean KL divergence, one minus the cosine without logits. "
+    "More is exit 1. By default any loss is written, and said.",
+)
+@click.option(
     "--target",
     "targets",
     default="",
@@ -101,8 +108,8 @@ def onnx_command(
     they are.
 
     Every file is verified through ONNX Runtime before the folder is put in place: with --base and --adapter
-    against the live adapter, with --model against that model. A file that is not in parity is exit 1, and the
-    folder is kept aside.
+    against the live adapter, with --model against that model. The last words say what came of it: in parity;
+    written with a loss, of so much, by quantization alone; or, exit 1, not written, with the files kept aside.
 
     \b
       ia3-export onnx --model merged --output exported
@@ -125,14 +132,14 @@ def onnx_command(
         on_step=out.text,
     )
     if done.report is not None:
-        show_report(out, done.report)
+        show_report(out, done.report, done.verdict)
     if done.bits is not None:
         _show_bits(out, done.bits)
     _show_files(out, done)
     for loss in done.losses:
         out.text(
-            f"warning: quantization costs much here: {loss}; ia3-export verify would fail it (--text "
-            "measures on your texts)"
+            f"warning: {loss}; ia3-export verify would fail it. --text there measures on your texts, --max-loss "
+            "here fails such a file"
         )
     out.document(done.to_json())
 

@@ -10,9 +10,9 @@ from ia3_export.report.wording import ON_TERMINAL, generation_in_words
 _FINDINGS = 10
 
 
-def show_report(out: Output, report: Report) -> None:
-    """Show weights, chain, control, and at the end the verdict; ``--verbose`` adds inputs, gates and all
-    metrics.
+def show_report(out: Output, report: Report, verdict: str = "") -> None:
+    """Show weights, chain, control, and at the end the verdict (or another); ``--verbose`` adds inputs, gates
+    and all metrics.
     """
     for proof in report.weights:
         _show_proof(out, proof)
@@ -20,7 +20,7 @@ def show_report(out: Output, report: Report) -> None:
         _show_chain(out, report)
     for warning in report.warnings:
         out.text(f"warning: {warning}")
-    out.text(report.verdict)
+    out.text(verdict or report.verdict)
 
 
 def _show_proof(out: Output, proof: WeightsProof) -> None:

@@ -90,9 +90,16 @@ class OnnxExport:
 
     @property
     def losses(self) -> tuple[str, ...]:
-        """Quantized files that lose more than `verify` lets them, each with what is too much."""
+        """Quantized files that lose more than `verify` lets them, each with how much, and what is too much."""
         steps = self.report.steps if self.report is not None else ()
-        return tuple(f"{step.file}: {step.finding}" for step in steps if not step.passed)
+        return tuple(f"{_lost(step)} ({step.finding})" for step in steps if not step.passed)
+
+    @property
+    def verdict(self) -> str:
+        """``in parity``, ``written with a loss``, or ``not verified``."""
+        if self.report is None:
+            return "not verified"
+        return "written with a loss" if self.losses else "in parity"
 
     def to_json(self) -> dict[str, Any]:
         """The JSON document of ``onnx --json``."""
@@ -100,6 +107,7 @@ class OnnxExport:
             "schema": SCHEMA,
             "task": self.task,
             "opset": self.opset,
+            "verdict": self.verdict,
             "files": [asdict(f) for f in self.files],
             "losses": list(self.losses),
             "bits": None if self.bits is None else self.bits.to_json(),
@@ -137,7 +145,8 @@ def export_onnx(
     Weights are traced in float32 (those of 16-bit checkpoints are widened exactly).
 
     A graph of int8 or int4 weights whose codes are right but whose quantization costs more than `verify`
-    allows is written all the same, and named in `OnnxExport.losses`.
+    allows is written all the same, and named in `OnnxExport.losses`, unless it is more than
+    `GraphOptions.max_loss`.
 
     Raises `UsageError`, `InputError` and its kinds, `OutputError`, and `CheckFailed` when a graph is not in
     parity; the folder is then kept aside as ``<output>.failed``.
@@ -186,7 +195,7 @@ def export_onnx(
             shipped = Shipped(None, tuple(graph for place in places for graph in read_exported(place)))
             settings = RunSettings(device="cpu", max_memory=_limit(checkpoint))
             report = replace(prove(source.plan, shipped, settings), base=model_id(source.named))
-            _require(report, stage, target)
+            _require(report, graphs.max_loss, stage, target)
             done = replace(done, report=report)
         return done
 
@@ -312,18 +321,43 @@ def _limit(checkpoint: Checkpoint) -> int | None:
     return min(10 * elements, psutil.virtual_memory().available)
 
 
-def _require(report: Report, stage: Path, target: Path) -> None:
+def _require(report: Report, max_loss: float | None, stage: Path, target: Path) -> None:
     findings = [f"{f.tensor}: {f.what}" for proof in report.weights for f in proof.findings]
     findings += [f"{s.file}: {s.finding}" for s in report.steps if not s.passed and not _only_loses(s)]
-    if not findings:
+    costly = []
+    if max_loss is not None:
+        costly = [_lost(s) for s in report.steps if s.precision in INTEGER_PRECISIONS and _loss(s) > max_loss]
+    if not findings and not costly:
         return
     (stage / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
     aside = set_aside(stage, target)
+    if not findings:
+        raise CheckFailed(
+            f"{costly[0]}, more than --max-loss {max_loss:g}",
+            hint=f"the files and report.json are kept in {aside}, {target} was not written; try another "
+            "--precision, or allow more",
+        )
     raise CheckFailed(
         f"the exported graph does not compute what was trained: {findings[0]}",
         hint=f"the files and report.json are kept in {aside}, {target} was not written; try another "
         "--precision or --opset, and please report the architecture",
     )
+
+
+def _loss(step: Step) -> float:
+    """What a quantized graph lost: mean KL divergence in nats, one minus the cosine where there are no logits."""
+    if step.distance is None:
+        return math.inf
+    return 1 - step.distance.cosine if step.distance.kl is None else step.distance.kl
+
+
+def _lost(step: Step) -> str:
+    distance = step.distance
+    if distance is None or distance.kl is None or distance.top1 is None:
+        return f"{step.file} loses {_loss(step):.3g} of the cosine"
+    change = distance.perplexity_change
+    perplexity = "" if change is None else f", perplexity {change:+.1%}"
+    return f"{step.file} loses {distance.kl:.3g} nats (top-1 {distance.top1:.1%}{perplexity})"
 
 
 def _only_loses(step: Step) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -50,6 +51,8 @@ class GraphOptions:
             as little as possible is lost.
         keep_effect: of ``int4`` instead: the share of the adapters' effect that is to be left, from 0 to 1;
             chosen so that the files are as small as possible.
+        max_loss: the most that a quantized file may lose to be written: mean KL divergence in nats, one minus
+            the cosine where there are no logits. Default: any loss is written, and said.
 
     Raises `UsageError` for what is not offered (a task: when the checkpoint is read).
     """
@@ -61,6 +64,7 @@ class GraphOptions:
     opset: int = 20
     budget: int | None = None
     keep_effect: float | None = None
+    max_loss: float | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -73,6 +77,8 @@ class GraphOptions:
         object.__setattr__(self, "precisions", in_order(self.precisions))
         object.__setattr__(self, "targets", tuple(self.targets))
         self._check_bits()
+        if self.max_loss is not None and not 0 <= self.max_loss < math.inf:
+            raise UsageError(f"--max-loss {self.max_loss} is no loss", hint="give nats, such as 0.02")
         unknown = sorted(set(self.targets) - set(TARGETS))
         if unknown:
             raise UsageError(f"--target {unknown[0]} is not offered", hint=f"there are {', '.join(TARGETS)}")
