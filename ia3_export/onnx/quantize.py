@@ -253,7 +253,8 @@ def _product_of_codes(written: _Written, tape: Any, x: Any, coded: _Coded) -> An
         return out
     # what a block's offset adds is the same for all its weights: the sum of its inputs times the offset
     turned, last = tape.op("Transpose", [coded.offsets], {"perm": [1, 0]}), written.numbers(-1)
-    if coded.shape[1] == 1:  # ONNX Runtime's optimizer moves transpositions wrongly past a reshape to one block
+    # ONNX Runtime's optimizer moves transpositions wrongly past a reshape to one block
+    if coded.shape[1] == 1:
         return tape.op("Add", [out, tape.op("Mul", [tape.op("ReduceSum", [x, last]), turned])])
     sizes = tape.op("Shape", [x], {"end": -1})
     shape = tape.op("Concat", [sizes, written.numbers(coded.shape[1], BLOCK)], {"axis": 0})

@@ -56,6 +56,28 @@ def test_int4_is_as_small_or_as_near_as_asked(sources: list[str | Path], tmp_pat
     assert rough <= asked <= budget
 
 
+def test_a_loss_is_said_and_fails_where_it_is_more_than_allowed(
+    sources: list[str | Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "exported"
+    graphs = [*sources, "--output", output, "--precision", "fp32,int8", "--json"]
+    ran = run("onnx", *graphs)
+    assert ran.code == 0, ran
+    document = json.loads(ran.stdout)
+    steps = {step["precision"]: step for step in document["report"]["steps"]}
+    lost = steps["int8"]["distance"]["kl"]
+    assert document["verdict"] == ("in parity" if steps["int8"]["passed"] else "written with a loss")
+    assert bool(document["losses"]) != steps["int8"]["passed"]
+    assert f"\n{document['verdict']}\n" in ran.stderr and "NOT in parity" not in ran.stderr
+
+    assert run("onnx", *graphs, "--overwrite", "--max-loss", str(2 * lost)).code == 0
+    less = tmp_path / "less"
+    graphs[graphs.index(output)] = less
+    ran = run("onnx", *graphs, "--max-loss", str(lost / 2))
+    assert ran.code == 1 and "--max-loss" in ran.stderr and "model_int8.onnx" in ran.stderr
+    assert not less.exists() and (tmp_path / "less.failed" / "report.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
