@@ -19,12 +19,12 @@ def loss_of(name: str, found: Sequence[Array], reference: Sequence[Array]) -> fl
     """What the outputs `name` of some inputs lose: the mean KL divergence, in nats, of ``logits`` of more than one
     class; of anything else the squared distance as a share of the squared length. Infinite where a number is
     none."""
-    wide = [x.shape[-1] for x in reference]
+    classes = reference[0].shape[-1] if name == "logits" else 1
+    # others, such as start_logits, may have another width for each input
     a, b = (
-        np.concatenate([x.reshape(-1, n) for x, n in zip(xs, wide, strict=True)]) for xs in (found, reference)
+        np.concatenate([x.reshape(-1, classes) for x in xs]).astype(np.float64) for xs in (found, reference)
     )
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    if name == "logits" and wide[0] > 1:
+    if classes > 1:
         p, q = (x - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)) for x in (b, a))
         p, q = p - b.max(-1, keepdims=True), q - a.max(-1, keepdims=True)
         loss = float(np.maximum((np.exp(p) * (p - q)).sum(-1), 0).mean())
