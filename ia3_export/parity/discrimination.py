@@ -27,8 +27,6 @@ _FLOOR = 0.1
 _SPREAD = 8.0
 #: Fewer rows say nothing of their spread.
 _ROWS = 8
-#: What changes the outputs by less than this share of the adapters' effect is no wrong artifact.
-_LEAST = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,18 +75,15 @@ def _arrays(*outputs: Outputs) -> Iterator[tuple[Array, ...]]:
 
 def likenesses(outputs: Outputs, cases: Sequence[int], unmerged: UnmergedRuns) -> list[Likeness]:
     """`likeness` of an artifact's `outputs` on the inputs `cases` to the base, and to every model that was made
-    wrong on one of them and is then off by more than a thousandth of the adapters' effect."""
+    wrong on one of them."""
     positions = {case: i for i, case in enumerate(cases)}
     mine = thinned(outputs)
     exact, plain = (thinned([run.outputs[i] for i in cases]) for run in (unmerged.reference, unmerged.plain))
     found = [likeness(BASE, mine, exact, plain)]
     if all(case in positions for case in unmerged.wrong.cases):
         probe = [positions[case] for case in unmerged.wrong.cases]
-        mine, exact, plain = ([run[i] for i in probe] for run in (mine, exact, plain))
-        least = _LEAST**2 * float(_by_row(plain, exact, plain)[1].sum())
-        for name, wrong in unmerged.wrong.outputs.items():
-            if float(_by_row(wrong, exact, wrong)[1].sum()) > least:
-                found.append(likeness(name, mine, exact, wrong))
+        mine, exact = ([run[i] for i in probe] for run in (mine, exact))
+        found += [likeness(name, mine, exact, wrong) for name, wrong in unmerged.wrong.outputs.items()]
     return [each for each in found if each is not None]
 
 

@@ -38,7 +38,7 @@ from ia3_export.parity.runs.metrics import (
     perplexity,
     root_mean_square,
 )
-from ia3_export.parity.runs.wrong import HALF, thinned
+from ia3_export.parity.runs.wrong import thinned
 from ia3_export.parity.settings import Tolerance
 from ia3_export.report.model import (
     MAX_ERROR,
@@ -296,9 +296,8 @@ def _sizes(artifact: Artifact, unmerged: UnmergedRuns, bounds: _Bounds) -> dict[
     sizes = {
         BASE: max(apart.max_error / bounds.largest, apart.rms_error / bounds.rms) if bounds.largest else 0.0
     }
-    cases = unmerged.wrong.cases
-    if cases and bounds.largest:
-        exact = thinned(_part(unmerged.reference.outputs, unmerged.wrong.outputs[HALF], cases))
+    if bounds.largest:
+        exact = thinned([unmerged.reference.outputs[i] for i in unmerged.wrong.cases])
         for name, outputs in unmerged.wrong.outputs.items():
             apart = distance_between(outputs, exact, "float64")
             sizes[name] = max(apart.max_error / bounds.largest, apart.rms_error / bounds.rms)

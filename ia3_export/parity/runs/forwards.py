@@ -117,7 +117,7 @@ def run_unmerged(
     if where.offload is None:
         decoded = decode(live.model, prompts(cases))
         cast("float32")
-        wrong = run_wrong(live, cases, reference.outputs, wanted)
+        wrong = run_wrong(live, cases, reference.outputs, plain.outputs, wanted)
         # the narrowest last: weights that were rounded stay so
         for dtype in sorted(set(dtypes) - runs.keys(), key=lambda dtype: EPSILON[dtype]):
             runs[dtype] = run_torch(cast(dtype), cases, wanted, trace=True)

@@ -14,6 +14,7 @@ from ia3_export.parity.runs.natural import (
     TextRows,
     continued_rows,
     random_rows,
+    reads_texts,
     sample,
     sentence_rows,
 )
@@ -95,8 +96,8 @@ def is_decoder(model: Any) -> bool:
 def _rows(model: Any, tokenizer: Any, seed: int, generator: Any) -> TextRows:
     """The texts of `make_cases`."""
     text = model.config.get_text_config()
-    if tokenizer is not None and len(tokenizer) > text.vocab_size:
-        tokenizer = None  # of another model
+    if tokenizer is not None and not reads_texts(tokenizer, text.vocab_size, _LONG):
+        tokenizer = None
     rows = None
     if tokenizer is not None and is_decoder(model):
         rows = continued_rows(model, tokenizer, _SHORT, _fitting(model, _LONG), seed)

@@ -44,6 +44,16 @@ class TextRows:
     long: Any | None = None
 
 
+def reads_texts(tokenizer: Any, vocabulary: int, length: int) -> bool:
+    """Whether `tokenizer` makes at least `length` ids of the sentences, all of a model of that `vocabulary`.
+
+    That of another model does not, nor one that knows none of the words.
+    """
+    ids = tokenizer(" ".join(_TEXTS))["input_ids"]
+    begun = any(len(tokenizer(text)["input_ids"]) >= _BEGINNING for text in _TEXTS)
+    return begun and len(ids) >= length and max(ids) < vocabulary
+
+
 def random_rows(vocabulary: int, generator: Any) -> TextRows:
     """Random ids of ordinary tokens: both ends of a vocabulary hold special ones nearly everywhere."""
     import torch

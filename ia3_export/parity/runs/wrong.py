@@ -20,6 +20,8 @@ HALF = "half strength"
 #: Layers that are left out, one after the other, at most; evenly chosen of more.
 _MOST = 32
 _ENOUGH = 40
+#: What changes the outputs by less than this share of the adapters' effect is no wrong artifact.
+_LEAST = 1e-3
 #: Elements of a row that are kept: a vocabulary has 50 times as many.
 _COLUMNS = 2048
 
@@ -32,11 +34,14 @@ class WrongRuns:
     outputs: Mapping[str, Sequence[Mapping[str, Array]]]
 
 
-def run_wrong(live: LiveModel, cases: Sequence[Case], reference: Outputs, wanted: Wanted) -> WrongRuns:
+def run_wrong(
+    live: LiveModel, cases: Sequence[Case], reference: Outputs, plain: Outputs, wanted: Wanted
+) -> WrongRuns:
     """Run `live` with its vectors at half strength, and without those of each layer, on one of `cases`: the one
     with the fewest rows that are `_ENOUGH`, or with the most.
 
-    A layer is what has a number in the module path, as ``model.layers.3``.
+    A layer is what has a number in the module path, as ``model.layers.3``. What is no further from the
+    `reference` than a thousandth of the base's outputs (`plain`) is not wrong, and left out.
     """
     if not live.vectors:
         return WrongRuns((), {})
@@ -48,10 +53,23 @@ def run_wrong(live: LiveModel, cases: Sequence[Case], reference: Outputs, wanted
     if len(layers) > 1:
         changes |= {f"{layer} left out": partial(_left_out, layer=layer) for layer in chosen}
     outputs = {}
+    exact, base = thinned([reference[probe]]), thinned([plain[probe]])
     for name, change in changes.items():
         with live.with_vectors(change):
-            outputs[name] = thinned(run_torch(live.model, [cases[probe]], wanted).outputs)
+            wrong = thinned(run_torch(live.model, [cases[probe]], wanted).outputs)
+        if _apart(wrong, exact) > _LEAST * _apart(base, exact):
+            outputs[name] = wrong
     return WrongRuns((probe,), outputs)
+
+
+def _apart(outputs: Outputs, others: Outputs) -> float:
+    """The length of their difference."""
+    squares = [
+        float(((values - other[name]) ** 2).sum())
+        for output, other in zip(outputs, others, strict=True)
+        for name, values in output.items()
+    ]
+    return float(sum(squares) ** 0.5)
 
 
 def layer_of(module: str) -> str:
