@@ -91,10 +91,13 @@ def run_unmerged(
     stored = trained.base.stored
     live = load_live(trained, dtypes[0], where)
     cast = _caster(live.model, dtypes[0])
-    if where.offload is None:
-        cast("float32")  # products of 16 bits are slow where the processor has none
+    # products of 16 bits are slow where the processor has none, and texts are sampled; but the vision tower of
+    # Llama 4 keeps what it computes in its first forward
+    wide = where.offload is None and live.inner.config.get_text_config() is live.inner.config
+    if wide:
+        cast("float32")
     cases = make_cases(live.inner)
-    if where.offload is None:
+    if wide:
         cast(dtypes[0])
     first = run_torch(live.model, cases, wanted, trace=True)
     causal = is_decoder(live.inner)
