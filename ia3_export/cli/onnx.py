@@ -57,13 +57,15 @@ _COSTLY = 8
     "--budget",
     callback=parse_size,
     metavar="SIZE",
-    help="Of int4: how large its files may be, such as 90MB; of the weights' bits, 4 or 8, those that lose least.",
+    help="Of int4: how large its files may be, such as 90MB; of the weights' bits, 4 or 8, those that lose "
+    "least.",
 )
 @click.option(
     "--keep-effect",
     type=float,
     metavar="SHARE",
-    help="Of int4: the share of the adapters' effect that must be left, such as 0.95, in files as small as possible.",
+    help="Of int4: the share of the adapters' effect that must be left, such as 0.95, in files as small as "
+    "possible.",
 )
 @click.option(
     "--max-loss",
@@ -109,7 +111,8 @@ def onnx_command(
 
     Every file is verified through ONNX Runtime before the folder is put in place: with --base and --adapter
     against the live adapter, with --model against that model. The last words say what came of it: in parity;
-    written with a loss, of so much, by quantization alone; or, exit 1, not written, with the files kept aside.
+    written with a loss, of so much, by quantization alone; or, exit 1, not written, with the files kept
+    aside.
 
     \b
       ia3-export onnx --model merged --output exported
@@ -138,8 +141,8 @@ def onnx_command(
     _show_files(out, done)
     for loss in done.losses:
         out.text(
-            f"warning: {loss}; ia3-export verify would fail it. --text there measures on your texts, --max-loss "
-            "here fails such a file"
+            f"warning: {loss}; ia3-export verify would fail it. --text there measures on your texts, "
+            "--max-loss here fails such a file"
         )
     out.document(done.to_json())
 
@@ -157,8 +160,8 @@ def _show_bits(out: Output, mix: Mix) -> None:
     if len(shown) < len(costly):
         out.text(f"and {len(costly) - len(shown)} weights that cost less (-v)")
     out.text(
-        f"int4: {mix.count} of {len(mix.order)} weights have 4 bits, the others 8; on the inputs that they were chosen "
-        f"on they lose {mix.loss:.3g}"
+        f"int4: {mix.count} of {len(mix.order)} weights have 4 bits, the others 8; on the inputs that they "
+        f"were chosen on they lose {mix.loss:.3g}"
     )
 
 

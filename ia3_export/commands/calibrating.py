@@ -1,4 +1,5 @@
-"""What `export_onnx` knows of a model beside its graphs when it chooses bits: inputs, and the base's weights."""
+"""What `export_onnx` knows of a model beside its graphs when it chooses bits: inputs, and the base's
+weights."""
 
 from __future__ import annotations
 

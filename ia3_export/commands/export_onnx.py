@@ -90,7 +90,8 @@ class OnnxExport:
 
     @property
     def losses(self) -> tuple[str, ...]:
-        """Quantized files that lose more than `verify` lets them, each with how much, and what is too much."""
+        """Quantized files that lose more than `verify` lets them, each with how much, and what is too
+        much."""
         steps = self.report.steps if self.report is not None else ()
         return tuple(f"{_lost(step)} ({step.finding})" for step in steps if not step.passed)
 
@@ -259,8 +260,8 @@ def _task(checkpoint: Checkpoint, graphs: GraphOptions) -> Task:
 def _export(
     checkpoint: Checkpoint, task: Task, graphs: GraphOptions, folder: Path, say: Callable[[str], None]
 ) -> tuple[list[TracedGraph], list[Case]]:
-    """The graphs in float32, inputs to choose bits on if they are to be chosen, and no more of the model: the proof
-    loads it again, in float64."""
+    """The graphs in float32, inputs to choose bits on if they are to be chosen, and no more of the model: the
+    proof loads it again, in float64."""
     say("loading the model")
     model = load_model(checkpoint.folder, task, checkpoint.config or {})
     sentence = sentence_head(checkpoint.folder, task)
@@ -345,7 +346,8 @@ def _require(report: Report, max_loss: float | None, stage: Path, target: Path) 
 
 
 def _loss(step: Step) -> float:
-    """What a quantized graph lost: mean KL divergence in nats, one minus the cosine where there are no logits."""
+    """What a quantized graph lost: mean KL divergence in nats, one minus the cosine where there are no
+    logits."""
     if step.distance is None:
         return math.inf
     return 1 - step.distance.cosine if step.distance.kl is None else step.distance.kl

@@ -18,8 +18,8 @@ BLOCK = 32
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Codes:
-    """A matrix of rows x columns in blocks along its rows: ``(code - middle) * scale + offset``, where the middle
-    is ``2 ** (bits - 1)``.
+    """A matrix of rows x columns in blocks along its rows: ``(code - middle) * scale + offset``, where the
+    middle is ``2 ** (bits - 1)``.
 
     Attributes:
         packed: uint8 (rows, blocks, block * bits / 8); of two codes in a byte the first is the lower half.
@@ -46,9 +46,10 @@ class Codes:
 def encode(matrix: Array, bits: int, block: int = BLOCK) -> Codes:
     """Codes of a float32 `matrix` (rows, columns), each at most one step from its weight.
 
-    The last block of a row is filled up with zeros. With 8 bits there are no offsets; with 4 bits a block reaches
-    from its least to its largest value, as GGUF's Q4_1 does, whose codes are found again. Scales and offsets are
-    numbers of float16 where its range allows; scales are rounded up, so that no weight is cut off.
+    The last block of a row is filled up with zeros. With 8 bits there are no offsets; with 4 bits a block
+    reaches from its least to its largest value, as GGUF's Q4_1 does, whose codes are found again. Scales and
+    offsets are numbers of float16 where its range allows; scales are rounded up, so that no weight is cut
+    off.
     """
     values = blocks_of(matrix, block)
     low, high = values.min(-1), values.max(-1)

@@ -19,7 +19,8 @@ from ia3_export.onnx.rounding import encode_nearest
 
 #: Tokens whose outputs are compared when a single weight is replaced.
 _ENOUGH = 96
-#: What a mix may lose by itself. Half of what `verify` lets pass: texts lose more than those it was chosen on.
+#: What a mix may lose by itself. Half of what `verify` lets pass: texts lose more than those it was chosen
+#: on.
 LIMIT = 0.05
 #: Codes of a model's weights: by the name of the graph without ``.onnx``, then of the initializer.
 GivenCodes = Mapping[str, Mapping[str, Codes]]
@@ -35,8 +36,8 @@ class Calibrated:
 
 @dataclass(frozen=True, slots=True)
 class Aim:
-    """What a mix of 4 and 8 bits is to meet: a `loss` (`loss_of`) with as few bytes as possible, or a `size` of
-    the files in bytes with as little loss."""
+    """What a mix of 4 and 8 bits is to meet: a `loss` (`loss_of`) with as few bytes as possible, or a `size`
+    of the files in bytes with as little loss."""
 
     loss: float = LIMIT
     size: int | None = None
@@ -68,8 +69,9 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mix:
-    """The weights of all graphs of a model in the order in which they become narrow, the `count` of those that
-    did, and what was measured on the way: bytes of all codes and loss, by the number of narrow weights."""
+    """The weights of all graphs of a model in the order in which they become narrow, the `count` of those
+    that did, and what was measured on the way: bytes of all codes and loss, by the number of narrow
+    weights."""
 
     order: Sequence[Choice]
     count: int
@@ -86,8 +88,8 @@ class Mix:
         return self.tried[self.count][1]
 
     def to_json(self) -> dict[str, Any]:
-        """For ``onnx --json``: the loss, each mix that was measured, and each weight, the first to become narrow
-        first."""
+        """For ``onnx --json``: the loss, each mix that was measured, and each weight, the first to become
+        narrow first."""
         tried = [{"narrow": n, "bytes": size, "loss": loss} for n, (size, loss) in sorted(self.tried.items())]
         weights = [
             {

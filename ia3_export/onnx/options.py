@@ -47,8 +47,8 @@ class GraphOptions:
             ``separate`` (optimum's decoder and decoder with past) or ``if`` (those two as branches of one
             ``If``, as optimum merges them).
         opset: ONNX operator set.
-        budget: of ``int4``: bytes that its files may have together; the bits of each weight are chosen so that
-            as little as possible is lost.
+        budget: of ``int4``: bytes that its files may have together; the bits of each weight are chosen so
+            that as little as possible is lost.
         keep_effect: of ``int4`` instead: the share of the adapters' effect that is to be left, from 0 to 1;
             chosen so that the files are as small as possible.
         max_loss: the most that a quantized file may lose to be written: mean KL divergence in nats, one minus

@@ -11,8 +11,8 @@ from ia3_export.checkpoint.ranges import link_or_copy
 from ia3_export.onnx.exported import SUFFIXES, plain_stem
 from ia3_export.onnx.files import external_files
 
-#: transformers.js' names of the precisions, the best for a browser first. It looks for 8-bit weights under two:
-#: ``q8``, its default in browsers, and ``int8``.
+#: transformers.js' names of the precisions, the best for a browser first. It looks for 8-bit weights under
+#: two: ``q8``, its default in browsers, and ``int8``.
 _DTYPES: Mapping[str, str] = {"q8": "q8", "int8": "int8", "int4": "q4", "fp16": "fp16", "fp32": "fp32"}
 
 

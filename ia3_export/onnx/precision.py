@@ -43,8 +43,8 @@ _REWRITES: Mapping[str, Pass] = {
 def convert_precision(
     source: Path, target: Path, precision: str, codes: Mapping[str, Codes] | None = None
 ) -> Coverage:
-    """Write the float32 graph `source` to `target` in `precision`: ``fp16``, ``int8``, ``q8`` or ``int4``; inputs
-    and outputs stay as they are.
+    """Write the float32 graph `source` to `target` in `precision`: ``fp16``, ``int8``, ``q8`` or ``int4``;
+    inputs and outputs stay as they are.
 
     ``fp16``: weights and activations are float16, except what float16 cannot hold (`to_float16`). The others:
     weights are codes (`quantize`), all else is float32; of ``int4`` they may be given as `codes` by

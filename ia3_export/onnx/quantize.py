@@ -144,8 +144,8 @@ class _Written:
     def _scales(self, name: str, scales: Array) -> Any:
         """`scales` in float32, of `dense` weights stored as float16.
 
-        ``MatMulNBits`` wants constants: in a session without optimizations, which leaves the cast where it is,
-        it would give wrong numbers on x86, silently.
+        ``MatMulNBits`` wants constants: in a session without optimizations, which leaves the cast where it
+        is, it would give wrong numbers on x86, silently.
         """
         return self._halved(name, scales) if self.dense else self.initializer(name, scales)
 
@@ -187,7 +187,8 @@ class Weight:
 
 
 def find_weights(model: Any) -> Iterator[Weight]:
-    """The weights that `quantize` holds as codes, except those of convolutions, in the order of their nodes."""
+    """The weights that `quantize` holds as codes, except those of convolutions, in the order of their
+    nodes."""
     for node in model.graph.all_nodes():
         read = {"MatMul": _factor, "Gemm": _factor, "Gather": _table}.get(node.op_type)
         weight = None if read is None or node.domain else read(node)

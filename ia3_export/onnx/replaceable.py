@@ -16,9 +16,9 @@ from ia3_export.onnx.runtime import open_model
 
 
 def loss_of(name: str, found: Sequence[Array], reference: Sequence[Array]) -> float:
-    """What the outputs `name` of some inputs lose: the mean KL divergence, in nats, of ``logits`` of more than one
-    class; of anything else the squared distance as a share of the squared length. Infinite where a number is
-    none."""
+    """What the outputs `name` of some inputs lose: the mean KL divergence, in nats, of ``logits`` of more
+    than one class; of anything else the squared distance as a share of the squared length. Infinite where a
+    number is none."""
     classes = reference[0].shape[-1] if name == "logits" else 1
     # others, such as start_logits, may have another width for each input
     a, b = (

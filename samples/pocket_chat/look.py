@@ -3,7 +3,8 @@
     cd samples/pocket_chat/run
     python ../look.py --output page.png
 
-Needs Node, Chromium, and the packages of tests/runtimes/javascript; says so, and does nothing, where one is missing.
+Needs Node, Chromium, and the packages of tests/runtimes/javascript; says so, and does nothing, where one is
+missing.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python samples/pocket_chat/run.py        (or, installing everything first: make chat)
 
-Every step is a program of its own, and its command line is printed: each can be repeated by hand. What an earlier run
-made is not made again, unless something that it is made of is. Nothing uses the network.
+Every step is a program of its own, and its command line is printed: each can be repeated by hand. What an
+earlier run made is not made again, unless something that it is made of is. Nothing uses the network.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ def read_dialogues(file: Path) -> list[list[Message]]:
 def encode(tokenizer: PreTrainedTokenizerBase, dialogue: list[Message]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids of a dialogue in the model's chat template, and what to predict.
 
-    The targets, int64 of the ids' length, are the ids in the assistant's answers and the mark that ends each of them,
-    and IGNORED elsewhere.
+    The targets, int64 of the ids' length, are the ids in the assistant's answers and the mark that ends each
+    of them, and IGNORED elsewhere.
     """
 
     def template(messages: list[Message], asking: bool) -> list[int]:
@@ -67,7 +67,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, dialogue: list[Message]) -> tuple
 
 
 def make_model(base: Path) -> PeftModel:
-    """The base in float32 with vectors of ones: on keys, values, and the input of each feed-forward's last layer."""
+    """The base in float32 with vectors of ones: on keys, values, and the input of each feed-forward's last
+    layer."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     config = IA3Config(
         task_type=TaskType.CAUSAL_LM,

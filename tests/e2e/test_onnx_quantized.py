@@ -20,7 +20,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> list[str | Path]:
-    """A Llama whose matrices are larger than the nodes around them, and an adapter that changes what it says."""
+    """A Llama whose matrices are larger than the nodes around them, and an adapter that changes what it
+    says."""
     folder = tmp_path_factory.mktemp("sources")
     kind = zoo.by_name("llama")
     sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256}

@@ -28,7 +28,8 @@ needs_weights = pytest.mark.skipif(
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """One of the sample's programs as a module, imported as it is from its own folder: ``script("train")``."""
+    """One of the sample's programs as a module, imported as it is from its own folder:
+    ``script("train")``."""
 
     def load(name: str) -> ModuleType:
         monkeypatch.syspath_prepend(str(SAMPLE))

@@ -483,7 +483,8 @@ def test_every_code_is_within_a_step_of_its_weight(bits: int, size: float) -> No
 
 
 def test_codes_of_gguf_are_found_again() -> None:
-    """Weights that lie on 16 places between least and largest of a block, as in Q4_1, lose next to nothing."""
+    """Weights that lie on 16 places between least and largest of a block, as in Q4_1, lose next to
+    nothing."""
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 16, (40, 8, 32)).astype(np.float32)
     codes[..., :2] = (0, 15)

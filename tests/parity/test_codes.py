@@ -132,7 +132,8 @@ def test_codes_under_another_name_are_found_by_their_values_and_wrong_ones_by_no
 
 
 def _in_codes(exported: Exported, folder: Path) -> Path:
-    """The exported folder with its graphs in int8 and int4, too: what ``--precision`` writes from one trace."""
+    """The exported folder with its graphs in int8 and int4, too: what ``--precision`` writes from one
+    trace."""
     shutil.copytree(exported.folder, folder)
     for graph in exported.graphs:
         for precision in ("int8", "q8", "int4"):

@@ -4,9 +4,9 @@
         [--gguf merged-q8_0.gguf ...] [--genai folder ...] [--rounds 5] [--threads 1]
 
 --exported is a folder of ``ia3-export onnx`` with its float32 graph and tokenizer; every graph beside it is
-compared with that one, and so are --files, graphs of other tools with the same inputs. --base is the export of
-the unmerged base: with it the share of the adapter's effect that is left is printed. --gguf are files of the
-same merged model for llama.cpp (needs llama-cpp-python), --genai are folders of onnxruntime-genai.
+compared with that one, and so are --files, graphs of other tools with the same inputs. --base is the export
+of the unmerged base: with it the share of the adapter's effect that is left is printed. --gguf are files of
+the same merged model for llama.cpp (needs llama-cpp-python), --genai are folders of onnxruntime-genai.
 
 Decoders: KL divergence (nats a token), top-1 agreement and change of perplexity over all tokens of `TEXTS`;
 decoding of 64 tokens after 32, and the forward of 128 tokens, each the median of --rounds that take turns.

@@ -1,11 +1,12 @@
 """Do the forwards alone tell a right artifact from wrong ones? Real base and adapter, damage that users meet.
 
-``python tools/bench/wrong_artifacts.py --base DIR --adapter DIR [--precision fp32,fp16,int8,int4] [--work DIR]``
+``python tools/bench/wrong_artifacts.py --base DIR --adapter DIR [--precision fp32,fp16,int8,int4] [--work
+DIR]``
 
 The adapter is folded as it is and in wrong ways: not at all, at half strength, without the layer of the least
-effect on its vectors, twice, with its vectors rolled by half their length, on the wrong side where shapes allow
-it. Each merge is judged in PyTorch by `verify`, its ONNX files (none by default) in ONNX Runtime, all against
-the right adapter. The weights proof, which finds every one of them, is not counted.
+effect on its vectors, twice, with its vectors rolled by half their length, on the wrong side where shapes
+allow it. Each merge is judged in PyTorch by `verify`, its ONNX files (none by default) in ONNX Runtime, all
+against the right adapter. The weights proof, which finds every one of them, is not counted.
 """
 
 from __future__ import annotations

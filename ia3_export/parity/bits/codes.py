@@ -1,8 +1,8 @@
 """Quantized initializers beside the tensors they stand for: every code must be within one step of its weight.
 
 ONNX Runtime's quantizers name what they write: ``X_quantized`` with ``X_scale`` and ``X_zero_point`` (a scale
-for a tensor or a channel), ``X_Q8`` or ``X_Q4`` with ``X_scales`` and ``X_zero_points`` or our ``X_offsets`` (``MatMulNBits``: blocks
-along the input axis, of two codes in a byte the lower half first).
+for a tensor or a channel), ``X_Q8`` or ``X_Q4`` with ``X_scales`` and ``X_zero_points`` or our ``X_offsets``
+(``MatMulNBits``: blocks along the input axis, of two codes in a byte the lower half first).
 """
 
 from __future__ import annotations

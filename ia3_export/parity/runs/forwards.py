@@ -64,8 +64,8 @@ class UnmergedRuns:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MergedRuns:
-    """What the merged model gave in the working dtype (`run`), of 16 bits also in float32 (`single`) and, where
-    another runtime widens it, in float64 (`double`).
+    """What the merged model gave in the working dtype (`run`), of 16 bits also in float32 (`single`) and,
+    where another runtime widens it, in float64 (`double`).
     """
 
     run: ForwardOutputs
@@ -91,8 +91,8 @@ def run_unmerged(
     stored = trained.base.stored
     live = load_live(trained, dtypes[0], where)
     cast = _caster(live.model, dtypes[0])
-    # products of 16 bits are slow where the processor has none, and texts are sampled; but the vision tower of
-    # Llama 4 keeps what it computes in its first forward
+    # products of 16 bits are slow where the processor has none, and texts are sampled; but the vision tower
+    # of Llama 4 keeps what it computes in its first forward
     wide = where.offload is None and live.inner.config.get_text_config() is live.inner.config
     if wide:
         cast("float32")
@@ -119,8 +119,9 @@ def run_unmerged(
             runs[precision] = run_torch(live.model, cases, wanted, trace=True)
     if where.offload is None:
         decoded = decode(live.model, prompts(cases))
-        cast("float32")
-        wrong = run_wrong(live, cases, reference.outputs, plain.outputs, wanted)
+        if live.vectors:
+            cast("float32")
+            wrong = run_wrong(live, cases, reference.outputs, plain.outputs, wanted)
         # the narrowest last: weights that were rounded stay so
         for dtype in sorted(set(dtypes) - runs.keys(), key=lambda dtype: EPSILON[dtype]):
             runs[dtype] = run_torch(cast(dtype), cases, wanted, trace=True)
@@ -151,8 +152,8 @@ def run_unmerged(
 def _as_library_runs_it(
     trained: FineTune, class_name: str, where: RunDevice, cases: Sequence[Case], wanted: Wanted
 ) -> tuple[ForwardOutputs | None, str]:
-    """What a base of bitsandbytes gives on that library's layers, or why that cannot be had: it is a comparison
-    more than the proof needs."""
+    """What a base of bitsandbytes gives on that library's layers, or why that cannot be had: it is a
+    comparison more than the proof needs."""
     if not is_bitsandbytes(trained.base.stored):
         return None, ""
     try:
@@ -180,8 +181,8 @@ def _finite(reference: ForwardOutputs, precision: str) -> list[int]:
 def run_merged(
     merged: Base, unmerged: UnmergedRuns, dtype: str, where: RunDevice, *, widened: bool
 ) -> MergedRuns:
-    """Run the merged checkpoint on the same inputs in `dtype`, in float32 if that has 16 bits, and if `widened`
-    also in float64."""
+    """Run the merged checkpoint on the same inputs in `dtype`, in float32 if that has 16 bits, and if
+    `widened` also in float64."""
     if merged.stored.holds_adapter:
         raise Refused(
             f"{ADAPTER_CONFIG} lies beside the merged weights: transformers would apply that adapter to them",

@@ -39,11 +39,11 @@ def fill_entry(state: Mapping[str, Any], name: str, tensor: StoredTensor) -> Non
 
 
 def multiply_live(model: Any, adapters: Sequence[Adapter], recipe: Recipe) -> tuple[tuple[str, Any], ...]:
-    """Multiply the activations of `model` with the vectors of `adapters`, combined by `recipe`, and give it the
-    tensors that they bring.
+    """Multiply the activations of `model` with the vectors of `adapters`, combined by `recipe`, and give it
+    the tensors that they bring.
 
-    The vectors by module path, which the hooks multiply with. Raises `Unsupported` for a module or tensor that the
-    model has not.
+    The vectors by module path, which the hooks multiply with. Raises `Unsupported` for a module or tensor
+    that the model has not.
     """
     adapters = named_as_in(model, adapters)
     for adapter in adapters:

@@ -51,8 +51,8 @@ def make_cases(model: Any, *, seed: int = 0, tokenizer: Any = None) -> list[Case
     """Inputs of several batch sizes and lengths for `model`: texts without padding, padded on the right and
     (decoders) on the left, and for decoders with a cache of past tokens.
 
-    A causal language model writes its texts itself, from the beginnings of sentences; other models get sentences,
-    all random token ids without a `tokenizer`.
+    A causal language model writes its texts itself, from the beginnings of sentences; other models get
+    sentences, all random token ids without a `tokenizer`.
     Images and sounds are normal noise. The same seed gives the same inputs. The first case is the smallest.
     Raises `Unsupported` for models whose main input is none of these.
     """

@@ -71,8 +71,8 @@ class LiveModel:
     """A model with its adapters live.
 
     `by` is ``peft`` or ``hooks``, or ``none`` without adapters; `vectors` are the
-    tensors that the model multiplies with, by module path; `refused` is what PEFT said where it could not load
-    the adapters.
+    tensors that the model multiplies with, by module path; `refused` is what PEFT said where it could not
+    load the adapters.
     """
 
     model: Any

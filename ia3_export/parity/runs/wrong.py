@@ -19,6 +19,7 @@ from ia3_export.parity.runs.run_torch import Wanted, run_torch
 HALF = "half strength"
 #: Layers that are left out, one after the other, at most; evenly chosen of more.
 _MOST = 32
+#: Rows of outputs from which the spread of a component along a direction can be estimated.
 _ENOUGH = 40
 #: What changes the outputs by less than this share of the adapters' effect is no wrong artifact.
 _LEAST = 1e-3
@@ -37,14 +38,12 @@ class WrongRuns:
 def run_wrong(
     live: LiveModel, cases: Sequence[Case], reference: Outputs, plain: Outputs, wanted: Wanted
 ) -> WrongRuns:
-    """Run `live` with its vectors at half strength, and without those of each layer, on one of `cases`: the one
-    with the fewest rows that are `_ENOUGH`, or with the most.
+    """Run `live` with its vectors at half strength, and without those of each layer, on one of `cases`: the
+    one with the fewest rows that are `_ENOUGH`, or with the most.
 
     A layer is what has a number in the module path, as ``model.layers.3``. What is no further from the
     `reference` than a thousandth of the base's outputs (`plain`) is not wrong, and left out.
     """
-    if not live.vectors:
-        return WrongRuns((), {})
     rows = {i: _rows(output) for i, output in enumerate(reference) if not cases[i].past}
     probe = min(rows, key=lambda i: (rows[i] < _ENOUGH, rows[i] if rows[i] >= _ENOUGH else -rows[i]))
     layers = list(dict.fromkeys(layer_of(module) for module, _ in live.vectors))
