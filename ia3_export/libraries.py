@@ -49,6 +49,7 @@ PRIVATE: Mapping[str, str] = {
     "transformers.exporters.exporter_onnx:apply_onnx_ir_fixes": "the export to ONNX",
     "transformers.exporters.utils:apply_fx_node_fixes": "the export to ONNX",
     "transformers.exporters.utils:apply_patches": "the export to ONNX",
+    "torch._ops:OpOverload": "the export to ONNX",
     "torch.utils._python_dispatch:TorchDispatchMode": "the export to ONNX",
     "torch.utils._pytree:tree_flatten": "the export to ONNX",
     "torch.utils._pytree:tree_unflatten": "the export to ONNX",

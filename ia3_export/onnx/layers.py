@@ -237,7 +237,8 @@ def _initializers(graph: Any, body: Sequence[Any], model: Any, paths: tuple[str,
         v for node in body for v in node.inputs if v is not None and v.is_initializer()
     ):
         inside = value.name.removeprefix(f"{paths[0]}.")
-        if inside != value.name and tensors[inside] is not theirs[inside]:
+        # constants of the code are named after the layer, too; those of all its kind are equal
+        if inside in theirs and tensors[inside] is not theirs[inside]:
             name = f"{paths[1]}.{inside}"
             parameter = tensors[inside].detach()
             tensor = onnx_ir.tensor(parameter.t() if value.meta.get(TRANSPOSED) else parameter, name=name)

@@ -17,6 +17,7 @@ from typing import Any
 from ia3_export.errors import Unsupported, first_line
 from ia3_export.libraries import private
 from ia3_export.onnx.contract import GraphSpec
+from ia3_export.onnx.decompose import decomposed_by_node
 from ia3_export.onnx.layers import TRANSPOSED, RepeatedLayers, copy_layers, find_repeated, traced_once
 from ia3_export.onnx.passes import run_passes
 
@@ -88,7 +89,7 @@ def _exporter(spec: GraphSpec, opset: int) -> Callable[[Any], Any]:
         for port in spec.inputs
     )
 
-    def to_onnx(wrapped: Any) -> Any:
+    def program_of(wrapped: Any) -> Any:
         program = torch.export.export(
             wrapped,
             spec.samples,
@@ -97,6 +98,9 @@ def _exporter(spec: GraphSpec, opset: int) -> Callable[[Any], Any]:
             prefer_deferred_runtime_asserts_over_guards=True,
         )
         apply_fx_node_fixes("onnx", program.graph_module)
+        return program
+
+    def translated(program: Any) -> Any:
         exported = torch.onnx.export(
             program,
             args=(),
@@ -110,6 +114,14 @@ def _exporter(spec: GraphSpec, opset: int) -> Callable[[Any], Any]:
         )
         apply_onnx_ir_fixes(exported)
         return exported.model
+
+    def to_onnx(wrapped: Any) -> Any:
+        program = program_of(wrapped)
+        try:
+            return translated(decomposed_by_node(program))
+        except Exception as error:  # as in `trace`
+            _log.debug("decomposed as torch does it", exc_info=error)
+        return translated(program_of(wrapped))
 
     return to_onnx
 

@@ -305,5 +305,6 @@ def test_another_end_of_text_is_no_other_model(tiny: Tiny, base: Path, tmp_path:
     GenerationConfig(eos_token_id=list(range(3, 128))).save_pretrained(adapter)
     merge(base, adapter, tmp_path / "merged")
     assert taken(tmp_path / "merged") == {"generation_config.json": "tuned"}
-    ran = run("verify", "--base", base, "--adapter", adapter, "--merged", tmp_path / "merged")
-    assert ran.code == 0 and "greedy" in ran.stdout, ran
+    ran = run("verify", "--base", base, "--adapter", adapter, "--merged", tmp_path / "merged", "--json")
+    assert ran.code == 0, ran
+    assert json.loads(ran.stdout)["steps"][0]["generation"]["tokens"] == 12
