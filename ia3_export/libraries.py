@@ -94,6 +94,23 @@ def returned_cache(output: Any) -> Any:
     return next((output[name] for name in _CACHE if name in output), None)
 
 
+def filled_cache(past: Sequence[Sequence[Any]]) -> Any:
+    """A ``DynamicCache`` whose layers hold these keys and values themselves; ``update`` would concatenate
+    each with nothing, which a trace keeps.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    cache = DynamicCache()
+    for keys, values in past:
+        layer = DynamicLayer()
+        layer.dtype, layer.device = keys.dtype, keys.device
+        layer.keys, layer.values = keys, values
+        layer.is_initialized = True
+        cache.layers.append(layer)
+    return cache
+
+
 def tied_weights(model: Any) -> dict[str, str]:
     """Tied entries of the state dict of `model`, each with the entry whose tensor it has."""
     return dict(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ia3_export.errors import Unsupported
-from ia3_export.libraries import cache_argument, returned_cache
+from ia3_export.libraries import cache_argument, filled_cache, returned_cache
 from ia3_export.models.sentence import SentenceHead
 from ia3_export.onnx.exported import CACHED, ENCODER, FIRST, MERGED
 from ia3_export.onnx.options import DecoderForm
@@ -213,7 +213,6 @@ def _decoder(model: Any, sample: Mapping[str, Any]) -> GraphSpec:
     mask's business.
     """
     import torch
-    from transformers import DynamicCache
 
     accepted = inspect.signature(model.forward).parameters
     argument = cache_argument(model)
@@ -235,9 +234,11 @@ def _decoder(model: Any, sample: Mapping[str, Any]) -> GraphSpec:
     samples += [_empty(port, sizes) for port in past]
 
     def function(traced: Any, named: dict[str, Any]) -> tuple[Any, ...]:
-        cache = DynamicCache()
-        for i in range(len(layers)):
-            cache.update(named.pop(f"past_key_values.{i}.key"), named.pop(f"past_key_values.{i}.value"), i)
+        past = [
+            [named.pop(f"past_key_values.{i}.{part}") for part in ("key", "value")]
+            for i in range(len(layers))
+        ]
+        cache = filled_cache(past)
         out = traced(**named, **{argument: cache}, use_cache=True)
         return (out.logits, *_tensors(returned_cache(out)))
 
@@ -341,11 +342,11 @@ def _cross_function(
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         states = named.get("encoder_hidden_states")
         if step != "first":
-            for i in range(layers):
-                past = [named[f"past_key_values.{i}.{part}"] for part in _PARTS]
-                cache.self_attention_cache.update(*past[:2], i)
-                cache.cross_attention_cache.update(*past[2:], i)
-                cache.is_updated[i] = step == "cached"
+            past = [[named[f"past_key_values.{i}.{part}"] for part in _PARTS] for i in range(layers)]
+            cache = EncoderDecoderCache(
+                *(filled_cache([layer[part : part + 2] for layer in past]) for part in (0, 2))
+            )
+            cache.is_updated = dict.fromkeys(range(layers), step == "cached")
             length = named["past_key_values.0.encoder.key"].shape[2]
             states = states[:, length:] if states is not None else torch.zeros(batch, length, 1)
         mask = named.get("encoder_attention_mask")
