@@ -124,6 +124,8 @@ def _replace(program: Any, node: Any, part: Any) -> None:
     """Put the nodes of `part` in the place of `node`."""
     placeholders = part.find_nodes(op="placeholder")
     values = dict(zip(placeholders, node.all_input_nodes, strict=True))
+    for new in part.nodes:  # where in the model it is, which the exporter misses
+        new.meta = node.meta | new.meta
     with program.graph.inserting_before(node):
         result = program.graph.graph_copy(part, values)
     if isinstance(result, Sequence):  # what reads it takes an item each

@@ -98,6 +98,7 @@ def _check(model: torch.nn.Module, caplog: pytest.LogCaptureFixture, *, whole: b
     with caplog.at_level(logging.DEBUG, "ia3_export.onnx.decompose"):
         exported = torch.onnx.export(decomposed_by_node(program), dynamo=True, optimize=False, verbose=False)
     assert ("the whole program is decomposed" in caplog.text) == whole
+    assert "nn_module_stack not found" not in caplog.text
     file = io.BytesIO()
     exported.save(file)
     session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
