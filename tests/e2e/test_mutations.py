@@ -7,6 +7,7 @@ changes the function by no more than rounding does.
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import shutil
@@ -295,9 +296,9 @@ def test_damage_to_a_graph_is_caught(tmp_path: Path, name: str) -> None:
         assert verify(tmp_path, "--onnx", artifact)[0] == 0
         assert verify(tmp_path, "--onnx", artifact, "--weights-only")[0] == 0
 
+    live = live_graph(made, name)
     for damage, accepted in GRAPHS.items():
-        proto = onnx.load(file)
-        proto = broken_graph(made, name, damage, proto)
+        proto = broken_graph(made, damage, onnx.load(file), live)
         bad = tmp_path / f"{damage.replace(' ', '-')}.onnx"
         onnx.save(proto, bad)
         code, report = verify(tmp_path, "--onnx", bad)
@@ -312,8 +313,8 @@ def test_damage_to_a_graph_is_caught(tmp_path: Path, name: str) -> None:
             assert verify(tmp_path, "--onnx", bad, "--weights-only")[0] == 1, damage
 
 
-def broken_graph(good: Merge, name: str, damage: str, proto: Any) -> Any:
-    """`proto`, the graph of the good merge, with `damage`."""
+def broken_graph(good: Merge, damage: str, proto: Any, live: Any) -> Any:
+    """`proto`, the graph of the good merge, with `damage`; `live` is the unmerged model's."""
     import torch
     from onnx import numpy_helper
 
@@ -342,9 +343,9 @@ def broken_graph(good: Merge, name: str, damage: str, proto: Any) -> Any:
             assert run("onnx", "--model", good.folder / "base", "--output", folder, "--no-verify")[0] == 0
             return _load(folder / "onnx" / "model.onnx")
         case "the adapter live in the graph":
-            return live_graph(good, name)
+            return live
         case "the adapter live under neutral names":
-            return neutral(live_graph(good, name))
+            return neutral(live)
         case "a channel off by 5 %":
             factors = torch.ones(held[other].shape[1])
             factors[7] = 1.05
@@ -408,8 +409,9 @@ def live_graph(good: Merge, name: str) -> Any:
     return onnx_ir.to_proto(trace(live, spec, 20))
 
 
-def neutral(proto: Any) -> Any:
-    """Every name that tells of an adapter replaced, as optimizers and exporters do."""
+def neutral(live: Any) -> Any:
+    """`live` with every name that tells of an adapter replaced, as optimizers and exporters do."""
+    proto = copy.deepcopy(live)
     new: dict[str, str] = {"": ""}
 
     def name(old: str) -> str:
