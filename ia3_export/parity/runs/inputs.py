@@ -18,6 +18,7 @@ from ia3_export.parity.runs.natural import (
     sample,
     sentence_rows,
 )
+from ia3_export.parity.runs.photograph import PHOTOGRAPH, photographs
 
 _POSITIONS = ("n_positions", "max_seq_len", "n_ctx")
 #: Length of the long text: beyond the windows and position buckets that short ones never leave.
@@ -53,7 +54,7 @@ def make_cases(model: Any, *, seed: int = 0, tokenizer: Any = None) -> list[Case
 
     A causal language model writes its texts itself, from the beginnings of sentences; other models get
     sentences, all random token ids without a `tokenizer`.
-    Images and sounds are normal noise. The same seed gives the same inputs. The first case is the smallest.
+    Images are parts of a photograph where one is at hand, else normal noise, as sounds are. The same seed gives the same inputs. The first case is the smallest.
     Raises `Unsupported` for models whose main input is none of these.
     """
     import torch
@@ -216,7 +217,10 @@ def _with_image(model: Any, tensors: dict[str, Any], batch: int, generator: Any)
     import torch
 
     config = model.config
-    pixels = torch.randn(batch, *_image_shape(config.vision_config), generator=generator)
+    shape = _image_shape(config.vision_config)
+    pixels = photographs(batch, shape)
+    if pixels is None:
+        pixels = torch.randn(batch, *shape, generator=generator)
     token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
     if token is None or not hasattr(model, "get_image_features"):
         return {"pixel_values": pixels}
@@ -244,8 +248,10 @@ def _image_case(model: Any, batch: int, generator: Any) -> Case:
     import torch
 
     shape = _image_shape(getattr(model.config, "vision_config", None) or model.config)
-    tensors = {"pixel_values": torch.randn(batch, *shape, generator=generator)}
-    return Case(f"batch {batch}, image {'x'.join(map(str, shape))}", tensors, origin=NOISE)
+    pixels, origin = photographs(batch, shape), PHOTOGRAPH
+    if pixels is None:
+        pixels, origin = torch.randn(batch, *shape, generator=generator), NOISE
+    return Case(f"batch {batch}, image {'x'.join(map(str, shape))}", {"pixel_values": pixels}, origin=origin)
 
 
 def _sound_case(model: Any, name: str, batch: int, generator: Any) -> Case:
