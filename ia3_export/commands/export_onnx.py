@@ -20,7 +20,7 @@ from ia3_export.checkpoint.manifest import MANIFEST
 from ia3_export.checkpoint.ranges import hash_file
 from ia3_export.commands.calibrating import mix_bits
 from ia3_export.commands.export_source import fold, read_model
-from ia3_export.commands.keeping import OTHER_FORM, KeptBase, find_codes
+from ia3_export.commands.keeping import OTHER_FORM, KeptBase, find_codes, without_codes
 from ia3_export.commands.verify import Shipped, prove, read_exported
 from ia3_export.drawing.files import write_whole
 from ia3_export.errors import CheckFailed, UsageError
@@ -260,7 +260,16 @@ def _convert(
             if precision == "keep":
                 reasons = {name: reasons.get(name, OTHER_FORM) for name in coverage.left}
             files.append(_describe(path, precision, coverage, reasons))
+    _require_codes(files, given.kept)
     return files
+
+
+def _require_codes(files: Sequence[OnnxFile], kept: KeptBase | None) -> None:
+    """Raise `Refused` where no graph that should hold the codes of a base holds any."""
+    named = [file for file in files if file.precision == "keep"]
+    if kept is not None and not any(file.converted_bytes for file in named):
+        reasons = [reason for file in named for reason in file.reasons.values()]
+        raise without_codes(kept.quantized, next(iter(reasons), OTHER_FORM))
 
 
 def _describe(

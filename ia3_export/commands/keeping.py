@@ -49,7 +49,7 @@ def plan_kept(quantized: Base, adapters: Sequence[Adapter], recipe: Recipe, fold
     packed = quantized.quantization.packed
     coded = {name: one for name, one in packed.items() if not isinstance(one.coded, str)}
     if not coded:
-        raise _without_codes(
+        raise without_codes(
             quantized, next(one.coded for one in packed.values() if isinstance(one.coded, str))
         )
     dense = read_base(write_dense(quantized, folder))
@@ -61,10 +61,7 @@ def plan_kept(quantized: Base, adapters: Sequence[Adapter], recipe: Recipe, fold
 
 def find_codes(kept: KeptBase, graph: TracedGraph) -> tuple[dict[str, Codes], dict[str, str]]:
     """The base's codes with the vectors folded into their scales, by initializer of `graph`; and why the other
-    initializers have none.
-
-    Raises `Refused` where no weight has any, and `DamagedFile`.
-    """
+    initializers have none. Raises `DamagedFile`."""
     codes: dict[str, Codes] = {}
     reasons: dict[str, str] = {}
     for name, origin in graph.origins.items():
@@ -72,12 +69,11 @@ def find_codes(kept: KeptBase, graph: TracedGraph) -> tuple[dict[str, Codes], di
             codes[name] = _codes_of(kept, origin.tensor)
         except (NotCoded, CannotKeep) as why:
             reasons[name] = str(why)
-    if not codes:
-        raise _without_codes(kept.quantized, next(iter(reasons.values()), OTHER_FORM))
     return codes, reasons
 
 
-def _without_codes(quantized: Base, reason: str) -> Refused:
+def without_codes(quantized: Base, reason: str) -> Refused:
+    """The error where no weight of `quantized` has codes that a graph can hold."""
     formats = ", ".join(quantized.quantization.formats)
     return Refused(
         f"no weight of {quantized.stored.location.given} ({formats}) has codes that ONNX Runtime computes with: "

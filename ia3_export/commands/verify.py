@@ -247,7 +247,9 @@ def _name_graphs(graphs: Sequence[Graph]) -> list[tuple[str, Graph]]:
 
 def _widened(base: Checkpoint, graphs: Sequence[tuple[str, Graph]]) -> bool:
     """Whether a graph computes in float32 what is stored in 16 bits."""
-    return base.main_dtype in ("F16", "BF16") and any(graph.precision == "float32" for _, graph in graphs)
+    return base.main_dtype in ("F16", "BF16") and any(
+        graph.precision in ("float32", "keep") for _, graph in graphs
+    )
 
 
 def _shown_options(recipe: Recipe, settings: RunSettings | None) -> dict[str, str]:

@@ -56,7 +56,8 @@ def convert_precision(
     that is exact. External data are read tensor
     by tensor; what is held in memory is the result.
 
-    Raises `Unsupported` when no weight of the graph can be held in `precision`.
+    Raises `Unsupported` when no weight of the graph can be held in `precision`, but not for ``keep`` without any
+    `codes`: an encoder may have none where its decoder has some.
     """
     import onnx_ir
     import onnx_ir.passes.common as common
@@ -73,7 +74,7 @@ def convert_precision(
     coverage = Coverage(sum(before.values()), sum(before.values()) - sum(after.values()), left)
     if precision == "keep":
         run_passes(model, narrow)
-    if not coverage.converted_bytes:
+    if not coverage.converted_bytes and not (precision == "keep" and codes == {}):
         raise Unsupported(
             f"{source.name} has no weight that {precision} reaches",
             hint=f"leave out --precision {precision}: the file would be the float32 one under another name",

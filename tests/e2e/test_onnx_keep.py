@@ -15,6 +15,7 @@ from onnx import numpy_helper
 from ia3_export import verify
 from ia3_export.checkpoint.folder import read_checkpoint
 from ia3_export.fold import Array
+from ia3_export.onnx.genai import write_genai_config
 from ia3_export.parity.settings import RunSettings
 from ia3_export.quantization.base import read_base
 from ia3_export.quantization.coded import NotCoded
@@ -149,6 +150,24 @@ def test_verify_knows_the_folder_with_both_files_and_with_one(kept: tuple[Path, 
     assert report.base.id == "merged" and "base/config.json" in report.digests
     for name in ("model.onnx", "model_keep.onnx"):
         assert verify(merged, (), onnx=[out / "onnx" / name], settings=None).in_parity
+
+
+def test_onnxruntime_genai_generates_with_the_codes(kept: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    import torch
+
+    og = pytest.importorskip("onnxruntime_genai", reason="pip install onnxruntime-genai runs this")
+    merged, out, _ = kept
+    shutil.copytree(out, tmp_path / "out")
+    write_genai_config(tmp_path / "out", "onnx/model_keep.onnx")
+    model = og.Model(str(tmp_path / "out"))
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=20, do_sample=False)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(np.array([[1, 5, 7, 9]], np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    wanted = dense_model(merged).generate(torch.tensor([[1, 5, 7, 9]]), max_length=20, do_sample=False)
+    assert [int(token) for token in generator.get_sequence(0)] == wanted[0].tolist()
 
 
 @pytest.mark.parametrize("part", ["code", "scale", "16 bits"])

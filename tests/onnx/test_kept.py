@@ -193,8 +193,16 @@ def test_codes_of_another_weight_are_not_used(tmp_path: Path) -> None:
     source = _graph(tmp_path / "source.onnx", weight, False)
     with pytest.raises(Unsupported, match="no weight that keep reaches"):
         convert_precision(source, tmp_path / "target.onnx", "keep", {"w": lay_out(rows, None)})
-    with pytest.raises(Unsupported, match="no weight that keep reaches"):
-        convert_precision(source, tmp_path / "target.onnx", "keep", {})
+
+
+def test_a_graph_may_have_no_codes_where_the_one_beside_it_has(tmp_path: Path) -> None:
+    weight = _weight(_rows(4, 32, 96), None).astype("f4")
+    source = _graph(tmp_path / "source.onnx", weight, False)
+    coverage = convert_precision(source, tmp_path / "target.onnx", "keep", {})
+    assert coverage == Coverage(weight.nbytes, 0, ("w",))
+    x = np.random.default_rng(0).normal(size=(1, 3, 96)).astype("f4")
+    one, other = (_run(path, {"x": x}, optimized=True) for path in (source, tmp_path / "target.onnx"))
+    np.testing.assert_array_equal(one, other)
 
 
 TIED = """
