@@ -30,6 +30,7 @@ def lay_out(rows: CodedRows, factors: Array | None) -> Codes:
     Zero points that are codes themselves stay what they are, all others become offsets. Raises `NotCoded` for
     groups that no block divides.
     """
+    rows = _narrowed(rows)
     bits = 4 if rows.bits <= 4 else 8
     columns, groups = rows.codes.shape[1], rows.scales.shape[1]
     block = _block(columns, groups, rows.group)
@@ -54,6 +55,22 @@ def lay_out(rows: CodedRows, factors: Array | None) -> Codes:
     if bits == 4:
         whole, zeros = halves(whole), None if zeros is None else halves(zeros)
     return Codes(packed=whole, scales=scales, offsets=offsets, bits=bits, zeros=zeros, order=rows.order)
+
+
+def _narrowed(rows: CodedRows) -> CodedRows:
+    """`rows` with codes of 4 bits where they have no more, although they are stored in wider ones (torchao's
+    intx)."""
+    if rows.bits <= 4 or not rows.codes.size or not _are_codes(rows.zeros, 8):
+        return rows
+    least, most = int(rows.codes.min()), int(rows.codes.max())
+    low, high = min(least, int(rows.zeros.min())), max(most, int(rows.zeros.max()))
+    middle = int(rows.zeros.flat[0])
+    if bool((rows.zeros == middle).all()) and middle - 8 <= least and most <= middle + 7:
+        low = middle - 8
+    elif high - low > 15:
+        return rows
+    zeros = rows.zeros - np.float32(low)
+    return replace(rows, codes=(rows.codes.astype("i2") - low).astype("u1"), bits=4, zeros=zeros)
 
 
 def _block(columns: int, groups: int, group: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,17 @@ def test_no_code_changes_and_the_weight_is_the_same(
     assert (shifted == shifted.flat[0]).all()
     assert codes.bits == (4 if bits <= 4 else 8) and codes.block in (16, 32, 64, 128, 256)
     assert codes.scales.dtype == np.float32 and codes.packed.shape[:2] == codes.scales.shape
+
+
+@pytest.mark.parametrize("zero", ["middle", "each"])
+def test_wide_codes_of_few_values_have_four_bits(zero: str) -> None:
+    few = _rows(4, 32, 96, zeros=zero)
+    wide = replace(few, codes=few.codes + np.uint8(120), zeros=few.zeros + 120, bits=8)
+    codes = lay_out(wide, None)
+    assert codes.bits == 4 and (codes.zeros is None) == (zero == "middle")
+    np.testing.assert_array_equal(decode(codes, 96), decode(lay_out(few, None), 96))
+    wide.codes[0, 0] = 5
+    assert lay_out(wide, None).bits == 8
 
 
 def test_groups_that_no_block_divides_are_refused() -> None:
