@@ -128,8 +128,8 @@ def _prove_codes(
             findings.append(TensorFinding(check.name, "differs", detail))
     unproven = [check.name for check in checks if check.of is None]
     notes.append(
-        f"{len(checks)} initializers hold the base's codes; {sum(check.equal for check in compared)} of them are "
-        "what they must be but for the rounding of float32"
+        f"{len(checks)} initializers hold codes of a quantized base; {len(compared)} of them were compared, "
+        f"{sum(check.equal for check in compared)} are what they must be but for the rounding of float32"
         if kept
         else f"quantized: {len(checks)} initializers hold codes, which bits cannot prove; {len(compared)} of "
         "them were compared, within one step of their tensor"
