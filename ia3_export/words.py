@@ -29,8 +29,10 @@ TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTIO
 #: SHA-256 of inputs and outputs, of outputs, or of nothing.
 Digests = Literal["full", "output", "none"]
 
-#: Precisions of which weights are held as codes; a graph computes in float32 with them.
+#: Precisions for which weights are rounded to codes; a graph computes in float32 with them.
 INTEGER_PRECISIONS = ("int8", "int4")
+#: With the codes that a quantized base has already: nothing is rounded, and a graph must be as exact as float32.
+CODED_PRECISIONS = (*INTEGER_PRECISIONS, "keep")
 
 #: Torch's names of floating dtypes by those in safetensors headers ...
 TORCH_NAMES: Mapping[str, str] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -54,6 +54,11 @@ class BenchSettings:
                 hint="the spread of fewer rounds says nothing",
             )
         object.__setattr__(self, "precisions", in_order(("fp32", *self.precisions)))
+        if "keep" in self.precisions:
+            raise UsageError(
+                "--precision keep is not measured: what bench merges is dense",
+                hint="ia3-export onnx --precision keep writes the file; leave it out here",
+            )
 
     @property
     def used_threads(self) -> int:

@@ -23,11 +23,13 @@ from ia3_export.drawing.formats import human_bytes
 from ia3_export.onnx.options import DecoderForm, GraphOptions
 
 if TYPE_CHECKING:
-    from ia3_export.commands.export_onnx import OnnxExport
+    from ia3_export.commands.export_onnx import OnnxExport, OnnxFile
     from ia3_export.onnx.mixing import Mix
 
 #: Weights that are named without ``-v``.
 _COSTLY = 8
+#: Weights without codes that are named without ``-v``, for each reason.
+_NAMED = 4
 
 
 @click.command("onnx")
@@ -51,7 +53,8 @@ _COSTLY = 8
     show_default=True,
     callback=parse_words,
     metavar="LIST",
-    help="Of fp32, fp16, int8, q8 (8 bits for browsers), int4, separated by commas; all from one trace.",
+    help="Of fp32, keep (the codes of a base that is quantized already), fp16, int8, q8 (8 bits for browsers), "
+    "int4, separated by commas; all from one trace.",
 )
 @click.option(
     "--budget",
@@ -117,6 +120,7 @@ def onnx_command(
     \b
       ia3-export onnx --model merged --output exported
       ia3-export onnx --base my-base --adapter my-adapter --output exported --precision fp32,int8,int4
+      ia3-export onnx --base my-4-bit-base --adapter my-adapter --output exported --precision keep
 
     \f
     More than seven parameters: one an option.
@@ -165,6 +169,15 @@ def _show_bits(out: Output, mix: Mix) -> None:
     )
 
 
+def _show_reasons(out: Output, file: OnnxFile) -> None:
+    """The weights that are not the base's codes, by why; without ``-v`` the first of them."""
+    for reason in dict.fromkeys(file.reasons.values()):
+        names = [name for name, why in file.reasons.items() if why == reason]
+        shown = names if out.verbose else names[:_NAMED]
+        more = f" and {len(names) - len(shown)} more (-v)" if len(shown) < len(names) else ""
+        out.text(f"{file.path}, no codes: {', '.join(shown)}{more}: {reason}")
+
+
 def _show_files(out: Output, done: OnnxExport) -> None:
     rows = []
     for file in done.files:
@@ -174,7 +187,9 @@ def _show_files(out: Output, done: OnnxExport) -> None:
             else f"{file.converted_bytes / file.weight_bytes:.1%} of {human_bytes(file.weight_bytes)}"
         )
         rows.append((file.path, file.precision, human_bytes(file.size), reached))
-        if out.verbose and file.left:
+        if file.reasons:
+            _show_reasons(out, file)
+        elif out.verbose and file.left:
             out.text(f"{file.path}, left in float32: {', '.join(file.left)}")
     out.table(("file", "precision", "size", "weights converted"), rows, numbers=("size",))
     out.text(f"{done.folder}: {done.task}, opset {done.opset}")

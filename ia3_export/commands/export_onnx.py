@@ -5,26 +5,27 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from ia3_export.adapters import read_adapter
 from ia3_export.adapters.model import Adapter
 from ia3_export.arguments import check_arguments
-from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint, read_checkpoint
-from ia3_export.checkpoint.hub import Location
+from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.manifest import MANIFEST
 from ia3_export.checkpoint.ranges import hash_file
 from ia3_export.commands.calibrating import mix_bits
-from ia3_export.commands.merge import write_merges
+from ia3_export.commands.export_source import fold, read_model
+from ia3_export.commands.keeping import OTHER_FORM, KeptBase, find_codes, without_codes
 from ia3_export.commands.verify import Shipped, prove, read_exported
 from ia3_export.drawing.files import write_whole
-from ia3_export.errors import CheckFailed, Refused, UsageError
+from ia3_export.errors import CheckFailed, UsageError
 from ia3_export.models.model_class import quiet
+from ia3_export.onnx.blocks import Codes
 from ia3_export.onnx.contract import plan_graphs
 from ia3_export.onnx.export import TracedGraph, export_graphs
 from ia3_export.onnx.exported import file_name
@@ -40,15 +41,10 @@ from ia3_export.parity.runs.inputs import Case, make_cases, sample_inputs
 from ia3_export.parity.runs.own_inputs import find_tokenizer
 from ia3_export.parity.runs.run_torch import exact_matmul
 from ia3_export.parity.settings import RunSettings
-from ia3_export.planning.plan import Plan, make_plan
-from ia3_export.planning.recipe import DEFAULT_RECIPE
-from ia3_export.quantization.base import read_base
 from ia3_export.report.model import Report, Step
 from ia3_export.words import INTEGER_PRECISIONS
 from ia3_export.writing.card import BASE_CARD
-from ia3_export.writing.dense import write_dense
 from ia3_export.writing.manifest import list_files, tool
-from ia3_export.writing.options import OutputOptions
 from ia3_export.writing.stage import check_target, copy_file, scratch_folder, set_aside, staged
 
 SCHEMA = "ia3-export/onnx/2"
@@ -62,7 +58,8 @@ class OnnxFile:
     """A graph that was written.
 
     Its path in the folder, its size with external data in bytes, and how many of its weights (bytes in
-    float32) its precision reached. `left` names the float32 weights it did not.
+    float32) its precision reached. `left` names the weights it did not, and of ``keep`` `reasons` says why they
+    are no codes of the base.
     """
 
     path: str
@@ -71,6 +68,7 @@ class OnnxFile:
     weight_bytes: int
     converted_bytes: int
     left: tuple[str, ...]
+    reasons: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +157,7 @@ def export_onnx(
             "give either --model, or --base with --adapter", hint="--model takes the folder that merge wrote"
         )
     say = on_step or (lambda _: None)
-    target = Path(output)
+    target, keep = Path(output), "keep" in graphs.precisions
     with ExitStack() as stack:
         stack.enter_context(quiet())
         stack.enter_context(exact_matmul())
@@ -168,10 +166,10 @@ def export_onnx(
         given += [path for a in adapters if isinstance(a, Adapter) for path in a.location.inputs]
         check_target(target, [path for path in given if path.exists()], overwrite=overwrite)
         if base is not None:
-            source = _fold(base, adapters, scratch, say)
+            source = fold(base, adapters, scratch, say, keep=keep)
         else:
             assert model is not None
-            source = _read_model(model, scratch, say)
+            source = read_model(model, scratch, say, keep=keep)
         checkpoint = source.checkpoint
         task = _task(checkpoint, graphs)
         stage = stack.enter_context(staged(target, overwrite=overwrite))
@@ -182,7 +180,7 @@ def export_onnx(
         if "int4" in graphs.precisions:
             mix = mix_bits(traced, cases, source.plan, graphs, say)
             write_whole(stage / "bits.html", mix_page(mix))
-        files += _convert(traced, graphs, stage / "onnx", mix, say)
+        files += _convert(traced, graphs, stage / "onnx", _Given(mix, source.kept), say)
         _copy_side_files(checkpoint, stage)
         package(stage, graphs.precisions, graphs.targets)
         done = OnnxExport(
@@ -199,55 +197,6 @@ def export_onnx(
             _require(report, graphs.max_loss, stage, target)
             done = replace(done, report=report)
         return done
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """What is exported.
-
-    `plan` made the `checkpoint` (of no adapter where it was there); the user `named` a folder that may be
-    neither the base nor the checkpoint.
-    """
-
-    checkpoint: Checkpoint
-    plan: Plan
-    named: Location
-
-
-def _fold(
-    base: str | Path, adapters: Sequence[str | Path | Adapter], scratch: Path, say: Callable[[str], None]
-) -> _Source:
-    """Base and adapters, merged into `scratch`."""
-    whole = read_base(base)
-    named = whole.stored.location
-    if whole.stored.is_gguf:
-        say("dequantizing")
-        whole = read_base(write_dense(whole, scratch / "dense"))
-    say("merging")
-    options = OutputOptions(digests="none", reload_check=False)
-    plan = make_plan(whole, [read_adapter(adapter) for adapter in adapters], DEFAULT_RECIPE)
-    plan.raise_problems()
-    write_merges([(plan, scratch / "merged")], options)
-    return _Source(read_checkpoint(scratch / "merged"), plan, named)
-
-
-def _read_model(model: str | Path, scratch: Path, say: Callable[[str], None]) -> _Source:
-    """A merged model; dense, in `scratch`, where it stays quantized."""
-    base = read_base(model)
-    named = base.stored.location
-    if base.stored.holds_adapter:
-        raise Refused(
-            f"{model} holds a model and an adapter ({ADAPTER_CONFIG}): transformers would apply it "
-            "to these weights",
-            hint=f"to fold it, --base {model} --adapter {model}; for the model alone, move "
-            f"{ADAPTER_CONFIG} away",
-        )
-    if base.is_quantized or base.stored.is_gguf:
-        say("dequantizing")
-        base = read_base(write_dense(base, scratch / "dense"))
-    plan = make_plan(base, (), DEFAULT_RECIPE)
-    plan.raise_problems()
-    return _Source(base.stored, plan, named)
 
 
 def _task(checkpoint: Checkpoint, graphs: GraphOptions) -> Task:
@@ -275,15 +224,30 @@ def _export(
     return traced, cases
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Given:
+    """Codes that are there before a graph is converted: a `mix` for int4, those of a base that is `kept`."""
+
+    mix: Mix | None
+    kept: KeptBase | None
+
+    def codes(self, graph: TracedGraph, precision: str) -> tuple[Mapping[str, Codes] | None, dict[str, str]]:
+        """Those for `graph`, None if they are to be made; and why initializers have none, where that is known."""
+        if precision == "keep" and self.kept is not None:
+            return find_codes(self.kept, graph)
+        if precision == "int4":
+            return ({} if self.mix is None else self.mix.codes.get(graph.path.stem, {})), {}
+        return None, {}
+
+
 def _convert(
     traced: Sequence[TracedGraph],
     graphs: GraphOptions,
     folder: Path,
-    mix: Mix | None,
+    given: _Given,
     say: Callable[[str], None],
 ) -> list[OnnxFile]:
     """The graphs in their further precisions."""
-    codes = {} if mix is None else mix.codes
     files = []
     for precision in graphs.precisions:
         if precision == "fp32":
@@ -291,12 +255,29 @@ def _convert(
         say(f"converting to {precision}")
         for graph in traced:
             path = folder / file_name(graph.path.stem, precision)
-            given = codes.get(graph.path.stem, {}) if precision == "int4" else None
-            files.append(_describe(path, precision, convert_precision(graph.path, path, precision, given)))
+            codes, reasons = given.codes(graph, precision)
+            coverage = convert_precision(graph.path, path, precision, codes)
+            if precision == "keep":
+                reasons = {name: reasons.get(name, OTHER_FORM) for name in coverage.left}
+            files.append(_describe(path, precision, coverage, reasons))
+    _require_codes(files, given.kept)
     return files
 
 
-def _describe(path: Path, precision: str, coverage: Coverage | None = None) -> OnnxFile:
+def _require_codes(files: Sequence[OnnxFile], kept: KeptBase | None) -> None:
+    """Raise `Refused` where no graph that should hold the codes of a base holds any."""
+    named = [file for file in files if file.precision == "keep"]
+    if kept is not None and not any(file.converted_bytes for file in named):
+        reasons = [reason for file in named for reason in file.reasons.values()]
+        raise without_codes(kept.quantized, next(iter(reasons), OTHER_FORM))
+
+
+def _describe(
+    path: Path,
+    precision: str,
+    coverage: Coverage | None = None,
+    reasons: Mapping[str, str] = MappingProxyType({}),
+) -> OnnxFile:
     reached = coverage or Coverage(0, 0, ())
     return OnnxFile(
         path=f"onnx/{path.name}",
@@ -305,6 +286,7 @@ def _describe(path: Path, precision: str, coverage: Coverage | None = None) -> O
         weight_bytes=reached.weight_bytes,
         converted_bytes=reached.converted_bytes,
         left=reached.left,
+        reasons=dict(reasons),
     )
 
 

@@ -12,6 +12,7 @@ from ia3_export.adapters.model import Adapter
 from ia3_export.arguments import check_arguments
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.manifest import MANIFEST
+from ia3_export.commands.keeping import plan_kept
 from ia3_export.commands.merge import write_merges
 from ia3_export.errors import UsageError
 from ia3_export.onnx.exported import find_onnx
@@ -87,14 +88,29 @@ def verify(
     read = [read_adapter(source) for source in adapters]
     other = read_base(merged) if merged is not None else None
     how, said = find_recipe(whole, other, len(read), recipe, "the manifest, or from the weights' dtype")
-    plan = make_plan(whole, read, how)
-    plan.raise_problems()  # what is refused has no unmerged forward either
     base_graph = read_graphs(find_onnx(base_onnx)[0]) if base_onnx is not None else None
     shipped = Shipped(
         other, tuple(graph for location in onnx for graph in read_exported(location)), base_graph
     )
-    report = prove(plan, shipped, settings, on_progress=on_progress)
-    return replace(report, warnings=tuple(dict.fromkeys([*said, *report.warnings])))
+    with scratch_folder() as scratch:
+        if merged is None and whole.is_quantized and any(graph.kept for graph in shipped.graphs):
+            whole.raise_problems()
+            plan = plan_kept(whole, read, how, scratch / "dense").plan
+        else:
+            plan = make_plan(whole, read, how)
+            plan.raise_problems()  # what is refused has no unmerged forward either
+        report = prove(plan, shipped, settings, on_progress=on_progress)
+    return replace(
+        report,
+        base=model_id(whole.stored.location),
+        digests=digests(
+            whole.stored,
+            plan.adapters,
+            other.stored if other is not None else None,
+            [path for graph in shipped.graphs for path in graph.paths],
+        ),
+        warnings=tuple(dict.fromkeys([*said, *report.warnings])),
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -231,7 +247,9 @@ def _name_graphs(graphs: Sequence[Graph]) -> list[tuple[str, Graph]]:
 
 def _widened(base: Checkpoint, graphs: Sequence[tuple[str, Graph]]) -> bool:
     """Whether a graph computes in float32 what is stored in 16 bits."""
-    return base.main_dtype in ("F16", "BF16") and any(graph.precision == "float32" for _, graph in graphs)
+    return base.main_dtype in ("F16", "BF16") and any(
+        graph.precision in ("float32", "keep") for _, graph in graphs
+    )
 
 
 def _shown_options(recipe: Recipe, settings: RunSettings | None) -> dict[str, str]:

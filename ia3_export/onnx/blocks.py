@@ -16,22 +16,31 @@ from ia3_export.fold import Array
 BLOCK = 32
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Codes:
-    """A matrix of rows x columns in blocks along its rows: ``(code - middle) * scale + offset``, where the
-    middle is ``2 ** (bits - 1)``.
+    """A matrix of rows x columns in blocks along its rows: ``(code - zero) * scale + offset``, where the zero is
+    ``2 ** (bits - 1)`` unless others are given.
 
     Attributes:
         packed: uint8 (rows, blocks, block * bits / 8); of two codes in a byte the first is the lower half.
         scales: float32 (rows, blocks).
         offsets: float32 (rows, blocks); None where they are 0.
         bits: 8 or 4.
+        zeros: uint8 (rows, blocks * bits / 8, rounded up), packed like the codes; None for the middle.
+        order: the column of the matrix that a column of codes is, int64 (columns,); None where they are the same.
     """
 
     packed: Array
     scales: Array
-    offsets: Array | None
+    offsets: Array | None = None
     bits: int
+    zeros: Array | None = None
+    order: Array | None = None
+
+    @property
+    def block(self) -> int:
+        """Columns of a block."""
+        return int(self.packed.shape[-1]) * 8 // self.bits
 
     @property
     def nbytes(self) -> int:
@@ -64,11 +73,11 @@ def encode(matrix: Array, bits: int, block: int = BLOCK) -> Codes:
     return pack(np.clip(np.rint(values, out=values), 0, 2**bits - 1, out=values), scales, offsets)
 
 
-def blocks_of(matrix: Array, block: int) -> Array:
-    """A copy of `matrix` as (rows, blocks, block), its last blocks filled up with zeros."""
+def blocks_of(matrix: Array, block: int, dtype: str = "<f4") -> Array:
+    """A copy of `matrix` as (rows, blocks, block) of `dtype`, its last blocks filled up with zeros."""
     rows, columns = matrix.shape
     count = -(-columns // block)
-    values = np.zeros((rows, count, block), np.float32)
+    values = np.zeros((rows, count, block), dtype)
     values.reshape(rows, -1)[:, :columns] = matrix
     return values
 
@@ -94,18 +103,35 @@ def pack(codes: Array, scales: Array, offsets: Array | None) -> Codes:
     """`Codes` of whole numbers `codes` (rows, blocks, block): of 4 bits where there are `offsets`."""
     whole = codes.astype(np.uint8)
     if offsets is None:
-        return Codes(whole, scales, None, 8)
-    return Codes(whole[..., ::2] | whole[..., 1::2] << 4, scales, offsets, 4)
+        return Codes(packed=whole, scales=scales, bits=8)
+    return Codes(packed=halves(whole), scales=scales, offsets=offsets, bits=4)
+
+
+def halves(codes: Array) -> Array:
+    """Two of `codes` (uint8 below 16) along the last axis, which is even, in a byte; the first is the lower
+    half."""
+    packed: Array = codes[..., ::2] | codes[..., 1::2] << 4
+    return packed
 
 
 def decode(codes: Codes, columns: int) -> Array:
     """The float32 matrix (rows, `columns`) that `codes` stand for."""
-    values = codes.packed
-    if codes.bits == 4:
-        values = np.stack((values & 15, values >> 4), axis=-1)
-    exact = values.reshape(*codes.scales.shape, -1).astype(np.float32) - 2 ** (codes.bits - 1)
+    exact = _unpacked(codes.packed, codes.bits).reshape(*codes.scales.shape, -1).astype(np.float32)
+    if codes.zeros is None:
+        exact -= 2 ** (codes.bits - 1)
+    else:
+        zeros = _unpacked(codes.zeros, codes.bits).reshape(len(exact), -1)
+        exact -= zeros[:, : exact.shape[1], None]
     exact *= codes.scales[..., None]
     if codes.offsets is not None:
         exact += codes.offsets[..., None]
     decoded: Array = exact.reshape(len(exact), -1)[:, :columns]
+    if codes.order is not None:
+        turned = np.empty_like(decoded)
+        turned[:, codes.order] = decoded
+        return turned
     return decoded
+
+
+def _unpacked(packed: Array, bits: int) -> Array:
+    return packed if bits == 8 else np.stack((packed & 15, packed >> 4), axis=-1)

@@ -21,6 +21,7 @@ SUFFIXES: Mapping[str, str] = {
     "int8": "_int8",
     "q8": "_quantized",
     "int4": "_q4",
+    "keep": "_keep",
 }
 _STEMS = sorted(("model", ENCODER, MERGED, FIRST, CACHED), key=len, reverse=True)
 

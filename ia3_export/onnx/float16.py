@@ -17,7 +17,7 @@ import numpy as np
 
 from ia3_export.errors import Unsupported
 from ia3_export.fold import Array
-from ia3_export.onnx.quantize import SMALL
+from ia3_export.onnx.weights import SMALL
 
 #: What a mask's minimum becomes. exp(-30000) is 0, and mask plus score stays above float16's least number
 #: (-65504), so that a row with nothing to attend to has a finite softmax.

@@ -13,9 +13,9 @@ import numpy as np
 from ia3_export.fold import Array
 from ia3_export.onnx.blocks import BLOCK, Codes, decode, encode
 from ia3_export.onnx.calibration import Feeds, Moments
-from ia3_export.onnx.quantize import Weight, find_weights
 from ia3_export.onnx.replaceable import open_replaceable
 from ia3_export.onnx.rounding import encode_nearest
+from ia3_export.onnx.weights import Weight, find_weights
 
 #: Tokens whose outputs are compared when a single weight is replaced.
 _ENOUGH = 96

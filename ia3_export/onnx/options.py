@@ -13,7 +13,8 @@ from ia3_export.errors import UsageError
 #: merged: one decoder file that is its own first step; separate: optimum's two; if: those two in one ``If``
 DecoderForm = Literal["merged", "separate", "if"]
 
-PRECISIONS = ("fp32", "fp16", "int8", "q8", "int4")
+#: The most exact ones first.
+PRECISIONS = ("fp32", "keep", "fp16", "int8", "q8", "int4")
 TARGETS = ("transformers.js", "optimum", "genai", "mobile")
 #: torch translates to 18 and converts upwards; 24 is beyond some runtimes.
 OPSETS = range(18, 24)
@@ -39,8 +40,8 @@ class GraphOptions:
     Attributes:
         task: optimum's name or synonym (``text-generation``, ``fill-mask``, ...); inferred from the
             checkpoint by default.
-        precisions: of ``fp32``, ``fp16``, ``int8``, ``q8``, ``int4``, all from one trace; held once each, in
-            this order.
+        precisions: of ``fp32``, ``keep`` (the codes of a quantized base), ``fp16``, ``int8``, ``q8``, ``int4``,
+            all from one trace; held once each, in this order.
         targets: beside transformers.js and optimum also ``genai`` (``genai_config.json``) and ``mobile``
             (``.ort`` files).
         decoder: form of an encoder-decoder's decoder: ``merged`` (one file that is its own first step),
@@ -82,6 +83,11 @@ class GraphOptions:
         unknown = sorted(set(self.targets) - set(TARGETS))
         if unknown:
             raise UsageError(f"--target {unknown[0]} is not offered", hint=f"there are {', '.join(TARGETS)}")
+        if "mobile" in self.targets and self.precisions == ("keep",):
+            raise UsageError(
+                "--target mobile makes no .ort file of --precision keep: it would hold the float32 weights",
+                hint="add int8 or int4; ONNX Runtime's mobile packages read .onnx files too",
+            )
 
     def _check_bits(self) -> None:
         asked = [n for n, v in (("budget", self.budget), ("keep-effect", self.keep_effect)) if v is not None]

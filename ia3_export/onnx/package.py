@@ -37,8 +37,9 @@ def package(folder: Path, precisions: Sequence[str], targets: Sequence[str]) -> 
     if "mobile" in targets:
         from ia3_export.onnx.mobile import write_ort
 
-        # an .ort file of q8 would hold the float32 weights that ONNX Runtime makes of its codes
-        for graph in (g for g in graphs if not g.stem.endswith(SUFFIXES["q8"])):
+        # an .ort file would hold the float32 weights that ONNX Runtime makes of their 8-bit codes
+        expanded = (SUFFIXES["q8"], SUFFIXES["keep"])
+        for graph in (g for g in graphs if not g.stem.endswith(expanded)):
             write_ort(graph)
 
 
@@ -54,11 +55,12 @@ def _javascript(chunks: Mapping[Path, int], precisions: Sequence[str]) -> dict[s
     """The settings that transformers.js reads: the best file for a browser by default, and how many chunks of
     external data there are.
     """
-    dtype = next(name for precision, name in _DTYPES.items() if precision in precisions)
+    dtype = next((name for precision, name in _DTYPES.items() if precision in precisions), None)
     quantized = any(graph.with_name(f"{plain_stem(graph)}{SUFFIXES['q8']}.onnx").exists() for graph in chunks)
     if dtype == "int8" and quantized:
         dtype = "q8"
-    settings: dict[str, Any] = {"dtype": dtype}
+    # it knows no dtype of the name of kept codes: those are asked for by the name of the file
+    settings: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     if any(chunks.values()):
         settings["use_external_data_format"] = {graph.name: count for graph, count in chunks.items() if count}
     return settings

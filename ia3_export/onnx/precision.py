@@ -1,4 +1,4 @@
-"""Further precisions of an exported graph: float16, and weights of 8 and 4 bits."""
+"""Further precisions of an exported graph: float16, weights of 8 and 4 bits, and codes that are there already."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from ia3_export.onnx.blocks import Codes
 from ia3_export.onnx.files import external_files, save_model, size_of
 from ia3_export.onnx.float16 import to_float16
 from ia3_export.onnx.mixing import Aim, Calibrated, GivenCodes, Mix, choose, codes_of, find_choices
+from ia3_export.onnx.narrow import narrow
 from ia3_export.onnx.passes import Pass, run_passes
-from ia3_export.onnx.quantize import is_weight, quantize
+from ia3_export.onnx.quantize import quantize
 from ia3_export.onnx.replaceable import Sample, take_sample
+from ia3_export.onnx.weights import is_weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,7 @@ class Coverage:
 
     Weights are the float32 initializers of more than 1 KB with two axes longer than 1 (biases and norms are
     none): `weight_bytes` is their size in the source, `converted_bytes` the part that is no longer held in
-    float32, and `left` names the others, largest first.
+    float32 (of ``keep``: the part that is held as codes), and `left` names the others, largest first.
     """
 
     weight_bytes: int
@@ -37,21 +39,25 @@ _REWRITES: Mapping[str, Pass] = {
     "q8": partial(quantize, bits=8, dense=True),
     "int8": partial(quantize, bits=8),
     "int4": partial(quantize, bits=4),
+    "keep": partial(quantize, bits=8, kept=True),
 }
 
 
 def convert_precision(
     source: Path, target: Path, precision: str, codes: Mapping[str, Codes] | None = None
 ) -> Coverage:
-    """Write the float32 graph `source` to `target` in `precision`: ``fp16``, ``int8``, ``q8`` or ``int4``;
-    inputs and outputs stay as they are.
+    """Write the float32 graph `source` to `target` in `precision`: ``fp16``, ``int8``, ``q8``, ``int4`` or
+    ``keep``; inputs and outputs stay as they are.
 
     ``fp16``: weights and activations are float16, except what float16 cannot hold (`to_float16`). The others:
     weights are codes (`quantize`), all else is float32; of ``int4`` they may be given as `codes` by
-    initializer (`choose_bits`), and have 8 bits where they are not among them. External data are read tensor
+    initializer (`choose_bits`), and have 8 bits where they are not among them. ``keep`` has the `codes` alone,
+    wherever the initializer is what they stand for; other weights have 16 bits if
+    that is exact. External data are read tensor
     by tensor; what is held in memory is the result.
 
-    Raises `Unsupported` when no weight of the graph can be held in `precision`.
+    Raises `Unsupported` when no weight of the graph can be held in `precision`, but not for ``keep`` without any
+    `codes`: an encoder may have none where its decoder has some.
     """
     import onnx_ir
     import onnx_ir.passes.common as common
@@ -59,12 +65,16 @@ def convert_precision(
     model = onnx_ir.load(source)
     run_passes(model, common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0))
     before = dict(_weights(model))
-    rewrite = _REWRITES[precision] if codes is None else partial(quantize, bits=8, given=codes)
+    rewrite = _REWRITES[precision]
+    if codes is not None:
+        rewrite = partial(quantize, bits=8, given=codes, kept=precision == "keep")
     run_passes(model, rewrite, common.RemoveUnusedNodesPass(), common.ClearMetadataAndDocStringPass())
     after = {name: size for name, size in _weights(model) if name in before}
     left = tuple(sorted(after, key=lambda name: (-after[name], name)))
     coverage = Coverage(sum(before.values()), sum(before.values()) - sum(after.values()), left)
-    if not coverage.converted_bytes:
+    if precision == "keep":
+        run_passes(model, narrow)
+    if not coverage.converted_bytes and not (precision == "keep" and codes == {}):
         raise Unsupported(
             f"{source.name} has no weight that {precision} reaches",
             hint=f"leave out --precision {precision}: the file would be the float32 one under another name",

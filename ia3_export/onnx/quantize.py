@@ -7,7 +7,7 @@ memory three times over. So its formats are used here, and its walk over the gra
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -16,19 +16,24 @@ import numpy as np
 
 from ia3_export.fold import Array
 from ia3_export.onnx.blocks import BLOCK, Codes, encode
+from ia3_export.onnx.kept import matching
+from ia3_export.onnx.weights import Weight, constant, factor_of, is_weight, table_of
 
-#: A weight has more bytes than this, and two axes longer than 1 (biases and norms have one).
-SMALL = 1024
 #: Activations are rounded to 8 bits, a scale for each block: decodes several times as fast as in float32.
 _ACCURACY_LEVEL = 4
+#: Activations stay float32.
+_EXACT = 1
 _CONTRIB = "com.microsoft"
 _FLOAT = 1  # onnx.TensorProto.FLOAT
-#: What may lie between a weight, or the ids of tokens, and their reader.
-SHAPING = ("Cast", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
 
 
 def quantize(
-    model: Any, *, bits: int, dense: bool = False, given: Mapping[str, Codes] = MappingProxyType({})
+    model: Any,
+    *,
+    bits: int,
+    dense: bool = False,
+    given: Mapping[str, Codes] = MappingProxyType({}),
+    kept: bool = False,
 ) -> Any:
     """The pass that replaces the weights of an ``onnx_ir.Model`` by codes, in the bodies of ``If`` too.
 
@@ -45,10 +50,14 @@ def quantize(
     - a ``Conv`` after ``DequantizeLinear``, with one scale for each output channel.
 
     Tables of positions stay float32: they are small, and all layers see their error.
+
+    `kept`: nothing is rounded. The `given` codes alone are used, and only in the place of what they stand for;
+    products of 4-bit codes leave activations as they are, and the others are `dense`, since ONNX Runtime has no
+    kernel for 8-bit codes and float32 activations.
     """
     import onnx_ir
 
-    written = _Written(model=model, bits=bits, dense=dense, given=given)
+    written = _Written(model=model, bits=bits, dense=dense, given=given, kept=kept)
     changed = False
     for node in list(model.graph.all_nodes()):
         if node.op_type in _READERS and not node.domain:
@@ -61,43 +70,24 @@ def quantize(
     return onnx_ir.passes.PassResult(model, changed)
 
 
-def constant(value: Any) -> Array | None:
-    """What `value` always holds: a weight, possibly transposed, cut or reshaped on its way.
-
-    None if it depends on inputs.
-    """
-    from onnx.reference import ReferenceEvaluator
-    from onnx_ir import to_proto
-
-    array: Array
-    if value.const_value is not None:
-        array = value.const_value.numpy()
-        return array
-    node = value.producer()
-    if node is None or node.op_type not in SHAPING:
-        return None
-    given = {v.name: constant(v) for v in node.inputs if v is not None}
-    if any(known is None for known in given.values()):
-        return None
-    (array,) = ReferenceEvaluator(to_proto(node)).run([value.name], given)
-    return array
-
-
-def is_weight(array: Any) -> bool:
-    """Whether an array (or tensor) is a weight: more than 1 KB, and two axes longer than 1."""
-    return array.nbytes > SMALL and sum(int(size) > 1 for size in array.shape) > 1
-
-
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class _Coded:
-    """A weight in the graph: values of codes and scales, of offsets or None, with so many bits each, and the
-    shape (rows, blocks, columns) that they stand for."""
+    """A weight in the graph: values of codes and scales, of offsets, zero points and the order of columns or
+    None, with so many bits each, and the shape (rows, blocks, columns) that they stand for."""
 
     codes: Any
     scales: Any
     offsets: Any | None
+    zeros: Any | None
+    order: Any | None
     bits: int
+    block: int
     shape: tuple[int, int, int]
+
+    @property
+    def for_products(self) -> bool:
+        """Whether ``MatMulNBits`` computes with them exactly: of 4 bits, in whole blocks if they have offsets."""
+        return self.bits == 4 and (self.offsets is None or self.shape[2] == self.shape[1] * self.block)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,22 +98,33 @@ class _Written:
     bits: int
     dense: bool
     given: Mapping[str, Codes]
-    coded: dict[tuple[Any, bool], _Coded] = field(default_factory=dict)
+    kept: bool
+    coded: dict[tuple[Any, bool], _Coded | None] = field(default_factory=dict)
     casts: list[Any] = field(default_factory=list)
 
-    def code(self, weight: Weight, *, bits: int) -> _Coded:
-        """Its codes, made with `bits` bits if they are not there or `given`."""
+    def code(self, weight: Weight, *, bits: int) -> _Coded | None:
+        """Its codes, made with `bits` bits if they are not there or `given`; None if they may not be made."""
         key = (weight.value, weight.turned)
         if key not in self.coded:
             name, matrix = weight.value.name, weight.rows.reshape(-1, weight.rows.shape[-1])
-            # offsets need whole blocks
-            made = self.given.get(name) or encode(matrix, bits if matrix.shape[1] % BLOCK == 0 else 8)
-            codes = self.initializer(f"{name}_Q{made.bits}", made.packed)
-            offsets = None if made.offsets is None else self._halved(f"{name}_offsets", made.offsets)
-            scales = self._scales(f"{name}_scales", made.scales)
-            shape = (*made.scales.shape, matrix.shape[1])
-            self.coded[key] = _Coded(codes, scales, offsets, made.bits, shape)
+            if self.kept:
+                made = matching(self.given, name, matrix)
+            else:  # offsets need whole blocks
+                made = self.given.get(name) or encode(matrix, bits if matrix.shape[1] % BLOCK == 0 else 8)
+            self.coded[key] = None if made is None else self._hold(name, made, matrix.shape[1])
         return self.coded[key]
+
+    def _hold(self, name: str, made: Codes, columns: int) -> _Coded:
+        return _Coded(
+            codes=self.initializer(f"{name}_Q{made.bits}", made.packed),
+            scales=self._scales(f"{name}_scales", made.scales, made.bits),
+            offsets=None if made.offsets is None else self._halved(f"{name}_offsets", made.offsets),
+            zeros=None if made.zeros is None else self.initializer(f"{name}_zero_points", made.zeros),
+            order=None if made.order is None else self.initializer(f"{name}_order", made.order),
+            bits=made.bits,
+            block=made.block,
+            shape=(*made.scales.shape, columns),
+        )
 
     def initializer(self, name: str, array: Array) -> Any:
         """`array` as an initializer of the outermost graph, whose values the bodies of ``If`` see."""
@@ -141,13 +142,14 @@ class _Written:
         """A constant of int64."""
         return self.initializer(f"int64_{'_'.join(map(str, values))}", np.array(values))
 
-    def _scales(self, name: str, scales: Array) -> Any:
+    def _scales(self, name: str, scales: Array, bits: int) -> Any:
         """`scales` in float32, of `dense` weights stored as float16.
 
         ``MatMulNBits`` wants constants: in a session without optimizations, which leaves the cast where it
         is, it would give wrong numbers on x86, silently.
         """
-        return self._halved(name, scales) if self.dense else self.initializer(name, scales)
+        dense = self.dense or (self.kept and bits == 8)
+        return self._halved(name, scales) if dense else self.initializer(name, scales)
 
     def _halved(self, name: str, array: Array) -> Any:
         """`array` in float32, stored as float16 if nothing is lost."""
@@ -169,73 +171,26 @@ class _Written:
             self.model.graph.insert_before(self.model.graph[0], self.casts)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Weight:
-    """What a node reads as a weight, a value of ``onnx_ir``.
-
-    Attributes:
-        value: it, or of a transposed one (a head that is tied to the embedding) what it is the transpose of.
-        rows: its numbers, outputs x inputs, or tokens x columns; batches of matrices have more axes in front.
-        turned: whether `value` holds the transpose of `rows`.
-        factor: what a product multiplies it with; None for a table.
-    """
-
-    value: Any
-    rows: Array
-    turned: bool
-    factor: Any | None
-
-
-def find_weights(model: Any) -> Iterator[Weight]:
-    """The weights that `quantize` holds as codes, except those of convolutions, in the order of their
-    nodes."""
-    for node in model.graph.all_nodes():
-        read = {"MatMul": _factor, "Gemm": _factor, "Gather": _table}.get(node.op_type)
-        weight = None if read is None or node.domain else read(node)
-        if weight is not None:
-            yield weight
-
-
-def _factor(node: Any) -> Weight | None:
-    options = {name: attribute.value for name, attribute in node.attributes.items()}
-    if options.get("transA") or options.get("alpha", 1) != 1 or options.get("beta", 1) != 1:
-        return None
-    factor, value = node.inputs[:2]
-    array = constant(value)
-    if array is None or not is_weight(array):
-        return None
-    turned = not options.get("transB")
-    rows = np.swapaxes(array, -1, -2) if turned else array
-    maker = value.producer()
-    if maker is not None and maker.op_type == "Transpose" and turned and array.ndim == 2:
-        value, turned = maker.inputs[0], False
-    return Weight(value, rows, turned, factor)
-
-
-def _table(node: Any) -> Weight | None:
-    value, ids = node.inputs
-    along = node.attributes.get("axis")
-    if (along and along.value) or not _are_tokens(ids):
-        return None
-    array = constant(value)
-    if array is None or array.ndim != 2 or not is_weight(array):
-        return None
-    return Weight(value, array, False, None)
-
-
 def _matmul(written: _Written, tape: Any, node: Any) -> Any:
     """``x @ weight``, for ``Gemm`` with its bias."""
-    weight = _factor(node)
+    weight = factor_of(node)
     if weight is None:
         return None
     batch = weight.rows.shape[:-2]
     coded = written.code(weight, bits=8 if batch else written.bits)
-    if batch or written.dense:
+    if coded is None:
+        return None
+    x = (
+        weight.factor
+        if coded.order is None
+        else tape.op("Gather", [weight.factor, coded.order], {"axis": -1})
+    )
+    if batch or written.dense or (written.kept and not coded.for_products):
         whole = _dequantized(written, tape, coded, None, written.numbers(*weight.rows.shape[:-1]))
         axes = [*range(len(batch)), len(batch) + 1, len(batch)]
-        out = tape.op("MatMul", [weight.factor, tape.op("Transpose", [whole], {"perm": axes})])
+        out = tape.op("MatMul", [x, tape.op("Transpose", [whole], {"perm": axes})])
     else:
-        out = _product_of_codes(written, tape, weight.factor, coded)
+        out = _product_of_codes(written, tape, x, coded)
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     return out if bias is None else tape.op("Add", [out, bias])
 
@@ -245,11 +200,12 @@ def _product_of_codes(written: _Written, tape: Any, x: Any, coded: _Coded) -> An
         "K": coded.shape[2],
         "N": coded.shape[0],
         "bits": coded.bits,
-        "block_size": BLOCK,
-        "accuracy_level": _ACCURACY_LEVEL,
+        "block_size": coded.block,
+        "accuracy_level": _EXACT if written.kept else _ACCURACY_LEVEL,
     }
     written.model.opset_imports[_CONTRIB] = 1
-    out = tape.op("MatMulNBits", [x, coded.codes, coded.scales], attributes, domain=_CONTRIB)
+    inputs = [x, coded.codes, coded.scales, *([] if coded.zeros is None else [coded.zeros])]
+    out = tape.op("MatMulNBits", inputs, attributes, domain=_CONTRIB)
     if coded.offsets is None:
         return out
     # what a block's offset adds is the same for all its weights: the sum of its inputs times the offset
@@ -258,7 +214,7 @@ def _product_of_codes(written: _Written, tape: Any, x: Any, coded: _Coded) -> An
     if coded.shape[1] == 1:
         return tape.op("Add", [out, tape.op("Mul", [tape.op("ReduceSum", [x, last]), turned])])
     sizes = tape.op("Shape", [x], {"end": -1})
-    shape = tape.op("Concat", [sizes, written.numbers(coded.shape[1], BLOCK)], {"axis": 0})
+    shape = tape.op("Concat", [sizes, written.numbers(coded.shape[1], coded.block)], {"axis": 0})
     sums = tape.op("ReduceSum", [tape.op("Reshape", [x, shape]), last], {"keepdims": 0})
     return tape.op("Add", [out, tape.op("MatMul", [sums, turned])])
 
@@ -269,11 +225,14 @@ def _embedding(written: _Written, tape: Any, node: Any) -> Any:
     By plain operators: the WebAssembly build that transformers.js loads by itself has no kernel for
     ``GatherBlockQuantized``.
     """
-    weight = _table(node)
+    weight = table_of(node)
     if weight is None:
         return None
-    ids = node.inputs[1]
-    return _dequantized(written, tape, written.code(weight, bits=8), ids, tape.op("Shape", [ids]))
+    coded, ids = written.code(weight, bits=8), node.inputs[1]
+    # columns that are in another order would have to be brought back, and no embedding is stored so
+    if coded is None or coded.order is not None:
+        return None
+    return _dequantized(written, tape, coded, ids, tape.op("Shape", [ids]))
 
 
 def _dequantized(written: _Written, tape: Any, coded: _Coded, ids: Any | None, leading: Any) -> Any:
@@ -292,17 +251,26 @@ def _dequantized(written: _Written, tape: Any, coded: _Coded, ids: Any | None, l
 
     def spread(value: Any) -> Any:
         """One number a block on the axes of its codes."""
-        axes = written.numbers(*([-1] if coded.bits == 8 else [-2, -1]))
-        return tape.op("Unsqueeze", [rows(value), axes])
+        return spread_flat(rows(value))
 
-    values = tape.op("Cast", [rows(coded.codes)], {"to": _FLOAT})
-    if coded.bits == 4:
-        values = _halves(written, tape, values)
-    middle = written.initializer(f"middle_{coded.bits}", np.array(2 ** (coded.bits - 1), np.float32))
-    products = tape.op("Mul", [tape.op("Sub", [values, middle]), spread(coded.scales)])
+    def spread_flat(value: Any) -> Any:
+        axes = written.numbers(*([-1] if coded.bits == 8 else [-2, -1]))
+        return tape.op("Unsqueeze", [value, axes])
+
+    def unpacked(packed: Any) -> Any:
+        """In float32; of 4-bit codes both halves of a byte, on an axis of their own."""
+        wide = tape.op("Cast", [rows(packed)], {"to": _FLOAT})
+        return wide if coded.bits == 8 else _halves(written, tape, wide)
+
+    if coded.zeros is None:
+        zero = written.initializer(f"middle_{coded.bits}", np.array(2 ** (coded.bits - 1), np.float32))
+    else:
+        each = 2 if coded.bits == 4 else 1
+        zero = spread_flat(joined(unpacked(coded.zeros), coded.zeros.const_value.shape[1] * each, blocks))
+    products = tape.op("Mul", [tape.op("Sub", [unpacked(coded.codes), zero]), spread(coded.scales)])
     if coded.offsets is not None:
         products = tape.op("Add", [products, spread(coded.offsets)])
-    return joined(products, blocks * BLOCK, columns)
+    return joined(products, blocks * coded.block, columns)
 
 
 def _halves(written: _Written, tape: Any, packed: Any) -> Any:
@@ -319,6 +287,8 @@ def _convolution(written: _Written, tape: Any, node: Any) -> Any:
 
     ``ConvInteger`` is no faster, and rounds activations too.
     """
+    if written.kept:
+        return None
     x, weight, *bias = node.inputs
     array = constant(weight)
     if array is None or not is_weight(array):
@@ -333,13 +303,6 @@ def _convolution(written: _Written, tape: Any, node: Any) -> Any:
 
 
 _READERS = {"MatMul": _matmul, "Gemm": _matmul, "Gather": _embedding, "Conv": _convolution}
-
-
-def _are_tokens(ids: Any) -> bool:
-    """Whether `ids` are the graph's input_ids, perhaps in another shape."""
-    while ids.producer() is not None and ids.producer().op_type in SHAPING:
-        ids = ids.producer().inputs[0]
-    return bool(ids.is_graph_input() and ids.name == "input_ids")
 
 
 def _replace(node: Any, nodes: Sequence[Any], out: Any) -> None:

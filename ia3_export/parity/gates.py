@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from ia3_export.parity.runs.metrics import EPSILON
 from ia3_export.report.model import Distance, Gate
-from ia3_export.words import INTEGER_PRECISIONS
+from ia3_export.words import CODED_PRECISIONS
 
 #: ``err(artifact) <= FACTOR * adapters * err(unmerged) + MARGIN * eps(dtype) * max|reference|``. Folding
 #: rounds every changed weight once per adapter, the live adapter every activation once: errors of the same
@@ -39,7 +39,7 @@ TOLD = 10.0
 
 def computes_in(precision: str) -> str:
     """The dtype of the products of an artifact of `precision`: float32 where its weights are codes."""
-    return "float32" if precision in INTEGER_PRECISIONS else precision
+    return "float32" if precision in CODED_PRECISIONS else precision
 
 
 def coarser(*dtypes: str) -> str:

@@ -264,7 +264,8 @@ def _step_gates(artifact: Artifact, merged: MergedRuns | None, unmerged: Unmerge
     """
     if artifact.kind != "onnx" or merged is None or merged.single is None or merged.double is None:
         return []
-    outputs, cases, dtype = artifact.outputs, artifact.cases, artifact.precision
+    outputs, cases = artifact.outputs, artifact.cases
+    dtype = "float32" if artifact.precision == "keep" else artifact.precision
     exact = _part(merged.double.outputs, outputs, cases)
     if dtype == "float32":
         bounds = _bounds_of(

@@ -17,6 +17,7 @@ import numpy as np
 from ia3_export.checkpoint.header import Computed, StoredTensor, count_elements, read_bytes
 from ia3_export.errors import DamagedFile, Unsupported
 from ia3_export.fold import Array
+from ia3_export.quantization.coded import CodedRows, signed_bytes
 from ia3_export.quantization.packed import (
     BY_BLOCK,
     BY_ROW,
@@ -89,6 +90,7 @@ def _four_bit(tensors: Mapping[str, StoredTensor], name: str, kind: str) -> Pack
         unit=2 // gcd(2, shape[1]),
         on_output=on_output,
         on_input=BY_BLOCK,
+        coded=f"the codes of {kind.upper()} are places in a table",
     )
 
 
@@ -210,6 +212,10 @@ def _eight_bit(tensors: Mapping[str, StoredTensor], module: str) -> Packed:
         values *= np.float32(1 / 127)  # a product, in this order, as the library has it
         return values
 
+    def coded(first: int, count: int) -> CodedRows:
+        steps = read_flat(scales, first, count)[:, None] * np.float32(1 / 127)
+        return signed_bytes(read_rows(codes, first, count), steps, codes.shape[1])
+
     return Packed(
         name=codes.name,
         method=METHOD,
@@ -220,4 +226,5 @@ def _eight_bit(tensors: Mapping[str, StoredTensor], module: str) -> Packed:
         unit=1,
         on_output=Scales((ScaleTensor(scales, 1),)),
         on_input=BY_ROW,
+        coded=coded,
     )

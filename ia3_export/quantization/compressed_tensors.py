@@ -15,6 +15,7 @@ import numpy as np
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import DamagedFile
 from ia3_export.fold import Array
+from ia3_export.quantization.coded import CodedRows, in_groups
 from ia3_export.quantization.codes import (
     E2M1,
     E4M3,
@@ -100,6 +101,7 @@ def _integers(
         unit=32,
         on_output=Scales((ScaleTensor(scale, groups),)),
         on_input=BY_ROW,
+        coded=layout.coded,
     )
 
 
@@ -152,14 +154,25 @@ class _PackedCodes:
 
     def rows(self, first: int, count: int) -> Array:
         """Rows ``first:first+count`` of the dense weight; `first` is a multiple of 32."""
-        take = unpack_padded if self.padded else unpack
-        values = take(read_rows(self.codes, first, count), self.bits, len(self.group)).astype("<f4")
+        values = self._unpacked(first, count).astype("<f4")
         scales = as_float(read_rows(self.scale, first, count), self.scale.dtype)
         if self.zero is not None:
             return dequantize_groups(values, self._zeros(self.zero, first, count), scales, self.group)
         values -= np.float32(1 << (self.bits - 1))
         combine_groups(np.multiply, values, scales, self.group)
         return values
+
+    def coded(self, first: int, count: int) -> CodedRows:
+        """The codes of these rows."""
+        scales = as_float(read_rows(self.scale, first, count), self.scale.dtype)
+        zeros = np.full_like(scales, 1 << (self.bits - 1))
+        if self.zero is not None:
+            zeros = self._zeros(self.zero, first, count)
+        return in_groups(self._unpacked(first, count), self.bits, zeros, scales, self.group)
+
+    def _unpacked(self, first: int, count: int) -> Array:
+        take = unpack_padded if self.padded else unpack
+        return take(read_rows(self.codes, first, count), self.bits, len(self.group))
 
     def _zeros(self, zero: StoredTensor, first: int, count: int) -> Array:
         """Zero points of rows ``first:first+count``, packed along the rows, offset as the codes are: (rows,
@@ -221,4 +234,5 @@ def _four_bit_floats(
         unit=1,
         on_output=NoScale(f"the scales are {'powers of two' if micro else '8-bit floats'}"),
         on_input=BY_ROW,
+        coded=f"the codes of {'MXFP4' if micro else 'NVFP4'} are small floats",
     )

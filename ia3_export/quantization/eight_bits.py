@@ -8,6 +8,7 @@ Sources: compressed-tensors ``compressors/`` and ``quantization/lifecycle/forwar
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from ia3_export.checkpoint.header import Computed, StoredTensor
 from ia3_export.errors import DamagedFile, Unsupported
 from ia3_export.fold import Array
+from ia3_export.quantization.coded import CodedRows, CodeReader, signed_bytes
 from ia3_export.quantization.codes import E8M0, FLOAT_CODES, code_values
 from ia3_export.quantization.config import block_shape, scheme_of, schemes
 from ia3_export.quantization.packed import (
@@ -121,6 +123,7 @@ def _packed(
         unit=grid[0] if strategy == "block" else 1,
         on_output=on_output,
         on_input=BY_ROW,
+        coded=_coded(codes, scale, zero, grid, kind),
     )
 
 
@@ -173,6 +176,29 @@ def _decode(
         values -= _spread(zero, grid, first, count, codes.shape)
     values *= _spread(scale, grid, first, count, codes.shape)
     return values
+
+
+def _coded(
+    codes: StoredTensor, scale: StoredTensor, zero: StoredTensor | None, grid: tuple[int, int], kind: str
+) -> CodeReader | str:
+    if codes.dtype != "I8":
+        return f"the codes of {kind} are small floats"
+    if scale.dtype not in SCALE_DTYPES:
+        return "its scales are powers of two"
+    columns = codes.shape[1]
+    group = min(grid[1], columns)
+
+    def numbers(tensor: StoredTensor, first: int, count: int) -> Array:
+        values = _spread(tensor, grid, first, count, codes.shape)
+        one = values[:, ::group] if values.shape[1] > 1 else values
+        return np.broadcast_to(one, (count, -(-columns // group)))
+
+    def read(first: int, count: int) -> CodedRows:
+        scales = np.ascontiguousarray(numbers(scale, first, count))
+        coded = signed_bytes(read_rows(codes, first, count), scales, group)
+        return coded if zero is None else replace(coded, zeros=coded.zeros + numbers(zero, first, count))
+
+    return read
 
 
 def _spread(

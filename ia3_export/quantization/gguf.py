@@ -10,6 +10,7 @@ Face's order, and vectors are permuted like the rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from ia3_export.checkpoint.gguf import read_gguf
 from ia3_export.checkpoint.header import Computed, StoredTensor
 from ia3_export.errors import DamagedFile, NotFinite, Unsupported
 from ia3_export.fold import FLOAT_DTYPES, Array, from_float
+from ia3_export.quantization.coded import CodedRows, CodeReader, take_rows
+from ia3_export.quantization.gguf_codes import CODED, read_coded
 from ia3_export.quantization.packed import (
     BY_BLOCK,
     ROUNDING,
@@ -109,7 +112,18 @@ def _coded(tensor: StoredTensor, kind: str, head: int) -> Packed:
         fold = partial(_scale_blocks, tensor, SCALES[kind], nbytes, head)
         on_output = BlockScales(fold, partial(_measure_blocks, tensor, kind, head, fold))
     read = partial(_decode, tensor, kind)
-    return _packed(tensor, f"GGUF {kind}", shape, read, head, on_output, BY_BLOCK)
+    found = _packed(tensor, f"GGUF {kind}", shape, read, head, on_output, BY_BLOCK)
+    coded: CodeReader | str = f"the codes of {kind} are not evenly spaced"
+    if kind in CODED and len(shape) == 2:
+        coded = partial(_read_codes, tensor, kind, nbytes, head)
+    return replace(found, coded=coded)
+
+
+def _read_codes(tensor: StoredTensor, kind: str, nbytes: int, head: int, first: int, count: int) -> CodedRows:
+    raw = read_rows(tensor, first, count)
+    coded = read_coded(raw, kind, nbytes, lambda changed: _dequantize(tensor, changed, kind))
+    # the inverse of `head_order`: which row of the file a dense row is
+    return coded if head == 1 else take_rows(coded, np.argsort(head_order(count, head)))
 
 
 def _permuted(tensor: StoredTensor, head: int) -> Packed:
@@ -124,7 +138,8 @@ def _permuted(tensor: StoredTensor, head: int) -> Packed:
     rounding = ROUNDING.get(tensor.dtype, 0.0)
     on_output = BlockScales(partial(_scale_floats, tensor, columns, head), lambda _: rounding)
     on_input = NoScale("its rows are permuted for llama.cpp")
-    return _packed(tensor, f"GGUF {tensor.dtype}", shape, read, head, on_output, on_input)
+    found = _packed(tensor, f"GGUF {tensor.dtype}", shape, read, head, on_output, on_input)
+    return replace(found, coded=f"the base holds it as {tensor.dtype}")
 
 
 def _shifted(tensor: StoredTensor) -> Packed:
@@ -180,12 +195,16 @@ def _sizes(kind: str) -> tuple[int, int]:
 
 
 def _decode(tensor: StoredTensor, kind: str, first: int, count: int) -> Array:
+    return _dequantize(tensor, read_rows(tensor, first, count), kind)
+
+
+def _dequantize(tensor: StoredTensor, raw: Array, kind: str) -> Array:
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize
 
     with np.errstate(all="ignore"):
         try:
-            found = dequantize(read_rows(tensor, first, count), GGMLQuantizationType[kind])
+            found = dequantize(raw, GGMLQuantizationType[kind])
         except NotImplementedError:
             raise Unsupported(
                 f"{tensor.name} is {kind}, which the gguf package cannot dequantize",

@@ -15,11 +15,13 @@ import numpy as np
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import DamagedFile, Unsupported
 from ia3_export.fold import Array
+from ia3_export.quantization.coded import CodedRows, CodeReader, in_groups
 from ia3_export.quantization.codes import dequantize_groups, unpack, unpack_planes
 from ia3_export.quantization.packed import (
     SCALE_DTYPES,
     NoScale,
     Packed,
+    RowReader,
     Scales,
     ScaleTensor,
     as_float,
@@ -127,6 +129,7 @@ def _gptq(weight: _Tensors, settings: Mapping[str, Any]) -> Packed:
         on_output=Scales((ScaleTensor(weight.scales, 1),)),
         on_input=_ON_INPUT,
         mislabelled=bool(note),
+        coded=layout.coded,
     )
 
 
@@ -180,12 +183,22 @@ class _Gptq:
 
     def rows(self, first: int, count: int) -> Array:
         """Rows ``first:first+count`` of the dense weight; `first` is a multiple of 32."""
+        codes, zeros, scales = self._read(first, count)
+        return dequantize_groups(codes.astype("<f4"), zeros, scales, self.group)
+
+    def coded(self, first: int, count: int) -> CodedRows:
+        """The codes of these rows."""
+        codes, zeros, scales = self._read(first, count)
+        return in_groups(codes, self.bits, zeros, scales, self.group)
+
+    def _read(self, first: int, count: int) -> tuple[Array, Array, Array]:
+        """Codes (count, columns), zero points and scales (count, groups)."""
         words = np.ascontiguousarray(read_columns(self.weight.codes, first, count).T)
-        codes = self.take(words, self.bits, len(self.group)).astype("<f4")
+        codes = self.take(words, self.bits, len(self.group))
         # 32 zero points fill whole words in every width
         packed = read_columns(self.weight.zeros, first * self.bits // 32, -(-count * self.bits // 32))
         zeros = self._zero_points(packed, count).T.astype("<f4")
-        return dequantize_groups(codes, zeros, _transposed(self.weight.scales, first, count), self.group)
+        return codes, zeros, _transposed(self.weight.scales, first, count)
 
     def _zero_points(self, packed: Array, count: int) -> Array:
         """Zero points (groups, count). The writers of version 1 subtract one from each with whole words, so
@@ -209,15 +222,16 @@ def _gemm(weight: _Tensors, settings: Mapping[str, Any]) -> Packed:
     size = group_columns(weight.scales, columns, groups, [settings.get("group_size")], strict=True)
     group = np.arange(columns) // size
 
-    def rows(first: int, count: int) -> Array:
+    def read(first: int, count: int) -> tuple[Array, Array, Array]:
         def nibbles(packed: StoredTensor) -> Array:
             words = read_columns(packed, first // 8, -(-count // 8))
             found = unpack(words, 4, words.shape[1] * 8).reshape(len(words), -1, 8)
             return found[..., np.argsort(_GEMM_ORDER)].reshape(len(words), -1)
 
-        codes = np.ascontiguousarray(nibbles(weight.codes).T, "<f4")
-        zeros = nibbles(weight.zeros).T.astype("<f4")
-        return dequantize_groups(codes, zeros, _transposed(weight.scales, first, count), group)
+        codes = np.ascontiguousarray(nibbles(weight.codes).T)
+        return codes, nibbles(weight.zeros).T.astype("<f4"), _transposed(weight.scales, first, count)
+
+    rows, coded = _readers(read, group)
 
     return Packed(
         name=f"{weight.module}.weight",
@@ -229,7 +243,24 @@ def _gemm(weight: _Tensors, settings: Mapping[str, Any]) -> Packed:
         unit=8,
         on_output=Scales((ScaleTensor(weight.scales, 1),)),
         on_input=_ON_INPUT,
+        coded=coded,
     )
+
+
+def _readers(
+    read: Callable[[int, int], tuple[Array, Array, Array]], group: Array
+) -> tuple[RowReader, CodeReader]:
+    """What reads rows of a weight, and their codes, from what `read` gives: 4-bit codes, zero points, scales."""
+
+    def rows(first: int, count: int) -> Array:
+        codes, zeros, scales = read(first, count)
+        return dequantize_groups(codes.astype("<f4"), zeros, scales, group)
+
+    def coded(first: int, count: int) -> CodedRows:
+        codes, zeros, scales = read(first, count)
+        return in_groups(codes, 4, zeros, scales, group)
+
+    return rows, coded
 
 
 def _gemv(weight: _Tensors, settings: Mapping[str, Any]) -> Packed:
@@ -248,11 +279,12 @@ def _gemv(weight: _Tensors, settings: Mapping[str, Any]) -> Packed:
         )
     groups, group = columns // size, np.arange(columns) // size
 
-    def rows(first: int, count: int) -> Array:
-        values = unpack(read_rows(codes, first, count), 4, columns).astype("<f4")
+    def read(first: int, count: int) -> tuple[Array, Array, Array]:
+        values = unpack(read_rows(codes, first, count), 4, columns)
         zero = unpack(read_rows(zeros, first, count), 4, groups).astype("<f4")
-        scale = as_float(read_rows(scales, first, count)[:, :groups], scales.dtype)
-        return dequantize_groups(values, zero, scale, group)
+        return values, zero, as_float(read_rows(scales, first, count)[:, :groups], scales.dtype)
+
+    rows, coded = _readers(read, group)
 
     return Packed(
         name=f"{weight.module}.weight",
@@ -264,6 +296,7 @@ def _gemv(weight: _Tensors, settings: Mapping[str, Any]) -> Packed:
         unit=1,
         on_output=Scales((ScaleTensor(scales, scales.shape[1]),)),
         on_input=_ON_INPUT,
+        coded=coded,
     )
 
 
@@ -308,4 +341,5 @@ def _divided(weight: Packed, scales: StoredTensor) -> Packed:
         parts={**weight.parts, scales.name: scales},
         format=f"{weight.format}, scaled activations",
         on_input=Scales((ScaleTensor(scales, 1, divides=True),)),
+        coded="each column is divided by a scale of its activation",
     )

@@ -16,6 +16,7 @@ import numpy as np
 from ia3_export.checkpoint.header import StoredTensor, count_elements, read_bytes
 from ia3_export.errors import DamagedFile, Unsupported
 from ia3_export.fold import Array
+from ia3_export.quantization.coded import CodedRows, CodeReader
 from ia3_export.quantization.packed import (
     BY_ROW,
     SCALE_DTYPES,
@@ -82,6 +83,18 @@ class _Layout:
         values *= self._factors(self.scale, line, last - line)
         return values.reshape(-1)[begin - line * length :][: end - begin].reshape(count, columns)
 
+    def coded(self, first: int, count: int) -> CodedRows:
+        """The codes of these rows, whose groups are whole ones."""
+        each = self.shape[1] // self.group
+        line, lines = first * each, count * each
+        return CodedRows(
+            codes=self._unpack(line, lines).astype("u1").reshape(count, -1),
+            bits=self.bits,
+            scales=self._factors(self.scale, line, lines).reshape(count, -1),
+            zeros=self._factors(self.zero, line, lines).reshape(count, -1),
+            group=self.group,
+        )
+
     def _unpack(self, first: int, count: int) -> Array:
         """Lines ``first:first+count`` of codes as float32; an element packs codes of lines that lie a `step`
         apart."""
@@ -132,6 +145,7 @@ def _packed(
         unit=1,
         on_output=on_output,
         on_input=on_input,
+        coded=_coded(layout),
     )
 
 
@@ -195,6 +209,14 @@ def _number(
             f"{module}.{leaf} is neither in {codes.file.name} nor in the configuration", hint="fetch it again"
         )
     return value
+
+
+def _coded(layout: _Layout) -> CodeReader | str:
+    if layout.axis == 0:
+        return "its groups run down the rows"
+    if layout.shape[1] % layout.group:
+        return f"rows of {layout.shape[1]} elements share groups of {layout.group}"
+    return layout.coded
 
 
 def _sides(layout: _Layout) -> tuple[Side, Side]:

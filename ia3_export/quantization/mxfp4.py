@@ -45,6 +45,7 @@ def find(tensors: Mapping[str, StoredTensor], _: Mapping[str, Any]) -> Iterator[
             unit=shape[1],
             on_output=_NO_SCALE,
             on_input=_NO_SCALE,
+            coded="the codes of MXFP4 are small floats",
         )
 
 

@@ -13,6 +13,7 @@ from ia3_export.checkpoint import ranges
 from ia3_export.checkpoint.header import Computed, StoredTensor, tensor_bytes
 from ia3_export.errors import DamagedFile, kind_and_line
 from ia3_export.fold import FLOAT_DTYPES, Array, Scale, storage_dtype, to_float
+from ia3_export.quantization.coded import CodedRows, CodeReader, NotCoded, read_whole
 
 #: ``read(first, count)``: rows ``first:first+count`` of a dense weight, float32 (count, columns).
 RowReader = Callable[[int, int], Array]
@@ -95,7 +96,8 @@ class Packed:
     in)), `parts` every stored tensor that belongs to it by name, `rows` reads it dequantized, `unit` rows at
     a time. `on_output` and `on_input` say what takes a vector there. `conv1d`: the quantizer stored (out,
     in), while `shape` is the dense file's (in, out). `method` is the configuration's word (``quant_method``),
-    `format` names it for people; `mislabelled`: the configuration says another version of it.
+    `format` names it for people; `mislabelled`: the configuration says another version of it. `coded` reads the
+    codes themselves, (out, in), where they are evenly spaced, or says why they are not read.
     """
 
     name: str
@@ -109,6 +111,7 @@ class Packed:
     on_input: Side
     conv1d: bool = False
     mislabelled: bool = False
+    coded: CodeReader | str = "its codes are not evenly spaced"
 
     @property
     def module(self) -> str:
@@ -126,6 +129,24 @@ class Packed:
         main = next(iter(self.parts.values()))
         return compute(self.name, "F32", self.shape, main, Computed(self.unit * columns, read, compute_dtype))
 
+    def read_codes(self) -> CodedRows:
+        """All codes of the weight, (out, in). Raises `NotCoded` with the reason why there are none, and
+        `DamagedFile`."""
+        if isinstance(self.coded, str):
+            raise NotCoded(self.coded)
+        out, columns = self.shape[::-1] if self.conv1d else self.shape
+        try:
+            return read_whole(self.coded, out, columns, out if self.conv1d else self.unit)
+        except READER_ERRORS as error:
+            raise _damaged(self.name, next(iter(self.parts.values())), error) from error
+
+
+def _damaged(name: str, beside: StoredTensor, error: Exception) -> DamagedFile:
+    return DamagedFile(
+        f"{name} in {beside.file.name} cannot be dequantized: {kind_and_line(error)}",
+        hint="its scales, zero points or codes are damaged; quantize or fetch the base again",
+    )
+
 
 def compute(
     name: str, dtype: str, shape: tuple[int, ...], beside: StoredTensor, computed: Computed
@@ -137,10 +158,7 @@ def compute(
         try:
             return computed.read(first, count)
         except READER_ERRORS as error:
-            raise DamagedFile(
-                f"{name} in {beside.file.name} cannot be dequantized: {kind_and_line(error)}",
-                hint="its scales, zero points or codes are damaged; quantize or fetch the base again",
-            ) from error
+            raise _damaged(name, beside, error) from error
 
     nbytes = tensor_bytes(dtype, shape)
     guarded = Computed(computed.unit, read, computed.compute_dtype)

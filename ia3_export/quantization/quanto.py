@@ -14,6 +14,7 @@ import numpy as np
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import DamagedFile, Unsupported
 from ia3_export.fold import Array
+from ia3_export.quantization.coded import CodedRows, CodeReader, signed_bytes
 from ia3_export.quantization.codes import FLOAT_CODES, code_values
 from ia3_export.quantization.packed import (
     BY_ROW,
@@ -74,6 +75,11 @@ def _whole(dense: str, codes: StoredTensor, scale: StoredTensor, parts: Mapping[
         where = (0, 1) if scale.size == 1 else (first, count)
         return values * as_float(read_flat(scale, *where), scale.dtype)[:, None]
 
+    def coded(first: int, count: int) -> CodedRows:
+        where = (0, 1) if scale.size == 1 else (first, count)
+        scales = np.broadcast_to(as_float(read_flat(scale, *where), scale.dtype)[:, None], (count, 1))
+        return signed_bytes(read_rows(codes, first, count), scales, codes.shape[1])
+
     if scale.size not in (1, out):
         raise DamagedFile(f"{scale.name} is {list(scale.shape)} for {out} rows", hint="fetch it again")
     return Packed(
@@ -86,6 +92,7 @@ def _whole(dense: str, codes: StoredTensor, scale: StoredTensor, parts: Mapping[
         unit=1,
         on_output=Scales((ScaleTensor(scale, 1),)) if scale.size == out else OF_WHOLE,
         on_input=BY_ROW,
+        coded=coded if codes.dtype == "I8" else "the codes of qfloat8 are small floats",
     )
 
 
@@ -123,23 +130,42 @@ def _grouped(
         )
     out, columns = shape
 
-    def rows(first: int, count: int) -> Array:
-        begin, end = first * columns, (first + count) * columns
-        line, last = begin // length, -(-end // length)
-        values = np.empty((last - line, length), "<f4")
+    def unpacked(line: int, last: int) -> Array:
+        values = np.empty((last - line, length), "u1")
         for part in range(each):
             low, high = max(line, part * codes.shape[0]), min(last, (part + 1) * codes.shape[0])
             if low < high:
                 raw = read_rows(codes, low - part * codes.shape[0], high - low)
                 values[low - line : high - line] = raw >> np.uint8(bits * part) & np.uint8((1 << bits) - 1)
+        return values
+
+    def rows(first: int, count: int) -> Array:
+        begin, end = first * columns, (first + count) * columns
+        line, last = begin // length, -(-end // length)
+        values = unpacked(line, last).astype("<f4")
         values *= as_float(read_flat(scale, line, last - line), scale.dtype)[:, None]
         values -= as_float(read_flat(shift, line, last - line), shift.dtype)[:, None]
         return values.reshape(-1)[begin - line * length :][: end - begin].reshape(count, columns)
 
-    on_output: Side = NoScale(f"rows of {columns} elements share groups of {length}")
+    def codes_of(first: int, count: int) -> CodedRows:
+        line, lines = first * inner, count * inner
+        scales = as_float(read_flat(scale, line, lines), scale.dtype).reshape(count, -1)
+        return CodedRows(
+            codes=unpacked(line, line + lines).reshape(count, columns),
+            bits=bits,
+            scales=scales,
+            zeros=np.zeros_like(scales),
+            offsets=-as_float(read_flat(shift, line, lines), shift.dtype).reshape(count, -1),
+            group=length,
+        )
+
+    inner = columns // length
+    reason = f"rows of {columns} elements share groups of {length}"
+    on_output: Side = NoScale(reason)
+    coded: CodeReader | str = reason
     if columns % length == 0:
-        inner = columns // length
         on_output = Scales((ScaleTensor(scale, inner), ScaleTensor(shift, inner)))
+        coded = codes_of
     return Packed(
         name=dense,
         method=METHOD,
@@ -150,4 +176,5 @@ def _grouped(
         unit=1,
         on_output=on_output,
         on_input=BY_ROW,
+        coded=coded,
     )

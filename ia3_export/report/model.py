@@ -123,7 +123,7 @@ class FaultLocation:
 class Step:
     """One artifact of the chain against the reference.
 
-    `precision` is float64, float32, float16, bfloat16, int8 or int4; `runs_on` names runtime and device.
+    `precision` is float64, float32, float16, bfloat16, int8, int4 or keep; `runs_on` names runtime and device.
     `distance` is to the reference, `loss` to the step before it (the unmerged model for the first), `library`
     to a quantized base with live adapters as its own library runs it (the reference being that base
     dequantized). `effect_present` is the share of the adapters' effect that the artifact shows: 1 is right, 0

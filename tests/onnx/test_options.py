@@ -21,8 +21,8 @@ def test_precisions_are_held_once_each_in_one_order() -> None:
 @pytest.mark.parametrize(
     ("wrong", "offered"),
     [
-        ({"precisions": ("fp32", "int2")}, "fp32, fp16, int8, q8, int4"),
-        ({"precisions": ()}, "fp32, fp16, int8, q8, int4"),
+        ({"precisions": ("fp32", "int2")}, "fp32, keep, fp16, int8, q8, int4"),
+        ({"precisions": ()}, "fp32, keep, fp16, int8, q8, int4"),
         ({"targets": ("phone",)}, "transformers.js, optimum, genai, mobile"),
         ({"opset": 17}, "18 to 23"),
         ({"opset": 24}, "18 to 23"),

@@ -2,7 +2,8 @@
 
 ONNX Runtime's quantizers name what they write: ``X_quantized`` with ``X_scale`` and ``X_zero_point`` (a scale
 for a tensor or a channel), ``X_Q8`` or ``X_Q4`` with ``X_scales`` and ``X_zero_points`` or our ``X_offsets``
-(``MatMulNBits``: blocks along the input axis, of two codes in a byte the lower half first).
+(``MatMulNBits``: blocks along the input axis, of two codes in a byte the lower half first), and our ``X_order``,
+the columns of the weight in the order of those of the codes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ia3_export.fold import Array, to_float
+from ia3_export.onnx.kept import ROUNDING, STEPS
 from ia3_export.parity.bits.expected import Expected, Reader, expected_blocks
 
 #: Rounding moves a value by half a step; a zero point that is rounded too moves the ends of a block by up to
@@ -46,6 +48,11 @@ class CodeCheck:
     def within_a_step(self) -> bool:
         """Whether rounding to codes explains the distance."""
         return self.error <= _STEPS
+
+    @property
+    def equal(self) -> bool:
+        """Whether rounding to float32 explains it: the codes are those that the weight was made of."""
+        return self.error <= STEPS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,7 +124,12 @@ def _may_be(row: Expected, decoded: Sequence[DecodedCodes]) -> bool:
 def _nearest(weight: Array, decoded: Sequence[DecodedCodes]) -> float:
     """The distance of the nearest of `decoded` from `weight`, in steps; infinite if no shape fits."""
     ways = [way for one in decoded for way in _ways(weight.shape, one)]
-    return min((float((np.abs(weight - v) / s).max(initial=0.0)) for v, s in ways), default=math.inf)
+    # float32 holds weights and offsets only so exactly, however short a step is
+    spare = ROUNDING * np.abs(weight)
+    return min(
+        (float((np.maximum(np.abs(weight - v) - spare, 0) / s).max(initial=0.0)) for v, s in ways),
+        default=math.inf,
+    )
 
 
 def _ways(shape: tuple[int, ...], decoded: DecodedCodes) -> Iterator[tuple[Array, Array]]:
@@ -171,7 +183,12 @@ def _in_blocks(name: str, tensor: Any, initializers: Mapping[str, Any]) -> list[
     extra: Any = 0.0 if added is None else added.numpy().astype("<f8").reshape(rows, blocks, 1)
     values = ((codes - offset) * step + extra).reshape(rows, -1)
     steps = np.broadcast_to(np.abs(step), codes.shape).reshape(rows, -1)
-    return [DecodedCodes(values, steps, codes.shape[-1] - 1)]
+    order = initializers.get(f"{name}_order")
+    if order is None:
+        return [DecodedCodes(values, steps, codes.shape[-1] - 1)]
+    places = np.argsort(order.numpy())  # where each column of the weight is among those of the codes
+    whole = len(places) <= values.shape[1] and np.array_equal(order.numpy()[places], np.arange(len(places)))
+    return [DecodedCodes(values[:, places], steps[:, places])] if whole else []
 
 
 def _unpacked(packed: Array, bits: int) -> Array:

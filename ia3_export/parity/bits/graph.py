@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from ia3_export.fold import FLOAT_DTYPES, Array, from_float, to_float
-from ia3_export.onnx.quantize import constant
+from ia3_export.onnx.weights import constant
 from ia3_export.parity.bits.codes import CODES, check_codes
 from ia3_export.parity.bits.diagnosis import left_out
 from ia3_export.parity.bits.expected import Expected, Reader, expected_blocks, expected_tensors
 from ia3_export.parity.bits.graph_files import FLOATS, Graph
 from ia3_export.planning.plan import Plan
 from ia3_export.report.model import TensorFinding, WeightsProof
-from ia3_export.words import INTEGER_PRECISIONS
+from ia3_export.words import CODED_PRECISIONS
 
 #: Scales and offsets of codes.
 _SCALE = re.compile(r"_(scales?|offsets)_*$")
@@ -61,11 +61,12 @@ def prove_graph(
     findings = [*_left_behind(graph, plan)]
     findings += _wrong_values(rows, floats, weights, found)
     findings += _twice(rows, matches, found)
-    quantized = graph.precision in INTEGER_PRECISIONS
+    quantized = graph.precision in CODED_PRECISIONS
     notes: list[str] = []
-    unproven = 0
+    unproven, coded = 0, set[str]()
     if quantized:
-        unproven = _prove_codes(rows, graph, float_graph, findings, notes, alone=alone)
+        unproven, coded = _prove_codes(rows, graph, float_graph, findings, notes, alone=alone)
+        found |= coded
     # a graph that gives hidden states has no head
     headless = graph.outputs == ("last_hidden_state",)
     absent = sorted(
@@ -79,6 +80,7 @@ def prove_graph(
     elif absent and not quantized:
         notes.append(f"not found as they are: {_listed(absent)}; the forwards judge")
     different = [n for n, row in matches.items() if row.changed]
+    proven = [*matches.values(), *(rows[of] for of in coded)]
     if different:
         notes.append(
             f"{len(different)} of {len(graph.initializers)} initializers differ from the base's: "
@@ -91,8 +93,8 @@ def prove_graph(
         kind="onnx",
         file=graph.file,
         passed=not findings,
-        changed=sum(row.changed for row in matches.values()),
-        unchanged=sum(not row.changed for row in matches.values()),
+        changed=sum(row.changed for row in proven),
+        unchanged=sum(not row.changed for row in proven),
         computed=len(computed),
         nbytes=sum(tensor.nbytes for tensor in graph.initializers.values()),
         findings=tuple(findings),
@@ -113,17 +115,23 @@ def _prove_codes(
     notes: list[str],
     *,
     alone: bool,
-) -> int:
-    """Add what is found of initializers that hold codes; how many were compared with nothing."""
+) -> tuple[int, set[str]]:
+    """Add what is found of initializers that hold codes; how many were compared with nothing, and the rows that
+    kept ones are equal to."""
+    kept = graph.precision == "keep"
     checks = list(check_codes(rows, graph.initializers, graph.origins, _made_of(graph, float_graph)))
     compared = [check for check in checks if check.of is not None]
     for check in compared:
-        if not check.within_a_step:
-            detail = f"its codes are up to {check.error:.3g} steps from {check.of}, rounding explains one"
+        if not (check.equal if kept else check.within_a_step):
+            explained = "they must be the base's own" if kept else "rounding explains one"
+            detail = f"its codes are up to {check.error:.3g} steps from {check.of}, {explained}"
             findings.append(TensorFinding(check.name, "differs", detail))
     unproven = [check.name for check in checks if check.of is None]
     notes.append(
-        f"quantized: {len(checks)} initializers hold codes, which bits cannot prove; {len(compared)} of "
+        f"{len(checks)} initializers hold codes of a quantized base; {len(compared)} of them were compared, "
+        f"{sum(check.equal for check in compared)} are what they must be but for the rounding of float32"
+        if kept
+        else f"quantized: {len(checks)} initializers hold codes, which bits cannot prove; {len(compared)} of "
         "them were compared, within one step of their tensor"
     )
     if alone:
@@ -131,7 +139,8 @@ def _prove_codes(
         findings += [TensorFinding(name, "not compared", detail) for name in unproven]
     elif unproven:
         notes.append(f"compared with nothing: {_listed(unproven)}; the forwards judge")
-    return len(unproven)
+    equal = {check.of for check in checks if kept and check.equal and check.of is not None}
+    return len(unproven), equal & rows.keys()
 
 
 def _compare_operators(

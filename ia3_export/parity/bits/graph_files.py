@@ -11,9 +11,9 @@ from typing import Any
 from ia3_export.checkpoint.folder import read_config
 from ia3_export.checkpoint.manifest import MANIFEST
 from ia3_export.errors import DamagedFile, NotFound, Refused, first_line
-from ia3_export.onnx.exported import plain_stem
-from ia3_export.onnx.quantize import SHAPING, is_weight
-from ia3_export.words import INTEGER_PRECISIONS, TORCH_NAMES
+from ia3_export.onnx.exported import SUFFIXES, plain_stem
+from ia3_export.onnx.weights import SHAPING, is_weight
+from ia3_export.words import CODED_PRECISIONS, TORCH_NAMES
 
 #: ONNX's floating element types, by their names in safetensors.
 FLOATS = {"FLOAT": "F32", "FLOAT16": "F16", "DOUBLE": "F64", "BFLOAT16": "BF16"}
@@ -24,8 +24,9 @@ class Graph:
     """The ONNX files of one model.
 
     Initializers by name (lazy), operators by count, names of all nodes and values, and of the outputs beside
-    the cache. `precision` is float64, float32, float16, bfloat16, int8 or int4: what the weights that reach
-    the outputs are held in. `origins` maps initializers to the stored tensors that they were made of, where
+    the cache. `precision` is float64, float32, float16, bfloat16, int8, int4 or keep: what the weights that
+    reach the outputs are held in, or that they are the codes of a quantized base, as the file's name says.
+    `kept`: that is what the folder was exported for, whatever is in this file. `origins` maps initializers to the stored tensors that they were made of, where
     the folder's manifest says so; `shaped` are the values (of onnx_ir) that may be weights on their way to a
     reader: cut, turned or reshaped.
     """
@@ -38,6 +39,7 @@ class Graph:
     precision: str
     origins: Mapping[str, str]
     shaped: Mapping[str, Any]
+    kept: bool
 
     @property
     def file(self) -> str:
@@ -73,7 +75,7 @@ def read_graphs(paths: Sequence[Path]) -> Graph:
     }
     operators: Counter[str] = sum((part.operators for part in parts), Counter())
     names = tuple(name for part in parts for name in part.names)
-    quantized = [part.precision for part in parts if part.precision in INTEGER_PRECISIONS]
+    quantized = [part.precision for part in parts if part.precision in CODED_PRECISIONS]
     precision = min(quantized, default=parts[-1].precision)
     return Graph(
         paths=tuple(paths),
@@ -84,6 +86,7 @@ def read_graphs(paths: Sequence[Path]) -> Graph:
         precision=precision,
         origins=origins,
         shaped=shaped,
+        kept=any(part.kept for part in parts),
     )
 
 
@@ -116,7 +119,9 @@ def _read_graph(path: Path) -> Graph:
     names += [output.name or "" for node in nodes for output in node.outputs]
     outputs = tuple(o.name or "" for o in model.graph.outputs if not (o.name or "").startswith("present."))
     operators = Counter(node.op_type for node in nodes)
-    precision = _precision(model, initializers)
+    precision, manifest = _precision(model, initializers), _manifest(path)
+    if precision in CODED_PRECISIONS and path.stem.endswith(SUFFIXES["keep"]):
+        precision = "keep"
     return Graph(
         paths=(path,),
         initializers=initializers,
@@ -124,24 +129,37 @@ def _read_graph(path: Path) -> Graph:
         names=tuple(names),
         outputs=outputs,
         precision=precision,
-        origins=_origins(path),
+        origins=_origins(manifest, path),
         shaped=shaped,
+        kept=precision == "keep" or _keeps(manifest),
     )
 
 
-def _origins(path: Path) -> dict[str, str]:
-    """What the manifest of an exported folder says of the initializers of a graph in it.
-
-    It says it of the float32 names.
-    """
-    stem = plain_stem(path) or path.stem
+def _manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the exported folder that a graph lies in; ``{}`` where there is none."""
     for folder in (path.parent.parent, path.parent):
         try:
-            rows = read_config(folder / MANIFEST).get("provenance", {}).get(stem, {})
-            return {name: row["tensor"] for name, row in rows.items() if isinstance(row["tensor"], str)}
-        except (NotFound, DamagedFile, AttributeError, KeyError, TypeError):
+            return dict(read_config(folder / MANIFEST))
+        except (NotFound, DamagedFile):
             continue
     return {}
+
+
+def _origins(manifest: Mapping[str, Any], path: Path) -> dict[str, str]:
+    """What `manifest` says of the initializers of a graph. It says it of the float32 names."""
+    try:
+        rows = manifest.get("provenance", {}).get(plain_stem(path) or path.stem, {})
+        return {name: row["tensor"] for name, row in rows.items() if isinstance(row["tensor"], str)}
+    except (AttributeError, KeyError, TypeError):
+        return {}
+
+
+def _keeps(manifest: Mapping[str, Any]) -> bool:
+    """Whether the codes of a quantized base are in a graph of the folder."""
+    try:
+        return any(graph["precision"] == "keep" for graph in manifest.get("graphs", ()))
+    except (KeyError, TypeError):
+        return False
 
 
 def _check_external(tensor: Any, path: Path) -> None:

@@ -1,0 +1,91 @@
+"""What ``onnx`` exports: a base with adapters, or a model, as a dense checkpoint that can be traced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ia3_export.adapters import read_adapter
+from ia3_export.adapters.model import Adapter
+from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint, read_checkpoint
+from ia3_export.checkpoint.hub import Location
+from ia3_export.commands.keeping import KeptBase, plan_kept
+from ia3_export.commands.merge import write_merges
+from ia3_export.errors import Refused
+from ia3_export.planning.plan import Plan, make_plan
+from ia3_export.planning.recipe import DEFAULT_RECIPE
+from ia3_export.quantization.base import read_base
+from ia3_export.writing.dense import write_dense
+from ia3_export.writing.options import OutputOptions
+
+
+@dataclass(frozen=True, slots=True)
+class ExportSource:
+    """What is exported.
+
+    `plan` made the `checkpoint` (of no adapter where it was there); the user `named` a folder that may be
+    neither the base nor the checkpoint. `kept` has the codes of a quantized one, if they are asked for.
+    """
+
+    checkpoint: Checkpoint
+    plan: Plan
+    named: Location
+    kept: KeptBase | None = None
+
+
+def fold(
+    base: str | Path,
+    adapters: Sequence[str | Path | Adapter],
+    scratch: Path,
+    say: Callable[[str], None],
+    *,
+    keep: bool,
+) -> ExportSource:
+    """Base and adapters, merged into `scratch`; `keep`: for the codes of the base to stay.
+
+    Raises what reading, planning and writing raise.
+    """
+    whole = read_base(base)
+    named, read = whole.stored.location, [read_adapter(adapter) for adapter in adapters]
+    options = OutputOptions(digests="none", reload_check=False)
+    if keep:
+        say("dequantizing")
+        kept = plan_kept(whole, read, DEFAULT_RECIPE, scratch / "dense")
+        say("merging")
+        write_merges([(kept.plan, scratch / "merged")], options)
+        return ExportSource(read_checkpoint(scratch / "merged"), kept.plan, named, kept)
+    if whole.stored.is_gguf:
+        say("dequantizing")
+        whole = read_base(write_dense(whole, scratch / "dense"))
+    say("merging")
+    plan = make_plan(whole, read, DEFAULT_RECIPE)
+    plan.raise_problems()
+    write_merges([(plan, scratch / "merged")], options)
+    return ExportSource(read_checkpoint(scratch / "merged"), plan, named)
+
+
+def read_model(model: str | Path, scratch: Path, say: Callable[[str], None], *, keep: bool) -> ExportSource:
+    """A merged model; dense, in `scratch`, where it stays quantized; `keep`: for its codes to stay.
+
+    Raises what reading raises, and `Refused` for a model beside an adapter.
+    """
+    base = read_base(model)
+    named = base.stored.location
+    if base.stored.holds_adapter:
+        raise Refused(
+            f"{model} holds a model and an adapter ({ADAPTER_CONFIG}): transformers would apply it "
+            "to these weights",
+            hint=f"to fold it, --base {model} --adapter {model}; for the model alone, move "
+            f"{ADAPTER_CONFIG} away",
+        )
+    if keep:
+        say("dequantizing")
+        kept = plan_kept(base, (), DEFAULT_RECIPE, scratch / "dense")
+        return ExportSource(kept.plan.base.stored, kept.plan, named, kept)
+    if base.is_quantized or base.stored.is_gguf:
+        say("dequantizing")
+        base = read_base(write_dense(base, scratch / "dense"))
+    plan = make_plan(base, (), DEFAULT_RECIPE)
+    plan.raise_problems()
+    return ExportSource(base.stored, plan, named)
