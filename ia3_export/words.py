@@ -31,7 +31,8 @@ Digests = Literal["full", "output", "none"]
 
 #: Precisions for which weights are rounded to codes; a graph computes in float32 with them.
 INTEGER_PRECISIONS = ("int8", "int4")
-#: With the codes that a quantized base has already: nothing is rounded, and a graph must be as exact as float32.
+#: With the codes that a quantized base has already: nothing is rounded, and a graph must be as exact as
+#: float32.
 CODED_PRECISIONS = (*INTEGER_PRECISIONS, "keep")
 
 #: Torch's names of floating dtypes by those in safetensors headers ...

@@ -53,8 +53,8 @@ _NAMED = 4
     show_default=True,
     callback=parse_words,
     metavar="LIST",
-    help="Of fp32, keep (the codes of a base that is quantized already), fp16, int8, q8 (8 bits for browsers), "
-    "int4, separated by commas; all from one trace.",
+    help="Of fp32, keep (the codes of a base that is quantized already), fp16, int8, q8 (8 bits for "
+    "browsers), int4, separated by commas; all from one trace.",
 )
 @click.option(
     "--budget",

@@ -58,8 +58,8 @@ class OnnxFile:
     """A graph that was written.
 
     Its path in the folder, its size with external data in bytes, and how many of its weights (bytes in
-    float32) its precision reached. `left` names the weights it did not, and of ``keep`` `reasons` says why they
-    are no codes of the base.
+    float32) its precision reached. `left` names the weights it did not, and of ``keep`` `reasons` says why
+    they are no codes of the base.
     """
 
     path: str
@@ -232,7 +232,8 @@ class _Given:
     kept: KeptBase | None
 
     def codes(self, graph: TracedGraph, precision: str) -> tuple[Mapping[str, Codes] | None, dict[str, str]]:
-        """Those for `graph`, None if they are to be made; and why initializers have none, where that is known."""
+        """Those for `graph`, None if they are to be made; and why initializers have none, where that is
+        known."""
         if precision == "keep" and self.kept is not None:
             return find_codes(self.kept, graph)
         if precision == "int4":

@@ -1,4 +1,5 @@
-"""``--precision keep``: the dense model that a quantized base stands for, and the base's own codes in its graphs."""
+"""``--precision keep``: the dense model that a quantized base stands for, and the base's own codes in its
+graphs."""
 
 from __future__ import annotations
 
@@ -36,9 +37,9 @@ class KeptBase:
 def plan_kept(quantized: Base, adapters: Sequence[Adapter], recipe: Recipe, folder: Path) -> KeptBase:
     """Plan a merge into the float32 model of `quantized`, which is written into `folder`.
 
-    Every quantized weight is exactly what it stands for, vectors are folded in float32 (into biases of 16 bits,
-    too), and those on the inputs of codes are moved to outputs where that is exact. Raises `Refused` for a base
-    that is not quantized or has no codes that are evenly spaced, and the plan's problems.
+    Every quantized weight is exactly what it stands for, vectors are folded in float32 (into biases of 16
+    bits, too), and those on the inputs of codes are moved to outputs where that is exact. Raises `Refused`
+    for a base that is not quantized or has no codes that are evenly spaced, and the plan's problems.
     """
     if not quantized.is_quantized:
         raise Refused(
@@ -60,8 +61,8 @@ def plan_kept(quantized: Base, adapters: Sequence[Adapter], recipe: Recipe, fold
 
 
 def find_codes(kept: KeptBase, graph: TracedGraph) -> tuple[dict[str, Codes], dict[str, str]]:
-    """The base's codes with the vectors folded into their scales, by initializer of `graph`; and why the other
-    initializers have none. Raises `DamagedFile`."""
+    """The base's codes with the vectors folded into their scales, by initializer of `graph`; and why the
+    other initializers have none. Raises `DamagedFile`."""
     codes: dict[str, Codes] = {}
     reasons: dict[str, str] = {}
     for name, origin in graph.origins.items():
@@ -76,8 +77,8 @@ def without_codes(quantized: Base, reason: str) -> Refused:
     """The error where no weight of `quantized` has codes that a graph can hold."""
     formats = ", ".join(quantized.quantization.formats)
     return Refused(
-        f"no weight of {quantized.stored.location.given} ({formats}) has codes that ONNX Runtime computes with: "
-        f"{reason}",
+        f"no weight of {quantized.stored.location.given} ({formats}) has codes that ONNX Runtime computes "
+        f"with: {reason}",
         hint="leave out --precision keep; fp32 is exact, int8 and int4 quantize again",
     )
 

@@ -18,8 +18,8 @@ BLOCK = 32
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Codes:
-    """A matrix of rows x columns in blocks along its rows: ``(code - zero) * scale + offset``, where the zero is
-    ``2 ** (bits - 1)`` unless others are given.
+    """A matrix of rows x columns in blocks along its rows: ``(code - zero) * scale + offset``, where the zero
+    is ``2 ** (bits - 1)`` unless others are given.
 
     Attributes:
         packed: uint8 (rows, blocks, block * bits / 8); of two codes in a byte the first is the lower half.
@@ -27,7 +27,8 @@ class Codes:
         offsets: float32 (rows, blocks); None where they are 0.
         bits: 8 or 4.
         zeros: uint8 (rows, blocks * bits / 8, rounded up), packed like the codes; None for the middle.
-        order: the column of the matrix that a column of codes is, int64 (columns,); None where they are the same.
+        order: the column of the matrix that a column of codes is, int64 (columns,); None where they are the
+        same.
     """
 
     packed: Array

@@ -1,7 +1,7 @@
 """The codes of a weight that is quantized already, in the blocks of ``MatMulNBits``: none is rounded again.
 
-Blocks are powers of two, groups of a format need not be: a group of several blocks repeats its scale. Codes of
-fewer than 4 or 8 bits are widened.
+Blocks are powers of two, groups of a format need not be: a group of several blocks repeats its scale. Codes
+of fewer than 4 or 8 bits are widened.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _ELEMENTS = 1 << 21
 
 
 def lay_out(rows: CodedRows, factors: Array | None) -> Codes:
-    """`rows` with `factors` (rows,), the product of the vectors on its outputs, folded into scales and offsets.
+    """`rows` with `factors` (rows,), the product of the vectors on its outputs, folded into scales and
+    offsets.
 
     Zero points that are codes themselves stay what they are, all others become offsets. Raises `NotCoded` for
     groups that no block divides.

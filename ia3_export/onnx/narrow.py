@@ -13,8 +13,9 @@ _FLOAT = 1  # onnx.TensorProto.FLOAT
 
 
 def narrow(model: Any) -> Any:
-    """The pass that holds float32 weights of an ``onnx_ir.Model`` as float16 or bfloat16, whichever has all of
-    their values, and casts them where they are read. ONNX Runtime does that once, when a session is made."""
+    """The pass that holds float32 weights of an ``onnx_ir.Model`` as float16 or bfloat16, whichever has all
+    of their values, and casts them where they are read. ONNX Runtime does that once, when a session is
+    made."""
     import onnx_ir
 
     changed = False

@@ -40,8 +40,8 @@ class GraphOptions:
     Attributes:
         task: optimum's name or synonym (``text-generation``, ``fill-mask``, ...); inferred from the
             checkpoint by default.
-        precisions: of ``fp32``, ``keep`` (the codes of a quantized base), ``fp16``, ``int8``, ``q8``, ``int4``,
-            all from one trace; held once each, in this order.
+        precisions: of ``fp32``, ``keep`` (the codes of a quantized base), ``fp16``, ``int8``, ``q8``,
+            ``int4``, all from one trace; held once each, in this order.
         targets: beside transformers.js and optimum also ``genai`` (``genai_config.json``) and ``mobile``
             (``.ort`` files).
         decoder: form of an encoder-decoder's decoder: ``merged`` (one file that is its own first step),

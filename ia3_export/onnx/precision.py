@@ -1,4 +1,5 @@
-"""Further precisions of an exported graph: float16, weights of 8 and 4 bits, and codes that are there already."""
+"""Further precisions of an exported graph: float16, weights of 8 and 4 bits, and codes that are there
+already."""
 
 from __future__ import annotations
 
@@ -51,13 +52,12 @@ def convert_precision(
 
     ``fp16``: weights and activations are float16, except what float16 cannot hold (`to_float16`). The others:
     weights are codes (`quantize`), all else is float32; of ``int4`` they may be given as `codes` by
-    initializer (`choose_bits`), and have 8 bits where they are not among them. ``keep`` has the `codes` alone,
-    wherever the initializer is what they stand for; other weights have 16 bits if
-    that is exact. External data are read tensor
-    by tensor; what is held in memory is the result.
+    initializer (`choose_bits`), and have 8 bits where they are not among them. ``keep`` has the `codes`
+    alone, wherever the initializer is what they stand for; other weights have 16 bits if that is exact.
+    External data are read tensor by tensor; what is held in memory is the result.
 
-    Raises `Unsupported` when no weight of the graph can be held in `precision`, but not for ``keep`` without any
-    `codes`: an encoder may have none where its decoder has some.
+    Raises `Unsupported` when no weight of the graph can be held in `precision`, but not for ``keep`` without
+    any `codes`: an encoder may have none where its decoder has some.
     """
     import onnx_ir
     import onnx_ir.passes.common as common

@@ -51,9 +51,9 @@ def quantize(
 
     Tables of positions stay float32: they are small, and all layers see their error.
 
-    `kept`: nothing is rounded. The `given` codes alone are used, and only in the place of what they stand for;
-    products of 4-bit codes leave activations as they are, and the others are `dense`, since ONNX Runtime has no
-    kernel for 8-bit codes and float32 activations.
+    `kept`: nothing is rounded. The `given` codes alone are used, and only in the place of what they stand
+    for; products of 4-bit codes leave activations as they are, and the others are `dense`, since ONNX Runtime
+    has no kernel for 8-bit codes and float32 activations.
     """
     import onnx_ir
 
@@ -86,7 +86,8 @@ class _Coded:
 
     @property
     def for_products(self) -> bool:
-        """Whether ``MatMulNBits`` computes with them exactly: of 4 bits, in whole blocks if they have offsets."""
+        """Whether ``MatMulNBits`` computes with them exactly: of 4 bits, in whole blocks if they have
+        offsets."""
         return self.bits == 4 and (self.offsets is None or self.shape[2] == self.shape[1] * self.block)
 
 

@@ -1,8 +1,8 @@
 """Vectors on the inputs of weights whose codes shall stay: moved to the projection that feeds them.
 
 As ``--quantized keep`` moves them, by the same table and the same checks, but in a plan for the dense float32
-model that a quantized base stands for. A scale of codes belongs to a row, so a weight with a vector on its input
-has no codes; its feeder takes the vector on its rows.
+model that a quantized base stands for. A scale of codes belongs to a row, so a weight with a vector on its
+input has no codes; its feeder takes the vector on its rows.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from ia3_export.quantization.packed import BY_ROW, CannotKeep, Packed, Scales
 
 
 def move_inputs(plan: Plan, quantized: Base, coded: Mapping[str, Packed]) -> tuple[Plan, dict[str, str]]:
-    """`plan`, of the dense model that `quantized` stands for, with the input vectors of the `coded` weights moved
-    where that is exact; and for the others, by name, why it is not."""
+    """`plan`, of the dense model that `quantized` stands for, with the input vectors of the `coded` weights
+    moved where that is exact; and for the others, by name, why it is not."""
     # what is written is dense: rows take any factor, and no scale is rounded
     rows = {name: replace(packed, on_output=Scales(()), on_input=BY_ROW) for name, packed in coded.items()}
     context = make_context(replace(quantized, quantization=replace(quantized.quantization, packed=rows)))

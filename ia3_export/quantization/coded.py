@@ -1,7 +1,7 @@
 """Quantized weights as what they are: whole numbers in runs along the rows, a scale for each run.
 
-``weight = (code - zero) * scale + offset`` holds for every format whose codes are evenly spaced, and vectors on
-the outputs multiply scales and offsets. Tables of 16 values (NF4), small floats (FP8, MXFP4) and blocks of
+``weight = (code - zero) * scale + offset`` holds for every format whose codes are evenly spaced, and vectors
+on the outputs multiply scales and offsets. Tables of 16 values (NF4), small floats (FP8, MXFP4) and blocks of
 several rows are none of that.
 """
 
@@ -29,8 +29,8 @@ class CodedRows:
         zeros: float32 (rows, groups), the codes that stand for 0; in some formats no whole numbers.
         offsets: float32 (rows, groups), added at the end; None where they are 0.
         group: columns of a group, of which the last may have fewer.
-        order: for each column of `codes` the column of the weight that it is, int64 (columns,); None where they
-            are the same.
+        order: for each column of `codes` the column of the weight that it is, int64 (columns,); None where
+            they are the same.
     """
 
     codes: Array
@@ -51,8 +51,8 @@ class NotCoded(Exception):
 
 
 def in_groups(codes: Array, bits: int, zeros: Array, scales: Array, group_of: Array) -> CodedRows:
-    """`CodedRows` of uint8 `codes` (rows, columns) with a zero point and a scale (rows, groups) for each group,
-    where `group_of` (columns,) says which group a column belongs to.
+    """`CodedRows` of uint8 `codes` (rows, columns) with a zero point and a scale (rows, groups) for each
+    group, where `group_of` (columns,) says which group a column belongs to.
 
     Columns whose groups are scattered (GPTQ's ``desc_act``) are brought into their order, which changes no
     code. Raises `NotCoded` for groups of different lengths.

@@ -1,8 +1,8 @@
 """The codes and scales inside ggml's blocks, found with the gguf package's own dequantizer.
 
-A block is linear in its codes. With scales of 1 and minima of 0 it dequantizes to the codes; with codes that all
-stand for 1, to the scales; with codes of 0, to the offsets. So the one place that knows how a block packs its
-bits is ``gguf.quants``; which bytes hold what says ggml's ``ggml-common.h`` (``block_q4_K`` and so on).
+A block is linear in its codes. With scales of 1 and minima of 0 it dequantizes to the codes; with codes that
+all stand for 1, to the scales; with codes of 0, to the offsets. So the one place that knows how a block packs
+its bits is ``gguf.quants``; which bytes hold what says ggml's ``ggml-common.h`` (``block_q4_K`` and so on).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _K4_ONES = b"\1\1\1\1\0\0\0\0\1\1\1\1"
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """A type of block: the code that stands for 0, and how many share a scale. What is written at which offset to
-    make scales 1 (`plain`), codes 1 (`ones`) and, where there are offsets, codes 0 (`zeros`)."""
+    """A type of block: the code that stands for 0, and how many share a scale. What is written at which
+    offset to make scales 1 (`plain`), codes 1 (`ones`) and, where there are offsets, codes 0 (`zeros`)."""
 
     zero: int
     group: int

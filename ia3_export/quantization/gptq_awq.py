@@ -250,7 +250,8 @@ def _gemm(weight: _Tensors, settings: Mapping[str, Any]) -> Packed:
 def _readers(
     read: Callable[[int, int], tuple[Array, Array, Array]], group: Array
 ) -> tuple[RowReader, CodeReader]:
-    """What reads rows of a weight, and their codes, from what `read` gives: 4-bit codes, zero points, scales."""
+    """What reads rows of a weight, and their codes, from what `read` gives: 4-bit codes, zero points,
+    scales."""
 
     def rows(first: int, count: int) -> Array:
         codes, zeros, scales = read(first, count)

@@ -96,8 +96,8 @@ class Packed:
     in)), `parts` every stored tensor that belongs to it by name, `rows` reads it dequantized, `unit` rows at
     a time. `on_output` and `on_input` say what takes a vector there. `conv1d`: the quantizer stored (out,
     in), while `shape` is the dense file's (in, out). `method` is the configuration's word (``quant_method``),
-    `format` names it for people; `mislabelled`: the configuration says another version of it. `coded` reads the
-    codes themselves, (out, in), where they are evenly spaced, or says why they are not read.
+    `format` names it for people; `mislabelled`: the configuration says another version of it. `coded` reads
+    the codes themselves, (out, in), where they are evenly spaced, or says why they are not read.
     """
 
     name: str

@@ -123,14 +123,14 @@ class FaultLocation:
 class Step:
     """One artifact of the chain against the reference.
 
-    `precision` is float64, float32, float16, bfloat16, int8, int4 or keep; `runs_on` names runtime and device.
-    `distance` is to the reference, `loss` to the step before it (the unmerged model for the first), `library`
-    to a quantized base with live adapters as its own library runs it (the reference being that base
+    `precision` is float64, float32, float16, bfloat16, int8, int4 or keep; `runs_on` names runtime and
+    device. `distance` is to the reference, `loss` to the step before it (the unmerged model for the first),
+    `library` to a quantized base with live adapters as its own library runs it (the reference being that base
     dequantized). `effect_present` is the share of the adapters' effect that the artifact shows: 1 is right, 0
     the base, 2 applied twice. `discrimination` says how far wrong artifacts would have been from passing.
-    `error_histogram` pairs a power of ten n with the number of output elements
-    whose error is in [10^n, 10^(n+1)) of the largest reference value; (-99, count) are exact. `layers` is
-    empty where modules cannot be observed (ONNX).
+    `error_histogram` pairs a power of ten n with the number of output elements whose error is in [10^n,
+    10^(n+1)) of the largest reference value; (-99, count) are exact. `layers` is empty where modules cannot
+    be observed (ONNX).
     """
 
     name: str

@@ -1,4 +1,5 @@
-"""``onnx --precision keep``: the codes of a quantized base go into the graph as they are, and nothing is lost."""
+"""``onnx --precision keep``: the codes of a quantized base go into the graph as they are, and nothing is
+lost."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def _apart(found: Array, wanted: Array) -> float:
 
 
 def _whole_numbers(graph: Path) -> dict[str, Array]:
-    """The codes in the file, by the weight that they belong to: (rows, columns and what fills the last block)."""
+    """The codes in the file, by the weight that they belong to: (rows, columns and what fills the last
+    block)."""
     found = {}
     for tensor in onnx.load(graph).graph.initializer:
         name, _, kind = tensor.name.rpartition("_")
@@ -190,7 +192,8 @@ def test_a_damaged_file_is_found(kept: tuple[Path, Path, Path], part: str, tmp_p
 
 
 def test_vectors_that_cannot_move_leave_their_weights_without_codes(tmp_path: Path) -> None:
-    """GPT-2 has a GELU before the projection whose input the vector is on, and weights stored as (in, out)."""
+    """GPT-2 has a GELU before the projection whose input the vector is on, and weights stored as (in,
+    out)."""
     case = "gpt2-bnb-int8"
     adapter = _adapter(case, tmp_path / "adapter")
     exporting = ["--base", source_of(case), "--adapter", adapter, "--output", tmp_path / "out"]

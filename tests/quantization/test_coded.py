@@ -1,4 +1,5 @@
-"""Codes as the files hold them: decoded they are the weight, and they are the numbers that lie in the file."""
+"""Codes as the files hold them: decoded they are the weight, and they are the numbers that lie in the
+file."""
 
 from __future__ import annotations
 
@@ -128,7 +129,8 @@ def test_the_codes_of_gptq_awq_and_packed_integers_are_those_in_the_file() -> No
     ("case", "at", "nbytes"), [("gguf-q8_0", 2, 34), ("gguf-q4_0", 2, 18), ("gguf-q4_1", 4, 20)]
 )
 def test_the_codes_of_gguf_are_those_in_the_file(case: str, at: int, nbytes: int) -> None:
-    """Blocks of 32 (``block_q8_0``, ``block_q4_0``, ``block_q4_1``): of 4 bits the lower halves come first."""
+    """Blocks of 32 (``block_q8_0``, ``block_q4_0``, ``block_q4_1``): of 4 bits the lower halves come
+    first."""
     name = "model.layers.0.mlp.up_proj.weight"
     coded = _packed(case)[name].read_codes()
     tensor = next(t for t in read_gguf(source_of(case))[0].tensors if t.name == name)

@@ -1,4 +1,5 @@
-"""Damaged GGUF files are refused: by what is wrong, without a traceback, before anything is allocated or written."""
+"""Damaged GGUF files are refused: by what is wrong, without a traceback, before anything is allocated or
+written."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """A real model through every step: time, memory, and what the proof says of each file.
 
-    python tools/bench/real_models.py --base DIR --adapter DIR [--precision fp32,fp16,int8,q8,int4] [--work DIR]
+    python tools/bench/real_models.py --base DIR --adapter DIR [--precision fp32,fp16,int8,q8,int4] [--work
+    DIR]
         [--rounds 1]
 
 Each command runs as a user runs it, as a process of its own, start included; peak memory is that of the

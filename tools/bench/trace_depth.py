@@ -1,4 +1,5 @@
-"""Seconds to trace a Llama of SmolLM2-135M's shape by number of layers: each kind of layer once, and every layer.
+"""Seconds to trace a Llama of SmolLM2-135M's shape by number of layers: each kind of layer once, and every
+layer.
 
 ``python tools/bench/trace_depth.py [--layers 2,4,8,30] [--every-up-to 8]``; random weights, one process, the
 median of `--runs`.

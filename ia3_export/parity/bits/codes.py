@@ -2,8 +2,8 @@
 
 ONNX Runtime's quantizers name what they write: ``X_quantized`` with ``X_scale`` and ``X_zero_point`` (a scale
 for a tensor or a channel), ``X_Q8`` or ``X_Q4`` with ``X_scales`` and ``X_zero_points`` or our ``X_offsets``
-(``MatMulNBits``: blocks along the input axis, of two codes in a byte the lower half first), and our ``X_order``,
-the columns of the weight in the order of those of the codes.
+(``MatMulNBits``: blocks along the input axis, of two codes in a byte the lower half first), and our
+``X_order``, the columns of the weight in the order of those of the codes.
 """
 
 from __future__ import annotations

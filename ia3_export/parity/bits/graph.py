@@ -116,8 +116,8 @@ def _prove_codes(
     *,
     alone: bool,
 ) -> tuple[int, set[str]]:
-    """Add what is found of initializers that hold codes; how many were compared with nothing, and the rows that
-    kept ones are equal to."""
+    """Add what is found of initializers that hold codes; how many were compared with nothing, and the rows
+    that kept ones are equal to."""
     kept = graph.precision == "keep"
     checks = list(check_codes(rows, graph.initializers, graph.origins, _made_of(graph, float_graph)))
     compared = [check for check in checks if check.of is not None]

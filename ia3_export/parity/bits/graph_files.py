@@ -26,9 +26,9 @@ class Graph:
     Initializers by name (lazy), operators by count, names of all nodes and values, and of the outputs beside
     the cache. `precision` is float64, float32, float16, bfloat16, int8, int4 or keep: what the weights that
     reach the outputs are held in, or that they are the codes of a quantized base, as the file's name says.
-    `kept`: that is what the folder was exported for, whatever is in this file. `origins` maps initializers to the stored tensors that they were made of, where
-    the folder's manifest says so; `shaped` are the values (of onnx_ir) that may be weights on their way to a
-    reader: cut, turned or reshaped.
+    `kept`: that is what the folder was exported for, whatever is in this file. `origins` maps initializers to
+    the stored tensors that they were made of, where the folder's manifest says so; `shaped` are the values
+    (of onnx_ir) that may be weights on their way to a reader: cut, turned or reshaped.
     """
 
     paths: tuple[Path, ...]

@@ -54,8 +54,9 @@ def make_cases(model: Any, *, seed: int = 0, tokenizer: Any = None) -> list[Case
 
     A causal language model writes its texts itself, from the beginnings of sentences; other models get
     sentences, all random token ids without a `tokenizer`.
-    Images are parts of a photograph where one is at hand, else normal noise, as sounds are. The same seed gives the same inputs. The first case is the smallest.
-    Raises `Unsupported` for models whose main input is none of these.
+    Images are parts of a photograph where one is at hand, else normal noise, as sounds are. The same seed
+    gives the same inputs. The first case is the smallest. Raises `Unsupported` for models whose main input is
+    none of these.
     """
     import torch
 
