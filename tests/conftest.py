@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -47,6 +48,27 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     found = {d.name.lower().replace("_", "-"): d.version for d in metadata.distributions()}
     releases = (f"{name} {found.get(name.replace('_', '-'), 'absent')}" for name in _LIBRARIES)
     terminalreporter.write_line(f"releases: {', '.join(releases)}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def libraries_set_aside(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In a worker of pytest-xdist: what the large libraries have made by now is never garbage.
+
+    Every proof collects garbage after each model; where all of transformers is searched for it, that takes
+    longer than a tiny model.
+    """
+    if not hasattr(request.config, "workerinput"):
+        yield
+        return
+    import onnxscript  # noqa: F401
+    import peft  # noqa: F401
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

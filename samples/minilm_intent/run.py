@@ -95,7 +95,7 @@ def main() -> None:
     print(f"$ cd {shortest(work, Path.cwd())}")
 
     title("Train an IA3 adapter: tell 12 intents apart")
-    quick = ["--limit", "144", "--epochs", "6"] if arguments.quick else []
+    quick = ["--limit", "96", "--epochs", "5"] if arguments.quick else []
     run(work, shortest(HERE / "train.py", work), "--base", "base", "--output", "adapter", *quick)
 
     title("What is this adapter, and what would a merge change?")

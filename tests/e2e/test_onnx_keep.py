@@ -78,10 +78,8 @@ def _same_codes(graph: Path, base: Path) -> int:
     ("case", "coded", "products", "without"),
     [
         ("gguf-q4_k_m", 9, 5, {}),
-        ("gguf-q8_0", 9, 0, {}),
         ("gptq-act-order", 7, 7, {"lm_head": "F16", "embed_tokens": "F16"}),
         ("awq-gemm-g32", 7, 7, {"lm_head": "F16", "embed_tokens": "F16"}),
-        ("ct-w4a16-g32-asym", 7, 7, {"lm_head": "BF16", "embed_tokens": "BF16"}),
         (
             "hqq-4bit-axis1-g64",
             6,

