@@ -24,7 +24,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[str | Path]:
     says."""
     folder = tmp_path_factory.mktemp("sources")
     kind = zoo.by_name("llama")
-    sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256}
+    sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
     kind = replace(kind, config={**kind.config, **sizes, "tie_word_embeddings": True})
     model = zoo.build(kind)
     model.save_pretrained(folder / "base")
