@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -51,14 +50,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def libraries_set_aside(request: pytest.FixtureRequest) -> Iterator[None]:
+def libraries_set_aside(request: pytest.FixtureRequest) -> None:
     """In a worker of pytest-xdist: what the large libraries have made by now is never garbage.
 
     Every proof collects garbage after each model; where all of transformers is searched for it, that takes
     longer than a tiny model.
     """
     if not hasattr(request.config, "workerinput"):
-        yield
         return
     import onnxscript  # noqa: F401
     import peft  # noqa: F401
@@ -67,8 +65,6 @@ def libraries_set_aside(request: pytest.FixtureRequest) -> Iterator[None]:
 
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -71,7 +71,6 @@ def undisturbed() -> Iterator[None]:
     torch.set_num_threads(1)
     gc.freeze()
     yield
-    gc.unfreeze()
     torch.set_num_threads(before)
 
 
