@@ -27,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -129,9 +129,14 @@ def child_environment(extra: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def measure(
-    command: Sequence[str], extra_environment: Iterable[tuple[str, str]] = (), *, whole_tree: bool = False
+    command: Sequence[str],
+    extra_environment: Iterable[tuple[str, str]] = (),
+    *,
+    whole_tree: bool = False,
+    accepted: Collection[int] = (0,),
 ) -> Usage:
-    """Run a command to its end, start-up included. Raises `CommandFailed` with the last lines of its stderr.
+    """Run a command to its end, start-up included. Raises `CommandFailed` with the last lines of its stderr for
+    an exit code that is not `accepted`.
 
     Peak RSS is that of the largest process; with `whole_tree` the largest sum over the tree that a look every
     20 ms found, if that is more.
@@ -156,7 +161,7 @@ def measure(
             raise
         wall = time.perf_counter() - start
         child.returncode = os.waitstatus_to_exitcode(status)
-        if child.returncode != 0:
+        if child.returncode not in accepted:
             log.seek(0)
             tail = log.read().decode(errors="replace").strip().splitlines()[-12:]
             raise CommandFailed("\n".join([f"exit code {child.returncode}: {' '.join(command)}", *tail]))

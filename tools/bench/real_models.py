@@ -15,12 +15,15 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from harness import Usage, machine_line, make_parser, markdown, measure, our_program, positive, size_mib
+
+from ia3_export.onnx.files import size_of
 
 
 def main() -> None:
@@ -39,7 +42,10 @@ def main() -> None:
     runs: dict[str, list[Usage]] = {name: [] for name in commands}
     for _ in range(options.rounds):
         for name, command in commands.items():
-            runs[name].append(measure((our_program(), *command, "--quiet"), whole_tree=True))
+            # verify exits 1 for a quantized file that loses more than it lets it
+            usage = measure((our_program(), *command, "--quiet"), whole_tree=True, accepted=(0, 1))
+            runs[name].append(usage)
+            print(f"{name}: {usage.wall_s:.1f} s", file=sys.stderr, flush=True)
     print(markdown(("command", "s", "CPU s", "peak MiB"), map(cost_row, runs, runs.values())))
     report = json.loads((work / "report.json").read_text())
     print(f"\ninputs: {report['reference']['origin']}")
@@ -102,7 +108,7 @@ def step_row(step: Mapping[str, Any], work: Path) -> tuple[str, ...]:
         *limit_cells(likest),
         f"{min(beyond):.3g}" if beyond else "",
         *(number(distance and distance[key]) for key in ("kl", "top1", "perplexity_change")),
-        "" if file is None else f"{file.stat().st_size / 1e6:.1f}",
+        "" if file is None else f"{size_of(file) / 1e6:.1f}",
     )
 
 
