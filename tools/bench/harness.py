@@ -135,8 +135,8 @@ def measure(
     whole_tree: bool = False,
     accepted: Collection[int] = (0,),
 ) -> Usage:
-    """Run a command to its end, start-up included. Raises `CommandFailed` with the last lines of its stderr for
-    an exit code that is not `accepted`.
+    """Run a command to its end, start-up included. Raises `CommandFailed` with the last lines of its stderr
+    for an exit code that is not `accepted`.
 
     Peak RSS is that of the largest process; with `whole_tree` the largest sum over the tree that a look every
     20 ms found, if that is more.
