@@ -64,9 +64,23 @@ def _write_elsewhere(graph: Any) -> None:
             continue
         written = node.args[0]
         plain = _functional(node.target)
-        if _aliases(written) or list(written.users) != [node] or plain is None:
-            raise LookupError(f"{node.target} writes into what others read")
+        if _aliases(written) or list(written.users) != [node] or plain is None or _widens(node):
+            raise LookupError(f"{node.target} writes into what others read, or in another dtype")
         node.target = plain
+
+
+def _widens(node: Any) -> bool:
+    """Whether a tensor that `node` reads has a dtype to which that of the first would be promoted."""
+    import torch
+
+    first, *others = (one.meta["val"].dtype for one in node.all_input_nodes if _is_tensor(one))
+    return any(torch.promote_types(first, other) != first for other in others)
+
+
+def _is_tensor(node: Any) -> bool:
+    import torch
+
+    return isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def _aliases(node: Any, *, written: bool = False) -> bool:
@@ -102,12 +116,11 @@ def _traced(node: Any, table: Mapping[Any, Any]) -> Any:
 
     Raises `LookupError` where one of these is no tensor.
     """
-    import torch
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.node import map_arg
 
     read = node.all_input_nodes
-    if not all(isinstance(one.meta.get("val"), torch.Tensor) for one in read):
+    if not all(map(_is_tensor, read)):
         raise LookupError(f"{node.target} reads sizes")
 
     def run(*tensors: Any) -> Any:

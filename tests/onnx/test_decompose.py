@@ -86,7 +86,17 @@ def _branches(x: Tensor) -> Tensor:
     return chosen
 
 
-WHOLE = {"written into what others see": _Function(_seen_by_others), "branches": _Function(_branches)}
+def _written_in_a_narrower_dtype(x: Tensor) -> Tensor:
+    y = x * 3
+    y += x.to(torch.float64)
+    return y
+
+
+WHOLE = {
+    "written into what others see": _Function(_seen_by_others),
+    "written in a narrower dtype": _Function(_written_in_a_narrower_dtype),
+    "branches": _Function(_branches),
+}
 
 
 def _check(model: torch.nn.Module, caplog: pytest.LogCaptureFixture, *, whole: bool) -> None:
