@@ -99,18 +99,8 @@ def verify(
         else:
             plan = make_plan(whole, read, how)
             plan.raise_problems()  # what is refused has no unmerged forward either
-        report = prove(plan, shipped, settings, on_progress=on_progress)
-    return replace(
-        report,
-        base=model_id(whole.stored.location),
-        digests=digests(
-            whole.stored,
-            plan.adapters,
-            other.stored if other is not None else None,
-            [path for graph in shipped.graphs for path in graph.paths],
-        ),
-        warnings=tuple(dict.fromkeys([*said, *report.warnings])),
-    )
+        report = prove(plan, shipped, settings, named=whole.stored, on_progress=on_progress)
+    return replace(report, warnings=tuple(dict.fromkeys([*said, *report.warnings])))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,12 +128,15 @@ def prove(
     shipped: Shipped,
     settings: RunSettings | None,
     *,
+    named: Checkpoint | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Report:
     """`verify` of what is read already.
 
-    `shipped` beside what `plan` makes, and beside the live model that it was made of.
+    `shipped` beside what `plan` makes, and beside the live model that it was made of. The report names the
+    base that the user `named`, where that of the plan was made of it.
     """
+    named = named or plan.base.stored
     graphs = _name_graphs(shipped.graphs)
     foreign = shipped.merged is not None and settings is not None and _is_foreign(plan.base, shipped.merged)
     warnings: list[str] = []
@@ -190,7 +183,7 @@ def prove(
     paths = [path for graph in shipped.graphs for path in graph.paths]
     return Report(
         in_parity=(proven or overridden) and all(step.passed for step in steps),
-        base=model_id(plan.base.stored.location),
+        base=model_id(named.location),
         adapters=tuple(model_id(a.location) for a in plan.adapters),
         weights=tuple(proofs),
         reference=reference,
@@ -198,7 +191,7 @@ def prove(
         sites=summarize_sites(plan.adapters),
         options=_shown_options(plan.recipe, settings),
         environment=environment(),
-        digests=digests(plan.base.stored, plan.adapters, merged, paths),
+        digests=digests(named, plan.adapters, merged, paths),
         warnings=tuple(dict.fromkeys(warnings)),
     )
 

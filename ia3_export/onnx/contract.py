@@ -336,17 +336,16 @@ def _cross_function(
 ) -> Callable[[Any, dict[str, Any]], tuple[Any, ...]]:
     """What is traced of a decoder of so many `layers` that takes its cache by the name `argument`."""
     import torch
-    from transformers import DynamicCache, EncoderDecoderCache
+    from transformers import EncoderDecoderCache
 
     def function(traced: Any, named: dict[str, Any]) -> tuple[Any, ...]:
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        cached = range(0 if step == "first" else layers)
+        past = [[named[f"past_key_values.{i}.{part}"] for part in _PARTS] for i in cached]
+        own, cross = (filled_cache([layer[part : part + 2] for layer in past]) for part in (0, 2))
+        cache = EncoderDecoderCache(own, cross)
+        cache.is_updated = dict.fromkeys(cached, step == "cached")
         states = named.get("encoder_hidden_states")
         if step != "first":
-            past = [[named[f"past_key_values.{i}.{part}"] for part in _PARTS] for i in range(layers)]
-            cache = EncoderDecoderCache(
-                *(filled_cache([layer[part : part + 2] for layer in past]) for part in (0, 2))
-            )
-            cache.is_updated = dict.fromkeys(range(layers), step == "cached")
             length = named["past_key_values.0.encoder.key"].shape[2]
             states = states[:, length:] if states is not None else torch.zeros(batch, length, 1)
         mask = named.get("encoder_attention_mask")
@@ -359,12 +358,12 @@ def _cross_function(
             **extra,
         )
         filled = returned_cache(out)
-        own = _tensors(filled.self_attention_cache)
+        decoder = _tensors(filled.self_attention_cache)
         if step == "cached":
-            return (out.logits, *own)
-        cross = _tensors(filled.cross_attention_cache)
-        pairs = range(0, len(own), 2)
-        return (out.logits, *(t for i in pairs for t in (*own[i : i + 2], *cross[i : i + 2])))
+            return (out.logits, *decoder)
+        encoder = _tensors(filled.cross_attention_cache)
+        pairs = range(0, len(decoder), 2)
+        return (out.logits, *(t for i in pairs for t in (*decoder[i : i + 2], *encoder[i : i + 2])))
 
     return function
 

@@ -60,7 +60,7 @@ def _write_elsewhere(graph: Any) -> None:
     where it has other readers.
     """
     for node in graph.nodes:
-        if not _aliases(node, written=True):
+        if not _writes(node):
             continue
         written = node.args[0]
         plain = _functional(node.target)
@@ -83,12 +83,18 @@ def _is_tensor(node: Any) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 
 
-def _aliases(node: Any, *, written: bool = False) -> bool:
-    """Whether `node` gives what it reads, or a part of that (`written`: after writing into it)."""
-    if not isinstance(node.target, private("torch._ops:OpOverload")):
-        return not written
-    schema = node.target._schema
-    return schema.is_mutable if written else any(value.alias_info for value in schema.returns)
+def _is_operator(node: Any) -> bool:
+    return isinstance(node.target, private("torch._ops:OpOverload"))
+
+
+def _writes(node: Any) -> bool:
+    """Whether `node` writes into what it reads."""
+    return _is_operator(node) and node.target._schema.is_mutable
+
+
+def _aliases(node: Any) -> bool:
+    """Whether `node` gives what it reads, or a part of that; an input of the program does."""
+    return not _is_operator(node) or any(value.alias_info for value in node.target._schema.returns)
 
 
 def _functional(target: Any) -> Any:
@@ -106,7 +112,7 @@ def _is_composed(node: Any, table: Mapping[Any, Any], translated: Any) -> bool:
     if node.op == "get_attr":
         raise LookupError(f"{node.target} may be a graph")
     target = node.target
-    if not isinstance(target, private("torch._ops:OpOverload")) or target == torch.ops.aten.reshape.default:
+    if not _is_operator(node) or target == torch.ops.aten.reshape.default:
         return False
     return target in table or (target._can_decompose() and target not in translated)
 

@@ -218,10 +218,7 @@ def _with_image(model: Any, tensors: dict[str, Any], batch: int, generator: Any)
     import torch
 
     config = model.config
-    shape = _image_shape(config.vision_config)
-    pixels = photographs(batch, shape)
-    if pixels is None:
-        pixels = torch.randn(batch, *shape, generator=generator)
+    pixels, _ = _pixels(batch, _image_shape(config.vision_config), generator)
     token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
     if token is None or not hasattr(model, "get_image_features"):
         return {"pixel_values": pixels}
@@ -246,13 +243,19 @@ def _with_image(model: Any, tensors: dict[str, Any], batch: int, generator: Any)
 
 
 def _image_case(model: Any, batch: int, generator: Any) -> Case:
+    shape = _image_shape(getattr(model.config, "vision_config", None) or model.config)
+    pixels, origin = _pixels(batch, shape, generator)
+    return Case(f"batch {batch}, image {'x'.join(map(str, shape))}", {"pixel_values": pixels}, origin=origin)
+
+
+def _pixels(batch: int, shape: tuple[int, ...], generator: Any) -> tuple[Any, str]:
+    """Images (batch, *shape), and what they are."""
     import torch
 
-    shape = _image_shape(getattr(model.config, "vision_config", None) or model.config)
-    pixels, origin = photographs(batch, shape), PHOTOGRAPH
-    if pixels is None:
-        pixels, origin = torch.randn(batch, *shape, generator=generator), NOISE
-    return Case(f"batch {batch}, image {'x'.join(map(str, shape))}", {"pixel_values": pixels}, origin=origin)
+    parts = photographs(batch, shape)
+    if parts is not None:
+        return parts, PHOTOGRAPH
+    return torch.randn(batch, *shape, generator=generator), NOISE
 
 
 def _sound_case(model: Any, name: str, batch: int, generator: Any) -> Case:
