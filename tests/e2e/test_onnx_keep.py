@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -14,7 +13,6 @@ import pytest
 from onnx import numpy_helper
 
 from ia3_export import verify
-from ia3_export.checkpoint.folder import read_checkpoint
 from ia3_export.fold import Array
 from ia3_export.onnx.genai import write_genai_config
 from ia3_export.parity.settings import RunSettings
@@ -22,28 +20,16 @@ from ia3_export.quantization.base import read_base
 from ia3_export.quantization.coded import NotCoded
 from tests.e2e.command import run
 from tests.support import zoo
-from tests.support.quantized import dense_model, logits, source_of, unmerged_logits, write_adapter
+from tests.support.quantized import (
+    adapter_for,
+    dense_model,
+    graph_logits,
+    logits,
+    source_of,
+    unmerged_logits,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def _adapter(case: str, folder: Path) -> Path:
-    return write_adapter(folder, dict(read_checkpoint(source_of(case)).config or {}))
-
-
-def _logits(graph: Path, vocabulary: int) -> Array:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
-    tokens = np.arange(24).reshape(2, 12) % vocabulary
-    feeds: dict[str, Any] = {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
-    feeds |= {"position_ids": np.arange(12)[None].repeat(2, 0)}
-    for value in session.get_inputs():
-        if value.name.startswith("past_key_values"):
-            feeds[value.name] = np.zeros((2, value.shape[1], 0, value.shape[3]), "f4")
-    names = {value.name for value in session.get_inputs()}
-    found = session.run(["logits"], {name: value for name, value in feeds.items() if name in names})[0]
-    return np.asarray(found, "f8")
 
 
 def _apart(found: Array, wanted: Array) -> float:
@@ -92,7 +78,7 @@ def _same_codes(graph: Path, base: Path) -> int:
 def test_the_codes_are_the_base_s_and_nothing_is_lost(
     case: str, coded: int, products: int, without: dict[str, str], tmp_path: Path
 ) -> None:
-    adapter, graph = _adapter(case, tmp_path / "adapter"), tmp_path / "out" / "onnx" / "model_keep.onnx"
+    adapter, graph = adapter_for(case, tmp_path / "adapter"), tmp_path / "out" / "onnx" / "model_keep.onnx"
     exporting = ["--base", source_of(case), "--adapter", adapter, "--output", tmp_path / "out"]
     ran = run("onnx", *exporting, "--precision", "keep", "--json")
     assert ran.code == 0, ran
@@ -109,7 +95,7 @@ def test_the_codes_are_the_base_s_and_nothing_is_lost(
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantization_config" not in config and "dtype" not in config["transformers.js_config"]
     wanted = unmerged_logits(source_of(case), adapter)
-    assert _apart(_logits(graph, config["vocab_size"]), wanted) < 2e-6
+    assert _apart(graph_logits(graph, config["vocab_size"]), wanted) < 2e-6
     # two thirds of the smallest gate of a quantized graph would be 500 times as much
     steps = {step["precision"]: step for step in document["report"]["steps"]}
     assert steps["keep"]["distance"]["kl"] < 1e-9
@@ -121,7 +107,7 @@ def test_the_codes_are_the_base_s_and_nothing_is_lost(
 def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     """What ``merge --quantized keep`` wrote, its export in ``fp32,keep``, and the adapter."""
     folder, case = tmp_path_factory.mktemp("kept"), "ct-w4a16-g32-sym"
-    adapter = _adapter(case, folder / "adapter")
+    adapter = adapter_for(case, folder / "adapter")
     merging = ["--base", source_of(case), "--adapter", adapter, "--output", folder / "merged"]
     assert run("merge", *merging, "--quantized", "keep", "--no-reload-check").code == 0
     exporting = ["--model", folder / "merged", "--output", folder / "out", "--precision", "fp32,keep"]
@@ -135,7 +121,7 @@ def test_a_merge_that_stayed_quantized_is_exported_with_its_codes(kept: tuple[Pa
     graph = out / "onnx" / "model_keep.onnx"
     assert _same_codes(graph, merged) == _same_codes(graph, source_of("ct-w4a16-g32-sym")) == 7
     vocabulary = json.loads((out / "config.json").read_text())["vocab_size"]
-    assert _apart(_logits(graph, vocabulary), logits(dense_model(merged))) < 2e-6
+    assert _apart(graph_logits(graph, vocabulary), logits(dense_model(merged))) < 2e-6
     assert json.loads((out / "config.json").read_text())["transformers.js_config"]["dtype"] == "fp32"
     assert (
         json.loads((out / "genai_config.json").read_text())["model"]["decoder"]["filename"]
@@ -193,7 +179,7 @@ def test_vectors_that_cannot_move_leave_their_weights_without_codes(tmp_path: Pa
     """GPT-2 has a GELU before the projection whose input the vector is on, and weights stored as (in,
     out)."""
     case = "gpt2-bnb-int8"
-    adapter = _adapter(case, tmp_path / "adapter")
+    adapter = adapter_for(case, tmp_path / "adapter")
     exporting = ["--base", source_of(case), "--adapter", adapter, "--output", tmp_path / "out"]
     ran = run("onnx", *exporting, "--precision", "keep", "--json")
     assert ran.code == 0, ran
@@ -205,7 +191,7 @@ def test_vectors_that_cannot_move_leave_their_weights_without_codes(tmp_path: Pa
     graph = tmp_path / "out" / "onnx" / "model_keep.onnx"
     assert _same_codes(graph, source_of(case)) == 3
     wanted = unmerged_logits(source_of(case), adapter)
-    assert _apart(_logits(graph, wanted.shape[-1]), wanted) < 2e-6
+    assert _apart(graph_logits(graph, wanted.shape[-1]), wanted) < 2e-6
 
 
 def test_what_has_no_codes_is_refused(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from ia3_export.checkpoint.folder import read_checkpoint
+
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "quantized"
 #: Checkpoints in safetensors; GGUF files are apart.
 CASES = sorted(path.parent.name for path in FIXTURES.glob("*/recipe.json") if "gguf" not in path.parent.name)
@@ -52,6 +54,11 @@ def write_adapter(folder: Path, config: dict[str, Any], *, seed: int = 0) -> Pat
             parameter.data = values
     live.save_pretrained(folder)
     return folder
+
+
+def adapter_for(case: str, folder: Path) -> Path:
+    """`write_adapter` for a fixture."""
+    return write_adapter(folder, dict(read_checkpoint(source_of(case)).config or {}))
 
 
 def dense_model(folder: Path) -> Any:
@@ -120,3 +127,22 @@ def dequantized(case: str, quantization: Any, name: str) -> Any:
     if "attn_k" in name:  # llama.cpp's own formula (LlamaModel.permute), 32 the head's size
         values = values.reshape(len(values) // 32, 2, 16, -1).swapaxes(1, 2).reshape(values.shape)
     return values.T if packed.conv1d else values
+
+
+def graph_logits(graph: Path, vocabulary: int) -> np.ndarray:
+    """What ONNX Runtime makes of a decoder's `graph` for the tokens of `logits`, float64."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    tokens = np.arange(24).reshape(2, 12) % vocabulary
+    feeds: dict[str, Any] = {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
+    feeds |= {"position_ids": np.arange(12)[None].repeat(2, 0)}
+    for value in session.get_inputs():
+        if value.name.startswith("past_key_values"):
+            shape = [
+                2 if i == 0 else size if isinstance(size, int) else 0 for i, size in enumerate(value.shape)
+            ]
+            feeds[value.name] = np.zeros(shape, "f4")
+    names = {value.name for value in session.get_inputs()}
+    found = session.run(["logits"], {name: value for name, value in feeds.items() if name in names})[0]
+    return np.asarray(found, "f8")
