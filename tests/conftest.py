@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Iterator
+from copy import copy
+from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,6 +69,27 @@ def libraries_set_aside(request: pytest.FixtureRequest) -> None:
 
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def operators_read_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In a worker: torch reads the sources of its five hundred ONNX functions for every graph, a third of a
+    second."""
+    if not hasattr(request.config, "workerinput"):
+        yield
+        return
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    read = cache(ONNXRegistry.from_torchlib)
+
+    def from_torchlib(**options: Any) -> ONNXRegistry:
+        registry = copy(read(**options))
+        registry.functions = {target: list(known) for target, known in registry.functions.items()}
+        return registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib))
+        yield
 
 
 @pytest.fixture(scope="session")
