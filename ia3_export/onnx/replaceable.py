@@ -14,23 +14,48 @@ from ia3_export.fold import Array
 from ia3_export.onnx.calibration import Feeds, open_beside
 from ia3_export.onnx.runtime import open_model
 
+#: Differences of logits beyond which their exponentials are left to float64.
+_FAR = 20.0
+
 
 def loss_of(name: str, found: Sequence[Array], reference: Sequence[Array]) -> float:
     """What the outputs `name` of some inputs lose: the mean KL divergence, in nats, of ``logits`` of more
     than one class; of anything else the squared distance as a share of the squared length. Infinite where a
     number is none."""
     classes = reference[0].shape[-1] if name == "logits" else 1
-    # others, such as start_logits, may have another width for each input
-    a, b = (
-        np.concatenate([x.reshape(-1, classes) for x in xs]).astype(np.float64) for xs in (found, reference)
-    )
     if classes > 1:
-        p, q = (x - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)) for x in (b, a))
-        p, q = p - b.max(-1, keepdims=True), q - a.max(-1, keepdims=True)
-        loss = float(np.maximum((np.exp(p) * (p - q)).sum(-1), 0).mean())
+        losses = [_divergences(a, b) for a, b in zip(found, reference, strict=True)]
+        loss = float(np.concatenate(losses).mean())
     else:
+        # others, such as start_logits, may have another width for each input
+        a, b = (np.concatenate([x.reshape(-1) for x in xs]).astype(np.float64) for xs in (found, reference))
         loss = float(((a - b) ** 2).sum() / max((b**2).sum(), 1e-30))
     return loss if np.isfinite(loss) else np.inf
+
+
+def _divergences(found: Array, reference: Array) -> Array:
+    """KL divergence of each distribution from its `reference`, all given by logits.
+
+    By their difference d it is ``log(sum p exp(d)) - sum p d``: quick in float32, and exact for small ones.
+    """
+    logits = reference.reshape(-1, reference.shape[-1])
+    shares = np.exp(logits - logits.max(-1, keepdims=True))
+    shares /= shares.sum(-1, keepdims=True)
+    apart = found.reshape(logits.shape) - logits
+    apart -= (shares * apart).sum(-1, keepdims=True)  # what all logits have in common says nothing
+    far = ~(np.abs(apart).max(-1) < _FAR)
+    apart[far] = 0
+    losses = np.log1p((shares * np.expm1(apart)).sum(-1, dtype=np.float64))
+    losses -= (shares * apart).sum(-1, dtype=np.float64)
+    if far.any():
+        a, b = (x.reshape(logits.shape)[far].astype(np.float64) for x in (found, reference))
+        losses[far] = (np.exp(b - _log_sum(b)) * (b - a)).sum(-1) - (_log_sum(b) - _log_sum(a))[:, 0]
+    return np.asarray(np.maximum(losses, 0))
+
+
+def _log_sum(logits: Array) -> Array:
+    most = logits.max(-1, keepdims=True)
+    return np.asarray(most + np.log(np.exp(logits - most).sum(-1, keepdims=True)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

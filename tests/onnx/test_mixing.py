@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from ia3_export.onnx.blocks import decode, encode
 from ia3_export.onnx.calibration import Moments
@@ -126,14 +127,19 @@ def test_the_page_has_every_mix_and_every_weight(graph: Calibrated) -> None:
         assert f"<td>{choice.name}</td>" in shown
 
 
-def test_losses_are_divergences_of_logits_and_shares_of_other_outputs() -> None:
-    a = _random(2, 3, 7)
+@pytest.mark.parametrize("size", [0.001, 1, 30])
+def test_losses_are_divergences_of_logits(size: float) -> None:
+    a = size * _random(2, 3, 7)
     b = 1.5 * a[::-1] + 1
-    p = np.exp(b) / np.exp(b).sum(-1, keepdims=True)
-    q = np.exp(a) / np.exp(a).sum(-1, keepdims=True)
-    expected = (p * np.log(p / q)).sum(-1).mean()
-    assert loss_of("logits", [a], [b]) == pytest.approx(expected, rel=1e-5)
+    wide = (torch.from_numpy(x.astype(np.float64)).log_softmax(-1) for x in (a, b))
+    expected = torch.nn.functional.kl_div(*wide, reduction="none", log_target=True).sum(-1).mean()
+    assert loss_of("logits", [a], [b]) == pytest.approx(float(expected), rel=1e-4)
     assert loss_of("logits", [b], [b]) == 0
+    assert loss_of("logits", [a * np.nan], [b]) == np.inf
+
+
+def test_losses_of_other_outputs_are_shares() -> None:
+    a, b = _random(2, 3, 7), _random(2, 3, 7)[::-1]
     share = ((a - b) ** 2).sum() / (b**2).sum()
     assert loss_of("last_hidden_state", [a], [b]) == pytest.approx(share, rel=1e-5)
-    assert loss_of("logits", [a * np.nan], [b]) == np.inf
+    assert loss_of("last_hidden_state", [a * np.nan], [b]) == np.inf
