@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from ia3_export.errors import Unsupported
-from ia3_export.fold import Array, to_float
+from ia3_export.fold import Array
 from ia3_export.onnx.calibration import record
 from ia3_export.onnx.export import TracedGraph
 from ia3_export.onnx.mixing import LIMIT, Aim, Calibrated, Mix
@@ -17,7 +17,7 @@ from ia3_export.onnx.options import GraphOptions
 from ia3_export.onnx.precision import choose_bits
 from ia3_export.onnx.replaceable import open_replaceable
 from ia3_export.onnx.runtime import open_model
-from ia3_export.parity.bits.expected import Expected, Reader, expected_blocks, expected_tensors
+from ia3_export.parity.bits.expected import Expected, expected_tensors, whole
 from ia3_export.parity.runs.inputs import Case
 from ia3_export.parity.runs.run_onnx import run_onnx
 from ia3_export.planning.plan import Plan
@@ -60,8 +60,8 @@ def _effect(graphs: Sequence[Calibrated], traced: Sequence[TracedGraph], plan: P
             ):
                 weights[name] = np.ascontiguousarray(_of_base(row).T) if origin.transposed else _of_base(row)
         if graph.feeds and weights:
-            whole = open_replaceable(graph.path, graph.feeds)
-            losses.append(whole.loss({name: w for name, w in weights.items() if name in whole.held}))
+            opened = open_replaceable(graph.path, graph.feeds)
+            losses.append(opened.loss({name: w for name, w in weights.items() if name in opened.held}))
     if not max(losses) > 0:
         raise Unsupported(
             "the adapters change nothing that the graphs show, so there is no effect to keep",
@@ -74,9 +74,4 @@ def _of_base(row: Expected) -> Array:
     """The base's tensor in float32, in its own shape."""
     assert row.base is not None
     plain = replace(row, source=row.base, scales=(), dtype=row.base.dtype)
-    with (reader := Reader()).stack:
-        parts = [
-            to_float(block.copy(), plain.dtype).reshape(-1) for block, _ in expected_blocks(plain, reader)
-        ]
-    whole: Array = np.concatenate(parts).astype("<f4").reshape(row.base.shape)
-    return whole
+    return whole(plain).astype("<f4")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -21,6 +21,7 @@ from ia3_export.checkpoint.ranges import hash_file
 from ia3_export.commands.calibrating import mix_bits
 from ia3_export.commands.export_source import fold, read_model
 from ia3_export.commands.keeping import OTHER_FORM, KeptBase, find_codes, without_codes
+from ia3_export.commands.moving import move_to_rows
 from ia3_export.commands.verify import Shipped, prove, read_exported
 from ia3_export.drawing.files import write_whole
 from ia3_export.errors import CheckFailed, UsageError
@@ -50,6 +51,8 @@ from ia3_export.writing.stage import check_target, copy_file, scratch_folder, se
 SCHEMA = "ia3-export/onnx/2"
 #: Bytes of weights in float32.
 _LARGE = 200_000_000
+#: Precisions whose codes are made here.
+_ENCODED = frozenset({"int8", "q8", "int4"})
 _NOT_COPIED = ("README.md", BASE_CARD, MANIFEST)
 
 
@@ -176,11 +179,20 @@ def export_onnx(
         plain = stage / "onnx" if "fp32" in graphs.precisions else scratch / "onnx"
         traced, cases = _export(checkpoint, task, graphs, plain, say)
         files = [_describe(graph.path, "fp32") for graph in traced if "fp32" in graphs.precisions]
+        coded, plan = traced, source.plan
+        if source.moves and not _ENCODED.isdisjoint(graphs.precisions):
+            coded, plan = move_to_rows(traced, plan, scratch / "rows")
         mix = None
         if "int4" in graphs.precisions:
-            mix = mix_bits(traced, cases, source.plan, graphs, say)
+            mix = mix_bits(coded, cases, plan, graphs, say)
             write_whole(stage / "bits.html", mix_page(mix))
-        files += _convert(traced, graphs, stage / "onnx", _Given(mix, source.kept), say)
+        there = _Given(mix, source.kept)
+        for precision in graphs.precisions:
+            if precision != "fp32":
+                say(f"converting to {precision}")
+                made_of = coded if precision in _ENCODED else traced
+                files += _convert(made_of, precision, stage / "onnx", there)
+        _require_codes(files, source.kept)
         _copy_side_files(checkpoint, stage)
         package(stage, graphs.precisions, graphs.targets)
         done = OnnxExport(
@@ -242,27 +254,16 @@ class _Given:
 
 
 def _convert(
-    traced: Sequence[TracedGraph],
-    graphs: GraphOptions,
-    folder: Path,
-    given: _Given,
-    say: Callable[[str], None],
-) -> list[OnnxFile]:
-    """The graphs in their further precisions."""
-    files = []
-    for precision in graphs.precisions:
-        if precision == "fp32":
-            continue
-        say(f"converting to {precision}")
-        for graph in traced:
-            path = folder / file_name(graph.path.stem, precision)
-            codes, reasons = given.codes(graph, precision)
-            coverage = convert_precision(graph.path, path, precision, codes)
-            if precision == "keep":
-                reasons = {name: reasons.get(name, OTHER_FORM) for name in coverage.left}
-            files.append(_describe(path, precision, coverage, reasons))
-    _require_codes(files, given.kept)
-    return files
+    traced: Sequence[TracedGraph], precision: str, folder: Path, given: _Given
+) -> Iterator[OnnxFile]:
+    """The graphs in a further `precision`."""
+    for graph in traced:
+        path = folder / file_name(graph.path.stem, precision)
+        codes, reasons = given.codes(graph, precision)
+        coverage = convert_precision(graph.path, path, precision, codes)
+        if precision == "keep":
+            reasons = {name: reasons.get(name, OTHER_FORM) for name in coverage.left}
+        yield _describe(path, precision, coverage, reasons)
 
 
 def _require_codes(files: Sequence[OnnxFile], kept: KeptBase | None) -> None:

@@ -26,12 +26,14 @@ class ExportSource:
 
     `plan` made the `checkpoint` (of no adapter where it was there); the user `named` a folder that may be
     neither the base nor the checkpoint. `kept` has the codes of a quantized one, if they are asked for.
+    `moves`: vectors on inputs may move to rows where codes are made.
     """
 
     checkpoint: Checkpoint
     plan: Plan
     named: Location
     kept: KeptBase | None = None
+    moves: bool = False
 
 
 def fold(
@@ -55,14 +57,15 @@ def fold(
         say("merging")
         write_merges([(kept.plan, scratch / "merged")], options)
         return ExportSource(read_checkpoint(scratch / "merged"), kept.plan, named, kept)
-    if whole.stored.is_gguf:
+    moves = not whole.stored.is_gguf  # to which `verify` could not compare them: its plan has GGUF's codes
+    if not moves:
         say("dequantizing")
         whole = read_base(write_dense(whole, scratch / "dense"))
     say("merging")
     plan = make_plan(whole, read, DEFAULT_RECIPE)
     plan.raise_problems()
     write_merges([(plan, scratch / "merged")], options)
-    return ExportSource(read_checkpoint(scratch / "merged"), plan, named)
+    return ExportSource(read_checkpoint(scratch / "merged"), plan, named, moves=moves)
 
 
 def read_model(model: str | Path, scratch: Path, say: Callable[[str], None], *, keep: bool) -> ExportSource:

@@ -56,7 +56,7 @@ def plan_kept(quantized: Base, adapters: Sequence[Adapter], recipe: Recipe, fold
     dense = read_base(write_dense(quantized, folder))
     plan = make_plan(dense, adapters, replace(recipe, dtype="float32"))
     plan.raise_problems()
-    plan, reasons = move_inputs(plan, quantized, coded)
+    plan, reasons = move_inputs(plan, coded)
     return KeptBase(quantized, plan, reasons)
 
 

@@ -28,11 +28,12 @@ from ia3_export.parity.facts import (
 )
 from ia3_export.parity.settings import DEFAULT_SETTINGS, RunSettings
 from ia3_export.planning.merged_recipe import find_recipe
+from ia3_export.planning.moved_inputs import all_moved
 from ia3_export.planning.plan import Plan, make_plan
 from ia3_export.planning.recipe import Recipe
 from ia3_export.quantization.base import Base, read_base
 from ia3_export.report.model import Reference, Report, Step, WeightsProof
-from ia3_export.words import TORCH_NAMES
+from ia3_export.words import INTEGER_PRECISIONS, TORCH_NAMES
 from ia3_export.writing.execute import Progress
 from ia3_export.writing.options import OutputOptions
 from ia3_export.writing.stage import scratch_folder
@@ -199,9 +200,17 @@ def prove(
 def _prove_graphs(
     plan: Plan, graphs: Sequence[tuple[str, Graph]], base_graph: Graph | None, *, alone: bool
 ) -> Iterator[WeightsProof]:
+    """Codes may be those of the plan, or of the one whose input vectors lie on the rows that feed them: both
+    compute the same."""
     plain = next((graph for _, graph in graphs if graph.precision == "float32"), None)
+    encoded = any(graph.precision in INTEGER_PRECISIONS for _, graph in graphs)
+    moved = all_moved(plan) if encoded else None
     for name, graph in graphs:
-        yield prove_graph(plan, graph, name, base_graph, float_graph=plain, alone=alone)
+        proofs: list[WeightsProof] = []
+        for one in [moved, plan] if graph.precision in INTEGER_PRECISIONS else [plan]:
+            if one is not None and not any(proof.passed for proof in proofs):
+                proofs.append(prove_graph(one, graph, name, base_graph, float_graph=plain, alone=alone))
+        yield min(proofs, key=lambda proof: len(proof.findings))
 
 
 def _is_foreign(base: Base, merged: Base) -> bool:

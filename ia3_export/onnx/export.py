@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ia3_export.checkpoint.header import StoredTensor
+from ia3_export.fold import Array
 from ia3_export.onnx.conditional import merge_decoders
 from ia3_export.onnx.contract import GraphSpec
 from ia3_export.onnx.exported import MERGED
@@ -67,3 +71,30 @@ def _merge(first: TracedGraph, cached: TracedGraph, path: Path) -> TracedGraph:
         for file in (graph, *external_files(graph)):
             file.unlink()
     return TracedGraph(path, {**first.origins, **cached.origins})
+
+
+def with_values(graph: TracedGraph, values: Mapping[str, Callable[[], Array]], folder: Path) -> TracedGraph:
+    """`graph` with other `values` for stored tensors, read one by one in their stored shapes; written into
+    `folder`."""
+    import onnx_ir
+
+    model = onnx_ir.load(graph.path)
+    for part in model.graphs():
+        for name, value in part.initializers.items():
+            origin = graph.origins.get(name)
+            read = None if origin is None else values.get(origin.tensor or "")
+            if origin is not None and read is not None:
+                old = value.const_value
+                value.const_value = onnx_ir.LazyTensor(
+                    partial(_read, read, origin), dtype=old.dtype, shape=old.shape, name=name
+                )
+    path = folder / graph.path.name
+    save_model(model, path, external_above=_STREAMED)
+    return replace(graph, path=path)
+
+
+def _read(read: Callable[[], Array], origin: Origin) -> Any:
+    import onnx_ir
+
+    values = read().astype("<f4")
+    return onnx_ir.tensor(np.ascontiguousarray(values.T) if origin.transposed else values)

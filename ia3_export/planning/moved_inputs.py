@@ -1,84 +1,95 @@
-"""Vectors on the inputs of weights whose codes shall stay: moved to the projection that feeds them.
+"""Vectors on the inputs of weights that become codes: moved to the projection that feeds them.
 
-As ``--quantized keep`` moves them, by the same table and the same checks, but in a plan for the dense float32
-model that a quantized base stands for. A scale of codes belongs to a row, so a weight with a vector on its
-input has no codes; its feeder takes the vector on its rows.
+As ``--quantized keep`` moves them, by the same table and the same checks, but in the plan of a dense model. A
+scale of codes belongs to a row: the codes of a weight with a vector on its input are others than its own,
+while the projection that feeds it takes the vector in the scales of its rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from ia3_export.adapters.model import Fold
-from ia3_export.fold import Scale, make_scale
-from ia3_export.planning.changes import Change
+from ia3_export.checkpoint.header import StoredTensor
+from ia3_export.fold import Layout, Scale, make_scale
+from ia3_export.planning.changes import Change, written_dtype
 from ia3_export.planning.plan import Plan
-from ia3_export.planning.quantized_placement import (
-    Context,
-    WeightFolds,
-    make_context,
-    place,
-    single_precision,
-)
-from ia3_export.quantization.base import Base
-from ia3_export.quantization.packed import BY_ROW, CannotKeep, Packed, Scales
+from ia3_export.planning.quantized_placement import feeder_rows, single_precision
+from ia3_export.quantization.packed import CannotKeep
 
 
-def move_inputs(plan: Plan, quantized: Base, coded: Mapping[str, Packed]) -> tuple[Plan, dict[str, str]]:
-    """`plan`, of the dense model that `quantized` stands for, with the input vectors of the `coded` weights
-    moved where that is exact; and for the others, by name, why it is not."""
-    # what is written is dense: rows take any factor, and no scale is rounded
-    rows = {name: replace(packed, on_output=Scales(()), on_input=BY_ROW) for name, packed in coded.items()}
-    context = make_context(replace(quantized, quantization=replace(quantized.quantization, packed=rows)))
+def move_inputs(plan: Plan, names: Collection[str]) -> tuple[Plan, dict[str, str]]:
+    """`plan`, of a dense model, with the input vectors of the weights `names` moved where that is exact; and
+    for the others, by name, why it is not."""
     changes, reasons = dict(plan.changes), {}
-    for name, packed in rows.items():
-        change = plan.changes.get(name)
+    for name in names:
+        change = changes.get(name)
         if change is None or change.how != "fold":
             continue
-        inputs = [scale for scale in change.scales if not _on_rows(scale, change, packed)]
+        placed = list(zip(change.scales, change.folds, strict=True))
+        inputs = [(scale, fold) for scale, fold in placed if fold.direction == "in"]
         if not inputs:
             continue
         try:
-            _, placed = place(WeightFolds(packed, tuple(inputs), change.folds), context)
+            moved = [one for scale, fold in inputs for one in _moved(plan, change, scale, fold)]
         except CannotKeep as why:
             reasons[name] = f"a vector lies on its input: {why}"
             continue
-        context.placed.update(placed)
-        left = tuple(scale for scale in change.scales if _on_rows(scale, change, packed))
-        folds = tuple(fold for fold in change.folds if fold.direction != "in")
-        changes[name] = replace(change, scales=left, folds=folds)
-    _lay_moved(context, plan.base, changes)
-    unchanged = [name for name in rows if name in changes and _is_unchanged(changes[name], plan.base)]
-    return replace(plan, changes={n: c for n, c in changes.items() if n not in unchanged}), reasons
+        left = [(scale, fold) for scale, fold in placed if fold.direction != "in"]
+        changes[name] = replace(change, scales=tuple(s for s, _ in left), folds=tuple(f for _, f in left))
+        for tensor, scale, fold in moved:
+            before = changes.get(tensor.name) or _start(plan, tensor)
+            how = "fold" if before.how in ("cast", "dequantize") else before.how
+            changes[tensor.name] = replace(before, how=how).with_folds((scale,), (fold,))
+    settled = {name: _settled(change) for name, change in changes.items()}
+    return replace(plan, changes={name: one for name, one in settled.items() if one is not None}), reasons
 
 
-def _on_rows(scale: Scale, change: Change, packed: Packed) -> bool:
+def all_moved(plan: Plan) -> Plan | None:
+    """`plan` with every input vector moved that can be; None where none can, or where the base's own codes
+    stay."""
+    if plan.base.is_quantized and not plan.dequantizes:
+        return None
+    moved, _ = move_inputs(plan, plan.changes)
+    return moved if moved.changes != plan.changes else None
+
+
+def _moved(plan: Plan, change: Change, scale: Scale, fold: Fold) -> list[tuple[StoredTensor, Scale, Fold]]:
+    """The tensors that take the vector `scale` on the input of `change`, and how. Raises `CannotKeep`."""
     axis = scale.axis(change.shape)
-    return axis == (1 if packed.conv1d else 0)
+    if len(change.shape) != 2 or axis is None:
+        raise CannotKeep("it is no single projection")
+    layout: Layout = "linear" if axis == 1 else "conv1d"
+    tensors = plan.base.dense.tensors
+    module = change.name.removesuffix(".weight")
+    shapes = _shapes(tensors, layout)
+    feeder, factors = feeder_rows(module, scale.factors, plan.base.stored.config, shapes)
+    return [
+        (tensors[name], make_scale(single_precision(factors), tensors[name].shape, "out", layout), fold)
+        for name in (f"{feeder}.weight", f"{feeder}.bias")
+        if name in tensors
+    ]
 
 
-def _lay_moved(context: Context, dense: Base, changes: dict[str, Change]) -> None:
-    """Add what was moved to the `changes` of the `dense` model."""
-    tensors = dense.stored.tensors
-    moved: dict[str, tuple[tuple[Scale, ...], tuple[Fold, ...]]] = {
-        name: (
-            (make_scale(single_precision(laid.factors), tensors[name].shape, "out", context.layout),),
-            laid.folds,
-        )
-        for name, laid in context.placed.rows.items()
+def _shapes(tensors: Mapping[str, StoredTensor], layout: Layout) -> dict[str, tuple[int, ...]]:
+    """(out, in) of every weight."""
+    turned = layout == "conv1d"
+    return {
+        name: tensor.shape[::-1] if turned and len(tensor.shape) == 2 else tensor.shape
+        for name, tensor in tensors.items()
     }
-    # static scales of activations are none of the dense model's
-    moved |= {
-        name: (other.scales, other.folds) for name, other in context.placed.others.items() if name in tensors
-    }
-    for name, (scales, folds) in moved.items():
-        tensor = tensors[name]
-        before = changes.get(name) or Change(name=name, how="fold", dtype=tensor.dtype, source=tensor)
-        changes[name] = before.with_folds(scales, folds)
 
 
-def _is_unchanged(change: Change, base: Base) -> bool:
-    return (
-        change.how == "fold" and not change.scales and base.stored.tensors.get(change.name) is change.source
-    )
+def _start(plan: Plan, tensor: StoredTensor) -> Change:
+    dtype = written_dtype(tensor.compute_dtype, plan.recipe.dtype)
+    return Change(name=tensor.name, how="fold", dtype=dtype, source=tensor)
+
+
+def _settled(change: Change) -> Change | None:
+    """`change`, none where it changes nothing: of a tensor from which all vectors have moved."""
+    if change.how != "fold" or change.scales:
+        return change
+    if change.source.computed is not None:
+        return replace(change, how="dequantize")
+    return None if change.dtype == change.source.dtype else replace(change, how="cast")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -196,13 +196,8 @@ def _move(weight: WeightFolds, vector: Array, context: Context, placed: Placed) 
     static scales of what then is larger: into `placed`. Returns the tensors that take it, and their largest
     relative error. Raises `CannotKeep`."""
     packed, base, shapes = weight.packed, context.base, context.shapes
-    with _because("the vector cannot move: "):
-        feeder = find_feeder(packed.module, len(vector), base.stored.config, shapes)
-        factors = move_vector(feeder, vector)
-    _check_arithmetic(feeder, vector, activation_of(packed.module, base.stored.config))
-    name = f"{feeder.module}.weight"
-    whole = np.ones(shapes[name][0])
-    whole[feeder.start : feeder.stop] = factors
+    feeder, whole = feeder_rows(packed.module, vector, base.stored.config, shapes)
+    name = f"{feeder}.weight"
     others: list[tuple[str, Scale]] = []
     tensors, error = [], 0.0
     into = base.quantization.packed.get(name)
@@ -211,17 +206,17 @@ def _move(weight: WeightFolds, vector: Array, context: Context, placed: Placed) 
         others.append((name, make_scale(single_precision(whole), tensor.shape, "out", context.layout)))
         error = ROUNDING.get(tensor.dtype, 0.0)
     else:
-        with _because(f"{feeder.module}, which feeds it, cannot take the vector: "):
+        with _because(f"{feeder}, which feeds it, cannot take the vector: "):
             laid = _lay(into.on_output, into, whole, weight.folds, context.placed.rows)
         placed.rows[name] = laid
         tensors, error = _taking(into.on_output, into), laid.error
     turned = off_center(packed.module, packed.parts, vector)
     if turned:
         raise CannotKeep(f"the vector cannot move: {turned}")
-    if f"{feeder.module}.bias" in shapes:
-        others.append((f"{feeder.module}.bias", Scale(single_precision(whole), 1)))
+    if f"{feeder}.bias" in shapes:
+        others.append((f"{feeder}.bias", Scale(single_precision(whole), 1)))
     factor = largest_factor(vector)
-    static = [name for name, fed in context.cache_scales.items() if fed == feeder.module]
+    static = [name for name, fed in context.cache_scales.items() if fed == feeder]
     others += [(name, uniform(grow(name, factor))) for name in (*static, *input_scales(packed))]
     for name, scale in others:
         tensor = base.stored.tensors.get(name) or base.dense.tensors[name]
@@ -230,6 +225,20 @@ def _move(weight: WeightFolds, vector: Array, context: Context, placed: Placed) 
         )
         placed.others[name] = replace(before, how="fold").with_folds((scale,), weight.folds)
     return [*tensors, *(name for name, _ in others)], error
+
+
+def feeder_rows(
+    module: str, vector: Array, config: Mapping[str, Any] | None, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[str, Array]:
+    """The projection that can take the input `vector` (n,) of `module`, and the factors of all its rows,
+    float64, 1 where it has other rows. Arguments as of `find_feeder`. Raises `CannotKeep`."""
+    with _because("the vector cannot move: "):
+        feeder = find_feeder(module, len(vector), config, shapes)
+        factors = move_vector(feeder, vector)
+    _check_arithmetic(feeder, vector, activation_of(module, config))
+    whole = np.ones(shapes[f"{feeder.module}.weight"][0])
+    whole[feeder.start : feeder.stop] = factors
+    return feeder.module, whole
 
 
 def _check_arithmetic(feeder: Feeder, vector: Array, activation: str | None) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from ia3_export.fold import Array, to_float
 from ia3_export.onnx.kept import ROUNDING, STEPS
-from ia3_export.parity.bits.expected import Expected, Reader, expected_blocks
+from ia3_export.parity.bits.expected import Expected, Reader, expected_blocks, whole
 
 #: Rounding moves a value by half a step; a zero point that is rounded too moves the ends of a block by up to
 #: another half.
@@ -86,12 +86,12 @@ def check_codes(
         decoded = _READERS[ending[1]](own, tensor, initializers) if ending else []
         row, of, distance = _named(rows, own, origins), None, math.inf
         if decoded and row is not None:
-            of, distance = row.name, _nearest(_whole(row), decoded)
+            of, distance = row.name, _nearest(whole(row).astype("<f8"), decoded)
         elif decoded and (weight := float_weight(own)) is not None:
             of, distance = own, _nearest(weight.astype("<f8"), decoded)
         elif decoded:
             for row in rows.values():
-                if _may_be(row, decoded) and (near := _nearest(_whole(row), decoded)) <= _STEPS:
+                if _may_be(row, decoded) and (near := _nearest(whole(row).astype("<f8"), decoded)) <= _STEPS:
                     of, distance = row.name, near
                     break
         yield CodeCheck(name, of, distance)
@@ -101,12 +101,6 @@ def _named(rows: Mapping[str, Expected], own: str, origins: Mapping[str, str]) -
     if origins.get(own) in rows:
         return rows[origins[own]]
     return next((rows[n] for n in rows if n == own or n.endswith(f".{own}") or own.endswith(f".{n}")), None)
-
-
-def _whole(row: Expected) -> Array:
-    with (reader := Reader()).stack:
-        parts = [to_float(block.copy(), row.dtype) for block, _ in expected_blocks(row, reader)]
-    return np.concatenate([part.reshape(-1) for part in parts]).astype("<f8").reshape(row.source.shape)
 
 
 def _may_be(row: Expected, decoded: Sequence[DecodedCodes]) -> bool:

@@ -11,7 +11,15 @@ import numpy as np
 
 from ia3_export.checkpoint import ranges
 from ia3_export.checkpoint.header import StoredTensor
-from ia3_export.fold import FLOAT_DTYPES, Array, Scale, Workspace, fold_block, storage_dtype
+from ia3_export.fold import (
+    FLOAT_DTYPES,
+    Array,
+    Scale,
+    Workspace,
+    fold_block,
+    storage_dtype,
+    to_float,
+)
 from ia3_export.planning.changes import How
 from ia3_export.planning.plan import Plan
 
@@ -128,6 +136,14 @@ def expected_blocks(
         else:
             yield fold_block(raw, first, row.source.dtype, row.dtype, row.scales, reader.work), first
         first += length
+
+
+def whole(row: Expected) -> Array:
+    """`row` as it must be, float32 (float64 where it is that), in its shape."""
+    with (reader := Reader()).stack:
+        parts = [to_float(block.copy(), row.dtype).reshape(-1) for block, _ in expected_blocks(row, reader)]
+    values: Array = np.concatenate(parts).reshape(row.source.shape)
+    return values
 
 
 def blocks(

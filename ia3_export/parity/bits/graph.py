@@ -7,7 +7,7 @@ initializers are found by content: widened exactly or rounded to the graph's dty
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -65,7 +65,8 @@ def prove_graph(
     notes: list[str] = []
     unproven, coded = 0, set[str]()
     if quantized:
-        unproven, coded = _prove_codes(rows, graph, float_graph, findings, notes, alone=alone)
+        made_of = _made_of(graph, float_graph, matches)
+        unproven, coded = _prove_codes(rows, graph, made_of, findings, notes, alone=alone)
         found |= coded
     # a graph that gives hidden states has no head
     headless = graph.outputs == ("last_hidden_state",)
@@ -110,7 +111,7 @@ def _listed(names: Sequence[str]) -> str:
 def _prove_codes(
     rows: Mapping[str, Expected],
     graph: Graph,
-    float_graph: Graph | None,
+    made_of: Callable[[str], Array | None],
     findings: list[TensorFinding],
     notes: list[str],
     *,
@@ -119,7 +120,7 @@ def _prove_codes(
     """Add what is found of initializers that hold codes; how many were compared with nothing, and the rows
     that kept ones are equal to."""
     kept = graph.precision == "keep"
-    checks = list(check_codes(rows, graph.initializers, graph.origins, _made_of(graph, float_graph)))
+    checks = list(check_codes(rows, graph.initializers, graph.origins, made_of))
     compared = [check for check in checks if check.of is not None]
     for check in compared:
         if not (check.equal if kept else check.within_a_step):
@@ -166,10 +167,13 @@ def _scales_codes(name: str, graph: Graph) -> bool:
     )
 
 
-def _made_of(graph: Graph, float_graph: Graph | None) -> Callable[[str], Array | None]:
+def _made_of(
+    graph: Graph, float_graph: Graph | None, proven: Collection[str]
+) -> Callable[[str], Array | None]:
     """The weights of `float_graph` by name, if `graph` was made of it.
 
-    What both hold in float32 under one name is the same.
+    What both hold in float32 under one name is the same, but for what is `proven`: a bias with a vector that
+    was moved to it.
     """
     if float_graph is None:
         return lambda _: None
@@ -178,6 +182,7 @@ def _made_of(graph: Graph, float_graph: Graph | None) -> Callable[[str], Array |
         (tensor, theirs.get(name))
         for name, tensor in graph.initializers.items()
         if tensor.dtype.name == "FLOAT" and tensor.size > 1 and not _SCALE.search(name)
+        if name not in proven
     ]
     same = all(other is not None and np.array_equal(tensor.numpy(), other.numpy()) for tensor, other in kept)
     shaped = float_graph.shaped
