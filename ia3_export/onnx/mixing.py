@@ -18,7 +18,7 @@ from ia3_export.onnx.rounding import encode_nearest
 from ia3_export.onnx.weights import Weight, find_weights
 
 #: Tokens whose outputs are compared when a single weight is replaced.
-_ENOUGH = 96
+_ENOUGH = 48
 #: What a mix may lose by itself. Half of what `verify` lets pass: texts lose more than those it was chosen
 #: on.
 LIMIT = 0.05

@@ -40,7 +40,7 @@ STEPS = [
     Step(
         "Export it to ONNX as it is: the page can switch between this and what becomes of it",
         "exported/SmolLM2",
-        "-m ia3_export onnx --model base --output exported/SmolLM2 --target genai --overwrite",
+        "-m ia3_export onnx --model base --output exported/SmolLM2 --precision fp32,q8 --target genai --overwrite",
     ),
     Step(
         "Train an IA3 adapter: the voice of a ship's cat",
@@ -58,9 +58,10 @@ STEPS = [
         f"-m ia3_export merge --base base-gguf/{GGUF} --adapter adapter --output merged-gguf --overwrite",
     ),
     Step(
-        "Export the merged model to ONNX",
+        "Export base and adapter to ONNX, in 8 bits for the page and in 4 where that is enough",
         "exported/Mog",
-        "-m ia3_export onnx --model merged --output exported/Mog --target genai --overwrite",
+        "-m ia3_export onnx --base base --adapter adapter --output exported/Mog --precision fp32,q8,int4"
+        " --target genai --overwrite",
     ),
     Step(
         "Do the folded weights and the ONNX file still compute what was trained?",

@@ -19,6 +19,7 @@ from ia3_export.parity.runs.natural import (
     sentence_rows,
 )
 from ia3_export.parity.runs.photograph import PHOTOGRAPH, photographs
+from ia3_export.parity.runs.speech import SPEECH, speech
 
 _POSITIONS = ("n_positions", "max_seq_len", "n_ctx")
 #: Length of the long text: beyond the windows and position buckets that short ones never leave.
@@ -54,8 +55,8 @@ def make_cases(model: Any, *, seed: int = 0, tokenizer: Any = None) -> list[Case
 
     A causal language model writes its texts itself, from the beginnings of sentences; other models get
     sentences, all random token ids without a `tokenizer`.
-    Images are parts of a photograph where one is at hand, else normal noise, as sounds are. The same seed
-    gives the same inputs. The first case is the smallest. Raises `Unsupported` for models whose main input is
+    Images are parts of a photograph and sounds recorded speech where there is any, else normal noise. The
+    same seed gives the same inputs. The first case is the smallest. Raises `Unsupported` for models whose main input is
     none of these.
     """
     import torch
@@ -263,11 +264,16 @@ def _sound_case(model: Any, name: str, batch: int, generator: Any) -> Case:
 
     config = model.config
     shape = _sound_shape(config, name)
-    tensors = {name: torch.randn(batch, *shape, generator=generator)}
+    spoken = speech(name, batch, shape)
+    tensors = {name: torch.randn(batch, *shape, generator=generator) if spoken is None else spoken}
     if config.is_encoder_decoder:
         drawn = random_rows(config.vocab_size, generator)
         tensors["decoder_input_ids"] = torch.stack([drawn.row(6) for _ in range(batch)])
-    return Case(f"batch {batch}, sound {'x'.join(map(str, shape))}", tensors, origin=NOISE)
+    return Case(
+        f"batch {batch}, sound {'x'.join(map(str, shape))}",
+        tensors,
+        origin=NOISE if spoken is None else SPEECH,
+    )
 
 
 def _image_shape(config: Any) -> tuple[int, ...]:

@@ -143,7 +143,8 @@ queue(async () => {
     Object.assign(input, { type: "radio", name: "who", value: model.name, checked: number === 0 });
     label.append(model.title);
   }
-  page.dtype.replaceChildren(...models[0].dtypes.map((name) => new Option(name)));
+  const common = models[0].dtypes.filter((name) => models.every(({ dtypes }) => dtypes.includes(name)));
+  page.dtype.replaceChildren(...common.map((name) => new Option(name)));
   for (const idea of IDEAS) {
     const button = page.ideas.appendChild(document.createElement("button"));
     button.textContent = idea;
