@@ -60,7 +60,8 @@ def main() -> None:
         if precisions:
             exported = work / "exported"
             shutil.rmtree(exported, ignore_errors=True)
-            export_onnx(exported, model=merged, graphs=GraphOptions(precisions=precisions), check=False)
+            graphs = GraphOptions(precisions=precisions)
+            export_onnx(exported, base=options.base, adapters=[adapter], graphs=graphs, check=False)
             for step in verify(options.base, [options.adapter], onnx=[exported]).steps:
                 show(name, step)
         print(f"<!-- {name}: {time.perf_counter() - start:.0f} s -->", flush=True)
