@@ -15,7 +15,6 @@ Others: the least and the mean cosine of mean-pooled vectors, and the time of a 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from harness import make_parser, markdown, positive
 
 from ia3_export.onnx.files import size_of
 from ia3_export.onnx.runtime import OnnxModel, call, first_step, next_step, open_model
@@ -73,14 +73,14 @@ class Row:
 
 def main() -> None:
     """Measure and print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--exported", type=Path, required=True)
     parser.add_argument("--base", type=Path)
     parser.add_argument("--files", type=Path, nargs="*", default=[])
     parser.add_argument("--gguf", type=Path, nargs="*", default=[])
     parser.add_argument("--genai", type=Path, nargs="*", default=[])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--threads", type=positive, default=1)
     options = parser.parse_args()
     reference = options.exported / "onnx" / "model.onnx"
     paths = [reference]
@@ -131,11 +131,13 @@ def print_decoders(models: Any, sizes: Any, tokens: Any, base: OnnxModel | None,
         )
     rows += [of_llama_cpp(path, reference, plain, tokens, options) for path in options.gguf]
     rows += [of_genai(folder, reference, plain, tokens, options) for folder in options.genai]
-    print("| file | MB | KL | top-1 | perplexity | effect | tokens/s | 128 tokens, ms |")
-    print("| --- | --: | --: | --: | --: | --: | --: | --: |")
-    for row in rows:
-        cells = [f"{row.size / 1e6:.1f}", *row.quality, _number(row.decode), _number(row.prefill)]
-        print(f"| {row.name} | {' | '.join(cells)} |")
+    head = ("file", "MB", "KL", "top-1", "perplexity", "effect", "tokens/s", "128 tokens, ms")
+    print(markdown(head, map(cells_of, rows)))
+
+
+def cells_of(row: Row) -> tuple[str, ...]:
+    """A line of the table of decoders."""
+    return (row.name, f"{row.size / 1e6:.1f}", *row.quality, _number(row.decode), _number(row.prefill))
 
 
 def print_encoders(models: Any, sizes: Any, tokens: Any, rounds: int) -> None:
@@ -144,15 +146,16 @@ def print_encoders(models: Any, sizes: Any, tokens: Any, rounds: int) -> None:
     times = take_turns(
         {n: lambda m=m: [vector_of(m, ids) for ids in tokens] for n, m in models.items()}, rounds
     )
-    print("| file | MB | cosine, least | mean | ms a sentence |")
-    print("| --- | --: | --: | --: | --: |")
+    rows = []
     for name, model in models.items():
         cosines = [cosine(vector_of(model, ids), b) for ids, b in zip(tokens, reference, strict=True)]
-        milliseconds = 1000 * times[name] / len(tokens)
-        print(
-            f"| {name} | {sizes[name] / 1e6:.1f} | {min(cosines):.5f} | {np.mean(cosines):.5f} "
-            f"| {milliseconds:.1f} |"
+        figures = (
+            f"{min(cosines):.5f}",
+            f"{np.mean(cosines):.5f}",
+            f"{1000 * times[name] / len(tokens):.1f}",
         )
+        rows.append((name, f"{sizes[name] / 1e6:.1f}", *figures))
+    print(markdown(("file", "MB", "cosine, least", "mean", "ms a sentence"), rows))
 
 
 def quality_of(found: Any, reference: Any, plain: Any, tokens: Any) -> tuple[str, ...]:

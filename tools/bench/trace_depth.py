@@ -7,28 +7,30 @@ median of `--runs`.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from typing import Any
+
+from harness import make_parser, markdown, positive
 
 _SHAPE = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--layers", default="2,4,8,30")
     parser.add_argument("--every-up-to", type=int, default=8)
-    parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--runs", type=positive, default=1)
     options = parser.parse_args()
     _seconds(2, once=True)  # imports and caches
-    print("| layers | each kind once | every layer |\n| --- | --- | --- |")
+    rows = []
     for layers in map(int, options.layers.split(",")):
         once = statistics.median(_seconds(layers, once=True) for _ in range(options.runs))
         every = "not run"
         if layers <= options.every_up_to:
             every = f"{statistics.median(_seconds(layers, once=False) for _ in range(options.runs)):.1f} s"
-        print(f"| {layers} | {once:.1f} s | {every} |", flush=True)
+        rows.append((str(layers), f"{once:.1f} s", every))
+    print(markdown(("layers", "each kind once", "every layer"), rows))
 
 
 def _seconds(layers: int, *, once: bool) -> float:

@@ -11,15 +11,16 @@ against the right adapter. The weights proof, which finds every one of them, is 
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from harness import machine_line, make_parser, markdown
 from safetensors.numpy import load_file, save_file
 
 from ia3_export import export_onnx, merge, verify
@@ -35,7 +36,7 @@ Vectors = dict[str, np.ndarray]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--adapter", type=Path, required=True)
     parser.add_argument("--precision", default="")
@@ -44,8 +45,8 @@ def main() -> None:
     work = options.work or Path(tempfile.mkdtemp())
     work.mkdir(parents=True, exist_ok=True)
     precisions = tuple(filter(None, options.precision.split(",")))
-    print("| folded | artifact | forwards | max error | bound | worst gate | told from a wrong one |")
-    print("| --- | --- | --- | --: | --: | --- | --: |")
+    print(machine_line(work))
+    rows: list[tuple[str, ...]] = []
     for name, adapter in damaged(options.adapter, work):
         start = time.perf_counter()
         merged = work / "merged"
@@ -53,34 +54,33 @@ def main() -> None:
         try:
             fold(options.base, adapter, merged)
         except IA3ExportError as error:
-            print(f"| {name} | none: {str(error).splitlines()[0]} | | | | | |")
+            rows.append((name, f"none: {str(error).splitlines()[0]}", *[""] * 5))
             continue
-        for step in verify(options.base, [options.adapter], merged=merged).steps:
-            show(name, step)
+        rows += [row(name, step) for step in verify(options.base, [options.adapter], merged=merged).steps]
         if precisions:
             exported = work / "exported"
             shutil.rmtree(exported, ignore_errors=True)
             graphs = GraphOptions(precisions=precisions)
             export_onnx(exported, base=options.base, adapters=[adapter], graphs=graphs, check=False)
-            for step in verify(options.base, [options.adapter], onnx=[exported]).steps:
-                show(name, step)
-        print(f"<!-- {name}: {time.perf_counter() - start:.0f} s -->", flush=True)
+            rows += [
+                row(name, step) for step in verify(options.base, [options.adapter], onnx=[exported]).steps
+            ]
+        print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    head = ("folded", "artifact", "forwards", "worst gate", "max error", "bound", "told from a wrong one")
+    print(markdown(head, rows, words=4))
 
 
 def fold(base: Path, adapter: Path, target: Path) -> None:
     merge(base, [adapter], target, options=OutputOptions(digests="none", reload_check=False))
 
 
-def show(name: str, step: Step) -> None:
+def row(name: str, step: Step) -> tuple[str, ...]:
     worst = max(step.gates, key=lambda gate: _times(gate.value, gate.limit, gate.relation))
     error = "" if step.distance is None else f"{step.distance.max_error:.3g}"
     bound = "" if step.bound is None else f"{step.bound:.3g}"
     told = "" if step.told_by is None else f"{step.told_by:.3g}"
     value = f"{worst.name} {worst.value:.3g} {worst.relation} {worst.limit:.3g}"
-    print(
-        f"| {name} | {step.name} | {'pass' if step.passed else 'FAIL'} | {error} | {bound} | {value} | {told} |",
-        flush=True,
-    )
+    return (name, step.name, "pass" if step.passed else "FAIL", value, error, bound, told)
 
 
 def _times(value: float | None, limit: float, relation: str) -> float:
