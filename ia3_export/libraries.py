@@ -44,6 +44,7 @@ PRIVATE: Mapping[str, str] = {
     "transformers.models.auto.modeling_auto:MODEL_MAPPING_NAMES": "the class for a task",
     "transformers:PreTrainedModel.get_expanded_tied_weights_keys": "tied weights",
     "transformers:PreTrainedModel._keys_to_ignore_on_load_missing": "what a checkpoint must hold",
+    "transformers:PreTrainedModel._keys_to_ignore_on_load_unexpected": "what a checkpoint may hold",
     "transformers.exporters.exporter_dynamo:reset_model_state": "the export to ONNX",
     "transformers.exporters.exporter_onnx:_ONNX_TRANSLATION_TABLE": "the export to ONNX",
     "transformers.exporters.exporter_onnx:apply_onnx_ir_fixes": "the export to ONNX",
@@ -122,6 +123,12 @@ def never_missed(model: Any) -> Sequence[str]:
     """Expressions for the entries that a checkpoint of `model` need not hold."""
     private("transformers:PreTrainedModel._keys_to_ignore_on_load_missing")
     return tuple(model._keys_to_ignore_on_load_missing or ())
+
+
+def never_expected(model: Any) -> Sequence[str]:
+    """Expressions for the tensors that a checkpoint of `model` may hold for nothing."""
+    private("transformers:PreTrainedModel._keys_to_ignore_on_load_unexpected")
+    return tuple(model._keys_to_ignore_on_load_unexpected or ())
 
 
 def auto_classes(table: str) -> Mapping[str, Any]:

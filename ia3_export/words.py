@@ -28,6 +28,7 @@ TokenizerChoice = Literal["auto", "base", "adapter"]
 TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 #: SHA-256 of inputs and outputs, of outputs, or of nothing.
 Digests = Literal["full", "output", "none"]
+ReloadCheck = Literal["streamed", "whole", "none"]
 
 #: Precisions for which weights are rounded to codes; a graph computes in float32 with them.
 INTEGER_PRECISIONS = ("int8", "int4")

@@ -75,7 +75,7 @@ def prepare(
     """
     checkpoint, read = read_checkpoint(base), tuple(read_adapter(source) for source in adapters)
     say("merging")
-    merge(base, adapters, scratch / "merged", options=OutputOptions(digests="none", reload_check=False))
+    merge(base, adapters, scratch / "merged", options=OutputOptions(digests="none", reload_check="none"))
     merged = read_checkpoint(scratch / "merged")
     runtime = load_runtime_model(checkpoint.config or {}, read[0], checkpoint.tensors)
     # an adapter may have been trained below or above the head of the base

@@ -105,9 +105,10 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--reload-check/--no-reload-check",
-    default=True,
-    show_default=True,
-    help="Of a quantized base: open the output through transformers or gguf and compare every weight.",
+    default=None,
+    callback=lambda _ctx, _option, whole: {None: "streamed", True: "whole", False: "none"}[whole],
+    help="Of a quantized base: compare every weight with what its users' library reads; weight by weight by "
+    "default, with --reload-check from the whole model as transformers loads it.",
 )
 @output_options
 @gathered(Recipe, "recipe")

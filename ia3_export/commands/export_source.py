@@ -50,7 +50,7 @@ def fold(
     """
     whole = read_base(base)
     named, read = whole.stored.location, [read_adapter(adapter) for adapter in adapters]
-    options = OutputOptions(digests="none", reload_check=False)
+    options = OutputOptions(digests="none", reload_check="none")
     if keep:
         say("dequantizing")
         kept = plan_kept(whole, read, DEFAULT_RECIPE, scratch / "dense")

@@ -19,6 +19,7 @@ from ia3_export.planning.plan import Plan, make_plan
 from ia3_export.planning.recipe import DEFAULT_RECIPE, Recipe
 from ia3_export.quantization.base import read_base
 from ia3_export.quantization.config import SIDE_FILES
+from ia3_export.words import ReloadCheck
 from ia3_export.writing.card import BASE_CARD, make_card
 from ia3_export.writing.execute import Progress, write_outputs
 from ia3_export.writing.layout import INDEX, OutputFile, lay_out, make_index
@@ -143,14 +144,16 @@ def write_merges(
         manifests = []
         for (plan, target), (stage, files), done in zip(merges, outputs, written, strict=True):
             _write_side_files(plan, stage, files)
-            reload = _reload(plan, stage, target) if options.reload_check else None
+            reload = (
+                _reload(plan, stage, target, options.reload_check) if options.reload_check != "none" else None
+            )
             manifest = make_manifest(plan, stage, target, done, options.digests, reload)
             (stage / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
             manifests.append(manifest)
     return manifests
 
 
-def _reload(plan: Plan, stage: Path, target: Path) -> Mapping[str, Any] | None:
+def _reload(plan: Plan, stage: Path, target: Path, how: ReloadCheck) -> Mapping[str, Any] | None:
     """Open the output of a quantized base through its users' library.
 
     One that is not what was written is kept aside.
@@ -160,7 +163,7 @@ def _reload(plan: Plan, stage: Path, target: Path) -> Mapping[str, Any] | None:
     from ia3_export.parity.reload_check import check_output
 
     try:
-        return check_output(stage, plan.base, dense=plan.dequantizes).to_json()
+        return check_output(stage, plan.base, dense=plan.dequantizes, whole=how == "whole").to_json()
     except CheckFailed as error:
         aside = set_aside(stage, target)
         raise CheckFailed(f"{error}; the output is kept in {aside}", hint=error.hint) from error

@@ -234,7 +234,7 @@ def _rounded(plan: Plan | None) -> str | None:
 
 
 def _merge(plan: Plan, target: Path) -> Base:
-    write_merges([(plan, target)], OutputOptions(digests="none", reload_check=False))
+    write_merges([(plan, target)], OutputOptions(digests="none", reload_check="none"))
     return read_base(target)
 
 

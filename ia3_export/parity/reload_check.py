@@ -1,9 +1,8 @@
 """The reload check: what was written, opened through the library that its users use, and compared weight by
 weight.
 
-A file that only we can read would be worth nothing. transformers loads the folder on the CPU (with
-bitsandbytes or compressed-tensors where the weights stay quantized), gguf a GGUF file; their dequantized
-weights must be those that we read.
+A file that only we can read would be worth nothing. The dequantizers of bitsandbytes, compressed-tensors and
+gguf make each weight what we read it as, or transformers loads the whole folder on the CPU.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 from ia3_export.checkpoint.folder import Checkpoint, adapterless, architectures, first_class
 from ia3_export.checkpoint.header import StoredTensor, read_values
@@ -26,6 +26,13 @@ from ia3_export.errors import CheckFailed, DamagedFile, kind_and_line
 from ia3_export.fold import FLOAT_DTYPES, Array, from_float, to_float
 from ia3_export.models.conversions import loading_rules, state_entry
 from ia3_export.models.model_class import quiet
+from ia3_export.parity.streamed_reload import (
+    can_stream,
+    count_plain,
+    keys_apart,
+    library_weights,
+    meta_model,
+)
 from ia3_export.quantization.base import Base, read_base
 from ia3_export.quantization.detection import Quantization
 from ia3_export.quantization.gguf import reload_weights
@@ -62,20 +69,29 @@ class Reload:
         return asdict(self)
 
 
-def check_reload(folder: Path, base: Base | None = None, *, called: str = "the output") -> Reload:
+def check_reload(
+    folder: Path, base: Base | None = None, *, called: str = "the output", whole: bool = False
+) -> Reload:
     """Open the checkpoint in `folder`, a merge of `base`, through its users' library and compare every weight
-    that both have, as the library's dtype holds it. What is raised calls the checkpoint so.
+    that both have, as the library's dtype holds it; weight by weight where the library can, unless the model
+    is to be loaded `whole`. What is raised calls the checkpoint so.
 
     Raises `CheckFailed` when the library cannot load it, misses or invents a tensor, or reads other weights.
     """
     written = read_base(folder)
     quantization, dense = written.quantization, written.dense
-    reason = _impossible(dense, quantization)
+    streamed = not whole and not dense.is_gguf and can_stream(dense, quantization)
+    reason = _impossible(dense, quantization, streamed=streamed)
     if reason:
         return Reload("", 0, 0.0, reason)
     library, compared, worst = _library(quantization), 0, 0.0
     expected = {n: t for n, t in dense.tensors.items() if t.dtype in FLOAT_DTYPES}
-    for name, found, dtype in _load(dense, quantization, base, called):
+    if streamed:
+        compared = _compare_plain(dense, called)
+        weights = _stream(dense, quantization, base, called)
+    else:
+        weights = _load(dense, quantization, base, called)
+    for name, found, dtype in weights:
         if name not in expected:
             continue
         wanted = read_values(expected[name])
@@ -109,24 +125,24 @@ def _difference(found: Array, wanted: Array) -> float:
     return float(np.linalg.norm(found.astype("<f4") - wanted)) / scale
 
 
-def check_output(folder: Path, base: Base, *, dense: bool) -> Reload:
+def check_output(folder: Path, base: Base, *, dense: bool, whole: bool) -> Reload:
     """`check_reload` of a merge of `base` in `folder`, which is `dense` or still quantized.
 
     Where a library reads the base itself wrongly, what it makes of the output says nothing of the merge.
     """
     try:
-        return check_reload(folder, base)
+        return check_reload(folder, base, whole=whole)
     except CheckFailed:
         if dense:
             raise
         try:
-            check_reload(base.stored.location.path, called="the base")
+            check_reload(base.stored.location.path, called="the base", whole=whole)
         except CheckFailed as of_base:
             return Reload("", 0, 0.0, f"the base itself is read wrongly: {of_base}")
         raise
 
 
-def _impossible(dense: Checkpoint, quantization: Quantization) -> str:
+def _impossible(dense: Checkpoint, quantization: Quantization, *, streamed: bool) -> str:
     """Why the check cannot be made here; empty when it can."""
     import psutil
 
@@ -147,7 +163,7 @@ def _impossible(dense: Checkpoint, quantization: Quantization) -> str:
         if package and importlib.util.find_spec(package) is None:
             return f"{package.replace('_', '-')} is not installed"
     needed = int(sum(t.nbytes for t in dense.tensors.values()) * _COPIES)
-    if needed > psutil.virtual_memory().available:
+    if not streamed and needed > psutil.virtual_memory().available:
         return f"loading it takes about {needed:,} bytes of memory, which are not free"
     import transformers
 
@@ -180,14 +196,7 @@ def _load(
 
     model, info = _load_model(dense, called)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        found = {str(key) for key in info.get(kind) or ()}
-        if kind == "unexpected_keys":
-            found -= _harmless(found, dense, base)
-        if found:
-            raise CheckFailed(
-                f"transformers reports {kind.replace('_', ' ')} in {called}: {', '.join(sorted(found)[:3])}",
-                hint=_REPORT,
-            )
+        _require_none({str(key) for key in info.get(kind) or ()}, kind, dense, base, called)
     with torch.no_grad():
         dequantized = dict(_bitsandbytes(model))
         stored = _stored_names(model, dense)
@@ -197,6 +206,48 @@ def _load(
                 yield name, _plain(tensor), STORED_NAMES.get(torch_name(tensor.dtype), "F32")
         for key, values in dequantized.items():
             yield stored.get(key, key), values, "F32"
+
+
+def _stream(
+    dense: Checkpoint, quantization: Quantization, base: Base | None, called: str
+) -> Iterator[tuple[str, Array, str]]:
+    """The quantized weights by stored name as the library dequantizes them, once the class has the names of
+    the checkpoint. Raises `CheckFailed`."""
+    try:
+        model = meta_model(dense)
+        for kind, keys in keys_apart(model, dense).items():
+            _require_none(keys, kind, dense, base, called)
+        with redirect_stderr(io.StringIO()):
+            for name, values in library_weights(dense, quantization, model):
+                yield name, values, "F32"
+    except CheckFailed:
+        raise
+    except Exception as error:  # whatever a library raises is the finding
+        raise CheckFailed(
+            f"{_library(quantization)} cannot read {called}: {kind_and_line(error)}", hint=_REPORT
+        ) from error
+
+
+def _compare_plain(dense: Checkpoint, called: str) -> int:
+    """How many tensors safetensors reads as they were written. Raises `CheckFailed`."""
+    try:
+        return count_plain(dense)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckFailed(
+            f"safetensors cannot read {called}: {kind_and_line(error)}", hint=_REPORT
+        ) from error
+
+
+def _require_none(
+    keys: Collection[str], kind: str, dense: Checkpoint, base: Base | None, called: str
+) -> None:
+    """Raise `CheckFailed` for keys that transformers reports, of this `kind`."""
+    found = set(keys) - (_harmless(keys, dense, base) if kind == "unexpected_keys" else set())
+    if found:
+        raise CheckFailed(
+            f"transformers reports {kind.replace('_', ' ')} in {called}: {', '.join(sorted(found)[:3])}",
+            hint=_REPORT,
+        )
 
 
 def _load_model(dense: Checkpoint, called: str) -> tuple[Any, Mapping[str, Any]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ia3_export.arguments import check_fields
 from ia3_export.errors import UsageError
-from ia3_export.words import Digests
+from ia3_export.words import Digests, ReloadCheck
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,9 +19,10 @@ class OutputOptions:
         overwrite: replace an output folder that a command of ours wrote, and in which nothing else lies.
         digests: SHA-256 of all input and output files (``full``), of outputs (``output``), or ``none``.
         flush: sync everything to disk before the final rename.
-        reload_check: of a quantized base, open the output through transformers (bitsandbytes,
-            compressed-tensors) or gguf and compare every weight, where they are installed and
-            memory allows it.
+        reload_check: of a quantized base, compare every weight with what the library that its users use
+            makes of the output, where it is installed: weight by weight with the library's own
+            dequantizer (``streamed``; bitsandbytes, compressed-tensors, gguf, others as ``whole``), from
+            the model that transformers loads, where memory allows it (``whole``), or not (``none``).
 
     Raises `UsageError` for values that are not offered.
     """
@@ -31,7 +32,7 @@ class OutputOptions:
     overwrite: bool = False
     digests: Digests = "output"
     flush: bool = False
-    reload_check: bool = True
+    reload_check: ReloadCheck = "streamed"
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -437,7 +437,7 @@ def test_a_quantized_base_takes_bare_vectors_as_it_takes_pefts(
     torch.save(bare, tmp_path / "bare" / "vectors.pt")
     read = read_adapter(tmp_path / "bare" / "vectors.pt", rules=[r"(.+)\.out=output", r"(.+)\.in=input"])
     for name, source in (("one", adapter), ("other", read)):
-        fold(base, [source], tmp_path / name, Recipe(quantized=quantized), OutputOptions(reload_check=False))
+        fold(base, [source], tmp_path / name, Recipe(quantized=quantized), OutputOptions(reload_check="none"))
     files = [f.name for f in (tmp_path / "one").iterdir() if f.suffix in (".safetensors", ".gguf")]
     assert files
     for name in files:

@@ -170,7 +170,7 @@ def test_scales_that_would_leave_their_dtype_are_widened_or_refused(
         [adapter],
         tmp_path / "out",
         recipe=Recipe(quantized="keep"),
-        options=OutputOptions(reload_check=False),
+        options=OutputOptions(reload_check="none"),
     )
     out = read_checkpoint(tmp_path / "out")
     scales = [

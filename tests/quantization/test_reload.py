@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ia3_export.errors import CheckFailed
+from ia3_export.parity.reload_check import check_reload
 from tests.e2e.command import run
 from tests.support.quantized import FIXTURES, write_adapter
 
@@ -117,10 +119,39 @@ def test_a_head_is_named_among_what_is_not_quantized(listed: list[str] | None, t
     assert manifest["reload"]["weights"] > 10
 
 
+@pytest.mark.parametrize(
+    "case",
+    ["bnb-fp4", "bnb-int8", "bnb-nf4-double", "gpt2-bnb-nf4", "ct-fp8-block", "ct-int8-w8a8", "ct-mixed",
+     "ct-nvfp4", "ct-w3a16-g32", "ct-w4a16-g32-sym"],
+)  # fmt: skip
+def test_weight_by_weight_finds_what_loading_the_whole_model_does(case: str) -> None:
+    streamed, whole = (check_reload(FIXTURES / case, whole=whole) for whole in (False, True))
+    assert streamed == whole and streamed.weights > 10
+
+
+def test_what_transformers_cannot_load_is_checked_all_the_same() -> None:
+    """It gives the zero points of compressed-tensors a shape of its own; the library itself reads them."""
+    assert check_reload(FIXTURES / "ct-w4a16-g32-asym").weights > 10
+
+
+@pytest.mark.parametrize("options", [[], ["--reload-check"]], ids=["streamed", "whole"])
+@pytest.mark.parametrize(
+    ("case", "entry"), [("bnb-nf4", "llm_int8_skip_modules"), ("ct-w4a16-g32-sym", "ignore")]
+)
+def test_a_module_that_the_configuration_calls_dense_is_found(
+    case: str, entry: str, options: list[str], tmp_path: Path
+) -> None:
+    adapter = write_adapter(tmp_path / "adapter", _config(FIXTURES / case))
+    _merge(FIXTURES / case, adapter, tmp_path / "out", "--quantized", "keep", *options)
+    config = _config(tmp_path / "out")
+    config["quantization_config"][entry] = ["lm_head", "model.layers.0.mlp.up_proj"]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckFailed, match="cannot load" if options else "up_proj"):
+        check_reload(tmp_path / "out", whole=bool(options))
+
+
 def test_names_that_loading_changes_are_followed(tmp_path: Path) -> None:
     """Names of a file that transformers changes while loading are followed."""
-    from ia3_export.parity.reload_check import check_reload
-
     found = check_reload(_vision_language(tmp_path / "vision"))
     assert found.weights > 10 and not found.skipped
 

@@ -46,7 +46,7 @@ from harness import (
 )
 
 START_UP_RUNS = 10
-NAMES = ("cp", "ours-no-digests", "ours", "ours-flush", "ours-plain-io", "peft", "mergekit")
+NAMES = ("cp", "cp-sha256sum", "ours-no-digests", "ours", "ours-flush", "ours-plain-io", "peft", "mergekit")
 
 PEFT_IMPORTS = "import sys, torch; from peft import PeftModel; from transformers import AutoModelForCausalLM"
 PEFT_MERGE = f"""{PEFT_IMPORTS}
@@ -75,6 +75,12 @@ class Report:
 
 
 # --- the variants ---
+
+
+def copy_and_hash_variant(place: Place) -> Variant:
+    """``cp -r`` and the digests of what was copied: what `merge` does by default, without the merge."""
+    line = f"cp -r {place.base} {place.output} && sha256sum {place.output}/*"
+    return Variant(name="cp-sha256sum", command=("sh", "-c", line), warm_up=("sha256sum", "--version"))
 
 
 def peft_variant(place: Place) -> Variant:
@@ -110,6 +116,7 @@ def mergekit_version_command(venv: Path) -> tuple[str, ...]:
 def make_variants(place: Place, mergekit_venv: Path | None, recipe: Path) -> list[Variant]:
     variants = [
         copy_variant(place),
+        copy_and_hash_variant(place),
         our_variant("ours-no-digests", place, ("--digests", "none")),
         our_variant("ours", place, ()),
         our_variant("ours-flush", place, ("--flush", "--digests", "none")),
@@ -154,7 +161,7 @@ def compare_all(variants: Sequence[Variant], place: Place, keep: Path) -> list[C
     place.output.rename(keep)
     comparisons = []
     for variant in variants:
-        if variant.name not in ("cp", "peft"):
+        if variant.name not in ("cp", "cp-sha256sum", "peft"):
             clear(place.run)
             measure(variant.command, variant.environment)
             comparisons.append(compare(variant.name, place.output, keep, place.base))

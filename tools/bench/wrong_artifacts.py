@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def fold(base: Path, adapter: Path, target: Path) -> None:
-    merge(base, [adapter], target, options=OutputOptions(digests="none", reload_check=False))
+    merge(base, [adapter], target, options=OutputOptions(digests="none", reload_check="none"))
 
 
 def row(name: str, step: Step) -> tuple[str, ...]:

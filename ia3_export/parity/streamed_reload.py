@@ -1,0 +1,190 @@
+"""What a format's own library makes of a checkpoint, one weight after the other: no model is loaded.
+
+bitsandbytes and compressed-tensors have dequantizers for single weights, and safetensors reads the rest.
+Which names the model has, and which modules its library takes for quantized, is asked of its class on the
+meta device.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from ia3_export.checkpoint.folder import Checkpoint, first_class
+from ia3_export.checkpoint.header import StoredTensor
+from ia3_export.errors import CheckFailed
+from ia3_export.fold import Array
+from ia3_export.libraries import never_expected, never_missed, tied_weights
+from ia3_export.models.conversions import converted_names, loading_rules, state_entry
+from ia3_export.models.model_class import make_config, quiet
+from ia3_export.quantization.detection import Quantization
+from ia3_export.quantization.packed import Packed, read_flat
+
+#: Methods whose library dequantizes single weights, and the module that does.
+_DEQUANTIZERS = {
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed_tensors.entrypoints.convert",
+}
+#: Elements that are compared at a time.
+_ELEMENTS = 1 << 22
+
+
+def can_stream(dense: Checkpoint, quantization: Quantization) -> bool:
+    """Whether every weight of a checkpoint can be had alone from its library."""
+    if any(shard.path.suffix != ".safetensors" for shard in dense.shards):
+        return False
+    needed = {_DEQUANTIZERS.get(packed.method) for packed in quantization.packed.values()}
+    return all(module is not None and _is_there(module) for module in needed)
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its package
+        return False
+
+
+def meta_model(dense: Checkpoint) -> Any:
+    """The class of a checkpoint on the meta device. Raises what transformers raises."""
+    import torch
+    import transformers
+
+    name = first_class(dense.config or {})
+    assert name is not None  # what the caller found
+    with quiet(), torch.device("meta"):
+        return getattr(transformers, name)(make_config(dense.config or {})).eval()
+
+
+def keys_apart(model: Any, dense: Checkpoint) -> dict[str, set[str]]:
+    """Entries that the class needs and the checkpoint lacks, stored names that the class does not have, and
+    entries of other shapes, by transformers' words for them."""
+    rules = loading_rules(model)
+    found: set[str] = set()
+    parts: dict[str, list[str]] = {}
+    unexpected: set[str] = set()
+    mismatched: set[str] = set()
+    for name, tensor in dense.tensors.items():
+        entry, pattern = state_entry(rules, name)
+        if pattern is not None:
+            parts.setdefault(entry, []).append(name)
+        elif entry in rules.state:
+            found.add(entry)
+            if tuple(rules.state[entry].shape) != tensor.shape:
+                mismatched.add(entry)
+        elif not any(re.search(expression, name) for expression in never_expected(model)):
+            unexpected.add(name)
+    for entry, names in parts.items():
+        found.update(converted_names(rules, entry, names, dense.tensors))
+    optional = [re.compile(expression) for expression in never_missed(model)]
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    missing = {name for name in parameters - found if not any(one.search(name) for one in optional)}
+    return {
+        "missing_keys": missing - tied_weights(model).keys(),
+        "unexpected_keys": unexpected,
+        "mismatched_keys": mismatched,
+    }
+
+
+def library_weights(dense: Checkpoint, quantization: Quantization, model: Any) -> Iterator[tuple[str, Array]]:
+    """The quantized weights by stored name, as their library dequantizes them: float32, in the shape of the
+    dense parameter. Raises `CheckFailed` where the library takes other modules for quantized."""
+    methods = {packed.method for packed in quantization.packed.values()}
+    if "bitsandbytes" in methods:
+        _require_same_modules(quantization, model)
+    converter = None
+    if "compressed-tensors" in methods:
+        import torch
+        from compressed_tensors.entrypoints.convert import CompressedTensorsDequantizer
+
+        converter = CompressedTensorsDequantizer(str(dense.folder), dtype=torch.float32)
+    for name, packed in quantization.packed.items():
+        tensors = {part: _tensor(stored) for part, stored in packed.parts.items()}
+        if converter is None:
+            yield name, _of_bitsandbytes(packed, tensors)
+            continue
+        found = converter.process(tensors).get(name)
+        if found is None or not found.is_floating_point():
+            raise CheckFailed(
+                f"compressed-tensors does not take {packed.module} for quantized, as config.json says it",
+                hint="the targets and the list `ignore` of its quantization_config are at odds with the file",
+            )
+        yield name, found.float().numpy()
+
+
+def _of_bitsandbytes(packed: Packed, tensors: Mapping[str, Any]) -> Array:
+    import torch
+    from bitsandbytes import functional
+
+    if f"{packed.module}.SCB" in tensors:
+        weight = functional.int8_vectorwise_dequant(tensors[packed.name], tensors[f"{packed.module}.SCB"])
+    else:
+        kept = {name.removeprefix(f"{packed.name}."): t for name, t in tensors.items() if name != packed.name}
+        state = functional.QuantState.from_dict(kept, device=torch.device("cpu"))
+        state.dtype = torch.float32
+        weight = functional.dequantize_4bit(tensors[packed.name], state)
+    values: Array = (weight.T if packed.conv1d else weight).float().contiguous().numpy()
+    return values
+
+
+def _require_same_modules(quantization: Quantization, model: Any) -> None:
+    """Raise `CheckFailed` unless transformers makes layers of bitsandbytes of those modules that are
+    quantized."""
+    from transformers.quantizers import AutoHfQuantizer
+
+    rules = loading_rules(model)
+    wanted = {state_entry(rules, name)[0].removesuffix(".weight") for name in quantization.packed}
+    with quiet():
+        quantizer = AutoHfQuantizer.from_config(dict(quantization.settings), pre_quantized=True)
+        quantizer.preprocess_model(model=model, device_map={"": "cpu"})
+    kinds = ("Linear4bit", "Linear8bitLt")
+    made = {path for path, module in model.named_modules() if type(module).__name__ in kinds}
+    if made != wanted:
+        module = min(made ^ wanted)
+        raise CheckFailed(
+            f"transformers takes {module} for {'quantized' if module in made else 'dense'}, the file holds it "
+            "otherwise",
+            hint="llm_int8_skip_modules of its quantization_config is at odds with the file",
+        )
+
+
+def _tensor(stored: StoredTensor) -> Any:
+    """A stored tensor as safetensors gives it."""
+    from safetensors import safe_open
+
+    with safe_open(stored.file, framework="pt") as opened:
+        return opened.get_tensor(stored.name)
+
+
+def count_plain(dense: Checkpoint) -> int:
+    """Compare what is stored as it is with what safetensors reads; how many tensors there were. Raises
+    `CheckFailed`."""
+    plain = [tensor for tensor in dense.tensors.values() if tensor.computed is None]
+    for stored in plain:
+        if not _is_read_alike(stored):
+            raise CheckFailed(f"safetensors reads {stored.name} otherwise than it was written")
+    return len(plain)
+
+
+def _is_read_alike(stored: StoredTensor) -> bool:
+    """Whether safetensors gives the bytes of a tensor, some rows at a time. Each file is opened anew: what
+    was read of it stays in memory as long as it is open."""
+    import torch
+    from safetensors import safe_open
+
+    rows = stored.shape[0] if stored.shape else 1
+    columns = stored.size // max(1, rows)
+    step = max(1, _ELEMENTS // max(1, columns))
+    with safe_open(stored.file, framework="pt") as opened:
+        part = opened.get_slice(stored.name) if stored.shape else opened.get_tensor(stored.name)
+        for first in range(0, rows, step):
+            last = min(first + step, rows)
+            read: Any = part[first:last] if stored.shape else part
+            found = read.contiguous().view(-1).view(torch.uint8).numpy()
+            ours = read_flat(stored, first * columns, (last - first) * columns).view("u1")
+            if not np.array_equal(found, ours):
+                return False
+    return True
