@@ -8,7 +8,8 @@ adapter. Rounds, processes, caches, CPU time and peak RSS are those of harness.p
 base, "cp-dense" the bf16 model that a dequantizing merge writes, and "dd-fsync" writes as many zeros to the
 disk and waits for it. MB/s is of output; "a core" divides it by the CPU seconds of the process, start
 included. The
-reload check, which opens the output in transformers, is off except in "keep-checked" and "dense-checked".
+reload check is off except in "keep-checked" and "dense-checked", where it reads weight by weight, and in
+"keep-loaded" and "dense-loaded", where it loads the model.
 
 PEFT refuses to merge IA3 into these bases. The peers are what people write instead: "library-loop" reads the
 files, dequantizes every tensor with bitsandbytes, folds, and saves; "peft-dequantized" loads with
@@ -172,8 +173,10 @@ def make_variants(place: Place, dense: Path, kind: str, ct_python: Path | None) 
         our_variant("dense", place, no_reload),
         replace(one_core, command=("taskset", "-c", core, *one_core.command)),
     ]
-    for name, options in (("keep-checked", keep), ("dense-checked", ())):
-        variants.append(replace(our_variant(name, place, options), slow=True, optional=True))
+    for name, options in (("keep", keep), ("dense", ())):
+        variants.append(our_variant(f"{name}-checked", place, options))
+        loaded = our_variant(f"{name}-loaded", place, (*options, "--reload-check"))
+        variants.append(replace(loaded, slow=True, optional=True))
 
     def peer(name: str, python: str, program: str) -> Variant:
         imports = (python, "-c", "import torch, transformers")
