@@ -23,6 +23,8 @@ from ia3_export.onnx.passes import run_passes
 
 _log = logging.getLogger(__name__)
 _PREFIX = "model."
+#: Equal initializers of at most so many elements are kept once, under the name of one of them.
+SHARED = 1024
 
 
 def trace(model: Any, spec: GraphSpec, opset: int) -> Any:
@@ -142,7 +144,7 @@ def _finish(traced: Any, spec: GraphSpec, model: Any, repeated: Sequence[Repeate
         common.IdentityEliminationPass(),
         _fold_constants,
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.DeduplicateInitializersPass(),
+        common.DeduplicateInitializersPass(size_limit=SHARED),
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedFunctionsPass(),

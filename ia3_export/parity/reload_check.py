@@ -84,7 +84,7 @@ def check_reload(
     reason = _impossible(dense, quantization, streamed=streamed)
     if reason:
         return Reload("", 0, 0.0, reason)
-    library, compared, worst = _library(quantization), 0, 0.0
+    library, compared, worst = _library(quantization, streamed=streamed), 0, 0.0
     expected = {n: t for n, t in dense.tensors.items() if t.dtype in FLOAT_DTYPES}
     if streamed:
         compared = _compare_plain(dense, called)
@@ -174,10 +174,10 @@ def _impossible(dense: Checkpoint, quantization: Quantization, *, streamed: bool
     return ""
 
 
-def _library(quantization: Quantization) -> str:
+def _library(quantization: Quantization, *, streamed: bool) -> str:
     if "gguf" in {packed.method for packed in quantization.packed.values()}:
         return f"gguf {metadata.version('gguf')}"
-    names = ["transformers"]
+    names = ["safetensors" if streamed else "transformers"]
     for method in sorted({packed.method for packed in quantization.packed.values()}):
         names += [_PACKAGES[method].replace("_", "-")] if _PACKAGES.get(method) else []
     return ", ".join(f"{name} {metadata.version(name)}" for name in names)
@@ -224,7 +224,8 @@ def _stream(
         raise
     except Exception as error:  # whatever a library raises is the finding
         raise CheckFailed(
-            f"{_library(quantization)} cannot read {called}: {kind_and_line(error)}", hint=_REPORT
+            f"{_library(quantization, streamed=True)} cannot read {called}: {kind_and_line(error)}",
+            hint=_REPORT,
         ) from error
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import peft
 import pytest
+import torch
 from onnx import numpy_helper
 
 from tests.e2e.command import run
+from tests.support import zoo
 from tests.support.exported import Exports
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -90,3 +94,46 @@ def test_a_vector_in_both_places_or_in_neither_is_found(
     (proof,) = _verify(sources, folder)["weights"]
     assert not proof["passed"]
     assert [finding["tensor"] for finding in proof["findings"]] == ["model.layers.1.mlp.down_proj.weight_Q8"]
+
+
+def _exported(folder: Path, model: Any, vectors: dict[str, Any]) -> dict[str, Any]:
+    """What `verify` says of the int8 file of `model` with an adapter of `vectors` on down_proj, by layer."""
+    model.save_pretrained(folder / "base")
+    targets = {"target_modules": ["down_proj"], "feedforward_modules": ["down_proj"]}
+    live = peft.get_peft_model(model, peft.IA3Config(task_type="CAUSAL_LM", **targets))
+    for name, parameter in live.named_parameters():
+        if "ia3_l" in name:
+            parameter.data = vectors[name.partition("layers.")[2][:1]].reshape(parameter.shape)
+    live.save_pretrained(folder / "adapter")
+    sources: list[str | Path] = ["--base", folder / "base", "--adapter", folder / "adapter"]
+    ran = run("onnx", *sources, "--output", folder / "out", "--precision", "int8", "--no-verify")
+    assert ran.code == 0, ran
+    return _verify(sources, folder / "out")
+
+
+def test_layers_whose_equal_biases_are_kept_once_are_not_moved_apart(tmp_path: Path) -> None:
+    """The graph has one bias for two equal layers, and they get different vectors."""
+    torch.manual_seed(0)
+    model = zoo.build(zoo.by_name("llama-biased"))
+    first, second = model.model.layers
+    second.load_state_dict(first.state_dict())
+    width = first.mlp.down_proj.in_features
+    report = _exported(tmp_path, model, {"0": 3 + torch.rand(width), "1": torch.ones(width)})
+    assert report["weights"][0]["passed"]
+    (bias,) = _tensors(tmp_path / "out", "mlp.up_proj.bias").values()
+    assert np.array_equal(bias, first.mlp.up_proj.bias.detach())
+
+
+def test_a_bias_of_zeros_stays_what_the_plan_says(tmp_path: Path) -> None:
+    """Negative elements of a vector make negative zeros of them."""
+    kind = zoo.by_name("llama-biased")
+    torch.manual_seed(0)
+    model = zoo.build(
+        replace(kind, config={**kind.config, "intermediate_size": 1100, "num_hidden_layers": 1})
+    )
+    for module in (model.model.layers[0].mlp.up_proj, model.model.layers[0].mlp.gate_proj):
+        module.bias.data.zero_()
+    vector = 1 + 0.1 * torch.randn(1100)
+    vector[::9] *= -1
+    report = _exported(tmp_path, model, {"0": vector})
+    assert report["weights"][0]["passed"], report["weights"]

@@ -26,6 +26,8 @@ def recordings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             file.setframerate(48_000)
             file.writeframes(np.concatenate([np.zeros(4_800), hum]).astype("<i2").tobytes())
     (tmp_path / "E_F.wav").write_bytes(b"RIFF")
+    with wave.open(str(tmp_path / "G_H.wav"), "wb") as silent:
+        silent.setparams((1, 2, 48_000, 0, "NONE", ""))
     monkeypatch.setattr(module, "_RECORDINGS", tmp_path)
     return tmp_path
 

@@ -126,7 +126,7 @@ def test_a_head_is_named_among_what_is_not_quantized(listed: list[str] | None, t
 )  # fmt: skip
 def test_weight_by_weight_finds_what_loading_the_whole_model_does(case: str) -> None:
     streamed, whole = (check_reload(FIXTURES / case, whole=whole) for whole in (False, True))
-    assert streamed == whole and streamed.weights > 10
+    assert (streamed.weights, streamed.error) == (whole.weights, whole.error) and streamed.weights > 10
 
 
 def test_what_transformers_cannot_load_is_checked_all_the_same() -> None:
@@ -146,7 +146,7 @@ def test_a_module_that_the_configuration_calls_dense_is_found(
     config = _config(tmp_path / "out")
     config["quantization_config"][entry] = ["lm_head", "model.layers.0.mlp.up_proj"]
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckFailed, match="cannot load" if options else "up_proj"):
+    with pytest.raises(CheckFailed, match="cannot load|up_proj" if options else "up_proj"):
         check_reload(tmp_path / "out", whole=bool(options))
 
 

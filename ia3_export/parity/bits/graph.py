@@ -58,7 +58,7 @@ def prove_graph(
     weights = [name for name in computed if not _scales_codes(name, graph)]
     found = {row.name for row in matches.values()}
     found |= {row.name for name, row in rows.items() if name not in found and _is_held(row, floats)}
-    findings = [*_left_behind(graph, plan)]
+    findings = [*_left_behind(graph, plan, matches)]
     findings += _wrong_values(rows, floats, weights, found)
     findings += _twice(rows, matches, found)
     quantized = graph.precision in CODED_PRECISIONS
@@ -78,8 +78,8 @@ def prove_graph(
     if alone:
         detail = "no initializer holds it as it must be; without a forward it is not proven"
         findings += [TensorFinding(n, "not found", detail) for n in absent]
-    elif absent and not quantized:
-        notes.append(f"not found as they are: {_listed(absent)}; the forwards judge")
+    elif unseen := [name for name in absent if not quantized or len(rows[name].source.shape) < 2]:
+        notes.append(f"not found as they are: {_listed(unseen)}; the forwards judge")
     different = [n for n, row in matches.items() if row.changed]
     proven = [*matches.values(), *(rows[of] for of in coded)]
     if different:
@@ -198,8 +198,9 @@ def _made_of(
     return weight
 
 
-def _left_behind(graph: Graph, plan: Plan) -> Iterator[TensorFinding]:
-    """Nodes named after adapter modules, and initializers that hold a vector."""
+def _left_behind(graph: Graph, plan: Plan, proven: Collection[str]) -> Iterator[TensorFinding]:
+    """Nodes named after adapter modules, and initializers that hold a vector, and are not `proven` to be a
+    tensor of the merged model: a bias of ones is one with a vector folded in."""
     # X-MOD and others have adapters of their own
     words = [word for word in _ADAPTER_WORDS if not any(word in name for name in plan.base.stored.tensors)]
     for name in dict.fromkeys(graph.names):
@@ -208,7 +209,7 @@ def _left_behind(graph: Graph, plan: Plan) -> Iterator[TensorFinding]:
     vectors = [(s.module, s.vector) for a in plan.adapters for s in a.sites.values() if np.any(s.vector != 1)]
     for name, tensor in graph.initializers.items():
         dtype = FLOATS.get(tensor.dtype.name)
-        if dtype is None or sum(extent > 1 for extent in tensor.shape) > 1:
+        if dtype is None or name in proven or sum(extent > 1 for extent in tensor.shape) > 1:
             continue
         values = None
         for module, vector in vectors:

@@ -55,6 +55,8 @@ def _read(file: Path) -> Any | None:
     if width != 2 or rate % _RATE:
         return None
     frames = np.frombuffer(raw, "<i2")[::channels]
+    if not frames.any():
+        return None
     each = rate // _RATE
     sound = frames[: len(frames) // each * each].reshape(-1, each).mean(1) / 2.0**15
     begins = int(np.argmax(np.abs(sound) > 0.05 * np.abs(sound).max()))
