@@ -327,13 +327,13 @@ def _describe(
         path: layout for path, module in modules.items() for cls, layout in kinds if isinstance(module, cls)
     }
     loading = loading_rules(model)
-    stored, converted = _sources(loading, tensors)
+    stored, converted = sources(loading, tensors)
     return RuntimeModel(
         class_name=name,
         config=config,
         layouts=layouts,
         groups={path: modules[path].groups for path, layout in layouts.items() if layout == "conv"},
-        needed=_needed(model, loading.state),
+        needed=needed_entries(model, loading.state),
         shapes={key: tuple(value.shape) for key, value in loading.state.items()},
         ties=tied_weights(model),
         stored=stored,
@@ -345,7 +345,7 @@ def _describe(
     )
 
 
-def _sources(
+def sources(
     loading: Loading, tensors: Mapping[str, StoredTensor]
 ) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
     """The stored tensor that each state-dict entry is loaded from as it is, and those that the other entries
@@ -366,7 +366,8 @@ def _sources(
     return stored, converted
 
 
-def _needed(model: Any, state: Mapping[str, Any]) -> frozenset[str]:
+def needed_entries(model: Any, state: Mapping[str, Any]) -> frozenset[str]:
+    """The entries of the state of `model` that a checkpoint must hold."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     ignored = [re.compile(pattern) for pattern in never_missed(model)]
     return frozenset(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,9 @@ from ia3_export.checkpoint.folder import Checkpoint, first_class
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import CheckFailed
 from ia3_export.fold import Array
-from ia3_export.libraries import never_expected, never_missed, tied_weights
-from ia3_export.models.conversions import converted_names, loading_rules, state_entry
-from ia3_export.models.model_class import make_config, quiet
+from ia3_export.libraries import never_expected, tied_weights
+from ia3_export.models.conversions import loading_rules, state_entry
+from ia3_export.models.model_class import make_config, needed_entries, quiet, sources
 from ia3_export.quantization.detection import Quantization
 from ia3_export.quantization.packed import Packed, read_flat
 
@@ -59,33 +59,18 @@ def meta_model(dense: Checkpoint) -> Any:
         return getattr(transformers, name)(make_config(dense.config or {})).eval()
 
 
-def keys_apart(model: Any, dense: Checkpoint) -> dict[str, set[str]]:
+def keys_apart(model: Any, dense: Checkpoint) -> dict[str, Collection[str]]:
     """Entries that the class needs and the checkpoint lacks, stored names that the class does not have, and
     entries of other shapes, by transformers' words for them."""
-    rules = loading_rules(model)
-    found: set[str] = set()
-    parts: dict[str, list[str]] = {}
-    unexpected: set[str] = set()
-    mismatched: set[str] = set()
-    for name, tensor in dense.tensors.items():
-        entry, pattern = state_entry(rules, name)
-        if pattern is not None:
-            parts.setdefault(entry, []).append(name)
-        elif entry in rules.state:
-            found.add(entry)
-            if tuple(rules.state[entry].shape) != tensor.shape:
-                mismatched.add(entry)
-        elif not any(re.search(expression, name) for expression in never_expected(model)):
-            unexpected.add(name)
-    for entry, names in parts.items():
-        found.update(converted_names(rules, entry, names, dense.tensors))
-    optional = [re.compile(expression) for expression in never_missed(model)]
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    missing = {name for name in parameters - found if not any(one.search(name) for one in optional)}
+    rules, tensors = loading_rules(model), dense.tensors
+    stored, converted = sources(rules, tensors)
+    needed = needed_entries(model, rules.state) - stored.keys() - converted.keys()
+    used = {*stored.values(), *(name for names in converted.values() for name in names)}
+    optional = [re.compile(expression) for expression in never_expected(model)]
     return {
-        "missing_keys": missing - tied_weights(model).keys(),
-        "unexpected_keys": unexpected,
-        "mismatched_keys": mismatched,
+        "missing_keys": needed - tied_weights(model).keys(),
+        "unexpected_keys": {n for n in tensors.keys() - used if not any(o.search(n) for o in optional)},
+        "mismatched_keys": {e for e, n in stored.items() if tuple(rules.state[e].shape) != tensors[n].shape},
     }
 
 
