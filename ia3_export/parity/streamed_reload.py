@@ -7,9 +7,9 @@ meta device.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Collection, Iterator, Mapping
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,10 @@ from ia3_export.models.model_class import make_config, needed_entries, quiet, so
 from ia3_export.quantization.detection import Quantization
 from ia3_export.quantization.packed import Packed, read_flat
 
-#: Methods whose library dequantizes single weights, and the module that does.
+#: Methods whose library dequantizes single weights, and by what; older compressed-tensors could not.
 _DEQUANTIZERS = {
-    "bitsandbytes": "bitsandbytes",
-    "compressed-tensors": "compressed_tensors.entrypoints.convert",
+    "bitsandbytes": ("bitsandbytes.functional", "dequantize_4bit"),
+    "compressed-tensors": ("compressed_tensors.entrypoints.convert", "CompressedTensorsDequantizer"),
 }
 #: Elements that are compared at a time.
 _ELEMENTS = 1 << 22
@@ -37,14 +37,14 @@ def can_stream(dense: Checkpoint, quantization: Quantization) -> bool:
     """Whether every weight of a checkpoint can be had alone from its library."""
     if any(shard.path.suffix != ".safetensors" for shard in dense.shards):
         return False
-    needed = {_DEQUANTIZERS.get(packed.method) for packed in quantization.packed.values()}
-    return all(module is not None and _is_there(module) for module in needed)
+    return all(_has_dequantizer(method) for method in {p.method for p in quantization.packed.values()})
 
 
-def _is_there(module: str) -> bool:
+def _has_dequantizer(method: str) -> bool:
+    module, name = _DEQUANTIZERS.get(method, ("", ""))
     try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its package
+        return bool(module) and hasattr(import_module(module), name)
+    except ImportError:
         return False
 
 
