@@ -16,7 +16,7 @@ from ia3_export.fold import Array
 from ia3_export.parity.gates import TOLD, at_most
 from ia3_export.parity.runs.forwards import UnmergedRuns
 from ia3_export.parity.runs.metrics import Outputs
-from ia3_export.parity.runs.wrong import HALF, thinned
+from ia3_export.parity.runs.wrong import FEW, HALF, thinned
 from ia3_export.report.model import Discrimination, Gate, Step
 
 BASE = "the base"
@@ -25,8 +25,6 @@ _FLOOR = 0.1
 #: Standard deviations of the component that noise explains. They are estimated as if rows were independent;
 #: errors of weights are the same in all rows, and were seen to make it 4.4.
 _SPREAD = 8.0
-#: Fewer rows say nothing of their spread.
-_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +45,7 @@ def likeness(name: str, outputs: Outputs, reference: Outputs, wrong: Outputs) ->
     """
     products, squares = _by_row(outputs, reference, wrong)
     total = float(squares.sum())
-    if len(squares) < _ROWS or not total or not np.isfinite(total):
+    if len(squares) < FEW or not total or not np.isfinite(total):
         return None
     value = float(products.sum()) / total
     spread = float(np.sqrt(((products - value * squares) ** 2).sum())) / total

@@ -27,6 +27,9 @@ _LONG = 72
 #: Length of the others at most.
 _SHORT = 17
 NOISE = "noise"
+#: Texts, and images or sounds, of the largest batch for a model that gives each one row of outputs: fewer
+#: rows would not tell a component of an error from noise.
+_TEXTS, _PICTURES = 24, 5
 
 
 Side = Literal["", "left", "right"]
@@ -69,15 +72,25 @@ def make_cases(model: Any, *, seed: int = 0, tokenizer: Any = None) -> list[Case
     ):
         return list(_text_cases(model, _rows(model, tokenizer, seed, generator), generator))
     if name == "pixel_values":
-        return [_image_case(model, batch, generator) for batch in (1, 3)]
+        return [_image_case(model, batch, generator) for batch in _batches(model)]
     if name in ("input_features", "input_values"):
-        cases = [_sound_case(model, name, batch, generator) for batch in (1, 3)]
+        cases = [_sound_case(model, name, batch, generator) for batch in _batches(model)]
         cached = model.config.is_encoder_decoder and cache_argument(model) is not None
         return [*cases, _after_past(cases[1])] if cached else cases
     raise Unsupported(
         f"{type(model).__name__} takes {name}, for which no inputs can be made up",
         hint="give inputs of your own with --inputs file.jsonl, .npz or .safetensors",
     )
+
+
+def _batches(model: Any) -> tuple[int, ...]:
+    return (1, 3, _PICTURES) if _judges_whole(model) else (1, 3)
+
+
+def _judges_whole(model: Any) -> bool:
+    """Whether a text, an image or a sound gets one row of outputs for all of it."""
+    kind = type(model).__name__
+    return "Classification" in kind and "Token" not in kind
 
 
 def sample_inputs(model: Any) -> dict[str, Any]:
@@ -121,6 +134,7 @@ def _text_cases(model: Any, rows: TextRows, generator: Any) -> Iterator[Case]:
     decoder = is_decoder(model)
     shapes: list[tuple[int, int, Side]] = [(1, 8, ""), (3, 17, "right")]
     shapes += [(2, 9, "left")] if decoder else [(2, 5, "right")]
+    shapes += [(_TEXTS, 17, "right")] if _judges_whole(model) else []
     for batch, length, side in shapes:
         if batch > 1 and getattr(text, "pad_token_id", None) is None and hasattr(model, "score"):
             continue  # decoders with a classification head need a padding token to find the last one

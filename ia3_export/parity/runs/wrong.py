@@ -21,6 +21,8 @@ HALF = "half strength"
 _MOST = 32
 #: Rows of outputs from which the spread of a component along a direction can be estimated.
 _ENOUGH = 40
+#: Fewer rows say nothing of their spread.
+FEW = 8
 #: What changes the outputs by less than this share of the adapters' effect is no wrong artifact.
 _LEAST = 1e-3
 #: Elements of a row that are kept: a vocabulary has 50 times as many.
@@ -39,26 +41,27 @@ def run_wrong(
     live: LiveModel, cases: Sequence[Case], reference: Outputs, plain: Outputs, wanted: Wanted
 ) -> WrongRuns:
     """Run `live` with its vectors at half strength, and without those of each layer, on one of `cases`: the
-    one with the fewest rows that are `_ENOUGH`, or with the most.
+    one with the fewest rows that are `_ENOUGH`, or with the most; on all where that has fewer than `FEW`.
 
     A layer is what has a number in the module path, as ``model.layers.3``. What is no further from the
     `reference` than a thousandth of the base's outputs (`plain`) is not wrong, and left out.
     """
     rows = {i: _rows(output) for i, output in enumerate(reference) if not cases[i].past}
-    probe = min(rows, key=lambda i: (rows[i] < _ENOUGH, rows[i] if rows[i] >= _ENOUGH else -rows[i]))
+    best = min(rows, key=lambda i: (rows[i] < _ENOUGH, rows[i] if rows[i] >= _ENOUGH else -rows[i]))
+    probe = (best,) if rows[best] >= FEW else tuple(rows)
     layers = list(dict.fromkeys(layer_of(module) for module, _ in live.vectors))
     chosen = [layers[int(i)] for i in np.unique(np.linspace(0, len(layers) - 1, min(_MOST, len(layers))))]
     changes: dict[str, Callable[[str, Any], Any]] = {HALF: _halved}
     if len(layers) > 1:
         changes |= {f"{layer} left out": partial(_left_out, layer=layer) for layer in chosen}
-    outputs = {}
-    exact, base = thinned([reference[probe]]), thinned([plain[probe]])
+    found = {}
+    exact, base = (thinned([outputs[i] for i in probe]) for outputs in (reference, plain))
     for name, change in changes.items():
         with live.with_vectors(change):
-            wrong = thinned(run_torch(live.model, [cases[probe]], wanted).outputs)
+            wrong = thinned(run_torch(live.model, [cases[i] for i in probe], wanted).outputs)
         if _apart(wrong, exact) > _LEAST * _apart(base, exact):
-            outputs[name] = wrong
-    return WrongRuns((probe,), outputs)
+            found[name] = wrong
+    return WrongRuns(probe, found)
 
 
 def _apart(outputs: Outputs, others: Outputs) -> float:
