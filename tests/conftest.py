@@ -36,8 +36,8 @@ def pytest_configure() -> None:
     # torch and transformers hold a million objects that never go; tracing a model makes the collector look at
     # them often
     gc.set_threshold(50_000, 20, 20)
-    # torch writes thousands of records of every trace, with whole graphs in them, to whoever listens, and pytest
-    # listens to all
+    # torch writes thousands of records of every trace, with whole graphs in them, to whoever listens, and
+    # pytest listens to all
     logging.getLogger("torch.__trace").addHandler = lambda handler: None
 
 

@@ -130,8 +130,8 @@ def _require_same_modules(quantization: Quantization, model: Any) -> None:
     if made != wanted:
         module = min(made ^ wanted)
         raise CheckFailed(
-            f"transformers takes {module} for {'quantized' if module in made else 'dense'}, the file holds it "
-            "otherwise",
+            f"transformers takes {module} for {'quantized' if module in made else 'dense'}, the file holds "
+            "it otherwise",
             hint="llm_int8_skip_modules of its quantization_config is at odds with the file",
         )
 

@@ -204,7 +204,8 @@ def write_markdown(file: Path, questions: list[str], answers: list[Answers], tab
     lines = [
         "# Held-out questions",
         "",
-        f'Greedy, at most {NEW_TOKENS} tokens. "same" counts answers equal, word for word, to those of the unmerged model.',
+        f'Greedy, at most {NEW_TOKENS} tokens. "same" counts answers equal, word for word, to those of the '
+        "unmerged model.",
         "",
         f"| {' | '.join(header)} |",
         f"| --- |{' ---: |' * (len(header) - 1)}",

@@ -40,7 +40,8 @@ STEPS = [
     Step(
         "Export it to ONNX as it is: the page can switch between this and what becomes of it",
         "exported/SmolLM2",
-        "-m ia3_export onnx --model base --output exported/SmolLM2 --precision fp32,q8 --target genai --overwrite",
+        "-m ia3_export onnx --model base --output exported/SmolLM2 --precision fp32,q8 --target genai"
+        " --overwrite",
     ),
     Step(
         "Train an IA3 adapter: the voice of a ship's cat",
@@ -66,7 +67,8 @@ STEPS = [
     Step(
         "Do the folded weights and the ONNX file still compute what was trained?",
         "report.html",
-        "-m ia3_export verify --base base --adapter adapter --merged merged --onnx exported/Mog --html report.html",
+        "-m ia3_export verify --base base --adapter adapter --merged merged --onnx exported/Mog"
+        " --html report.html",
     ),
     Step(
         "Questions that the training never saw, put to the unmerged model and to all that was made of it",

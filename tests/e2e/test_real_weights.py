@@ -1,4 +1,4 @@
-"""Real weights, all-MiniLM-L6-v2: the forwards alone tell a right merge from wrong ones, and so do those of ONNX.
+"""Real weights, all-MiniLM-L6-v2: forwards alone tell a right merge from wrong ones, and so do those of ONNX.
 
 What `tools/bench/wrong_artifacts.py` prints for docs/benchmarks.md, in its smallest size.
 """

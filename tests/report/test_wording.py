@@ -29,24 +29,24 @@ def test_every_metric_has_a_name() -> None:
         (
             ON_PAGE,
             "12 tokens x 2 sequences: all equal",
-            "12 tokens x 2 sequences: first differs at token 3 (counted from 0), where the reference's margin "
-            "0.995 is within rounding: excused",
-            "12 tokens x 2 sequences: first differs at token 3 (counted from 0), where the reference's margin "
-            "0.995 is more than rounding explains",
+            "12 tokens x 2 sequences: first differs at token 3 (counted from 0), where the reference's "
+            "margin 0.995 is within rounding: excused",
+            "12 tokens x 2 sequences: first differs at token 3 (counted from 0), where the reference's "
+            "margin 0.995 is more than rounding explains",
         ),
         (
             ON_TERMINAL,
             "greedy decoding of 12 tokens after each of 2 inputs: all equal",
-            "greedy decoding of 12 tokens after each of 2 inputs: differs from token 3 on, by a margin of 0.995, "
-            "which rounding explains",
-            "greedy decoding of 12 tokens after each of 2 inputs: differs from token 3 on, by a margin of 0.995, "
-            "which rounding does not explain",
+            "greedy decoding of 12 tokens after each of 2 inputs: differs from token 3 on, by a margin of "
+            "0.995, which rounding explains",
+            "greedy decoding of 12 tokens after each of 2 inputs: differs from token 3 on, by a margin of "
+            "0.995, which rounding does not explain",
         ),
         (
             IN_JUNIT,
             "2 sequences, 12 tokens: all agree",
-            "2 sequences, 12 tokens: token 3 differs, margin of the reference 0.995, within what rounding may "
-            "decide",
+            "2 sequences, 12 tokens: token 3 differs, margin of the reference 0.995, within what rounding "
+            "may decide",
             "2 sequences, 12 tokens: token 3 differs, margin of the reference 0.995",
         ),
         (IN_TABLE, "all agree", "differs at token 3", "differs at token 3"),

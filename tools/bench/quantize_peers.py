@@ -1,4 +1,4 @@
-"""One adapter in every precision of ours beside the peers' files of the same merged model: size, quality, speed.
+"""One adapter in every precision of ours beside the peers' files of the same model: size, quality, speed.
 
     python tools/bench/quantize_peers.py --base DIR --adapter DIR --gguf-base FILE [--budget 110MB]
         [--work DIR] [--rounds 5] [--threads 1]

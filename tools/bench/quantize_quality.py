@@ -31,13 +31,15 @@ from ia3_export.parity.runs.metrics import distance_between, effect_present, per
 
 #: What is measured on. Dialogues are laid out by the tokenizer's chat template where it has one.
 TEXTS = (
-    "The lighthouse keeper climbed the stairs every evening, lit the lamp, and wrote the weather into his book.",
+    "The lighthouse keeper climbed the stairs every evening, lit the lamp, and wrote the weather "
+    "into his book.",
     "Bread needs flour, water, salt and time. Mix them in the evening, and let the dough rest until morning.",
     "In 1969 two people walked on the moon for the first time while a third waited in orbit above them.",
     "A river carries stones from the mountains to the sea; on the way they become pebbles, and then sand.",
     "The train was late again, so we shared a sandwich on the platform and talked about the summer.",
     "Photosynthesis turns light, water and carbon dioxide into sugar, and gives off oxygen as it does so.",
-    "She opened the old piano, blew the dust from the keys, and played a waltz that nobody had heard for years.",
+    "She opened the old piano, blew the dust from the keys, and played a waltz that nobody had heard "
+    "for years.",
     "To find the average of some numbers, add them all together and divide the sum by how many there are.",
     ("Which ocean is the largest?", "The Pacific Ocean is the largest; it covers a third of the Earth."),
     ("How do I keep a cactus alive?", "Give it a lot of sun, little water, and a pot with a hole."),

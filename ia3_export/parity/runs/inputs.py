@@ -59,8 +59,8 @@ def make_cases(model: Any, *, seed: int = 0, tokenizer: Any = None) -> list[Case
     A causal language model writes its texts itself, from the beginnings of sentences; other models get
     sentences, all random token ids without a `tokenizer`.
     Images are parts of a photograph and sounds recorded speech where there is any, else normal noise. The
-    same seed gives the same inputs. The first case is the smallest. Raises `Unsupported` for models whose main input is
-    none of these.
+    same seed gives the same inputs. The first case is the smallest. Raises `Unsupported` for models whose
+    main input is none of these.
     """
     import torch
 
