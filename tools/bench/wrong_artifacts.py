@@ -1,7 +1,7 @@
 """Do the forwards alone tell a right artifact from wrong ones? Real base and adapter, damage that users meet.
 
 ``python tools/bench/wrong_artifacts.py --base DIR --adapter DIR [--precision fp32,fp16,int8,int4] [--work
-DIR]``
+DIR] [--only right,half]``
 
 The adapter is folded as it is and in wrong ways: not at all, at half strength, without the layer of the least
 effect on its vectors, twice, with its vectors rolled by half their length, on the wrong side where shapes
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, required=True)
     parser.add_argument("--precision", default="")
     parser.add_argument("--work", type=Path)
+    parser.add_argument("--only", default="", help="folds whose names begin so; default all")
     options = parser.parse_args()
     work = options.work or Path(tempfile.mkdtemp())
     work.mkdir(parents=True, exist_ok=True)
@@ -48,6 +49,8 @@ def main() -> None:
     print(machine_line(work))
     rows: list[tuple[str, ...]] = []
     for name, adapter in damaged(options.adapter, work):
+        if not name.startswith(tuple(options.only.split(","))):
+            continue
         start = time.perf_counter()
         merged = work / "merged"
         shutil.rmtree(merged, ignore_errors=True)
