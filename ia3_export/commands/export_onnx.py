@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -186,13 +186,8 @@ def export_onnx(
         if "int4" in graphs.precisions:
             mix = mix_bits(coded, cases, plan, graphs, say)
             write_whole(stage / "bits.html", mix_page(mix))
-        there = _Given(mix, source.kept)
-        for precision in graphs.precisions:
-            if precision != "fp32":
-                say(f"converting to {precision}")
-                made_of = coded if precision in _ENCODED else traced
-                files += _convert(made_of, precision, stage / "onnx", there)
-        _require_codes(files, source.kept)
+        made_of = _Given(traced, coded, mix, source.kept)
+        files += _convert(made_of, graphs.precisions, stage / "onnx", say)
         _copy_side_files(checkpoint, stage)
         package(stage, graphs.precisions, graphs.targets)
         done = OnnxExport(
@@ -238,10 +233,17 @@ def _export(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Given:
-    """Codes that are there before a graph is converted: a `mix` for int4, those of a base that is `kept`."""
+    """What is there before graphs are converted: the float32 graphs `traced`, those that codes are made of
+    (`coded`), a `mix` for int4, the codes of a base that is `kept`."""
 
+    traced: Sequence[TracedGraph]
+    coded: Sequence[TracedGraph]
     mix: Mix | None
     kept: KeptBase | None
+
+    def graphs(self, precision: str) -> Sequence[TracedGraph]:
+        """Those that are converted to `precision`."""
+        return self.coded if precision in _ENCODED else self.traced
 
     def codes(self, graph: TracedGraph, precision: str) -> tuple[Mapping[str, Codes] | None, dict[str, str]]:
         """Those for `graph`, None if they are to be made; and why initializers have none, where that is
@@ -254,16 +256,23 @@ class _Given:
 
 
 def _convert(
-    traced: Sequence[TracedGraph], precision: str, folder: Path, given: _Given
-) -> Iterator[OnnxFile]:
-    """The graphs in a further `precision`."""
-    for graph in traced:
-        path = folder / file_name(graph.path.stem, precision)
-        codes, reasons = given.codes(graph, precision)
-        coverage = convert_precision(graph.path, path, precision, codes)
-        if precision == "keep":
-            reasons = {name: reasons.get(name, OTHER_FORM) for name in coverage.left}
-        yield _describe(path, precision, coverage, reasons)
+    given: _Given, precisions: Sequence[str], folder: Path, say: Callable[[str], None]
+) -> list[OnnxFile]:
+    """The graphs in their further `precisions`."""
+    files = []
+    for precision in precisions:
+        if precision == "fp32":
+            continue
+        say(f"converting to {precision}")
+        for graph in given.graphs(precision):
+            path = folder / file_name(graph.path.stem, precision)
+            codes, reasons = given.codes(graph, precision)
+            coverage = convert_precision(graph.path, path, precision, codes)
+            if precision == "keep":
+                reasons = {name: reasons.get(name, OTHER_FORM) for name in coverage.left}
+            files.append(_describe(path, precision, coverage, reasons))
+    _require_codes(files, given.kept)
+    return files
 
 
 def _require_codes(files: Sequence[OnnxFile], kept: KeptBase | None) -> None:

@@ -87,7 +87,7 @@ def _best_class(
 ) -> RuntimeModel:
     best: tuple[tuple[int, int, int], RuntimeModel] | None = None
     for name in _candidate_classes(config, adapter):
-        model = _build(name, config)
+        model = build_on_meta(name, config)
         named = in_class_names(adapter, loading_rules(model))
         fitted, model = _fit_config(name, config, named, model)
         runtime = _describe(name, fitted, model, tensors)
@@ -212,7 +212,9 @@ def _class_config(name: str, config: Mapping[str, Any]) -> Any | None:
     return next((c for c in (made, getattr(made, "text_config", None)) if isinstance(c, wanted)), None)
 
 
-def _build(name: str, config: Mapping[str, Any]) -> Any:
+def build_on_meta(name: str, config: Mapping[str, Any]) -> Any:
+    """The class `name` of transformers for a ``config.json``, without weights. Raises what transformers
+    raises."""
     import torch
     import transformers
 
@@ -239,12 +241,12 @@ def _fit_config(
     for extra, shape in misfits.items():
         if extra in embeddings and shape[1:] == shapes[extra][1:]:
             _set_vocabulary(fitted, shapes[extra][0], shape[0])
-    model = _build(name, fitted)
+    model = build_on_meta(name, fitted)
     now = model.state_dict()
     if all(tuple(now[extra].shape) == shape for extra, shape in misfits.items()):
         return _with_labels(fitted, adapter), model  # all of them followed the vocabulary
     for resized in _other_heads(fitted, heads.values(), getattr(model.config, "num_labels", 0), adapter):
-        trial = _build(name, resized)
+        trial = build_on_meta(name, resized)
         now = trial.state_dict()
         if all(tuple(now[head].shape) == shape for head, (_, shape) in heads.items()):
             return _with_labels(resized, adapter), trial
@@ -382,6 +384,6 @@ def parameter_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     with quiet():
         for name in architectures(config):
             if isinstance(getattr(transformers, str(name), None), type):
-                model = _build(name, config)
+                model = build_on_meta(name, config)
                 return {key: tuple(value.shape) for key, value in model.state_dict().items()}
     return {}

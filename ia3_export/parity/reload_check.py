@@ -24,14 +24,13 @@ from ia3_export.checkpoint.folder import Checkpoint, adapterless, architectures,
 from ia3_export.checkpoint.header import StoredTensor, read_values
 from ia3_export.errors import CheckFailed, DamagedFile, kind_and_line
 from ia3_export.fold import FLOAT_DTYPES, Array, from_float, to_float
-from ia3_export.models.conversions import loading_rules, state_entry
-from ia3_export.models.model_class import quiet
+from ia3_export.models.conversions import loading_rules
+from ia3_export.models.model_class import build_on_meta, quiet, sources
 from ia3_export.parity.streamed_reload import (
     can_stream,
     count_plain,
     keys_apart,
     library_weights,
-    meta_model,
 )
 from ia3_export.quantization.base import Base, read_base
 from ia3_export.quantization.detection import Quantization
@@ -199,7 +198,7 @@ def _load(
         _require_none({str(key) for key in info.get(kind) or ()}, kind, dense, base, called)
     with torch.no_grad():
         dequantized = dict(_bitsandbytes(model))
-        stored = _stored_names(model, dense)
+        stored, _ = sources(loading_rules(model), dense.tensors)
         for key, tensor in model.state_dict().items():
             name = stored.get(key, key)
             if key not in dequantized and tensor.is_floating_point() and not _is_code(name, quantization):
@@ -214,7 +213,10 @@ def _stream(
     """The quantized weights by stored name as the library dequantizes them, once the class has the names of
     the checkpoint. Raises `CheckFailed`."""
     try:
-        model = meta_model(dense)
+        name = first_class(dense.config or {})
+        assert name is not None  # what `_impossible` found
+        with quiet():
+            model = build_on_meta(name, dense.config or {})
         for kind, keys in keys_apart(model, dense).items():
             _require_none(keys, kind, dense, base, called)
         with redirect_stderr(io.StringIO()):
@@ -289,17 +291,6 @@ def _harmless(unexpected: Collection[str], dense: Checkpoint, base: Base | None)
 
 def _is_zero(tensor: StoredTensor) -> bool:
     return tensor.dtype in FLOAT_DTYPES and len(tensor.shape) == 1 and not read_values(tensor).any()
-
-
-def _stored_names(model: Any, dense: Checkpoint) -> dict[str, str]:
-    """The stored tensor behind every entry of the model's state that is loaded from one as it is."""
-    rules = loading_rules(model)
-    found: dict[str, str] = {}
-    for name in dense.tensors:
-        entry, conversion = state_entry(rules, name)
-        if conversion is None:
-            found.setdefault(entry, name)
-    return found
 
 
 def _is_code(key: str, quantization: Quantization) -> bool:

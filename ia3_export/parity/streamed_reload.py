@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from ia3_export.checkpoint.folder import Checkpoint, first_class
+from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import CheckFailed
 from ia3_export.fold import Array
 from ia3_export.libraries import never_expected, tied_weights
 from ia3_export.models.conversions import loading_rules, state_entry
-from ia3_export.models.model_class import make_config, needed_entries, quiet, sources
+from ia3_export.models.model_class import needed_entries, quiet, sources
 from ia3_export.quantization.detection import Quantization
 from ia3_export.quantization.packed import Packed, read_flat
 
@@ -46,17 +46,6 @@ def _has_dequantizer(method: str) -> bool:
         return bool(module) and hasattr(import_module(module), name)
     except ImportError:
         return False
-
-
-def meta_model(dense: Checkpoint) -> Any:
-    """The class of a checkpoint on the meta device. Raises what transformers raises."""
-    import torch
-    import transformers
-
-    name = first_class(dense.config or {})
-    assert name is not None  # what the caller found
-    with quiet(), torch.device("meta"):
-        return getattr(transformers, name)(make_config(dense.config or {})).eval()
 
 
 def keys_apart(model: Any, dense: Checkpoint) -> dict[str, Collection[str]]:

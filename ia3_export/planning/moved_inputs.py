@@ -15,14 +15,21 @@ from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.fold import Layout, Scale, make_scale
 from ia3_export.planning.changes import Change, written_dtype
 from ia3_export.planning.plan import Plan
-from ia3_export.planning.quantized_placement import feeder_rows, single_precision
+from ia3_export.planning.quantized_placement import feeder_rows, single_precision, stored_shapes
 from ia3_export.quantization.packed import CannotKeep
+
+#: (out, in) of every weight.
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def move_inputs(plan: Plan, names: Collection[str]) -> tuple[Plan, dict[str, str]]:
     """`plan`, of a dense model, with the input vectors of the weights `names` moved where that is exact; and
     for the others, by name, why it is not."""
     changes, reasons = dict(plan.changes), {}
+    shapes: dict[Layout, Shapes] = {
+        layout: stored_shapes(plan.base.dense.tensors, conv1d=layout == "conv1d")
+        for layout in ("linear", "conv1d")
+    }
     for name in names:
         change = changes.get(name)
         if change is None or change.how != "fold":
@@ -32,7 +39,7 @@ def move_inputs(plan: Plan, names: Collection[str]) -> tuple[Plan, dict[str, str
         if not inputs:
             continue
         try:
-            moved = [one for scale, fold in inputs for one in _moved(plan, change, scale, fold)]
+            moved = [one for scale, fold in inputs for one in _moved(plan, shapes, change, scale, fold)]
         except CannotKeep as why:
             reasons[name] = f"a vector lies on its input: {why}"
             continue
@@ -55,7 +62,9 @@ def all_moved(plan: Plan) -> Plan | None:
     return moved if moved.changes != plan.changes else None
 
 
-def _moved(plan: Plan, change: Change, scale: Scale, fold: Fold) -> list[tuple[StoredTensor, Scale, Fold]]:
+def _moved(
+    plan: Plan, shapes: Mapping[Layout, Shapes], change: Change, scale: Scale, fold: Fold
+) -> list[tuple[StoredTensor, Scale, Fold]]:
     """The tensors that take the vector `scale` on the input of `change`, and how. Raises `CannotKeep`."""
     axis = scale.axis(change.shape)
     if len(change.shape) != 2 or axis is None:
@@ -63,22 +72,12 @@ def _moved(plan: Plan, change: Change, scale: Scale, fold: Fold) -> list[tuple[S
     layout: Layout = "linear" if axis == 1 else "conv1d"
     tensors = plan.base.dense.tensors
     module = change.name.removesuffix(".weight")
-    shapes = _shapes(tensors, layout)
-    feeder, factors = feeder_rows(module, scale.factors, plan.base.stored.config, shapes)
+    feeder, factors = feeder_rows(module, scale.factors, plan.base.stored.config, shapes[layout])
     return [
         (tensors[name], make_scale(single_precision(factors), tensors[name].shape, "out", layout), fold)
         for name in (f"{feeder}.weight", f"{feeder}.bias")
         if name in tensors
     ]
-
-
-def _shapes(tensors: Mapping[str, StoredTensor], layout: Layout) -> dict[str, tuple[int, ...]]:
-    """(out, in) of every weight."""
-    turned = layout == "conv1d"
-    return {
-        name: tensor.shape[::-1] if turned and len(tensor.shape) == 2 else tensor.shape
-        for name, tensor in tensors.items()
-    }
 
 
 def _start(plan: Plan, tensor: StoredTensor) -> Change:

@@ -115,11 +115,16 @@ def make_context(base: Base) -> Context:
     """The context of `base` before any vector is placed."""
     conv1d = any(packed.conv1d for packed in base.quantization.packed.values())
     layout: Layout = "conv1d" if conv1d else "linear"
-    shapes = {
-        name: tensor.shape[::-1] if conv1d and len(tensor.shape) == 2 else tensor.shape
-        for name, tensor in base.dense.tensors.items()
-    }
+    shapes = stored_shapes(base.dense.tensors, conv1d=conv1d)
     return Context(base, layout, shapes, cache_scales(base.stored), Placed())
+
+
+def stored_shapes(tensors: Mapping[str, StoredTensor], *, conv1d: bool) -> dict[str, tuple[int, ...]]:
+    """The shape of every one of `tensors`, (out, in) for projections that are stored as Conv1D, too."""
+    return {
+        name: tensor.shape[::-1] if conv1d and len(tensor.shape) == 2 else tensor.shape
+        for name, tensor in tensors.items()
+    }
 
 
 def place(weight: WeightFolds, context: Context) -> tuple[WeightOutcome, Placed]:

@@ -155,18 +155,14 @@ def forms(work: Path, end: int) -> Iterator[tuple[str, Callable[[], Ask]]]:
     yield "base, no adapter (transformers)", lambda: in_pytorch(work / "base", end)
     yield "base + adapter, unmerged (PEFT)", lambda: in_pytorch(work / "base", end, work / "adapter")
     yield "merged (transformers)", lambda: in_pytorch(work / "merged", end)
-    for graph in sorted((exported / "onnx").glob("*.onnx")):
+    graphs = sorted((exported / "onnx").glob("*.onnx"))
+    for number, graph in enumerate(graphs):
         # int8 lies there under two names, unless q8 has the other
-        if not (graph.stem == "model_quantized" and same_file(graph, graph.with_name("model_int8.onnx"))):
+        if not any(graph.samefile(other) for other in graphs[:number]):
             yield f"{graph.name} (ONNX Runtime)", lambda graph=graph: onnx_runtime(graph, end)
     yield "model.onnx (onnxruntime-genai)", lambda: genai(exported, end)
     yield "merged GGUF, dequantized (transformers)", lambda: in_pytorch(gguf, end)
     yield "merged GGUF (llama.cpp)", lambda: llama_cpp(next(gguf.glob("*.gguf")), end)
-
-
-def same_file(one: Path, other: Path) -> bool:
-    """Whether both are there and the same."""
-    return other.exists() and one.samefile(other)
 
 
 def ask_all(name: str, ask: Ask, prompts: list[list[int]], tokenizer: Any) -> Answers:

@@ -79,8 +79,8 @@ class Report:
 
 def copy_and_hash_variant(place: Place) -> Variant:
     """``cp -r`` and the digests of what was copied: what `merge` does by default, without the merge."""
-    line = f"cp -r {place.base} {place.output} && sha256sum {place.output}/*"
-    return Variant(name="cp-sha256sum", command=("sh", "-c", line), warm_up=("sha256sum", "--version"))
+    command = ("sh", "-c", 'cp -r "$0" "$1" && sha256sum "$1"/*', str(place.base), str(place.output))
+    return Variant(name="cp-sha256sum", command=command, warm_up=("sha256sum", "--version"))
 
 
 def peft_variant(place: Place) -> Variant:

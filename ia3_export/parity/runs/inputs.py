@@ -265,12 +265,14 @@ def _image_case(model: Any, batch: int, generator: Any) -> Case:
 
 def _pixels(batch: int, shape: tuple[int, ...], generator: Any) -> tuple[Any, str]:
     """Images (batch, *shape), and what they are."""
+    return _or_noise(photographs(batch, shape), PHOTOGRAPH, (batch, *shape), generator)
+
+
+def _or_noise(found: Any | None, origin: str, shape: tuple[int, ...], generator: Any) -> tuple[Any, str]:
+    """What was `found`, which is `origin`, or else noise of `shape`."""
     import torch
 
-    parts = photographs(batch, shape)
-    if parts is not None:
-        return parts, PHOTOGRAPH
-    return torch.randn(batch, *shape, generator=generator), NOISE
+    return (torch.randn(shape, generator=generator), NOISE) if found is None else (found, origin)
 
 
 def _sound_case(model: Any, name: str, batch: int, generator: Any) -> Case:
@@ -278,16 +280,12 @@ def _sound_case(model: Any, name: str, batch: int, generator: Any) -> Case:
 
     config = model.config
     shape = _sound_shape(config, name)
-    spoken = speech(name, batch, shape)
-    tensors = {name: torch.randn(batch, *shape, generator=generator) if spoken is None else spoken}
+    sounds, origin = _or_noise(speech(name, batch, shape), SPEECH, (batch, *shape), generator)
+    tensors = {name: sounds}
     if config.is_encoder_decoder:
         drawn = random_rows(config.vocab_size, generator)
         tensors["decoder_input_ids"] = torch.stack([drawn.row(6) for _ in range(batch)])
-    return Case(
-        f"batch {batch}, sound {'x'.join(map(str, shape))}",
-        tensors,
-        origin=NOISE if spoken is None else SPEECH,
-    )
+    return Case(f"batch {batch}, sound {'x'.join(map(str, shape))}", tensors, origin=origin)
 
 
 def _image_shape(config: Any) -> tuple[int, ...]:
