@@ -11,7 +11,9 @@ transformers has changed are looked up here as well.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache, partial, wraps
 from importlib import import_module, metadata
 from typing import Any
 
@@ -135,3 +137,26 @@ def auto_classes(table: str) -> Mapping[str, Any]:
     """transformers' table `table` of class names by model type."""
     found: Mapping[str, Any] = private(f"transformers.models.auto.modeling_auto:{table}")
     return found
+
+
+@contextmanager
+def compiling_later() -> Iterator[None]:
+    """``torch.compile`` compiles when a function is first called, as its result does anyway: bitsandbytes
+    decorates four functions, for which torch imports its compiler, two seconds of a process that calls none
+    of them."""
+    import torch
+
+    compile_now = torch.compile
+
+    @wraps(compile_now)
+    def compile_later(model: Any = None, **options: Any) -> Any:
+        if model is None:
+            return partial(compile_later, **options)
+        compiled = cache(lambda: compile_now(model, **options))
+        return wraps(model)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+    torch.compile = compile_later
+    try:
+        yield
+    finally:
+        torch.compile = compile_now

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 from collections.abc import Iterator
 from copy import copy
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -32,7 +34,11 @@ _LONG = (
 )  # fmt: skip
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # workers and commands inherit it
+        folder = TemporaryDirectory(prefix="ia3-export-cache-")
+        os.environ["IA3_EXPORT_CACHE"] = folder.name
+        config.add_cleanup(folder.cleanup)
     # torch and transformers hold a million objects that never go; tracing a model makes the collector look at
     # them often
     gc.set_threshold(50_000, 20, 20)

@@ -88,7 +88,7 @@ def open_source(given: str | Path) -> Source:
 def read_weights(file: Path) -> Shard:
     """Headers of a safetensors file, or of a torch file.
 
-    The latter needs torch, but executes none of its pickled code.
+    The latter may need torch; none of its pickled code is executed.
     """
     if file.suffix in _PICKLES:
         from ia3_export.checkpoint.pickled import read_bin

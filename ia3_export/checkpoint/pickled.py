@@ -1,9 +1,10 @@
-"""PyTorch ``.bin`` checkpoints as byte ranges.
+"""PyTorch ``.bin`` and ``.pt`` checkpoints as byte ranges.
 
-``torch.load`` runs with ``weights_only=True`` (no pickled code is executed) under ``FakeTensorMode``, which
-reads shapes and storage offsets but no data (torch documentation of ``torch.serialization``); a zip-format
-``.bin`` keeps its storages uncompressed, so every contiguous tensor is a byte range of the file like a
-safetensors one. Files of the format before torch 1.6, and strided tensors, are loaded into memory instead.
+The plain ones are read without torch (``torch_zip``). For all others ``torch.load`` runs with
+``weights_only=True`` (no pickled code is executed) under ``FakeTensorMode``, which reads shapes and storage
+offsets but no data (torch documentation of ``torch.serialization``); a zip-format ``.bin`` keeps its storages
+uncompressed, so every contiguous tensor is a byte range of the file like a safetensors one. Files of the
+format before torch 1.6, and strided tensors, are loaded into memory instead.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ia3_export.checkpoint.header import Shard, StoredTensor, tensor_bytes
+from ia3_export.checkpoint.torch_zip import read_plain
 from ia3_export.errors import DamagedFile, NotFound, Unsupported, kind_and_line
 from ia3_export.libraries import private
 from ia3_export.words import STORED_NAMES, torch_name
@@ -40,6 +42,9 @@ def read_bin(path: Path, name: str | None = None) -> Shard:
     """
     if not path.is_file():
         raise NotFound(f"{path} does not exist", hint="check the path, or download the file again")
+    plain = read_plain(path)
+    if plain is not None:
+        return Shard(name or path.name, path, b"", {"format": "pt"}, tuple(plain.values()))
     records = _records(path)
     state = _load(path, fake=records is not None)
     state = _state_dict(state)

@@ -58,9 +58,18 @@ def state_entry(loading: Loading, stored_name: str) -> tuple[str, str | None]:
     return entry, pattern
 
 
-def in_class_names(adapter: Adapter, loading: Loading) -> Adapter:
-    """`adapter` with the module paths that the class has today, where it states those of an earlier
-    transformers.
+@dataclass(frozen=True, slots=True)
+class Renaming:
+    """Names of an adapter that the class has otherwise: module paths, names of tensors, and what all modules
+    were called when the adapter's rules were written."""
+
+    modules: Mapping[str, str]
+    extras: Mapping[str, str]
+    earlier: Mapping[str, str]
+
+
+def class_names(adapter: Adapter, loading: Loading) -> Renaming:
+    """The names that the class has today, where `adapter` states those of an earlier transformers.
 
     Stored names are earlier module paths, so what loading makes of them, it makes of an adapter's. Names that
     the class has, and names that loading makes nothing of, stay.
@@ -71,18 +80,31 @@ def in_class_names(adapter: Adapter, loading: Loading) -> Adapter:
         entry, pattern = state_entry(loading, f"{module}.weight")
         if pattern is None and entry in loading.state:
             moved[module] = entry.removesuffix(".weight")
-    extras = {}
-    for name, tensor in adapter.extras.items():
-        entry, pattern = (name, None) if name in loading.state else state_entry(loading, name)
-        extras[entry if pattern is None and entry in loading.state else name] = tensor
+    extras: dict[str, str] = {}
+    for name in adapter.extras.keys() - loading.state.keys():
+        entry, pattern = state_entry(loading, name)
+        if pattern is None and entry in loading.state:
+            extras[name] = entry
+    return Renaming(moved, extras, _earlier_paths(moved, modules))
+
+
+def renamed(adapter: Adapter, names: Renaming) -> Adapter:
+    """`adapter` with the names that the class has; unchanged where two would become one."""
+    moved = names.modules
+    extras = {names.extras.get(name, name): tensor for name, tensor in adapter.extras.items()}
     sites = {
         moved.get(key, key): replace(site, module=moved.get(site.module, site.module))
         for key, site in adapter.sites.items()
     }
     if len(sites) < len(adapter.sites) or len(extras) < len(adapter.extras):
         return adapter  # two names of one tensor
-    before = {**adapter.rules.earlier, **_earlier_paths(moved, modules)}
+    before = {**adapter.rules.earlier, **names.earlier}
     return replace(adapter, sites=sites, extras=extras, rules=replace(adapter.rules, earlier=before))
+
+
+def in_class_names(adapter: Adapter, loading: Loading) -> Adapter:
+    """`adapter` with the names that the class has today (`class_names`)."""
+    return renamed(adapter, class_names(adapter, loading))
 
 
 def _earlier_paths(moved: Mapping[str, str], modules: Iterable[str]) -> dict[str, str]:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from logging import ERROR, getLogger
 from typing import Any
 
@@ -22,7 +23,15 @@ from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import IA3ExportError, Unsupported, kind_and_line
 from ia3_export.fold import Layout
 from ia3_export.libraries import auto_classes, never_missed, tied_weights
-from ia3_export.models.conversions import Loading, converted_names, in_class_names, loading_rules, state_entry
+from ia3_export.models.conversions import (
+    Loading,
+    Renaming,
+    class_names,
+    converted_names,
+    in_class_names,
+    loading_rules,
+    state_entry,
+)
 
 _TASK_TABLES = {
     "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
@@ -34,21 +43,25 @@ _TASK_TABLES = {
 }
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class RuntimeModel:
     """A transformers model as the adapter saw it, and how the checkpoint's names lead to it.
 
-    `layouts` gives the kind of every module that IA3 can wrap, `groups` those of convolutions, `shapes` every
-    state-dict entry, `ties` maps a tied entry to its source, `needed` are the entries that a checkpoint must
-    hold, `stored` maps an entry to the one stored tensor it is loaded from unchanged, `converted` to those
-    that it is made of. `embeddings` are the paths of lookup tables. `config` is the configuration that fits
-    the adapter's heads and embeddings.
+    `layouts` gives the kind of every module that IA3 can wrap, `groups` those of convolutions, `modules` are
+    the paths of all, `shapes` gives every state-dict entry, `parameters` are the trainable ones, `ties` maps
+    a tied entry to its source, `needed` are the entries that a checkpoint must hold, `stored` maps an entry
+    to the one stored tensor it is loaded from unchanged, `converted` to those that it is made of.
+    `embeddings` are the paths of lookup tables. `config` is the configuration that fits the adapter's heads
+    and embeddings, `renaming` the adapter's names that the class has otherwise. `built` are the loading rules
+    where the class has been built.
     """
 
     class_name: str
     config: Mapping[str, Any]
     layouts: Mapping[str, Layout]
     groups: Mapping[str, int]
+    modules: frozenset[str]
+    parameters: frozenset[str]
     needed: frozenset[str]
     shapes: Mapping[str, tuple[int, ...]]
     ties: Mapping[str, str]
@@ -57,7 +70,16 @@ class RuntimeModel:
     input_embedding: str | None
     output_embedding: str | None
     embeddings: frozenset[str]
-    loading: Loading
+    renaming: Renaming
+    built: Loading | None = None
+
+    @cached_property
+    def loading(self) -> Loading:
+        """The loading rules of the class, which is built for them where it has not been."""
+        if self.built is not None:
+            return self.built
+        with quiet():
+            return loading_rules(build_on_meta(self.class_name, self.config))
 
 
 def load_runtime_model(
@@ -90,7 +112,7 @@ def _best_class(
         model = build_on_meta(name, config)
         named = in_class_names(adapter, loading_rules(model))
         fitted, model = _fit_config(name, config, named, model)
-        runtime = _describe(name, fitted, model, tensors)
+        runtime = _describe(name, fitted, model, adapter, tensors)
         left_over = sum(module not in runtime.layouts for module in named.modules)
         left_over += sum(extra not in runtime.shapes for extra in named.extras)
         # a head that the adapter trained and lost is no sign of the wrong class
@@ -116,22 +138,6 @@ def absent_entries(runtime: RuntimeModel) -> list[str]:
     """What the model needs and the checkpoint has not, by name."""
     present = runtime.stored.keys() | runtime.converted.keys() | runtime.ties.keys()
     return sorted(runtime.needed - present)
-
-
-def same_but_untied(config: Mapping[str, Any], edited: Mapping[str, Any]) -> bool:
-    """Whether transformers reads `edited` as `config` with nothing but ``tie_word_embeddings`` changed.
-
-    T5 does not: there the flag also decides whether the decoder's output is scaled.
-    """
-    with quiet():
-        before, after = make_config(config).to_dict(), make_config(edited).to_dict()
-    return bool(_without_ties(before) == _without_ties(after))
-
-
-def _without_ties(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_ties(v) for k, v in value.items() if k != "tie_word_embeddings"}
-    return value
 
 
 @contextmanager
@@ -313,7 +319,11 @@ def _embedding_name(model: Any, which: str) -> str | None:
 
 
 def _describe(
-    name: str, config: Mapping[str, Any], model: Any, tensors: Mapping[str, StoredTensor]
+    name: str,
+    config: Mapping[str, Any],
+    model: Any,
+    adapter: Adapter,
+    tensors: Mapping[str, StoredTensor],
 ) -> RuntimeModel:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -335,6 +345,8 @@ def _describe(
         config=config,
         layouts=layouts,
         groups={path: modules[path].groups for path, layout in layouts.items() if layout == "conv"},
+        modules=frozenset(modules),
+        parameters=frozenset(name for name, _ in model.named_parameters(remove_duplicate=False)),
         needed=needed_entries(model, loading.state),
         shapes={key: tuple(value.shape) for key, value in loading.state.items()},
         ties=tied_weights(model),
@@ -343,7 +355,8 @@ def _describe(
         input_embedding=_embedding_name(model, "input"),
         output_embedding=_embedding_name(model, "output"),
         embeddings=frozenset(path for path, module in modules.items() if isinstance(module, nn.Embedding)),
-        loading=loading,
+        renaming=class_names(adapter, loading),
+        built=loading,
     )
 
 
@@ -375,15 +388,3 @@ def needed_entries(model: Any, state: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(
         name for name in state if name in parameters and not any(pattern.search(name) for pattern in ignored)
     )
-
-
-def parameter_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of the class that ``architectures`` names; ``{}`` where there is none."""
-    import transformers
-
-    with quiet():
-        for name in architectures(config):
-            if isinstance(getattr(transformers, str(name), None), type):
-                model = build_on_meta(name, config)
-                return {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    return {}

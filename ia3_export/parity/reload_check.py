@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -24,17 +27,19 @@ from ia3_export.checkpoint.folder import Checkpoint, adapterless, architectures,
 from ia3_export.checkpoint.header import StoredTensor, read_values
 from ia3_export.errors import CheckFailed, DamagedFile, kind_and_line
 from ia3_export.fold import FLOAT_DTYPES, Array, from_float, to_float
+from ia3_export.models.answers import remembered
 from ia3_export.models.conversions import loading_rules
-from ia3_export.models.model_class import build_on_meta, quiet, sources
+from ia3_export.models.model_class import quiet, sources
 from ia3_export.parity.streamed_reload import (
     can_stream,
+    class_facts,
     count_plain,
-    keys_apart,
     library_weights,
 )
 from ia3_export.quantization.base import Base, read_base
 from ia3_export.quantization.detection import Quantization
 from ia3_export.quantization.gguf import reload_weights
+from ia3_export.quantization.packed import read_flat
 from ia3_export.words import STORED_NAMES, torch_name
 
 #: Largest relative difference (Frobenius norm) of a weight: rounding of libraries that compute in 16 bits.
@@ -50,6 +55,11 @@ _PACKAGES = {
 }
 #: Copies of the dense weights that loading and comparing take.
 _COPIES = 3.0
+#: Weights that are compared at a time, beside one that is read, and elements of each.
+_THREADS = 2
+_BLOCK = 1 << 20
+#: transformers' words for what a checkpoint has too little, too much and otherwise.
+_KINDS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 _REPORT = "please report it with the base's name; --no-reload-check writes the output all the same"
 
 
@@ -83,45 +93,73 @@ def check_reload(
     reason = _impossible(dense, quantization, streamed=streamed)
     if reason:
         return Reload("", 0, 0.0, reason)
-    library, compared, worst = _library(quantization, streamed=streamed), 0, 0.0
-    expected = {n: t for n, t in dense.tensors.items() if t.dtype in FLOAT_DTYPES}
-    if streamed:
-        compared = _compare_plain(dense, called)
-        weights = _stream(dense, quantization, base, called)
-    else:
-        weights = _load(dense, quantization, base, called)
-    for name, found, dtype in weights:
-        if name not in expected:
-            continue
-        wanted = read_values(expected[name])
-        packed = quantization.packed.get(name)
-        if found.size != wanted.size:
-            raise CheckFailed(
-                f"{library} reads {name} as {list(found.shape)}, it was written as {list(wanted.shape)}",
-                hint=_REPORT,
-            )
-        if packed is None and dtype != expected[name].dtype:  # one rounding, which is not ours
-            wanted = to_float(from_float(np.array(wanted).reshape(-1), dtype), dtype).reshape(wanted.shape)
-        error = _difference(found.reshape(wanted.shape), wanted)
-        limit = TOLERANCE.get(packed.method if packed else "dense", _SIXTEEN_BITS)
-        if not error <= limit:
-            raise CheckFailed(
-                f"{library} reads {name} with a relative difference of {error:.2e} to what was written "
-                f"(at most {limit:.0e} is rounding)",
-                hint=_REPORT,
-            )
-        compared, worst = compared + 1, max(worst, error)
+    library = _library(quantization, streamed=streamed)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        plain = pool.submit(_compare_plain, dense, called) if streamed else None
+        read = (_stream if streamed else _load)(dense, quantization, base, called)
+        errors = list(_errors(read, dense, quantization, library, pool))
+        compared = len(errors) + (plain.result() if plain is not None else 0)
     if not compared:
         return Reload(library, 0, 0.0, f"{library} has none of the weights under a name of the file")
-    return Reload(library, compared, worst, "")
+    return Reload(library, compared, max(errors, default=0.0), "")
 
 
-def _difference(found: Array, wanted: Array) -> float:
-    """Relative difference (Frobenius norm); zero where both are equal, infinities too."""
-    if np.array_equal(found, wanted):
+def _errors(
+    read: Iterator[tuple[str, Array, str]],
+    dense: Checkpoint,
+    quantization: Quantization,
+    library: str,
+    pool: Executor,
+) -> Iterator[float]:
+    """The relative difference of every weight that was `read`, beside which earlier ones are compared in
+    `pool`. Raises `CheckFailed` for one that is more than rounding."""
+    pending: deque[tuple[str, Future[float]]] = deque()
+    for name, found, dtype in read:
+        written = dense.tensors.get(name)
+        if written is None or written.dtype not in FLOAT_DTYPES:
+            continue
+        if found.size != written.size:
+            raise CheckFailed(
+                f"{library} reads {name} as {list(found.shape)}, it was written as {list(written.shape)}",
+                hint=_REPORT,
+            )
+        held = written.dtype if name in quantization.packed else dtype
+        pending.append((name, pool.submit(_difference, found, written, held)))
+        if len(pending) >= _THREADS:
+            yield _within_rounding(*pending.popleft(), quantization, library)
+    for name, error in pending:
+        yield _within_rounding(name, error, quantization, library)
+
+
+def _within_rounding(name: str, error: Future[float], quantization: Quantization, library: str) -> float:
+    packed = quantization.packed.get(name)
+    limit, found = TOLERANCE.get(packed.method if packed else "dense", _SIXTEEN_BITS), error.result()
+    if not found <= limit:
+        raise CheckFailed(
+            f"{library} reads {name} with a relative difference of {found:.2e} to what was written "
+            f"(at most {limit:.0e} is rounding)",
+            hint=_REPORT,
+        )
+    return found
+
+
+def _difference(found: Array, written: StoredTensor, dtype: str) -> float:
+    """Relative difference (Frobenius norm) to what was written, as `dtype` holds it; zero where both are
+    equal, infinities too."""
+    unit = written.computed.unit if written.computed is not None else 1
+    step = max(_BLOCK // unit, 1) * unit
+    flat, apart, whole = found.reshape(-1), 0.0, 0.0
+    for first in range(0, written.size, step):
+        part = flat[first : first + step]
+        wanted = to_float(read_flat(written, first, len(part)), written.dtype).reshape(-1)
+        if dtype != written.dtype:  # one rounding, which is not ours
+            wanted = to_float(from_float(np.array(wanted), dtype), dtype)
+        whole += float(np.vdot(wanted, wanted))
+        if not np.array_equal(part, wanted):
+            apart += float(np.sum(np.square(part.astype("<f4") - wanted), dtype="f8"))
+    if not apart:
         return 0.0
-    scale = float(np.linalg.norm(wanted)) or 1.0
-    return float(np.linalg.norm(found.astype("<f4") - wanted)) / scale
+    return math.sqrt(apart / (whole or 1.0)) if math.isfinite(whole) else math.inf
 
 
 def check_output(folder: Path, base: Base, *, dense: bool, whole: bool) -> Reload:
@@ -164,13 +202,17 @@ def _impossible(dense: Checkpoint, quantization: Quantization, *, streamed: bool
     needed = int(sum(t.nbytes for t in dense.tensors.values()) * _COPIES)
     if not streamed and needed > psutil.virtual_memory().available:
         return f"loading it takes about {needed:,} bytes of memory, which are not free"
+    return remembered(
+        "unknown class", [config.get("model_type"), name], lambda: _unknown(config.get("model_type"), name)
+    )
+
+
+def _unknown(model_type: object, name: str) -> str:
     import transformers
 
-    if config.get("model_type") not in transformers.CONFIG_MAPPING:
-        return f"transformers does not know model_type {config.get('model_type')!r}"
-    if not hasattr(transformers, name):
-        return f"transformers has no class {name}"
-    return ""
+    if model_type not in transformers.CONFIG_MAPPING:
+        return f"transformers does not know model_type {model_type!r}"
+    return "" if hasattr(transformers, name) else f"transformers has no class {name}"
 
 
 def _library(quantization: Quantization, *, streamed: bool) -> str:
@@ -194,7 +236,7 @@ def _load(
     import torch
 
     model, info = _load_model(dense, called)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+    for kind in _KINDS:
         _require_none({str(key) for key in info.get(kind) or ()}, kind, dense, base, called)
     with torch.no_grad():
         dequantized = dict(_bitsandbytes(model))
@@ -213,14 +255,17 @@ def _stream(
     """The quantized weights by stored name as the library dequantizes them, once the class has the names of
     the checkpoint. Raises `CheckFailed`."""
     try:
-        name = first_class(dense.config or {})
-        assert name is not None  # what `_impossible` found
-        with quiet():
-            model = build_on_meta(name, dense.config or {})
-        for kind, keys in keys_apart(model, dense).items():
-            _require_none(keys, kind, dense, base, called)
+        facts = class_facts(dense, quantization)
+        for kind in _KINDS:
+            _require_none(facts[kind], kind, dense, base, called)
+        for kind in ("quantized", "dense"):
+            if facts[kind]:
+                raise CheckFailed(
+                    f"transformers takes {facts[kind][0]} for {kind}, the file holds it otherwise",
+                    hint="llm_int8_skip_modules of its quantization_config is at odds with the file",
+                )
         with redirect_stderr(io.StringIO()):
-            for name, values in library_weights(dense, quantization, model):
+            for name, values in library_weights(dense, quantization):
                 yield name, values, "F32"
     except CheckFailed:
         raise

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from ia3_export.checkpoint.folder import Checkpoint
+from ia3_export.checkpoint.folder import Checkpoint, first_class
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import CheckFailed
 from ia3_export.fold import Array
-from ia3_export.libraries import never_expected, tied_weights
+from ia3_export.libraries import compiling_later, never_expected, tied_weights
+from ia3_export.models.answers import remembered
 from ia3_export.models.conversions import loading_rules, state_entry
-from ia3_export.models.model_class import needed_entries, quiet, sources
+from ia3_export.models.model_class import build_on_meta, needed_entries, quiet, sources
 from ia3_export.quantization.detection import Quantization
 from ia3_export.quantization.packed import Packed, read_flat
 
@@ -43,9 +44,35 @@ def can_stream(dense: Checkpoint, quantization: Quantization) -> bool:
 def _has_dequantizer(method: str) -> bool:
     module, name = _DEQUANTIZERS.get(method, ("", ""))
     try:
-        return bool(module) and hasattr(import_module(module), name)
+        with compiling_later():
+            return bool(module) and hasattr(import_module(module), name)
     except ImportError:
         return False
+
+
+def class_facts(dense: Checkpoint, quantization: Quantization) -> dict[str, Any]:
+    """What the class on the meta device says of a checkpoint's names, asked once: `keys_apart`, and as
+    ``quantized`` and ``dense`` the modules that its library takes for such, while the file holds them
+    otherwise."""
+    facts = {
+        "config": dense.config,
+        "tensors": {name: [tensor.dtype, tensor.shape] for name, tensor in dense.tensors.items()},
+        "quantized": {name: packed.method for name, packed in quantization.packed.items()},
+        "settings": dict(quantization.settings),
+    }
+    return remembered("reload", facts, lambda: _ask_class(dense, quantization))
+
+
+def _ask_class(dense: Checkpoint, quantization: Quantization) -> dict[str, Any]:
+    name = first_class(dense.config or {})
+    assert name is not None  # what the check found before
+    with quiet():
+        model = build_on_meta(name, dense.config or {})
+    apart = {kind: sorted(keys) for kind, keys in keys_apart(model, dense).items()}
+    if all(packed.method != "bitsandbytes" for packed in quantization.packed.values()):
+        return {**apart, "quantized": [], "dense": []}
+    stored, taken = _quantized_modules(quantization, model)
+    return {**apart, "quantized": sorted(taken - stored), "dense": sorted(stored - taken)}
 
 
 def keys_apart(model: Any, dense: Checkpoint) -> dict[str, Collection[str]]:
@@ -63,12 +90,10 @@ def keys_apart(model: Any, dense: Checkpoint) -> dict[str, Collection[str]]:
     }
 
 
-def library_weights(dense: Checkpoint, quantization: Quantization, model: Any) -> Iterator[tuple[str, Array]]:
+def library_weights(dense: Checkpoint, quantization: Quantization) -> Iterator[tuple[str, Array]]:
     """The quantized weights by stored name, as their library dequantizes them: float32, in the shape of the
     dense parameter. Raises `CheckFailed` where the library takes other modules for quantized."""
     methods = {packed.method for packed in quantization.packed.values()}
-    if "bitsandbytes" in methods:
-        _require_same_modules(quantization, model)
     converter = None
     if "compressed-tensors" in methods:
         import torch
@@ -104,25 +129,19 @@ def _of_bitsandbytes(packed: Packed, tensors: Mapping[str, Any]) -> Array:
     return values
 
 
-def _require_same_modules(quantization: Quantization, model: Any) -> None:
-    """Raise `CheckFailed` unless transformers makes layers of bitsandbytes of those modules that are
-    quantized."""
+def _quantized_modules(quantization: Quantization, model: Any) -> tuple[set[str], set[str]]:
+    """Paths of the modules that are stored quantized, and of those that transformers makes layers of
+    bitsandbytes of; `model` is changed."""
     from transformers.quantizers import AutoHfQuantizer
 
     rules = loading_rules(model)
-    wanted = {state_entry(rules, name)[0].removesuffix(".weight") for name in quantization.packed}
+    stored = {state_entry(rules, name)[0].removesuffix(".weight") for name in quantization.packed}
     with quiet():
         quantizer = AutoHfQuantizer.from_config(dict(quantization.settings), pre_quantized=True)
         quantizer.preprocess_model(model=model, device_map={"": "cpu"})
     kinds = ("Linear4bit", "Linear8bitLt")
-    made = {path for path, module in model.named_modules() if type(module).__name__ in kinds}
-    if made != wanted:
-        module = min(made ^ wanted)
-        raise CheckFailed(
-            f"transformers takes {module} for {'quantized' if module in made else 'dense'}, the file holds "
-            "it otherwise",
-            hint="llm_int8_skip_modules of its quantization_config is at odds with the file",
-        )
+    taken = {path for path, module in model.named_modules() if type(module).__name__ in kinds}
+    return stored, taken
 
 
 def _tensor(stored: StoredTensor) -> Any:
@@ -144,19 +163,19 @@ def count_plain(dense: Checkpoint) -> int:
 
 
 def _is_read_alike(stored: StoredTensor) -> bool:
-    """Whether safetensors gives the bytes of a tensor, some rows at a time. Each file is opened anew: what
-    was read of it stays in memory as long as it is open."""
+    """Whether safetensors gives the bytes of a tensor, some rows at a time, each time from the file opened
+    anew: what was read of it stays in memory as long as it is open."""
     import torch
     from safetensors import safe_open
 
     rows = stored.shape[0] if stored.shape else 1
     columns = stored.size // max(1, rows)
     step = max(1, _ELEMENTS // max(1, columns))
-    with safe_open(stored.file, framework="pt") as opened:
-        part = opened.get_slice(stored.name) if stored.shape else opened.get_tensor(stored.name)
-        for first in range(0, rows, step):
-            last = min(first + step, rows)
-            read: Any = part[first:last] if stored.shape else part
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        with safe_open(stored.file, framework="pt") as opened:
+            whole = not stored.shape
+            read: Any = opened.get_tensor(stored.name) if whole else opened.get_slice(stored.name)[first:last]
             found = read.contiguous().view(-1).view(torch.uint8).numpy()
             ours = read_flat(stored, first * columns, (last - first) * columns).view("u1")
             if not np.array_equal(found, ours):

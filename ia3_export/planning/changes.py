@@ -146,7 +146,6 @@ def _resized(result: Resolution, dense: Checkpoint) -> Iterator[tuple[str, Store
     runtime = result.runtime
     if runtime is None:
         return
-    trained = {name for name, _ in runtime.loading.model.named_parameters(remove_duplicate=False)}
     for entry, name in runtime.stored.items():
         tensor, shape = dense.tensors[name], runtime.shapes[entry]
         if (
@@ -159,7 +158,7 @@ def _resized(result: Resolution, dense: Checkpoint) -> Iterator[tuple[str, Store
         brought = [result.adapter.extras[partner] for partner in partners if partner in result.adapter.extras]
         if brought:
             yield name, brought[0], "resized with the vocabulary"
-        elif entry not in trained and tensor.shape[:-1] == shape[:-1]:
+        elif entry not in runtime.parameters and tensor.shape[:-1] == shape[:-1]:
             values = np.zeros(count_elements(shape), storage_dtype(tensor.dtype))
             common = min(values.size, tensor.size)
             values[:common] = np.frombuffer(read_bytes(tensor), values.dtype)[:common]

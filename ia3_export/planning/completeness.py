@@ -122,7 +122,7 @@ def check_lost(adapter: Adapter, checkpoint: Checkpoint, result: Resolution, *, 
         entries = {name for name, tensor in checkpoint.tensors.items() if tensor.dtype in FLOAT_DTYPES}
     else:
         stored, ties = dict(runtime.stored), dict(runtime.ties)
-        entries = {name for name, _ in runtime.loading.model.named_parameters(remove_duplicate=False)}
+        entries = set(runtime.parameters)
     whole: dict[str, list[str]] = {}
     for entry in sorted(entries):
         module = _trained_whole(adapter, entry)
@@ -198,7 +198,7 @@ def _left_out_of_all_linear(adapter: Adapter, runtime: RuntimeModel) -> str | No
     if runtime.output_embedding is not None:
         return runtime.output_embedding.rpartition(".")[0]
     heads = ("score", "classifier") if adapter.task_type == "SEQ_CLS" else ()
-    return next((name for name in heads if hasattr(runtime.loading.model, name)), None)
+    return next((name for name in heads if name in runtime.modules), None)
 
 
 def check_random(result: Resolution) -> None:
@@ -233,6 +233,8 @@ def missing_by_name(adapter: Adapter, checkpoint: Checkpoint) -> list[str]:
 
 def is_fused_expert(module: str, runtime: RuntimeModel) -> bool:
     """Whether the module's weight becomes a slice of a fused 3-D parameter at run time."""
+    if module in runtime.modules:
+        return False
     from ia3_export.models.conversions import state_entry
 
     entry, pattern = state_entry(runtime.loading, f"{module}.weight")

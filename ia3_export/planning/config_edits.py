@@ -127,7 +127,7 @@ def check_vocabulary(
 
 def can_untie(result: Resolution, stored: Checkpoint) -> bool:
     """Whether ``tie_word_embeddings`` may be set to false without changing anything else."""
-    from ia3_export.models.model_class import same_but_untied
+    from ia3_export.models.answers import same_but_untied
 
     config = result.runtime.config if result.runtime is not None else stored.config or {}
     return same_but_untied(config, _untie(config))

@@ -1,7 +1,7 @@
 """Where every vector and extra tensor of an adapter lands in a checkpoint.
 
 First by names and shapes alone. Only what those leave open (see `_open_questions`) goes to the model class,
-which costs an import of transformers.
+which costs an import of transformers, once (``models.answers``).
 """
 
 from __future__ import annotations
@@ -113,15 +113,15 @@ def _ask_class(result: Resolution, checkpoint: Checkpoint) -> None:
     """Build the model class where names and shapes leave something open."""
     if checkpoint.config is None or not _open_questions(result.adapter, checkpoint):
         return
-    from ia3_export.models.conversions import in_class_names
-    from ia3_export.models.model_class import load_runtime_model
+    from ia3_export.models.answers import runtime_model
+    from ia3_export.models.conversions import renamed
 
     try:
-        result.runtime = load_runtime_model(checkpoint.config, result.adapter, checkpoint.tensors)
+        result.runtime = runtime_model(checkpoint.config, result.adapter, checkpoint.tensors)
     except Unsupported as error:
         result.warnings.append(f"{error}; names are taken as stored")
         return
-    result.adapter = in_class_names(result.adapter, result.runtime.loading)
+    result.adapter = renamed(result.adapter, result.runtime.renaming)
     result.adapter.rules.look_at(result.runtime.layouts)
 
 

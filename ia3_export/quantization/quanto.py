@@ -105,7 +105,7 @@ def _shape(codes: StoredTensor, scale: StoredTensor, each: int) -> tuple[int, ..
 
 
 def _model_shapes(settings: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
-    from ia3_export.models.model_class import parameter_shapes
+    from ia3_export.models.answers import parameter_shapes
 
     return parameter_shapes(settings.get("model") or {})
 

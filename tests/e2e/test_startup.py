@@ -57,8 +57,33 @@ def test_merging_by_plain_names_imports_neither_torch_nor_transformers(tiny: Tin
     assert (tmp_path / "merged" / "config.json").is_file()
 
 
-def test_a_base_whose_names_need_the_class_does_import_transformers(tiny: Tiny, tmp_path: Path) -> None:
-    """The tests above would pass with a broken probe; this one shows that it sees an import."""
+def test_an_adapter_of_torch_save_needs_no_torch(tiny: Tiny, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    (tmp_path / "adapter").mkdir()
+    vectors = load_file(tiny.adapter / "adapter_model.safetensors")
+    torch.save(vectors, tmp_path / "adapter" / "adapter_model.bin")
+    config = (tiny.adapter / "adapter_config.json").read_bytes()
+    (tmp_path / "adapter" / "adapter_config.json").write_bytes(config)
+    for adapter in (tiny.adapter, tmp_path / "adapter"):
+        args = (
+            "merge",
+            "--base",
+            tiny.base,
+            "--adapter",
+            adapter,
+            "--output",
+            tmp_path / adapter.parent.name,
+        )
+        assert modules_after(*args).isdisjoint(HEAVY)
+    first, second = (tmp_path / folder.parent.name for folder in (tiny.adapter, tmp_path / "adapter"))
+    for file in first.glob("*.safetensors"):
+        assert (second / file.name).read_bytes() == file.read_bytes()
+
+
+def test_the_class_is_asked_once(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests above would pass with a broken probe; the first run shows that it sees an import."""
     from safetensors.torch import load_file, save_file
 
     keys = load_file(tiny.adapter / "adapter_model.safetensors")
@@ -67,4 +92,9 @@ def test_a_base_whose_names_need_the_class_does_import_transformers(tiny: Tiny, 
     save_file(short, tmp_path / "adapter" / "adapter_model.safetensors")
     config = (tiny.adapter / "adapter_config.json").read_bytes()
     (tmp_path / "adapter" / "adapter_config.json").write_bytes(config)
-    assert modules_after("inspect", tmp_path / "adapter", "--base", tiny.base) >= {"torch", "transformers"}
+    monkeypatch.setenv("IA3_EXPORT_CACHE", str(tmp_path / "cache"))
+    merge = ("merge", "--base", tiny.base, "--adapter", tmp_path / "adapter", "--output")
+    assert modules_after(*merge, tmp_path / "first") >= {"torch", "transformers"}
+    assert modules_after(*merge, tmp_path / "second").isdisjoint(HEAVY)
+    for file in (tmp_path / "first").glob("*.safetensors"):
+        assert (tmp_path / "second" / file.name).read_bytes() == file.read_bytes()

@@ -20,7 +20,7 @@ from ia3_export.checkpoint.folder import Checkpoint, adapterless, first_class
 from ia3_export.checkpoint.header import StoredTensor, read_values, same_bytes
 from ia3_export.checkpoint.wrapped import PEFT_PREFIX
 from ia3_export.errors import Unsupported, kind_and_line
-from ia3_export.models.conversions import in_class_names
+from ia3_export.models.conversions import renamed
 from ia3_export.models.model_class import load_runtime_model, make_config
 from ia3_export.parity.runs.hooks import fill_entry, multiply_live, named_as_in
 from ia3_export.parity.runs.quantized import load_dense, widen
@@ -153,7 +153,7 @@ def fit_class(base: Checkpoint, adapters: Sequence[Adapter]) -> FittedClass:
     class_name, config, brought = "", dict(base.config), dict[str, StoredTensor]()
     for given in adapters:
         runtime = load_runtime_model(base.config, given, base.tensors)
-        adapter = in_class_names(given, runtime.loading)
+        adapter = renamed(given, runtime.renaming)
         adopt_heads(config, runtime, base.config)
         if not class_name or any(name not in runtime.stored for name in adapter.extras):
             class_name = runtime.class_name
