@@ -10,9 +10,11 @@ transformers has changed are looked up here as well.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial, wraps
 from importlib import import_module, metadata
 from typing import Any
@@ -52,6 +54,7 @@ PRIVATE: Mapping[str, str] = {
     "transformers.exporters.exporter_onnx:apply_onnx_ir_fixes": "the export to ONNX",
     "transformers.exporters.utils:apply_fx_node_fixes": "the export to ONNX",
     "transformers.exporters.utils:apply_patches": "the export to ONNX",
+    "onnxscript.rewriter._matcher:SimplePatternMatcher": "giving an exported model's memory back",
     "torch._ops:OpOverload": "the export to ONNX",
     "torch.utils._python_dispatch:TorchDispatchMode": "the export to ONNX",
     "torch.utils._pytree:tree_flatten": "the export to ONNX",
@@ -137,6 +140,25 @@ def auto_classes(table: str) -> Mapping[str, Any]:
     """transformers' table `table` of class names by model type."""
     found: Mapping[str, Any] = private(f"transformers.models.auto.modeling_auto:{table}")
     return found
+
+
+def forget_graphs() -> None:
+    """Make the rules of onnxscript's rewriter, which live as long as the process, let go of the graph that
+    they looked at last, and of its weights."""
+    with suppress(Unsupported):
+        matcher = private("onnxscript.rewriter._matcher:SimplePatternMatcher")
+        for found in gc.get_objects():
+            if isinstance(found, matcher):
+                found._current_node = found._graph = found._match = None
+    give_back()
+
+
+def give_back() -> None:
+    """Give memory that is no longer used back to the system: glibc keeps what large tensors left between
+    small ones."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @contextmanager

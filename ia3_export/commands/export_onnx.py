@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from ia3_export.commands.moving import move_to_rows
 from ia3_export.commands.verify import Shipped, prove, read_exported
 from ia3_export.drawing.files import write_whole
 from ia3_export.errors import CheckFailed, UsageError
+from ia3_export.libraries import forget_graphs
 from ia3_export.models.model_class import quiet
 from ia3_export.onnx.blocks import Codes
 from ia3_export.onnx.contract import plan_graphs
@@ -227,7 +227,7 @@ def _export(
     )
     traced = export_graphs(model, specs, folder, graphs, stored=checkpoint.tensors, say=say)
     del model, specs
-    gc.collect()
+    forget_graphs()
     return traced, cases
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import numpy as np
 
 from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint
 from ia3_export.errors import Refused, Unsupported
+from ia3_export.libraries import give_back
 from ia3_export.parity.runs.greedy import Decoded, SpecialTokens, decode, prompts, special_tokens
 from ia3_export.parity.runs.inputs import Case, is_decoder
 from ia3_export.parity.runs.live import (
@@ -249,6 +249,6 @@ def _free(base: Checkpoint) -> None:
     import torch
 
     if base.nbytes > _LARGE:
-        gc.collect()
+        give_back()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,6 +22,25 @@ _RELEVANT = 1e-3
 Outputs = Sequence[Mapping[str, Array]]
 
 
+@dataclass(slots=True)
+class _Running:
+    """Largest and mean of what is added, an array at a time."""
+
+    largest: float = 0.0
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, values: Array) -> None:
+        self.largest = max(self.largest, float(values.max(initial=0.0)))
+        with np.errstate(over="ignore"):
+            self.total += float(values.sum())
+        self.count += values.size
+
+    @property
+    def mean(self) -> float:
+        return self.total / max(1, self.count)
+
+
 def distance_between(outputs: Outputs, reference: Outputs, dtype: str) -> Distance:
     """`Distance` of `outputs` from `reference`; `dtype` is the precision whose last place is counted.
 
@@ -30,7 +50,7 @@ def distance_between(outputs: Outputs, reference: Outputs, dtype: str) -> Distan
     scale = largest_magnitude(reference)
     worst = total = squares = dot = norm_a = norm_b = 0.0
     count = 0
-    relative, places = [np.zeros(0)], [np.zeros(0)]
+    relative, places = _Running(), _Running()
     for a, b in _pairs(outputs, reference):
         error = _error(a, b)
         worst, total, count = (
@@ -38,30 +58,29 @@ def distance_between(outputs: Outputs, reference: Outputs, dtype: str) -> Distan
             total + float(error.sum()),
             count + error.size,
         )
-        squares += float((error * error).sum())
-        dot += float((a * b).sum())
-        norm_a, norm_b = norm_a + float((a * a).sum()), norm_b + float((b * b).sum())
+        squares += float(np.vdot(error, error))
+        dot += float(np.vdot(a, b))
+        norm_a, norm_b = norm_a + float(np.vdot(a, a)), norm_b + float(np.vdot(b, b))
         relevant = np.abs(b) >= max(_RELEVANT * scale, np.finfo("<f8").tiny)
+        apart, magnitude = error[relevant], np.abs(b[relevant])
         with np.errstate(over="ignore"):
-            relative.append(error[relevant] / np.abs(b[relevant]))
-            places.append(error[relevant] / last_place(b[relevant], dtype))
-    all_relative, all_places = np.concatenate(relative), np.concatenate(places)
+            relative.add(apart / magnitude)
+            places.add(apart / last_place(magnitude, dtype))
     with np.errstate(invalid="ignore"):
         cosine = dot / (norm_a**0.5 * norm_b**0.5) if norm_a and norm_b else float(norm_a == norm_b)
-    logits = [
+    kl, max_kl, top1, top5 = _of_logits(
         (np.asarray(got["logits"], "<f8"), np.asarray(must["logits"], "<f8"))
         for got, must in zip(outputs, reference, strict=True)
         if "logits" in must and must["logits"].shape[-1] > 1
-    ]
-    kl, max_kl, top1, top5 = _of_logits(logits)
+    )
     return Distance(
         max_error=worst,
         mean_error=total / max(1, count),
         rms_error=(squares / max(1, count)) ** 0.5,
-        max_relative=float(all_relative.max(initial=0.0)),
-        mean_relative=_mean(all_relative),
-        max_ulp=float(all_places.max(initial=0.0)),
-        mean_ulp=_mean(all_places),
+        max_relative=relative.largest,
+        mean_relative=relative.mean,
+        max_ulp=places.largest,
+        mean_ulp=places.mean,
         cosine=cosine,
         kl=kl,
         max_kl=max_kl,
@@ -158,13 +177,8 @@ def _error(a: Array, b: Array) -> Array:
     return error
 
 
-def _mean(values: Array) -> float:
-    with np.errstate(over="ignore"):
-        return float(values.mean()) if len(values) else 0.0
-
-
 def _of_logits(
-    pairs: Sequence[tuple[Array, Array]],
+    pairs: Iterable[tuple[Array, Array]],
 ) -> tuple[float | None, float | None, float | None, float | None]:
     """KL divergence of the reference from the outputs (mean, largest), top-1 and top-5 agreement, over rows.
 

@@ -46,8 +46,8 @@ class ForwardOutputs:
 
 
 def run_torch(model: Any, cases: Sequence[Case], wanted: Wanted, *, trace: bool = False) -> ForwardOutputs:
-    """Outputs of every case (``logits``, ``last_hidden_state``, what else is `wanted`) in float64, zero at
-    padded positions.
+    """Outputs of every case (``logits``, ``last_hidden_state``, what else is `wanted`), zero at padded
+    positions; float32, of a float64 model float64.
 
     `trace` also keeps the modules' outputs. Raises `Unsupported` when the model does not run on the inputs.
     """
@@ -83,8 +83,11 @@ def inner_model(model: Any) -> Any:
 
 
 def to_numpy(value: Any) -> Array:
-    """A torch tensor as float64 on the CPU."""
-    array: Array = value.detach().double().cpu().numpy()
+    """A torch tensor on the CPU, float64 if it is, else float32, which holds every narrower one exactly."""
+    import torch
+
+    held = value.detach() if value.dtype == torch.float64 else value.detach().float()
+    array: Array = held.cpu().numpy()
     return array
 
 

@@ -94,7 +94,7 @@ def _thinned(name: str, values: Array) -> Array:
     if width > _COLUMNS:
         kept = values[..., np.linspace(0, width - 1, _COLUMNS).astype(int)]
     if name.endswith("logits") and width > 1:
-        kept = kept - kept.mean(axis=-1, keepdims=True)
+        kept = kept - kept.mean(axis=-1, dtype="<f8", keepdims=True)
     return kept.astype("<f4")
 
 
