@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.errors import DamagedFile, InputError, UsageError
@@ -17,11 +16,11 @@ from ia3_export.parity.bits.graph_files import Graph
 from ia3_export.parity.discrimination import untold
 from ia3_export.parity.gates import coarser, computes_in
 from ia3_export.parity.judging import Artifact, Evidence, failed_step, judge, unmerged_distance
-from ia3_export.parity.runs.forwards import MergedRuns, UnmergedRuns, run_merged, run_unmerged
+from ia3_export.parity.runs.forwards import InputMaker, MergedRuns, UnmergedRuns, run_merged, run_unmerged
 from ia3_export.parity.runs.greedy import prompts
-from ia3_export.parity.runs.inputs import Case, make_cases
+from ia3_export.parity.runs.inputs import make_cases
 from ia3_export.parity.runs.live import FineTune, RunDevice
-from ia3_export.parity.runs.metrics import Outputs, distance_between, largest_magnitude
+from ia3_export.parity.runs.metrics import EPSILON, Outputs, distance_between, largest_magnitude
 from ia3_export.parity.runs.own_inputs import find_tokenizer, fit_text, has_tokenizer, read_inputs, read_texts
 from ia3_export.parity.runs.run_onnx import decode_onnx, run_onnx
 from ia3_export.parity.runs.run_torch import Wanted, exact_matmul
@@ -85,11 +84,12 @@ def run_chain(
         needed += [coarser(dtypes.written, precision) for precision in numeric]
         needed += [precision for precision in numeric if precision == "float16"]
         hidden = any(graph.outputs[0] in ("last_hidden_state", "token_embeddings") for _, graph in graphs)
+        judged = list(dict.fromkeys([dtypes.working, *needed]))
         unmerged = run_unmerged(
             trained,
-            list(dict.fromkeys([dtypes.working, *needed])),
-            where,
-            _case_maker(_tokenizer_folder(trained.base, subject), settings),
+            judged,
+            _reference_device(where, judged),
+            _input_maker(_tokenizer_folder(trained.base, subject), settings),
             Wanted(hidden, _sentence_head(trained.base, graphs)),
         )
         if unmerged.library_failure:
@@ -165,16 +165,18 @@ def _tokenizer_folder(base: Base, subject: Subject) -> Path:
     return next((folder for folder in shipped if has_tokenizer(folder)), base.stored.folder)
 
 
-def _case_maker(tokenizer: Path, settings: RunSettings) -> Callable[[Any], list[Case]]:
+def _input_maker(tokenizer: Path, settings: RunSettings) -> InputMaker:
     """What makes the inputs for a loaded model. The user's files are read now, before a model is."""
     if settings.inputs is not None:
         given = read_inputs(settings.inputs)
-        return lambda _: given
+        return InputMaker(lambda _: given)
     if settings.text is not None:
         texts = read_texts(settings.text, tokenizer)
-        return lambda model: [fit_text(case, model) for case in texts]
+        return InputMaker(lambda model: [fit_text(case, model) for case in texts])
     reader = find_tokenizer(tokenizer)
-    return lambda model: make_cases(model, seed=settings.seed, tokenizer=reader)
+    return InputMaker(
+        lambda model: make_cases(model, seed=settings.seed, tokenizer=reader), sampled=reader is not None
+    )
 
 
 def _sentence_head(base: Base, graphs: Sequence[tuple[str, Graph]]) -> SentenceHead | None:
@@ -263,6 +265,13 @@ def _run_device(
         "without greedy decoding"
     )
     return RunDevice(device, scratch / "offload", int(limit / _HEADROOM), "float32")
+
+
+def _reference_device(where: RunDevice, judged: Sequence[str]) -> RunDevice:
+    """Where the reference runs: in float32 if all that is `judged` by it has 16 bits, ten thousand times as
+    coarse; it takes half the memory and half the time of float64."""
+    coarse = all(EPSILON[dtype] > EPSILON["float32"] for dtype in judged)
+    return replace(where, precision="float32") if coarse else where
 
 
 def _reference(unmerged: UnmergedRuns, dtype: str, device: str) -> Reference:

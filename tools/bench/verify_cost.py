@@ -3,11 +3,11 @@
     python tools/bench/verify_cost.py --folder /tmp/bench [--rounds 7] [--forwards] [--huge]
 
 Interleaved rounds on the 1.1-billion-parameter Llama of fixtures.py, each run a fresh process with its start
-included. "cat" is ``cat BASE MERGED > /dev/null``. With --forwards also a whole verify on a smaller model
-beside one load and one forward in each precision that the verdict needs (live, float64, base, merged), all in
-one process of plain transformers and PEFT. With --huge once more --weights-only, on 100 GB of zeros in sparse
-files in the shape of a Llama: every byte is read and folded, none is on the disk. Prints medians and the
-median of the ratios within a round.
+included. "cat" is ``cat BASE MERGED > /dev/null``. With --forwards also a whole verify beside one load and the
+forwards and greedy decodings that the verdict needs (live in bfloat16 and float32, base, merged in both), all
+in one process of plain transformers and PEFT, and a verify that may take --max-memory only, layer by layer.
+With --huge once more --weights-only, on 100 GB of zeros in sparse files in the shape of a Llama: every byte is
+read and folded, none is on the disk. Prints medians and the median of the ratios within a round.
 """
 
 from __future__ import annotations
@@ -36,23 +36,32 @@ PARTS = """
 import sys, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-base, adapter, merged = sys.argv[1:]
+from ia3_export.parity.runs.greedy import prompts
 from ia3_export.parity.runs.inputs import make_cases
+base, adapter, merged = sys.argv[1:]
 live = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), adapter).eval()
 cases = make_cases(live.get_base_model())
 def run(model):
     with torch.no_grad():
         for case in cases:
             model(**case.tensors)
-        generate = getattr(model, "get_base_model", lambda: model)()
-        generate.generate(**cases[0].tensors, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+def decode(model):
+    for case in prompts(cases):
+        model.generate(**case.tensors, max_new_tokens=12, min_new_tokens=12, do_sample=False)
 run(live)
-run(live.double())
+run(live.float())
+decode(live.get_base_model())
 with live.disable_adapter():
     run(live)
 del live
-run(AutoModelForCausalLM.from_pretrained(merged, dtype="auto").eval())
+model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto").eval()
+run(model)
+decode(model)
+run(model.float())
 """
+
+#: Too little for 1.1 billion parameters in float32: layers are read from disk for every forward.
+OFFLOADED = ("4GB",)
 
 
 def main() -> None:
@@ -105,7 +114,10 @@ def benchmark(folder: Path, rounds: int, *, forwards: bool, huge: bool, small: b
         )
     if forwards:
         parts = [sys.executable, "-c", PARTS, str(base), str(adapter), str(merged)]
-        report({"parts": parts, "verify": [*proof, "--device", "cpu"]}, min(rounds, 3), gigabytes)
+        whole = [*proof, "--device", "cpu"]
+        report({"parts": parts, "verify": whole}, min(rounds, 3), gigabytes)
+        offloaded = {f"verify --max-memory {limit}": [*whole, "--max-memory", limit] for limit in OFFLOADED}
+        report(offloaded, 1, gigabytes)
 
 
 def make_huge(folder: Path, *, layers: int = 80, hidden: int = 8192, inner: int = 22016) -> tuple[Path, Path]:

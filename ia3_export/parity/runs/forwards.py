@@ -62,6 +62,14 @@ class UnmergedRuns:
     wrong: WrongRuns
 
 
+@dataclass(frozen=True, slots=True)
+class InputMaker:
+    """What makes the inputs for a loaded model, and whether the model may have to write them itself."""
+
+    make: Callable[[Any], Sequence[Case]]
+    sampled: bool = False
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class MergedRuns:
     """What the merged model gave in the working dtype (`run`), of 16 bits also in float32 (`single`) and,
@@ -78,29 +86,26 @@ def run_unmerged(
     trained: FineTune,
     dtypes: Sequence[str],
     where: RunDevice,
-    make_cases: Callable[[Any], Sequence[Case]],
+    inputs: InputMaker,
     wanted: Wanted,
 ) -> UnmergedRuns:
     """Run base + live adapters in each of `dtypes`, in the reference precision, and without the adapters.
 
     The first of `dtypes` is the one it is loaded in. A run in the reference's own dtype is made with
-    `rounding_noise`; `make_cases` gives the inputs for the loaded model.
+    `rounding_noise`; `inputs` makes the inputs for the loaded model.
 
     Raises `Unsupported` when the model cannot be loaded or run, or gives NaN itself.
     """
     stored = trained.base.stored
     live = load_live(trained, dtypes[0], where)
-    cast = _caster(live.model, dtypes[0])
-    # products of 16 bits are slow where the processor has none, and texts are sampled; but the vision tower
-    # of Llama 4 keeps what it computes in its first forward
+    cast, runs = _caster(live.model, dtypes[0]), dict[str, ForwardOutputs]()
+    # the vision tower of Llama 4 keeps what it computes in its first forward
     wide = where.offload is None and live.inner.config.get_text_config() is live.inner.config
-    if wide:
-        cast("float32")
-    cases = make_cases(live.inner)
-    if wide:
-        cast(dtypes[0])
-    first = run_torch(live.model, cases, wanted, trace=True)
-    causal = is_decoder(live.inner)
+    if wide and (inputs.sampled or where.precision == "float32"):
+        cast("float32")  # products of 16 bits are slow where the processor has none
+    cases, causal = inputs.make(live.inner), is_decoder(live.inner)
+    if not wide:
+        runs[dtypes[0]] = run_torch(live.model, cases, wanted, trace=True)
     if where.offload is not None:
         del live
         _free(stored)
@@ -109,8 +114,9 @@ def run_unmerged(
     else:
         precision, reference = _widest(cast, cases, wanted, where.precision)
     finite = _finite(reference, precision)
-    cases, reference, first = [cases[i] for i in finite], reference.part(finite), first.part(finite)
-    runs, decoded, wrong = {dtypes[0]: first}, None, WrongRuns((), {})
+    cases, reference = [cases[i] for i in finite], reference.part(finite)
+    runs = {dtype: run.part(finite) for dtype, run in runs.items()}
+    decoded, wrong = None, WrongRuns((), {})
     with live.without_adapter():
         plain = run_torch(live.model, cases, wanted)
     # a reference that is no wider than what it is to judge would have no error of its own
@@ -122,8 +128,8 @@ def run_unmerged(
         if live.vectors:
             cast("float32")
             wrong = run_wrong(live, cases, reference.outputs, plain.outputs, wanted)
-        # the narrowest last: weights that were rounded stay so
-        for dtype in sorted(set(dtypes) - runs.keys(), key=lambda dtype: EPSILON[dtype]):
+        # the dtype of the weights first, which it still holds exactly; those that were rounded stay so
+        for dtype in sorted(set(dtypes) - runs.keys(), key=lambda d: (d != dtypes[0], EPSILON[d])):
             runs[dtype] = run_torch(cast(dtype), cases, wanted, trace=True)
     class_name, by, refused, special = live.class_name, live.by, live.refused, special_tokens(live.model)
     del live
@@ -197,7 +203,7 @@ def run_merged(
     single = double = None
     if where.offload is None and dtype in ("float16", "bfloat16"):
         single = run_torch(cast("float32"), unmerged.cases, unmerged.wanted)
-        if widened and unmerged.precision == "float64":
+        if widened and where.precision == "float64":
             double = run_torch(cast("float64"), unmerged.cases, unmerged.wanted)
     del model
     _free(merged.stored)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
+from ia3_export.errors import Unsupported
 from ia3_export.fold import Array
 from ia3_export.parity.runs.inputs import Case
 from ia3_export.parity.runs.live import LiveModel
@@ -19,6 +23,8 @@ from ia3_export.parity.runs.run_torch import Wanted, run_torch
 HALF = "half strength"
 #: Layers that are left out, one after the other, at most; evenly chosen of more.
 _MOST = 32
+#: With no more layers than these, recording their outputs saves nothing.
+_FEW_LAYERS = 3
 #: Rows of outputs from which the spread of a component along a direction can be estimated.
 _ENOUGH = 40
 #: Fewer rows say nothing of their spread.
@@ -37,6 +43,61 @@ class WrongRuns:
     outputs: Mapping[str, Sequence[Mapping[str, Array]]]
 
 
+class _Prefixes:
+    """Forwards on one case that differ from one layer on only: what the layers before it give is recorded,
+    and given again.
+
+    Whether that changes nothing is tried with the last layer. Where it does (layers that share keys and
+    values), and where a layer is called more than once, every forward is whole.
+    """
+
+    def __init__(self, live: LiveModel, case: Case, layers: Sequence[str], wanted: Wanted) -> None:
+        self._model, self._case, self._wanted = live.model, case, wanted
+        self._modules = {layer: live.inner.get_submodule(layer) for layer in layers}
+        self._given: dict[str, Any] = {}
+        if len(layers) > _FEW_LAYERS and not case.past:
+            whole = self._record()
+            self._given = self._given if self._gives(whole, list(self._given)[-1]) else {}
+
+    def outputs(self, layer: str = "") -> dict[str, Array]:
+        """Those of the model as it is now, whose vectors differ in `layer` (empty: in any)."""
+        with ExitStack() as stack:
+            for before in takewhile(lambda name: name != layer, self._given if layer in self._given else ()):
+                stack.enter_context(_replaced(self._modules[before], self._given[before]))
+            return run_torch(self._model, [self._case], self._wanted).outputs[0]
+
+    def _record(self) -> dict[str, Array]:
+        calls: list[str] = []
+        with ExitStack() as stack:
+            for name, module in self._modules.items():
+                stack.callback(module.register_forward_hook(partial(self._keep, name, calls)).remove)
+            whole = self.outputs()
+        if sorted(calls) != sorted(self._modules):
+            self._given.clear()
+        return whole
+
+    def _keep(self, name: str, calls: list[str], _module: Any, _inputs: Any, output: Any) -> None:
+        calls.append(name)
+        self._given[name] = output
+
+    def _gives(self, whole: Mapping[str, Array], layer: str) -> bool:
+        try:
+            again = self.outputs(layer)
+        except Unsupported:
+            return False
+        return all(np.array_equal(again[name], values) for name, values in whole.items())
+
+
+@contextmanager
+def _replaced(module: Any, output: Any) -> Iterator[None]:
+    """In this context `module` gives `output`."""
+    module.forward = lambda *_inputs, **_named: copy.deepcopy(output)
+    try:
+        yield
+    finally:
+        del module.forward
+
+
 def run_wrong(
     live: LiveModel, cases: Sequence[Case], reference: Outputs, plain: Outputs, wanted: Wanted
 ) -> WrongRuns:
@@ -51,14 +112,16 @@ def run_wrong(
     probe = (best,) if rows[best] >= FEW else tuple(rows)
     layers = list(dict.fromkeys(layer_of(module) for module, _ in live.vectors))
     chosen = [layers[int(i)] for i in np.unique(np.linspace(0, len(layers) - 1, min(_MOST, len(layers))))]
-    changes: dict[str, Callable[[str, Any], Any]] = {HALF: _halved}
-    if len(layers) > 1:
-        changes |= {f"{layer} left out": partial(_left_out, layer=layer) for layer in chosen}
     found = {}
+    used = [cases[i] for i in probe]
     exact, base = (thinned([outputs[i] for i in probe]) for outputs in (reference, plain))
-    for name, change in changes.items():
+    runs = [_Prefixes(live, case, layers, wanted) for case in used]
+    changes: dict[str, tuple[str, Callable[[str, Any], Any]]] = {HALF: ("", _halved)}
+    if len(layers) > 1:
+        changes |= {f"{layer} left out": (layer, partial(_left_out, layer=layer)) for layer in chosen}
+    for name, (layer, change) in changes.items():
         with live.with_vectors(change):
-            wrong = thinned(run_torch(live.model, [cases[i] for i in probe], wanted).outputs)
+            wrong = thinned([run.outputs(layer) for run in runs])
         if _apart(wrong, exact) > _LEAST * _apart(base, exact):
             found[name] = wrong
     return WrongRuns(probe, found)
