@@ -93,6 +93,11 @@ _NAMED = 4
     help="Encoder-decoders: one decoder file that is its own first step, optimum's two, or "
     "those two in one If.",
 )
+@click.option(
+    "--swappable",
+    is_flag=True,
+    help="With --base: the base's graphs, and a file of kilobytes for each --adapter that a run takes.",
+)
 @click.option("--opset", default=20, show_default=True, help="ONNX operator set.")
 @click.option("--no-verify", is_flag=True, help="Do not run the files through ONNX Runtime.")
 @overwrite_option
@@ -121,6 +126,7 @@ def onnx_command(
       ia3-export onnx --model merged --output exported
       ia3-export onnx --base my-base --adapter my-adapter --output exported --precision fp32,int8,int4
       ia3-export onnx --base my-4-bit-base --adapter my-adapter --output exported --precision keep
+      ia3-export onnx --base my-base --adapter one --adapter two --output exported --swappable
 
     \f
     More than seven parameters: one an option.
@@ -139,7 +145,12 @@ def onnx_command(
         on_step=out.text,
     )
     if done.report is not None:
+        if done.adapters:
+            out.text("without an adapter:")
         show_report(out, done.report, done.verdict)
+    for name, report in done.adapters.items():
+        out.text(f"with {name}:")
+        show_report(out, report, done.verdict)
     if done.bits is not None:
         _show_bits(out, done.bits)
     _show_files(out, done)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
@@ -18,12 +17,14 @@ from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.manifest import MANIFEST
 from ia3_export.checkpoint.ranges import hash_file
 from ia3_export.commands.calibrating import mix_bits
-from ia3_export.commands.export_source import fold, read_model
+from ia3_export.commands.export_source import ExportSource, fold, read_model, read_swappable
+from ia3_export.commands.export_verdict import lost, require
 from ia3_export.commands.keeping import OTHER_FORM, KeptBase, find_codes, without_codes
 from ia3_export.commands.moving import move_to_rows
+from ia3_export.commands.swapping import prove_swappable, write_swappable
 from ia3_export.commands.verify import Shipped, prove, read_exported
 from ia3_export.drawing.files import write_whole
-from ia3_export.errors import CheckFailed, UsageError
+from ia3_export.errors import UsageError
 from ia3_export.libraries import forget_graphs
 from ia3_export.models.model_class import quiet
 from ia3_export.onnx.blocks import Codes
@@ -36,17 +37,18 @@ from ia3_export.onnx.mixing import Mix
 from ia3_export.onnx.options import DEFAULT_GRAPHS, GraphOptions
 from ia3_export.onnx.package import package
 from ia3_export.onnx.precision import Coverage, convert_precision
+from ia3_export.onnx.swap import attach_vectors, live_vectors, set_to_ones
 from ia3_export.onnx.tasks import Task, choose_task, load_model, sentence_head
 from ia3_export.parity.facts import model_id
+from ia3_export.parity.runs.hooks import named_as_in
 from ia3_export.parity.runs.inputs import Case, make_cases, sample_inputs
 from ia3_export.parity.runs.own_inputs import find_tokenizer
 from ia3_export.parity.runs.run_torch import exact_matmul
 from ia3_export.parity.settings import RunSettings
-from ia3_export.report.model import Report, Step
-from ia3_export.words import INTEGER_PRECISIONS
+from ia3_export.report.model import Report
 from ia3_export.writing.card import BASE_CARD
 from ia3_export.writing.manifest import list_files, tool
-from ia3_export.writing.stage import check_target, copy_file, scratch_folder, set_aside, staged
+from ia3_export.writing.stage import check_target, copy_file, scratch_folder, staged
 
 SCHEMA = "ia3-export/onnx/2"
 #: Bytes of weights in float32.
@@ -79,7 +81,8 @@ class OnnxExport:
     """What `export_onnx` wrote.
 
     `report` compares every graph with the live adapters (or, without adapters, with the model). `bits` says
-    which weights of int4 have 4 bits, and what each would cost.
+    which weights of int4 have 4 bits, and what each would cost. Of swappable graphs `report` is about runs
+    without an adapter, `adapters` about those with each.
     """
 
     folder: Path
@@ -88,13 +91,15 @@ class OnnxExport:
     files: tuple[OnnxFile, ...]
     report: Report | None
     bits: Mix | None = None
+    adapters: Mapping[str, Report] = field(default_factory=dict)
 
     @property
     def losses(self) -> tuple[str, ...]:
         """Quantized files that lose more than `verify` lets them, each with how much, and what is too
         much."""
-        steps = self.report.steps if self.report is not None else ()
-        return tuple(f"{_lost(step)} ({step.finding})" for step in steps if not step.passed)
+        reports = [self.report, *self.adapters.values()]
+        steps = [step for report in reports if report is not None for step in report.steps]
+        return tuple(f"{lost(step)} ({step.finding})" for step in steps if not step.passed)
 
     @property
     def verdict(self) -> str:
@@ -114,6 +119,7 @@ class OnnxExport:
             "losses": list(self.losses),
             "bits": None if self.bits is None else self.bits.to_json(),
             "report": None if self.report is None else self.report.to_json(),
+            "adapters": {name: report.to_json() for name, report in self.adapters.items()},
         }
 
 
@@ -159,6 +165,11 @@ def export_onnx(
         raise UsageError(
             "give either --model, or --base with --adapter", hint="--model takes the folder that merge wrote"
         )
+    if graphs.swappable and base is None:
+        raise UsageError(
+            "--swappable keeps adapters apart from their base, and a merged model has none",
+            hint="give --base, and each --adapter",
+        )
     say = on_step or (lambda _: None)
     target, keep = Path(output), "keep" in graphs.precisions
     with ExitStack() as stack:
@@ -168,7 +179,9 @@ def export_onnx(
         given = [Path(s) for s in (model, base, *adapters) if s is not None and not isinstance(s, Adapter)]
         given += [path for a in adapters if isinstance(a, Adapter) for path in a.location.inputs]
         check_target(target, [path for path in given if path.exists()], overwrite=overwrite)
-        if base is not None:
+        if graphs.swappable and base is not None:
+            source = read_swappable(base, adapters, scratch, say)
+        elif base is not None:
             source = fold(base, adapters, scratch, say, keep=keep)
         else:
             assert model is not None
@@ -177,7 +190,7 @@ def export_onnx(
         task = _task(checkpoint, graphs)
         stage = stack.enter_context(staged(target, overwrite=overwrite))
         plain = stage / "onnx" if "fp32" in graphs.precisions else scratch / "onnx"
-        traced, cases = _export(checkpoint, task, graphs, plain, say)
+        traced, cases, swapped = _export(source, task, graphs, plain, say)
         files = [_describe(graph.path, "fp32") for graph in traced if "fp32" in graphs.precisions]
         coded, plan = traced, source.plan
         if source.moves and not _ENCODED.isdisjoint(graphs.precisions):
@@ -189,19 +202,25 @@ def export_onnx(
         made_of = _Given(traced, coded, mix, source.kept)
         files += _convert(made_of, graphs.precisions, stage / "onnx", say)
         _copy_side_files(checkpoint, stage)
+        swappable = write_swappable(stage, swapped, traced) if graphs.swappable else None
         package(stage, graphs.precisions, graphs.targets)
         done = OnnxExport(
             folder=target, task=task.name, opset=graphs.opset, files=tuple(files), report=None, bits=mix
         )
-        _write_manifest(checkpoint, stage, done, traced)
+        _write_manifest(checkpoint, stage, done, traced, swappable)
         if check:
             say("verifying")
+            settings = RunSettings(device="cpu", max_memory=_limit(checkpoint))
+            if swappable is not None:
+                reports = prove_swappable(source, stage, settings, say)
+                for each in reports.values():
+                    require(each, graphs.max_loss, stage, target)
+                return replace(done, report=reports[""], adapters={n: r for n, r in reports.items() if n})
             # the float32 graphs are proven even where only other precisions of them were asked for
             places = [stage] if "fp32" in graphs.precisions else [plain, stage]
             shipped = Shipped(None, tuple(graph for place in places for graph in read_exported(place)))
-            settings = RunSettings(device="cpu", max_memory=_limit(checkpoint))
             report = replace(prove(source.plan, shipped, settings), base=model_id(source.named))
-            _require(report, graphs.max_loss, stage, target)
+            require(report, graphs.max_loss, stage, target)
             done = replace(done, report=report)
         return done
 
@@ -214,21 +233,27 @@ def _task(checkpoint: Checkpoint, graphs: GraphOptions) -> Task:
 
 
 def _export(
-    checkpoint: Checkpoint, task: Task, graphs: GraphOptions, folder: Path, say: Callable[[str], None]
-) -> tuple[list[TracedGraph], list[Case]]:
-    """The graphs in float32, inputs to choose bits on if they are to be chosen, and no more of the model: the
-    proof loads it again, in float64."""
+    source: ExportSource, task: Task, graphs: GraphOptions, folder: Path, say: Callable[[str], None]
+) -> tuple[list[TracedGraph], list[Case], list[Adapter]]:
+    """The graphs in float32, inputs to choose bits on if they are to be chosen, and the adapters to swap by
+    the class's names. No more of the model: the proof loads it again, in float64."""
     say("loading the model")
+    checkpoint = source.checkpoint
     model = load_model(checkpoint.folder, task, checkpoint.config or {})
     sentence = sentence_head(checkpoint.folder, task)
-    specs = plan_graphs(model, task, sample_inputs(model), graphs.decoder, sentence)
     cases = (
         make_cases(model, tokenizer=find_tokenizer(checkpoint.folder)) if "int4" in graphs.precisions else []
     )
+    swapped = named_as_in(model, source.swapped)
+    vectors = live_vectors(swapped)
+    attach_vectors(model, vectors)
+    specs = plan_graphs(model, task, sample_inputs(model), graphs.decoder, sentence)
     traced = export_graphs(model, specs, folder, graphs, stored=checkpoint.tensors, say=say)
     del model, specs
     forget_graphs()
-    return traced, cases
+    for graph in traced if vectors else ():
+        set_to_ones(graph.path, {vector.name for vector in vectors})
+    return traced, cases, swapped
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -315,56 +340,6 @@ def _limit(checkpoint: Checkpoint) -> int | None:
     return min(10 * elements, psutil.virtual_memory().available)
 
 
-def _require(report: Report, max_loss: float | None, stage: Path, target: Path) -> None:
-    findings = [f"{f.tensor}: {f.what}" for proof in report.weights for f in proof.findings]
-    findings += [f"{s.file}: {s.finding}" for s in report.steps if not s.passed and not _only_loses(s)]
-    costly = []
-    if max_loss is not None:
-        costly = [_lost(s) for s in report.steps if s.precision in INTEGER_PRECISIONS and _loss(s) > max_loss]
-    if not findings and not costly:
-        return
-    (stage / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
-    aside = set_aside(stage, target)
-    if not findings:
-        raise CheckFailed(
-            f"{costly[0]}, more than --max-loss {max_loss:g}",
-            hint=f"the files and report.json are kept in {aside}, {target} was not written; try another "
-            "--precision, or allow more",
-        )
-    raise CheckFailed(
-        f"the exported graph does not compute what was trained: {findings[0]}",
-        hint=f"the files and report.json are kept in {aside}, {target} was not written; try another "
-        "--precision or --opset, and please report the architecture",
-    )
-
-
-def _loss(step: Step) -> float:
-    """What a quantized graph lost: mean KL divergence in nats, one minus the cosine where there are no
-    logits."""
-    if step.distance is None:
-        return math.inf
-    return 1 - step.distance.cosine if step.distance.kl is None else step.distance.kl
-
-
-def _lost(step: Step) -> str:
-    distance = step.distance
-    if distance is None or distance.kl is None or distance.top1 is None:
-        return f"{step.file} loses {_loss(step):.3g} of the cosine"
-    change = distance.perplexity_change
-    perplexity = "" if change is None else f", perplexity {change:+.1%}"
-    return f"{step.file} loses {distance.kl:.3g} nats (top-1 {distance.top1:.1%}{perplexity})"
-
-
-def _only_loses(step: Step) -> bool:
-    """Whether a quantized graph is wrong by nothing but its quantization.
-
-    Its codes are those of the weights (the proof of the weights says so), and it gives numbers. How much may
-    be lost is the user's choice, and `verify`'s gate.
-    """
-    error = step.distance.max_error if step.distance is not None else math.inf
-    return step.precision in INTEGER_PRECISIONS and math.isfinite(error)
-
-
 def _copy_side_files(checkpoint: Checkpoint, stage: Path) -> None:
     for name in checkpoint.side_files:
         if name not in _NOT_COPIED:
@@ -372,7 +347,11 @@ def _copy_side_files(checkpoint: Checkpoint, stage: Path) -> None:
 
 
 def _write_manifest(
-    checkpoint: Checkpoint, stage: Path, done: OnnxExport, traced: Sequence[TracedGraph]
+    checkpoint: Checkpoint,
+    stage: Path,
+    done: OnnxExport,
+    traced: Sequence[TracedGraph],
+    swappable: Mapping[str, Any] | None,
 ) -> None:
     merged = checkpoint.folder / MANIFEST
     libraries = ("torch", "transformers", "onnx", "onnxscript")
@@ -390,4 +369,6 @@ def _write_manifest(
         "merge_manifest_sha256": hash_file(merged) if merged.is_file() else None,
         "files": list_files(stage, known={}, hashed=True),
     }
+    if swappable is not None:
+        content["swappable"] = swappable
     (stage / MANIFEST).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

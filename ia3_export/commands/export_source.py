@@ -12,6 +12,7 @@ from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint, read_checkp
 from ia3_export.checkpoint.hub import Location
 from ia3_export.commands.keeping import KeptBase, plan_kept
 from ia3_export.commands.merge import write_merges
+from ia3_export.commands.swapping import check_names, head_of_all, without_effect
 from ia3_export.errors import Refused
 from ia3_export.planning.plan import Plan, make_plan
 from ia3_export.planning.recipe import DEFAULT_RECIPE
@@ -26,7 +27,8 @@ class ExportSource:
 
     `plan` made the `checkpoint` (of no adapter where it was there); the user `named` a folder that may be
     neither the base nor the checkpoint. `kept` has the codes of a quantized one, if they are asked for.
-    `moves`: vectors on inputs may move to rows where codes are made.
+    `moves`: vectors on inputs may move to rows where codes are made. `swapped` are the adapters that stay
+    apart from the graphs.
     """
 
     checkpoint: Checkpoint
@@ -34,6 +36,7 @@ class ExportSource:
     named: Location
     kept: KeptBase | None = None
     moves: bool = False
+    swapped: tuple[Adapter, ...] = ()
 
 
 def fold(
@@ -66,6 +69,39 @@ def fold(
     plan.raise_problems()
     write_merges([(plan, scratch / "merged")], options)
     return ExportSource(read_checkpoint(scratch / "merged"), plan, named, moves=moves)
+
+
+def read_swappable(
+    base: str | Path,
+    adapters: Sequence[str | Path | Adapter],
+    scratch: Path,
+    say: Callable[[str], None],
+) -> ExportSource:
+    """A base whose adapters stay apart; with the head of the first where they bring heads that it has not.
+
+    Raises what reading and planning raise, `UsageError` for adapters of one name and `Unsupported` for heads
+    that are not of one shape.
+    """
+    whole = read_base(base)
+    named, read = whole.stored.location, [read_adapter(adapter) for adapter in adapters]
+    check_names(read)
+    if whole.is_quantized or whole.stored.is_gguf:
+        say("dequantizing")
+        whole = read_base(write_dense(whole, scratch / "dense"))
+    resolved = []
+    for adapter in read:
+        plan = make_plan(whole, [adapter], DEFAULT_RECIPE)
+        plan.raise_problems()
+        resolved.append(plan.adapters[0])
+    stored = {name: tensor.shape for name, tensor in whole.dense.tensors.items()}
+    if any(stored.get(name) != shape for name, shape in head_of_all(resolved).items()):
+        say("merging the head")
+        plan = make_plan(whole, [without_effect(resolved[0])], DEFAULT_RECIPE)
+        write_merges([(plan, scratch / "base")], OutputOptions(digests="none", reload_check="none"))
+        whole = read_base(scratch / "base")
+    plan = make_plan(whole, (), DEFAULT_RECIPE)
+    plan.raise_problems()
+    return ExportSource(whole.stored, plan, named, swapped=tuple(resolved))
 
 
 def read_model(model: str | Path, scratch: Path, say: Callable[[str], None], *, keep: bool) -> ExportSource:

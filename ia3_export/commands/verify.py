@@ -10,12 +10,13 @@ from typing import Any
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.model import Adapter
 from ia3_export.arguments import check_arguments
-from ia3_export.checkpoint.folder import Checkpoint
+from ia3_export.checkpoint.folder import Checkpoint, read_config
 from ia3_export.checkpoint.manifest import MANIFEST
 from ia3_export.commands.keeping import plan_kept
 from ia3_export.commands.merge import write_merges
 from ia3_export.errors import UsageError
 from ia3_export.onnx.exported import find_onnx
+from ia3_export.onnx.swap import files_of
 from ia3_export.parity.bits.folder import prove_folder
 from ia3_export.parity.bits.graph import prove_graph
 from ia3_export.parity.bits.graph_files import Graph, read_graphs
@@ -30,7 +31,7 @@ from ia3_export.parity.settings import DEFAULT_SETTINGS, RunSettings
 from ia3_export.planning.merged_recipe import find_recipe
 from ia3_export.planning.moved_inputs import all_moved
 from ia3_export.planning.plan import Plan, make_plan
-from ia3_export.planning.recipe import Recipe
+from ia3_export.planning.recipe import DEFAULT_RECIPE, Recipe
 from ia3_export.quantization.base import Base, read_base
 from ia3_export.report.model import Reference, Report, Step, WeightsProof
 from ia3_export.words import INTEGER_PRECISIONS, TORCH_NAMES
@@ -93,6 +94,8 @@ def verify(
     shipped = Shipped(
         other, tuple(graph for location in onnx for graph in read_exported(location)), base_graph
     )
+    if any(graph.overridable for graph in shipped.graphs):
+        return _verify_swappable(whole, read, shipped, settings)
     with scratch_folder() as scratch:
         if merged is None and whole.is_quantized and any(graph.kept for graph in shipped.graphs):
             whole.raise_problems()
@@ -104,16 +107,47 @@ def verify(
     return replace(report, warnings=tuple(dict.fromkeys([*said, *report.warnings])))
 
 
+def _verify_swappable(
+    whole: Base, adapters: Sequence[Adapter], shipped: Shipped, settings: RunSettings | None
+) -> Report:
+    """`verify` of graphs that are run with one adapter, or with none."""
+    from ia3_export.commands.swapping import prove_active
+
+    if shipped.merged is not None or len(adapters) > 1:
+        raise UsageError(
+            "the graphs take one adapter at a time, from its file",
+            hint="give one --adapter, and --merged in a run of its own",
+        )
+    held = make_plan(whole, (), DEFAULT_RECIPE)
+    held.raise_problems()
+    if adapters:
+        return prove_active(held, adapters[0], shipped.graphs, (), settings)
+    return prove(held, replace(shipped, weights=held), settings)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Shipped:
     """What shall compute what was trained.
 
-    A `merged` folder, `graphs` in the order of the chain, and the base's own export.
+    A `merged` folder, `graphs` in the order of the chain, and the base's own export. `weights`: the graphs
+    hold what this plan makes, and their vectors apart from them. `controls` are graphs by name that must not
+    be in parity.
     """
 
     merged: Base | None
     graphs: tuple[Graph, ...]
     base_graph: Graph | None = None
+    weights: Plan | None = None
+    controls: tuple[tuple[str, Graph], ...] = ()
+
+
+def activated(graph: Graph, adapter: Adapter) -> Graph:
+    """A swappable `graph` to be run with `adapter`. Raises `NotFound` where its folder has no file of it."""
+    folder = graph.paths[0].parent.parent
+    files = files_of(read_config(folder / MANIFEST), adapter.digest)
+    return replace(
+        graph, adapters={path.name: folder / files[path.name] for path in graph.paths if path.name in files}
+    )
 
 
 def read_exported(location: str | Path) -> list[Graph]:
@@ -143,7 +177,8 @@ def prove(
     warnings: list[str] = []
     with scratch_folder() as scratch:
         compared = shipped.merged
-        if compared is None and settings is not None and (not graphs or _widened(plan.base.stored, graphs)):
+        wide = shipped.weights is None and _widened(plan.base.stored, graphs)
+        if compared is None and settings is not None and (not graphs or wide):
             # without an adapter there is nothing to merge: the checkpoint itself is what the
             # graphs must compute
             compared = _merge(plan, scratch / "merged") if plan.adapters else plan.base
@@ -159,7 +194,8 @@ def prove(
             warnings += plan.warnings
             if compared is not None and judged:
                 proofs.append(prove_folder(plan, compared.stored, on_progress=on_progress))
-            proofs += _prove_graphs(plan, graphs, shipped.base_graph, alone=settings is None)
+            held = shipped.weights or plan
+            proofs += _prove_graphs(held, graphs, shipped.base_graph, alone=settings is None)
         reference: Reference | None = None
         steps: tuple[Step, ...] = ()
         if settings is not None:
@@ -170,12 +206,26 @@ def prove(
             known = None if foreign else plan
             reference, steps, more = run_chain(
                 FineTune(plan.base, plan.adapters, plan.recipe),
-                Subject(compared, judged, _rounded(known), graphs),
+                Subject(
+                    compared,
+                    judged,
+                    _rounded(known),
+                    [*graphs, *shipped.controls],
+                    live=shipped.weights is not None,
+                ),
                 Evidence(proofs, sites_of(known, plan.adapters)),
                 settings,
                 scratch,
             )
-            warnings += more
+            controls = dict(shipped.controls)
+            warnings += [line for line in more if not any(name in line for name in controls)]
+            steps = tuple(
+                replace(step, passed=False, finding="it is in parity too: the forwards cannot tell it")
+                if step.name in controls
+                else step
+                for step in steps
+                if step.passed or step.name not in controls
+            )
     overridden = settings is not None and settings.tolerance is not None
     proven = all(proof.passed for proof in proofs)
     if overridden and not proven:

@@ -51,7 +51,8 @@ def write_genai_config(folder: Path, filename: str | None = None) -> Path:
             hint="leave out --target genai: optimum's ORTModel and transformers.js run this folder",
         )
     graph = onnx.load(folder / filename, load_external_data=False).graph
-    inputs = {node.name: _shape(node) for node in graph.input}
+    defaults = {tensor.name for tensor in graph.initializer}
+    inputs = {node.name: _shape(node) for node in graph.input if node.name not in defaults}
     layers, heads, head_size = _cache(inputs, filename)
     config = _read(folder / "config.json")
     config |= config.get("text_config", {})

@@ -54,6 +54,7 @@ class GraphOptions:
             chosen so that the files are as small as possible.
         max_loss: the most that a quantized file may lose to be written: mean KL divergence in nats, one minus
             the cosine where there are no logits. Default: any loss is written, and said.
+        swappable: the base's graphs, with vectors that a run takes from a file of each adapter.
 
     Raises `UsageError` for what is not offered (a task: when the checkpoint is read).
     """
@@ -66,6 +67,7 @@ class GraphOptions:
     budget: int | None = None
     keep_effect: float | None = None
     max_loss: float | None = None
+    swappable: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -78,6 +80,7 @@ class GraphOptions:
         object.__setattr__(self, "precisions", in_order(self.precisions))
         object.__setattr__(self, "targets", tuple(self.targets))
         self._check_bits()
+        self._check_swappable()
         if self.max_loss is not None and not 0 <= self.max_loss < math.inf:
             raise UsageError(f"--max-loss {self.max_loss} is no loss", hint="give nats, such as 0.02")
         unknown = sorted(set(self.targets) - set(TARGETS))
@@ -87,6 +90,21 @@ class GraphOptions:
             raise UsageError(
                 "--target mobile makes no .ort file of --precision keep: it would hold the float32 weights",
                 hint="add int8 or int4; ONNX Runtime's mobile packages read .onnx files too",
+            )
+
+    def _check_swappable(self) -> None:
+        """Raise `UsageError` for what vectors that stay apart cannot have."""
+        refused = {
+            "--precision keep": "keep" in self.precisions,
+            "--keep-effect": self.keep_effect is not None,
+            "--target mobile": "mobile" in self.targets,
+            "--decoder if": self.decoder == "if",
+        }
+        asked = next((option for option, given in refused.items() if given), None)
+        if self.swappable and asked is not None:
+            raise UsageError(
+                f"--swappable makes no graphs of {asked}",
+                hint="leave one of them out; a folded export has both",
             )
 
     def _check_bits(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -29,13 +30,15 @@ Values = Mapping[str, Any]
 class OnnxGraph:
     """One open file: the shapes of its `inputs`, the numpy types of those that are `floats`, the names of its
     `outputs`, and by which name the next step takes those that are its `cache`. All is read once, since what
-    a step costs is measured."""
+    a step costs is measured. `active` are the options of a run with an adapter, and the adapter itself, which
+    must live as long."""
 
     session: Any
     inputs: Mapping[str, tuple[int | str | None, ...]]
     floats: Mapping[str, str]
     outputs: tuple[str, ...]
     cache: Mapping[str, str]
+    active: tuple[Any, ...] = ()
 
     @property
     def plain_inputs(self) -> list[str]:
@@ -78,18 +81,29 @@ class DecoderStep:
     states: Any = None
 
 
-def open_model(paths: Sequence[Path], *, device: str = "cpu", threads: int | None = None) -> OnnxModel:
+def open_model(
+    paths: Sequence[Path],
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    adapters: Mapping[str, Path] = MappingProxyType({}),
+) -> OnnxModel:
     """Open the files of one model (`find_onnx`), each with its operators in so many `threads` (None: ONNX
-    Runtime's choice).
+    Runtime's choice), and with the ``.onnx_adapter`` file that `adapters` name for it (by file name).
 
     Raises `Unsupported` without ONNX Runtime, `DamagedFile` for a file it cannot load.
     """
     if len(paths) == 1 and not paths[0].stem.startswith(ENCODER):
-        return OnnxModel({"model": _open(paths[0], device, threads)})
-    return OnnxModel({plain_stem(path) or path.stem: _open(path, device, threads) for path in paths})
+        return OnnxModel({"model": _open(paths[0], device, threads, adapters.get(paths[0].name))})
+    return OnnxModel(
+        {
+            plain_stem(path) or path.stem: _open(path, device, threads, adapters.get(path.name))
+            for path in paths
+        }
+    )
 
 
-def _open(path: Path, device: str, threads: int | None) -> OnnxGraph:
+def _open(path: Path, device: str, threads: int | None, adapter: Path | None) -> OnnxGraph:
     try:
         import onnxruntime
     except ImportError:
@@ -116,7 +130,22 @@ def _open(path: Path, device: str, threads: int | None) -> OnnxGraph:
         {port.name: _FLOATS[port.type] for port in ports if port.type in _FLOATS},
         outputs,
         {name: name.replace(_PRESENT, _PAST, 1) for name in outputs if name.startswith(f"{_PRESENT}.")},
+        _activate(adapter) if adapter is not None else (),
     )
+
+
+def _activate(adapter: Path) -> tuple[Any, ...]:
+    import onnxruntime
+
+    loaded, options = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
+    try:
+        loaded.Load(str(adapter.resolve()))
+        options.add_active_adapter(loaded)
+    except Exception as error:  # onnxruntime's exceptions share no base class of their own
+        raise DamagedFile(
+            f"ONNX Runtime cannot load {adapter}: {first_line(error)}", hint="export the model again"
+        ) from error
+    return options, loaded
 
 
 def ort_values(arrays: Mapping[str, Array]) -> dict[str, Any]:
@@ -144,7 +173,7 @@ def call(graph: OnnxGraph, inputs: Values) -> dict[str, Any]:
     }
     if "token_type_ids" in graph.inputs and "token_type_ids" not in feeds:
         feeds["token_type_ids"] = _ort_value(np.zeros_like(inputs["input_ids"]))
-    values = graph.session.run_with_ort_values(graph.outputs, feeds)
+    values = graph.session.run_with_ort_values(graph.outputs, feeds, *graph.active[:1])
     return dict(zip(graph.outputs, values, strict=True))
 
 

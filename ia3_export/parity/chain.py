@@ -39,13 +39,15 @@ class Subject:
     """What is compared with the live model: a `merged` one (`judged`, or run for the graphs' sake alone) and
     named `graphs`.
 
-    `rounded` is the dtype to which a merge that stays quantized rounded its scales.
+    `rounded` is the dtype to which a merge that stays quantized rounded its scales. `live`: the graphs
+    multiply activations with the vectors, beside the base's own weights, which nothing has rounded.
     """
 
     merged: Base | None
     judged: bool
     rounded: str | None
     graphs: Sequence[tuple[str, Graph]]
+    live: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,8 @@ def run_chain(
 
 
 def _dtypes(base: Base, subject: Subject, asked: str) -> _Dtypes:
+    if subject.live:
+        return _Dtypes("float32", "float32", "float32")
     # codes stand for float32 weights
     stored = "float32" if base.is_quantized else TORCH_NAMES[base.stored.main_dtype]
     merged = subject.merged
@@ -185,7 +189,7 @@ def _sentence_head(base: Base, graphs: Sequence[tuple[str, Graph]]) -> SentenceH
 
 
 def _run_graph(name: str, graph: Graph, written: str, device: str, unmerged: UnmergedRuns) -> Artifact:
-    model = open_model(graph.paths, device=device)
+    model = open_model(graph.paths, device=device, adapters=graph.adapters)
     usable = [i for i, case in enumerate(unmerged.cases) if model.cached or not case.past]
     outputs = run_onnx(model, [unmerged.cases[i] for i in usable])
     decoded = None

@@ -3,11 +3,11 @@
     python tools/bench/verify_cost.py --folder /tmp/bench [--rounds 7] [--forwards] [--huge]
 
 Interleaved rounds on the 1.1-billion-parameter Llama of fixtures.py, each run a fresh process with its start
-included. "cat" is ``cat BASE MERGED > /dev/null``. With --forwards also a whole verify beside one load and the
-forwards and greedy decodings that the verdict needs (live in bfloat16 and float32, base, merged in both), all
-in one process of plain transformers and PEFT, and a verify that may take --max-memory only, layer by layer.
-With --huge once more --weights-only, on 100 GB of zeros in sparse files in the shape of a Llama: every byte is
-read and folded, none is on the disk. Prints medians and the median of the ratios within a round.
+included. "cat" is ``cat BASE MERGED > /dev/null``. With --forwards also a whole verify beside one load, and
+the forwards and greedy decodings that the verdict needs (live in bfloat16 and float32, base, merged in both)
+in one process of plain transformers and PEFT; and a verify that may take --max-memory only, layer by layer.
+With --huge once more --weights-only, on 100 GB of zeros in sparse files in the shape of a Llama: every byte
+is read and folded, none is on the disk. Prints medians and the median of the ratios within a round.
 """
 
 from __future__ import annotations

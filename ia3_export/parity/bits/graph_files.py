@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ class Graph:
     reach the outputs are held in, or that they are the codes of a quantized base, as the file's name says.
     `kept`: that is what the folder was exported for, whatever is in this file. `origins` maps initializers to
     the stored tensors that they were made of, where the folder's manifest says so; `shaped` are the values
-    (of onnx_ir) that may be weights on their way to a reader: cut, turned or reshaped.
+    (of onnx_ir) that may be weights on their way to a reader: cut, turned or reshaped. `overridable` are the
+    defaults of what a run may give, which are no `initializers` here, and `adapters` the ``.onnx_adapter``
+    files, by graph file, that it shall be run with.
     """
 
     paths: tuple[Path, ...]
@@ -40,6 +42,8 @@ class Graph:
     origins: Mapping[str, str]
     shaped: Mapping[str, Any]
     kept: bool
+    overridable: Mapping[str, Any] = field(default_factory=dict)
+    adapters: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def file(self) -> str:
@@ -87,6 +91,11 @@ def read_graphs(paths: Sequence[Path]) -> Graph:
         origins=origins,
         shaped=shaped,
         kept=any(part.kept for part in parts),
+        overridable={
+            f"{stem}.{name}": tensor
+            for stem, part in zip(stems, parts, strict=True)
+            for name, tensor in part.overridable.items()
+        },
     )
 
 
@@ -115,6 +124,8 @@ def _read_graph(path: Path) -> Graph:
         if isinstance(tensor, onnx_ir.ExternalTensor):
             _check_external(tensor, path)
     shaped = {out.name or "": out for node in nodes if node.op_type in SHAPING for out in node.outputs}
+    given = _overridable(_manifest(path)) & {value.name for value in model.graph.inputs}
+    overridable = {name: initializers.pop(name) for name in given & initializers.keys()}
     names = [*initializers, *(node.name or "" for node in nodes)]
     names += [output.name or "" for node in nodes for output in node.outputs]
     outputs = tuple(o.name or "" for o in model.graph.outputs if not (o.name or "").startswith("present."))
@@ -132,6 +143,7 @@ def _read_graph(path: Path) -> Graph:
         origins=_origins(manifest, path),
         shaped=shaped,
         kept=precision == "keep" or _keeps(manifest),
+        overridable=overridable,
     )
 
 
@@ -152,6 +164,14 @@ def _origins(manifest: Mapping[str, Any], path: Path) -> dict[str, str]:
         return {name: row["tensor"] for name, row in rows.items() if isinstance(row["tensor"], str)}
     except (AttributeError, KeyError, TypeError):
         return {}
+
+
+def _overridable(manifest: Mapping[str, Any]) -> set[str]:
+    """The initializers whose values a run may give, in all graphs of the folder."""
+    try:
+        return set(manifest.get("swappable", {}).get("initializers", ()))
+    except (AttributeError, TypeError):
+        return set()
 
 
 def _keeps(manifest: Mapping[str, Any]) -> bool:

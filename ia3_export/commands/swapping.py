@@ -1,0 +1,205 @@
+"""Adapters that stay apart from the graphs of an export: their files, and the proof of each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ia3_export.adapters.model import Adapter
+from ia3_export.commands.verify import Shipped, activated, prove, read_exported
+from ia3_export.errors import Unsupported, UsageError
+from ia3_export.onnx.export import TracedGraph
+from ia3_export.onnx.exported import plain_stem
+from ia3_export.onnx.swap import (
+    ADAPTERS,
+    Slot,
+    adapter_values,
+    is_vector,
+    live_vectors,
+    make_overridable,
+    read_adapter_file,
+    write_adapter,
+)
+from ia3_export.parity.bits.graph_files import Graph
+from ia3_export.parity.facts import model_id
+from ia3_export.parity.settings import RunSettings
+from ia3_export.planning.plan import Plan, make_plan
+from ia3_export.planning.recipe import DEFAULT_RECIPE
+from ia3_export.report.model import Report, TensorFinding, WeightsProof
+
+if TYPE_CHECKING:
+    from ia3_export.commands.export_source import ExportSource
+
+
+def check_names(adapters: Sequence[Adapter]) -> None:
+    """Raise `UsageError` for two adapters of one name, or with the same vectors."""
+    for keys, said, hint in (
+        (
+            [adapter.name for adapter in adapters],
+            "have one name",
+            "rename one: files are called so",
+        ),
+        ([adapter.digest for adapter in adapters], "have the same vectors", "give each adapter once"),
+    ):
+        again = next((key for key, count in Counter(keys).items() if count > 1), None)
+        if again is not None:
+            given = [a.location.given for a, key in zip(adapters, keys, strict=True) if key == again]
+            raise UsageError(f"two adapters {said}: {', '.join(given)}", hint=hint)
+
+
+def head_of_all(adapters: Sequence[Adapter]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that the adapters bring besides their vectors, which must be the same ones.
+
+    Raises `Unsupported` where one brings others: a graph has one place for each.
+    """
+    first = {name: tensor.shape for name, tensor in adapters[0].extras.items()}
+    for adapter in adapters[1:]:
+        own = {name: tensor.shape for name, tensor in adapter.extras.items()}
+        if own != first:
+            name = min(own.items() ^ first.items())[0]
+            raise Unsupported(
+                f"{adapters[0].name} and {adapter.name} do not bring {name} in one shape, so that one graph "
+                "cannot hold both",
+                hint="heads with other labels need a graph of their own: export them apart",
+            )
+    return first
+
+
+def without_effect(adapter: Adapter) -> Adapter:
+    """`adapter` with vectors of ones: what it brings besides, alone."""
+    sites = {key: replace(site, vector=np.ones_like(site.vector)) for key, site in adapter.sites.items()}
+    return replace(adapter, sites=sites)
+
+
+def write_swappable(
+    folder: Path, adapters: Sequence[Adapter], traced: Sequence[TracedGraph]
+) -> dict[str, Any]:
+    """Let runs give the graphs in `folder` the vectors of `adapters` (by the class's names), write these into
+    ``adapters/``, and return what the manifest says of it.
+
+    Raises `Unsupported` where a quantizer made codes of a tensor that adapters bring.
+    """
+    names = {vector.name for vector in live_vectors(adapters)} | set(adapters[0].extras)
+    turned = {name for graph in traced for name, origin in graph.origins.items() if origin.transposed}
+    slots: dict[Path, dict[str, Slot]] = {}
+    for path in sorted((folder / "onnx").glob("*.onnx")):
+        found = make_overridable(path, names)
+        slots[path] = {name: replace(slot, transposed=name in turned) for name, slot in found.items()}
+    known = {name for graph in traced for name in _initializers(graph.path)} & names
+    for path, found in slots.items():
+        own = next(graph.path for graph in traced if graph.path.stem == plain_stem(path))
+        lost = (set(_initializers(own)) & known) - found.keys()
+        if lost:
+            raise Unsupported(
+                f"{path.name} holds codes instead of {min(lost)}, which every adapter brings",
+                hint="leave out that --precision, or fold the adapters",
+            )
+    rows = {}
+    for adapter in adapters:
+        files = {}
+        for path, own_slots in slots.items():
+            values = adapter_values(adapter, own_slots)
+            if values:
+                file = folder / ADAPTERS / _file(adapter, path, own_slots, several=len(traced) > 1)
+                write_adapter(file, values)
+                files[path.name] = f"{ADAPTERS}/{file.name}"
+        rows[adapter.name] = {"digest": adapter.digest, "files": files}
+    return {"initializers": sorted(known), "adapters": rows}
+
+
+def _initializers(path: Path) -> list[str]:
+    import onnx
+
+    return [tensor.name for tensor in onnx.load(path, load_external_data=False).graph.initializer]
+
+
+def _file(adapter: Adapter, graph: Path, slots: Mapping[str, Slot], *, several: bool) -> str:
+    """``NAME.onnx_adapter``; with the graph's name where there are several, and ``_fp16`` for float16."""
+    half = "_fp16" if any(slot.dtype == "<f2" for slot in slots.values()) else ""
+    return f"{adapter.name}{f'.{plain_stem(graph)}' if several else ''}{half}.onnx_adapter"
+
+
+def prove_swappable(
+    source: ExportSource, folder: Path, settings: RunSettings, say: Callable[[str], None]
+) -> dict[str, Report]:
+    """Prove the graphs in `folder`: without an adapter (under an empty name) equal to the base, and with each
+    equal to the base with that adapter live; with another, or none, not equal to it."""
+    graphs, held = read_exported(folder), source.plan
+    plain = prove(held, Shipped(None, tuple(graphs), weights=held), settings)
+    reports = {"": plain}
+    for adapter in source.swapped:
+        say(f"verifying {adapter.name}")
+        others = [other for other in source.swapped if other is not adapter]
+        reports[adapter.name] = prove_active(held, adapter, graphs, others, settings)
+    return {name: replace(report, base=model_id(source.named)) for name, report in reports.items()}
+
+
+def prove_active(
+    held: Plan,
+    adapter: Adapter,
+    graphs: Sequence[Graph],
+    others: Sequence[Adapter],
+    settings: RunSettings | None,
+) -> Report:
+    """Prove swappable `graphs`, which hold the tensors of the plan `held`, with `adapter` active.
+
+    The `controls` are the float32 (or else float16) graph without an adapter and with `others`: they must not
+    be in parity.
+    """
+    plan = make_plan(held.base, [adapter], DEFAULT_RECIPE)
+    plan.raise_problems()
+    active = tuple(activated(graph, adapter) for graph in graphs)
+    exact = next((g for g in graphs if g.precision in ("float32", "float16")), None)
+    controls: list[tuple[str, Graph]] = []
+    if exact is not None and settings is not None:
+        controls = [(f"{exact.file} without an adapter", exact)]
+        controls += [(f"{exact.file} with {other.name}", activated(exact, other)) for other in others]
+    shipped = Shipped(None, active, weights=held, controls=tuple(controls))
+    report = prove(plan, shipped, settings)
+    files = [_prove_files(adapter, graph) for graph in active]
+    return replace(
+        report,
+        weights=(*report.weights, *files),
+        in_parity=report.in_parity and all(proof.passed for proof in files),
+    )
+
+
+def _prove_files(adapter: Adapter, graph: Graph) -> WeightsProof:
+    """Whether the files that a graph is run with hold `adapter`'s vectors, bit for bit in their dtype, and
+    the graph ones."""
+    read = {file.name: read_adapter_file(file) for file in dict.fromkeys(graph.adapters.values())}
+    held = [values for tensors in read.values() for name, values in tensors.items() if is_vector(name)]
+    dtype = held[0].dtype if held else np.dtype("<f4")
+    wanted = Counter(site.vector.astype(dtype).tobytes() for site in adapter.sites.values())
+    missing = wanted - Counter(values.tobytes() for values in held)
+    findings = [
+        TensorFinding(
+            tensor=name, what="the default is not one", detail="a run without an adapter is no base"
+        )
+        for name, tensor in graph.overridable.items()
+        if is_vector(name) and (tensor.numpy() != 1).any()
+    ]
+    if missing or len(held) != len(adapter.sites):
+        lost = [s.module for s in adapter.sites.values() if s.vector.astype(dtype).tobytes() in missing]
+        findings.append(
+            TensorFinding(
+                tensor=min(lost, default=adapter.name),
+                what="the adapter's file does not hold its vector",
+                detail=f"{len(held)} vectors in {', '.join(read) or 'no file'}, {len(adapter.sites)} trained",
+            )
+        )
+    return WeightsProof(
+        name=f"{adapter.name} for {graph.file}",
+        kind="onnx",
+        file=", ".join(read),
+        passed=not findings,
+        changed=len(held),
+        unchanged=0,
+        nbytes=sum(values.nbytes for tensors in read.values() for values in tensors.values()),
+        findings=tuple(findings),
+    )

@@ -1,0 +1,193 @@
+"""One graph for many adapters: its vectors are live multiplications whose values a run may override.
+
+An initializer that is listed as a graph input too is a default (ONNX IR specification, "Graphs"): a run may
+give another value. ONNX Runtime takes such values from ``.onnx_adapter`` files
+(``onnxruntime.AdapterFormat``, ``LoraAdapter``, ``RunOptions.add_active_adapter``), or as inputs by name. The
+default of a vector is ones, so that a run without an adapter computes the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ia3_export.adapters.model import Adapter, Site
+from ia3_export.checkpoint.header import read_values
+from ia3_export.errors import DamagedFile, NotFound, Unsupported, first_line
+from ia3_export.fold import Array, Direction
+
+#: Folder of the adapter files in an exported one.
+ADAPTERS = "adapters"
+_FLOATS: Mapping[int, str] = {1: "<f4", 10: "<f2"}  # onnx.TensorProto.FLOAT, FLOAT16
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """What a run may give a graph: a numpy type and a shape, `transposed` beside the class's own tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LiveVector:
+    """A vector of so many elements (`size`) on one side of a module, for all adapters; `name` is its
+    initializer's."""
+
+    name: str
+    module: str
+    direction: Direction
+    size: int
+
+
+def live_vectors(adapters: Sequence[Adapter]) -> tuple[LiveVector, ...]:
+    """One for every site that any of `adapters` has, whose names are those of the class.
+
+    Raises `Unsupported` where two adapters have vectors of different lengths for one site.
+    """
+    found: dict[str, LiveVector] = {}
+    for adapter in adapters:
+        for site in adapter.sites.values():
+            vector = LiveVector(vector_name(site), site.module, site.direction, len(site.vector))
+            if found.setdefault(vector.name, vector) != vector:
+                raise Unsupported(
+                    f"{adapter.name} has {len(site.vector)} elements for {site.module}, another adapter "
+                    f"{found[vector.name].size}: they were trained on models of different widths",
+                    hint="export each beside its own base",
+                )
+    return tuple(found.values())
+
+
+def vector_name(site: Site) -> str:
+    """The initializer of a site's vector: PEFT's name for it, with the side, since some formats have two."""
+    return f"{site.module}.ia3_l.{site.direction}put"
+
+
+def is_vector(name: str) -> bool:
+    """Whether an initializer of this name is a vector (`vector_name`)."""
+    return ".ia3_l." in name
+
+
+def attach_vectors(model: Any, vectors: Sequence[LiveVector]) -> None:
+    """Multiply the activations of `model` with parameters of its own, one for each of `vectors`, which a
+    trace then holds as initializers.
+
+    Their values are random: equal ones would be kept once, and ones be optimized away.
+    """
+    import torch
+
+    modules, generator = dict(model.named_modules()), torch.Generator().manual_seed(0)
+    for vector in vectors:
+        target = modules.get(vector.module)
+        if target is None or getattr(target, "weight", None) is None:
+            raise Unsupported(
+                f"{type(model).__name__} has no module {vector.module} to multiply",
+                hint="its weight is fused at run time (experts of a mixture); fold the adapter instead of "
+                "--swappable",
+            )
+        trailing = (1,) * max(0, target.weight.dim() - 2)  # a convolution's channels come before its axes
+        values = 1 + torch.rand((vector.size, *trailing), generator=generator)
+        holder = torch.nn.ParameterDict() if not hasattr(target, "ia3_l") else target.ia3_l
+        holder[f"{vector.direction}put"] = torch.nn.Parameter(values, requires_grad=False)
+        target.ia3_l = holder
+        _multiply(target, vector.direction)
+
+
+def _multiply(target: Any, direction: Direction) -> None:
+    if direction == "out":
+        target.register_forward_hook(lambda module, _inputs, output: output * module.ia3_l["output"])
+    else:
+        target.register_forward_pre_hook(
+            lambda module, inputs: (inputs[0] * module.ia3_l["input"], *inputs[1:])
+        )
+
+
+def set_to_ones(path: Path, names: Collection[str]) -> None:
+    """Give the initializers `names` of a graph the value that changes nothing. External data stay as they
+    are."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        if tensor.name in names:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.ones(tuple(tensor.dims), "<f4"), tensor.name))
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def make_overridable(path: Path, names: Collection[str]) -> dict[str, Slot]:
+    """List the initializers `names` of a graph as inputs, which a run may give; those that it has.
+
+    Raises `Unsupported` for one that holds no floats: codes of a quantizer.
+    """
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    slots = {}
+    for tensor in model.graph.initializer:
+        if tensor.name in names:
+            if tensor.data_type not in _FLOATS:
+                raise Unsupported(f"{path.name} holds {tensor.name} in no type that an adapter can have")
+            slots[tensor.name] = Slot(_FLOATS[tensor.data_type], tuple(tensor.dims))
+            model.graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            )
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    return slots
+
+
+def adapter_values(adapter: Adapter, slots: Mapping[str, Slot]) -> dict[str, Array]:
+    """What a run with `adapter`, whose names are those of the class, gives the `slots` of a graph: its
+    vectors, and the tensors that it brings. Slots that it has nothing for keep their defaults."""
+    values = {vector_name(site): site.vector for site in adapter.sites.values()}
+    given = {}
+    for name, slot in slots.items():
+        if name in values:
+            given[name] = np.ascontiguousarray(values[name].reshape(slot.shape), slot.dtype)
+        elif name in adapter.extras:
+            brought = read_values(adapter.extras[name])
+            given[name] = np.ascontiguousarray(brought.T if slot.transposed else brought, slot.dtype)
+    return given
+
+
+def write_adapter(path: Path, values: Mapping[str, Array]) -> None:
+    """Write the ``.onnx_adapter`` file `path` of ONNX Runtime."""
+    import onnxruntime
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = onnxruntime.AdapterFormat()
+    file.set_adapter_version(1)
+    file.set_model_version(1)
+    file.set_parameters({name: onnxruntime.OrtValue.ortvalue_from_numpy(v) for name, v in values.items()})
+    file.export_adapter(str(path))
+
+
+def read_adapter_file(path: Path) -> dict[str, Array]:
+    """The values in an ``.onnx_adapter`` file, by initializer. Raises `DamagedFile`."""
+    import onnxruntime
+
+    try:
+        file = onnxruntime.AdapterFormat.read_adapter(str(path.resolve()))
+        # the values lie in the file's memory, which goes with it
+        return {name: value.numpy().copy() for name, value in file.get_parameters().items()}
+    except Exception as error:  # onnxruntime's exceptions share no base class of their own
+        raise DamagedFile(
+            f"ONNX Runtime cannot read {path}: {first_line(error)}", hint="export the model again"
+        ) from error
+
+
+def files_of(manifest: Mapping[str, Any], digest: str) -> dict[str, str]:
+    """The files of the adapter of this `digest` (`Adapter.digest`) in a swappable folder, by graph file, as
+    its `manifest` names them. Raises `NotFound` where it has none of that adapter."""
+    rows = manifest.get("swappable", {}).get("adapters", {})
+    for row in rows.values():
+        if row["digest"] == digest:
+            return dict(row["files"])
+    raise NotFound(
+        f"the folder holds no file of this adapter, but of {', '.join(sorted(rows)) or 'none'}",
+        hint="export it again with this --adapter; an adapter that was trained further is another one",
+    )
