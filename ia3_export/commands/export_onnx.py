@@ -161,15 +161,7 @@ def export_onnx(
     """
     check_arguments(export_onnx, locals())
     adapters = tuple(adapters)
-    if (model is None) == (base is None) or (base is None) == bool(adapters):
-        raise UsageError(
-            "give either --model, or --base with --adapter", hint="--model takes the folder that merge wrote"
-        )
-    if graphs.swappable and base is None:
-        raise UsageError(
-            "--swappable keeps adapters apart from their base, and a merged model has none",
-            hint="give --base, and each --adapter",
-        )
+    _check_sources(model, base, adapters, graphs)
     say = on_step or (lambda _: None)
     target, keep = Path(output), "keep" in graphs.precisions
     with ExitStack() as stack:
@@ -210,19 +202,36 @@ def export_onnx(
         _write_manifest(checkpoint, stage, done, traced, swappable)
         if check:
             say("verifying")
-            settings = RunSettings(device="cpu", max_memory=_limit(checkpoint))
-            if swappable is not None:
-                reports = prove_swappable(source, stage, settings, say)
-                for each in reports.values():
-                    require(each, graphs.max_loss, stage, target)
-                return replace(done, report=reports[""], adapters={n: r for n, r in reports.items() if n})
             # the float32 graphs are proven even where only other precisions of them were asked for
             places = [stage] if "fp32" in graphs.precisions else [plain, stage]
-            shipped = Shipped(None, tuple(graph for place in places for graph in read_exported(place)))
-            report = replace(prove(source.plan, shipped, settings), base=model_id(source.named))
-            require(report, graphs.max_loss, stage, target)
-            done = replace(done, report=report)
+            reports = _proven(source, places, say)
+            for report in reports.values():
+                require(report, graphs.max_loss, stage, target)
+            done = replace(done, report=reports.pop(""), adapters=reports)
         return done
+
+
+def _check_sources(model: object, base: object, adapters: Sequence[object], graphs: GraphOptions) -> None:
+    """Raise `UsageError` unless there is one way in."""
+    if graphs.swappable and base is None:
+        raise UsageError(
+            "--swappable keeps adapters apart from their base, and a merged model has none",
+            hint="give --base, and each --adapter",
+        )
+    if (model is None) == (base is None) or (base is None) == bool(adapters):
+        raise UsageError(
+            "give either --model, or --base with --adapter", hint="--model takes the folder that merge wrote"
+        )
+
+
+def _proven(source: ExportSource, places: Sequence[Path], say: Callable[[str], None]) -> dict[str, Report]:
+    """The report of the graphs in all `places`, under an empty name; of swappable ones, in the last of them,
+    also that of each adapter."""
+    settings = RunSettings(device="cpu", max_memory=_limit(source.checkpoint))
+    if source.swapped:
+        return prove_swappable(source, places[-1], settings, say)
+    shipped = Shipped(None, tuple(graph for place in places for graph in read_exported(place)))
+    return {"": replace(prove(source.plan, shipped, settings), base=model_id(source.named))}
 
 
 def _task(checkpoint: Checkpoint, graphs: GraphOptions) -> Task:

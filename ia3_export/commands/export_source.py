@@ -21,7 +21,7 @@ from ia3_export.writing.dense import write_dense
 from ia3_export.writing.options import OutputOptions
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExportSource:
     """What is exported.
 
@@ -59,7 +59,9 @@ def fold(
         kept = plan_kept(whole, read, DEFAULT_RECIPE, scratch / "dense")
         say("merging")
         write_merges([(kept.plan, scratch / "merged")], options)
-        return ExportSource(read_checkpoint(scratch / "merged"), kept.plan, named, kept)
+        return ExportSource(
+            checkpoint=read_checkpoint(scratch / "merged"), plan=kept.plan, named=named, kept=kept
+        )
     moves = not whole.stored.is_gguf  # to which `verify` could not compare them: its plan has GGUF's codes
     if not moves:
         say("dequantizing")
@@ -68,7 +70,7 @@ def fold(
     plan = make_plan(whole, read, DEFAULT_RECIPE)
     plan.raise_problems()
     write_merges([(plan, scratch / "merged")], options)
-    return ExportSource(read_checkpoint(scratch / "merged"), plan, named, moves=moves)
+    return ExportSource(checkpoint=read_checkpoint(scratch / "merged"), plan=plan, named=named, moves=moves)
 
 
 def read_swappable(
@@ -101,7 +103,7 @@ def read_swappable(
         whole = read_base(scratch / "base")
     plan = make_plan(whole, (), DEFAULT_RECIPE)
     plan.raise_problems()
-    return ExportSource(whole.stored, plan, named, swapped=tuple(resolved))
+    return ExportSource(checkpoint=whole.stored, plan=plan, named=named, swapped=tuple(resolved))
 
 
 def read_model(model: str | Path, scratch: Path, say: Callable[[str], None], *, keep: bool) -> ExportSource:
@@ -121,10 +123,10 @@ def read_model(model: str | Path, scratch: Path, say: Callable[[str], None], *, 
     if keep:
         say("dequantizing")
         kept = plan_kept(base, (), DEFAULT_RECIPE, scratch / "dense")
-        return ExportSource(kept.plan.base.stored, kept.plan, named, kept)
+        return ExportSource(checkpoint=kept.plan.base.stored, plan=kept.plan, named=named, kept=kept)
     if base.is_quantized or base.stored.is_gguf:
         say("dequantizing")
         base = read_base(write_dense(base, scratch / "dense"))
     plan = make_plan(base, (), DEFAULT_RECIPE)
     plan.raise_problems()
-    return ExportSource(base.stored, plan, named)
+    return ExportSource(checkpoint=base.stored, plan=plan, named=named)

@@ -19,6 +19,8 @@ from ia3_export.onnx.swap import (
     ADAPTERS,
     Slot,
     adapter_values,
+    distance_to_base,
+    initializer_names,
     is_vector,
     live_vectors,
     make_overridable,
@@ -34,6 +36,9 @@ from ia3_export.report.model import Report, TensorFinding, WeightsProof
 
 if TYPE_CHECKING:
     from ia3_export.commands.export_source import ExportSource
+
+#: Most that other fusions of nodes may change, beside the largest value.
+_LAST_PLACES = 1e-5
 
 
 def check_names(adapters: Sequence[Adapter]) -> None:
@@ -82,7 +87,8 @@ def write_swappable(
     """Let runs give the graphs in `folder` the vectors of `adapters` (by the class's names), write these into
     ``adapters/``, and return what the manifest says of it.
 
-    Raises `Unsupported` where a quantizer made codes of a tensor that adapters bring.
+    Raises `Unsupported` where a quantizer made codes of a tensor that adapters bring, and `UsageError` where
+    two files would have one name.
     """
     names = {vector.name for vector in live_vectors(adapters)} | set(adapters[0].extras)
     turned = {name for graph in traced for name, origin in graph.origins.items() if origin.transposed}
@@ -90,32 +96,33 @@ def write_swappable(
     for path in sorted((folder / "onnx").glob("*.onnx")):
         found = make_overridable(path, names)
         slots[path] = {name: replace(slot, transposed=name in turned) for name, slot in found.items()}
-    known = {name for graph in traced for name in _initializers(graph.path)} & names
+    held = {graph.path.stem: initializer_names(graph.path) & names for graph in traced}
+    known = set[str]().union(*held.values())
     for path, found in slots.items():
-        own = next(graph.path for graph in traced if graph.path.stem == plain_stem(path))
-        lost = (set(_initializers(own)) & known) - found.keys()
+        lost = held[plain_stem(path) or path.stem] - found.keys()
         if lost:
             raise Unsupported(
                 f"{path.name} holds codes instead of {min(lost)}, which every adapter brings",
                 hint="leave out that --precision, or fold the adapters",
             )
     rows = {}
+    owners: dict[str, str] = {}
     for adapter in adapters:
         files = {}
         for path, own_slots in slots.items():
             values = adapter_values(adapter, own_slots)
             if values:
                 file = folder / ADAPTERS / _file(adapter, path, own_slots, several=len(traced) > 1)
+                # some file systems do not tell letters of two cases apart
+                if owners.setdefault(file.name.lower(), adapter.name) != adapter.name:
+                    raise UsageError(
+                        f"the files of two adapters would both be called {file.name}",
+                        hint="rename one of them",
+                    )
                 write_adapter(file, values)
                 files[path.name] = f"{ADAPTERS}/{file.name}"
         rows[adapter.name] = {"digest": adapter.digest, "files": files}
     return {"initializers": sorted(known), "adapters": rows}
-
-
-def _initializers(path: Path) -> list[str]:
-    import onnx
-
-    return [tensor.name for tensor in onnx.load(path, load_external_data=False).graph.initializer]
 
 
 def _file(adapter: Adapter, graph: Path, slots: Mapping[str, Slot], *, several: bool) -> str:
@@ -131,7 +138,9 @@ def prove_swappable(
     equal to the base with that adapter live; with another, or none, not equal to it."""
     graphs, held = read_exported(folder), source.plan
     plain = prove(held, Shipped(None, tuple(graphs), weights=held), settings)
-    reports = {"": plain}
+    bits = [_prove_defaults(path, graph) for graph in graphs for path in graph.paths]
+    proven = plain.in_parity and all(proof.passed for proof in bits)
+    reports = {"": replace(plain, weights=(*plain.weights, *bits), in_parity=proven)}
     for adapter in source.swapped:
         say(f"verifying {adapter.name}")
         others = [other for other in source.swapped if other is not adapter]
@@ -166,6 +175,26 @@ def prove_active(
         report,
         weights=(*report.weights, *files),
         in_parity=report.in_parity and all(proof.passed for proof in files),
+    )
+
+
+def _prove_defaults(path: Path, graph: Graph) -> WeightsProof:
+    """Whether a graph without an adapter is the one without the vectors' multiplications: bit for bit, or
+    where ONNX Runtime then fuses other nodes (convolutions) to the last places of float32."""
+    names = {name.removeprefix(f"{plain_stem(path)}.") for name in graph.overridable if is_vector(name)}
+    apart = distance_to_base(path, names)
+    note = f"without an adapter its outputs are {apart:.1e} of the largest from the base's, not bit for bit"
+    finding = TensorFinding(tensor=min(names, default=path.name), what="it is not the base", detail=note)
+    return WeightsProof(
+        name=f"{path.name} without an adapter",
+        kind="onnx",
+        file=path.name,
+        passed=apart <= _LAST_PLACES,
+        changed=0,
+        unchanged=len(names),
+        nbytes=0,
+        findings=(finding,) if not apart <= _LAST_PLACES else (),
+        notes=(note,) if apart else (),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -144,9 +144,9 @@ class Shipped:
 def activated(graph: Graph, adapter: Adapter) -> Graph:
     """A swappable `graph` to be run with `adapter`. Raises `NotFound` where its folder has no file of it."""
     folder = graph.paths[0].parent.parent
-    files = files_of(read_config(folder / MANIFEST), adapter.digest)
+    files = files_of(folder, read_config(folder / MANIFEST), adapter.digest)
     return replace(
-        graph, adapters={path.name: folder / files[path.name] for path in graph.paths if path.name in files}
+        graph, adapters={path.name: files[path.name] for path in graph.paths if path.name in files}
     )
 
 
@@ -176,12 +176,7 @@ def prove(
     foreign = shipped.merged is not None and settings is not None and _is_foreign(plan.base, shipped.merged)
     warnings: list[str] = []
     with scratch_folder() as scratch:
-        compared = shipped.merged
-        wide = shipped.weights is None and _widened(plan.base.stored, graphs)
-        if compared is None and settings is not None and (not graphs or wide):
-            # without an adapter there is nothing to merge: the checkpoint itself is what the
-            # graphs must compute
-            compared = _merge(plan, scratch / "merged") if plan.adapters else plan.base
+        compared = _compared(plan, shipped, graphs, scratch) if settings is not None else shipped.merged
         # a merge made for an ONNX file's sake is no artifact
         judged = shipped.merged is not None or not graphs
         proofs: list[WeightsProof] = []
@@ -203,29 +198,17 @@ def prove(
             from ia3_export.parity.judging import Evidence
             from ia3_export.parity.runs.live import FineTune
 
-            known = None if foreign else plan
+            known, live = None if foreign else plan, shipped.weights is not None
             reference, steps, more = run_chain(
                 FineTune(plan.base, plan.adapters, plan.recipe),
-                Subject(
-                    compared,
-                    judged,
-                    _rounded(known),
-                    [*graphs, *shipped.controls],
-                    live=shipped.weights is not None,
-                ),
+                Subject(compared, judged, _rounded(known), [*graphs, *shipped.controls], live=live),
                 Evidence(proofs, sites_of(known, plan.adapters)),
                 settings,
                 scratch,
             )
             controls = dict(shipped.controls)
             warnings += [line for line in more if not any(name in line for name in controls)]
-            steps = tuple(
-                replace(step, passed=False, finding="it is in parity too: the forwards cannot tell it")
-                if step.name in controls
-                else step
-                for step in steps
-                if step.passed or step.name not in controls
-            )
+            steps = tuple(_without_controls(steps, controls))
     overridden = settings is not None and settings.tolerance is not None
     proven = all(proof.passed for proof in proofs)
     if overridden and not proven:
@@ -245,6 +228,26 @@ def prove(
         digests=digests(named, plan.adapters, merged, paths),
         warnings=tuple(dict.fromkeys(warnings)),
     )
+
+
+def _compared(
+    plan: Plan, shipped: Shipped, graphs: Sequence[tuple[str, Graph]], scratch: Path
+) -> Base | None:
+    """The merged model that is run beside `graphs`, made here where there is none and one is needed."""
+    wide = shipped.weights is None and _widened(plan.base.stored, graphs)
+    if shipped.merged is not None or (graphs and not wide):
+        return shipped.merged
+    # without an adapter there is nothing to merge: the checkpoint itself is what the graphs must compute
+    return _merge(plan, scratch / "merged") if plan.adapters else plan.base
+
+
+def _without_controls(steps: Sequence[Step], controls: Collection[str]) -> Iterator[Step]:
+    """`steps` without those of `controls` that fail, as they must; one that is in parity fails for that."""
+    for step in steps:
+        if step.name not in controls:
+            yield step
+        elif step.passed:
+            yield replace(step, passed=False, finding="it is in parity too: the forwards cannot tell it")
 
 
 def _prove_graphs(

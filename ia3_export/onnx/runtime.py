@@ -26,7 +26,7 @@ _FLOATS = {"tensor(float16)": "<f2", "tensor(float)": "<f4", "tensor(double)": "
 Values = Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class OnnxGraph:
     """One open file: the shapes of its `inputs`, the numpy types of those that are `floats`, the names of its
     `outputs`, and by which name the next step takes those that are its `cache`. All is read once, since what
@@ -125,12 +125,12 @@ def _open(path: Path, device: str, threads: int | None, adapter: Path | None) ->
         ) from error
     ports, outputs = session.get_inputs(), tuple(port.name for port in session.get_outputs())
     return OnnxGraph(
-        session,
-        {port.name: tuple(port.shape) for port in ports},
-        {port.name: _FLOATS[port.type] for port in ports if port.type in _FLOATS},
-        outputs,
-        {name: name.replace(_PRESENT, _PAST, 1) for name in outputs if name.startswith(f"{_PRESENT}.")},
-        _activate(adapter) if adapter is not None else (),
+        session=session,
+        inputs={port.name: tuple(port.shape) for port in ports},
+        floats={port.name: _FLOATS[port.type] for port in ports if port.type in _FLOATS},
+        outputs=outputs,
+        cache={n: n.replace(_PRESENT, _PAST, 1) for n in outputs if n.startswith(f"{_PRESENT}.")},
+        active=_activate(adapter) if adapter is not None else (),
     )
 
 

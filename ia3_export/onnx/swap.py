@@ -17,7 +17,7 @@ import numpy as np
 
 from ia3_export.adapters.model import Adapter, Site
 from ia3_export.checkpoint.header import read_values
-from ia3_export.errors import DamagedFile, NotFound, Unsupported, first_line
+from ia3_export.errors import DamagedFile, NotFound, Refused, Unsupported, first_line, kind_and_line
 from ia3_export.fold import Array, Direction
 
 #: Folder of the adapter files in an exported one.
@@ -140,6 +140,13 @@ def make_overridable(path: Path, names: Collection[str]) -> dict[str, Slot]:
     return slots
 
 
+def initializer_names(path: Path) -> set[str]:
+    """The initializers of a graph."""
+    import onnx
+
+    return {tensor.name for tensor in onnx.load(path, load_external_data=False).graph.initializer}
+
+
 def adapter_values(adapter: Adapter, slots: Mapping[str, Slot]) -> dict[str, Array]:
     """What a run with `adapter`, whose names are those of the class, gives the `slots` of a graph: its
     vectors, and the tensors that it brings. Slots that it has nothing for keep their defaults."""
@@ -152,6 +159,67 @@ def adapter_values(adapter: Adapter, slots: Mapping[str, Slot]) -> dict[str, Arr
             brought = read_values(adapter.extras[name])
             given[name] = np.ascontiguousarray(brought.T if slot.transposed else brought, slot.dtype)
     return given
+
+
+def distance_to_base(path: Path, names: Collection[str]) -> float:
+    """How far a run without an adapter is from the graph without the multiplications with `names`, the base's
+    own: the largest difference beside the largest value, zero where all is equal bit for bit. On small inputs
+    made up for its ports."""
+    import onnxruntime
+
+    bare = path.with_name(f".bare-{path.name}")  # beside it, where its external data are
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        _write_bare(path, bare, names)
+        with_ones = onnxruntime.InferenceSession(str(path), options)
+        without = onnxruntime.InferenceSession(str(bare), options)
+        feeds = {port.name: _made_up(port) for port in without.get_inputs()}
+        pairs = list(zip(with_ones.run(None, feeds), without.run(None, feeds), strict=True))
+        unlike = [pair for pair in pairs if pair[0].tobytes() != pair[1].tobytes()]
+        return max((_apart(one, other) for one, other in unlike), default=0.0)
+    finally:
+        bare.unlink(missing_ok=True)
+
+
+def _apart(one: Array, other: Array) -> float:
+    scale = float(np.abs(other).max(initial=0.0)) or 1.0
+    return float(np.abs(one.astype("<f8") - other).max(initial=0.0)) / scale
+
+
+def _write_bare(path: Path, target: Path, names: Collection[str]) -> None:
+    """Write the graph `path` without the multiplications with `names`."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    graph, passed, vectors = model.graph, dict[str, str](), set(names)
+    for node in list(graph.node):
+        node.input[:] = [passed.get(name, name) for name in node.input]
+        if node.op_type == "Mul" and vectors & set(node.input):
+            passed[node.output[0]] = next(name for name in node.input if name not in vectors)
+            graph.node.remove(node)
+        elif vectors & set(node.input):
+            raise Unsupported(
+                f"{path.name} reads {min(vectors & set(node.input))} in a {node.op_type}, not a Mul",
+                hint="leave out that --precision, or fold the adapters",
+            )
+    for ports in (graph.input, graph.initializer):
+        for port in [port for port in ports if is_vector(port.name) and port.name in names]:
+            ports.remove(port)
+    target.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _made_up(port: Any) -> Array:
+    """Something for an input: two texts of five tokens and no past, numbers for images and sounds."""
+    sizes = {"batch_size": 2}
+    past = port.name.startswith("past")
+    shape = [axis if isinstance(axis, int) else sizes.get(axis, 0 if past else 5) for axis in port.shape]
+    if port.type == "tensor(bool)":
+        return np.zeros(shape, bool)
+    if port.type == "tensor(int64)":
+        return np.ones(shape, "<i8")
+    kind = "<f2" if port.type == "tensor(float16)" else "<f4"
+    return np.random.default_rng(0).standard_normal(shape).astype(kind)
 
 
 def write_adapter(path: Path, values: Mapping[str, Array]) -> None:
@@ -180,14 +248,34 @@ def read_adapter_file(path: Path) -> dict[str, Array]:
         ) from error
 
 
-def files_of(manifest: Mapping[str, Any], digest: str) -> dict[str, str]:
-    """The files of the adapter of this `digest` (`Adapter.digest`) in a swappable folder, by graph file, as
-    its `manifest` names them. Raises `NotFound` where it has none of that adapter."""
-    rows = manifest.get("swappable", {}).get("adapters", {})
-    for row in rows.values():
-        if row["digest"] == digest:
-            return dict(row["files"])
-    raise NotFound(
-        f"the folder holds no file of this adapter, but of {', '.join(sorted(rows)) or 'none'}",
-        hint="export it again with this --adapter; an adapter that was trained further is another one",
-    )
+def files_of(folder: Path, manifest: Mapping[str, Any], digest: str) -> dict[str, Path]:
+    """The files in a swappable `folder` of the adapter of this `digest` (`Adapter.digest`), by graph file, as
+    its `manifest` names them.
+
+    Raises `NotFound` where it has none of that adapter, `DamagedFile` for a manifest that is none, `Refused`
+    for a file outside the folder.
+    """
+    try:
+        rows = {
+            name: (row["digest"], dict(row["files"]))
+            for name, row in manifest["swappable"]["adapters"].items()
+        }
+        named = next((files for own, files in rows.values() if own == digest), None)
+        files = None if named is None else {graph: folder / file for graph, file in named.items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedFile(
+            f"the manifest of {folder} does not say where its adapters are: {kind_and_line(error)}",
+            hint="export the model again",
+        ) from error
+    if files is None:
+        raise NotFound(
+            f"the folder holds no file of this adapter, but of {', '.join(sorted(rows)) or 'none'}",
+            hint="export it again with this --adapter; an adapter that was trained further is another one",
+        )
+    outside = next((f for f in files.values() if not f.resolve().is_relative_to(folder.resolve())), None)
+    if outside is not None:
+        raise Refused(
+            f"the manifest of {folder} names the adapter file {outside}, which lies outside of it",
+            hint="do not use this folder; tell whoever published it",
+        )
+    return files

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,8 @@ def test_every_adapter_and_none_are_proven_and_the_verdict_says_so(llama: Swappa
     assert document["report"]["adapters"] == []
     assert all(step["passed"] for step in document["report"]["steps"][:2])
     assert sorted(document["adapters"]) == ["one", "two"]
+    bits = [proof for proof in document["report"]["weights"] if "without an adapter" in proof["name"]]
+    assert len(bits) == 4 and all(proof["passed"] and not proof["notes"] for proof in bits)
     for name, report in document["adapters"].items():
         assert [step["name"] for step in report["steps"]][:2] == ["onnx float32", "onnx float16"]
         assert all(step["passed"] for step in report["steps"][:2])
@@ -195,6 +198,37 @@ def test_a_file_that_is_cut_short_is_named(llama: Swappable, tmp_path: Path) -> 
     ran = run("verify", *llama.sources(0), "--onnx", tmp_path / "out" / "onnx" / "model.onnx")
     assert ran.code == 3
     assert "one.onnx_adapter" in ran.stderr
+
+
+def outside(manifest: dict[str, Any]) -> None:
+    files = manifest["swappable"]["adapters"]["one"]["files"]
+    manifest["swappable"]["adapters"]["one"]["files"] = dict.fromkeys(files, "../elsewhere.onnx_adapter")
+
+
+def without_files(manifest: dict[str, Any]) -> None:
+    del manifest["swappable"]["adapters"]["one"]["files"]
+
+
+def of_lists(manifest: dict[str, Any]) -> None:
+    manifest["swappable"]["adapters"] = []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(outside, "lies outside of it"), (without_files, "does not say"), (of_lists, "does not say")],
+)
+def test_a_manifest_of_another_s_making_is_refused(
+    llama: Swappable, tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    damaged(llama, tmp_path)
+    path = tmp_path / "out" / "ia3_export.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    shutil.copy(tmp_path / "out" / "adapters" / "one.onnx_adapter", tmp_path / "elsewhere.onnx_adapter")
+    ran = run("verify", *llama.sources(0), "--onnx", tmp_path / "out", "--weights-only")
+    assert ran.code == 3
+    assert message in ran.stderr
 
 
 def test_an_adapter_that_the_folder_has_not_is_named(llama: Swappable, tmp_path: Path) -> None:
