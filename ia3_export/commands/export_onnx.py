@@ -253,7 +253,7 @@ def _export(
     cases = (
         make_cases(model, tokenizer=find_tokenizer(checkpoint.folder)) if "int4" in graphs.precisions else []
     )
-    swapped = named_as_in(model, source.swapped)
+    swapped = named_as_in(model, source.swapped) if source.swapped else []
     vectors = live_vectors(swapped)
     attach_vectors(model, vectors)
     specs = plan_graphs(model, task, sample_inputs(model), graphs.decoder, sentence)

@@ -118,6 +118,7 @@ def test_without_an_adapter_the_graph_gives_the_base_s_bits(llama: Swappable, tm
         np.testing.assert_array_equal(outputs(llama.folder / "onnx" / name), expected)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("which", [0, 1])
 def test_an_adapter_gives_what_its_folded_graph_gives(llama: Swappable, which: int, tmp_path: Path) -> None:
     folded = ("onnx", *llama.sources(which), "--output", tmp_path / "folded", "--no-verify")
