@@ -73,3 +73,21 @@ def test_the_cache_is_found_by_the_name_that_the_release_gives_it(kind: str, tak
     assert cache.get_seq_length() == 3
     model(**first, **{name: cache}, use_cache=True)
     assert cache.get_seq_length() == 6
+
+
+def test_graphs_are_forgotten_whatever_else_lives() -> None:
+    import weakref
+
+    from ia3_export.libraries import forget_graphs, private
+
+    class Gone:
+        pass
+
+    gone = Gone()
+    proxy = weakref.proxy(gone)
+    del gone
+    matcher = private("onnxscript.rewriter._matcher:SimplePatternMatcher")(None)
+    matcher._current_node = matcher._graph = object()
+    forget_graphs()
+    assert matcher._current_node is None and matcher._graph is None
+    assert type(proxy) is weakref.ProxyType

@@ -57,7 +57,8 @@ class _Prefixes:
         self._given: dict[str, Any] = {}
         if len(layers) > _FEW_LAYERS and not case.past:
             whole = self._record()
-            self._given = self._given if self._gives(whole, list(self._given)[-1]) else {}
+            if self._given and not self._gives(whole, list(self._given)[-1]):
+                self._given = {}
 
     def outputs(self, layer: str = "") -> dict[str, Array]:
         """Those of the model as it is now, whose vectors differ in `layer` (empty: in any)."""
