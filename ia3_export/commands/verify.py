@@ -35,6 +35,7 @@ from ia3_export.planning.recipe import DEFAULT_RECIPE, Recipe
 from ia3_export.quantization.base import Base, read_base
 from ia3_export.report.model import Reference, Report, Step, WeightsProof
 from ia3_export.words import INTEGER_PRECISIONS, TORCH_NAMES
+from ia3_export.writing.dense import write_dense
 from ia3_export.writing.execute import Progress
 from ia3_export.writing.options import OutputOptions
 from ia3_export.writing.stage import scratch_folder
@@ -118,11 +119,17 @@ def _verify_swappable(
             "the graphs take one adapter at a time, from its file",
             hint="give one --adapter, and --merged in a run of its own",
         )
-    held = make_plan(whole, (), DEFAULT_RECIPE)
-    held.raise_problems()
-    if adapters:
-        return prove_active(held, adapters[0], shipped.graphs, (), settings)
-    return prove(held, replace(shipped, weights=held), settings)
+    with scratch_folder() as scratch:
+        named = whole.stored
+        if whole.is_quantized or named.is_gguf:  # the graphs were made of what it stands for
+            whole = read_base(write_dense(whole, scratch / "dense"))
+        held = make_plan(whole, (), DEFAULT_RECIPE)
+        held.raise_problems()
+        if adapters:
+            report = prove_active(held, adapters[0], shipped.graphs, (), settings)
+        else:
+            report = prove(held, replace(shipped, weights=held), settings)
+    return replace(report, base=model_id(named.location))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -18,6 +18,8 @@ from ia3_export.onnx.swap import read_adapter_file, write_adapter
 from tests.e2e.command import Ran, run
 from tests.support import zoo
 from tests.support.exported import KINDS
+from tests.support.quantized import source_of
+from tests.support.quantized import write_adapter as write_adapter_for
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -251,6 +253,20 @@ def test_other_families_are_proven(name: str, tmp_path: Path) -> None:
     assert document["verdict"] == "in parity" and sorted(document["adapters"]) == ["one", "two"]
     held = [read_adapter_file(file) for file in (tmp_path / "out" / "adapters").iterdir()]
     assert any(not name.endswith("put") for values in held for name in values) == (name == "bert-seq-cls")
+
+
+def test_a_quantized_base_is_the_dense_one_that_it_stands_for(tmp_path: Path) -> None:
+    base = source_of("bnb-nf4")
+    config = json.loads((base / "config.json").read_text())
+    adapters = [
+        write_adapter_for(tmp_path / name, config, seed=seed) for seed, name in enumerate(("one", "two"))
+    ]
+    given = ("--base", base, "--adapter", adapters[0], "--adapter", adapters[1], "--swappable")
+    ran = run("onnx", *given, "--output", tmp_path / "out")
+    assert ran.code == 0, ran.stderr
+    ran = run("verify", "--base", base, "--adapter", adapters[1], "--onnx", tmp_path / "out", "--json")
+    assert ran.code == 0, ran.stderr
+    assert json.loads(ran.stdout)["base"]["id"] == "bnb-nf4"
 
 
 def test_heads_of_other_sizes_cannot_share_a_graph(tmp_path: Path) -> None:
