@@ -35,6 +35,9 @@ from ia3_export.models.model_class import (
 #: Answers that are kept, of some ten to a hundred kilobytes each; the oldest go first.
 _KEPT = 100
 
+#: What reading an answer may raise: there is no file, or one that is damaged.
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
+
 Answer = TypeVar("Answer")
 
 _SETS = ("needed", "parameters", "modules", "embeddings")
@@ -139,12 +142,11 @@ def remembered(
     file = _file(question, facts)
     if file is None:
         return ask()
-    with suppress(
-        OSError, ValueError, LookupError, TypeError, AttributeError
-    ):  # also a file of another's making
+    with suppress(*_UNREADABLE):
         kept = json.loads(file.read_bytes())
         answer = read(kept["answer"])
-        os.utime(file)
+        with suppress(OSError):  # of a folder that may only be read
+            os.utime(file)
         return answer
     answer = ask()
     with suppress(OSError, ValueError):
@@ -157,11 +159,22 @@ def _file(question: str, facts: Any) -> Path | None:
     releases = {name: _release(name) for name in ("ia3-export", "torch", "transformers")}
     if any(release is None or "dev" in release for release in releases.values()):
         return None
-    named = os.environ.get("IA3_EXPORT_CACHE")
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(named) if named else Path(home) / "ia3-export"
+    folder = _folder()
+    if folder is None:
+        return None
     asked = json.dumps([question, releases, _own_code(), facts], sort_keys=True)
     return folder / "classes" / f"{sha256(asked.encode()).hexdigest()}.json"
+
+
+def _folder() -> Path | None:
+    """The cache; None for a user without a home."""
+    named, home = os.environ.get("IA3_EXPORT_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if named or home:
+        return Path(named) if named else Path(home or "") / "ia3-export"
+    try:
+        return Path.home() / ".cache" / "ia3-export"
+    except RuntimeError:
+        return None
 
 
 @cache

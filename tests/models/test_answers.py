@@ -171,6 +171,27 @@ def test_a_folder_that_cannot_be_written_is_no_error(
     assert not kept.exists()
 
 
+def test_a_user_without_a_home_is_asked_every_time(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("IA3_EXPORT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert [remembered("q", {}, lambda: 7) for _ in range(2)] == [7, 7]
+    assert not kept.exists()
+
+
+def test_a_cache_that_may_only_be_read_is_read(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_path: object) -> None:
+        raise PermissionError
+
+    assert remembered("q", {}, lambda: "first") == "first"
+    monkeypatch.setattr(answers.os, "utime", refuse)
+    assert remembered("q", {}, lambda: "second") == "first"
+    assert len(list(kept.iterdir())) == 1
+
+
 def test_what_is_raised_is_not_kept(kept: Path) -> None:
     def fail() -> int:
         raise KeyError("no such class")
