@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,7 +112,7 @@ def write_swappable(
         for path, own_slots in slots.items():
             values = adapter_values(adapter, own_slots)
             if values:
-                file = folder / ADAPTERS / _file(adapter, path, own_slots, several=len(traced) > 1)
+                file = folder / ADAPTERS / _file(adapter, path, several=len(traced) > 1)
                 # some file systems do not tell letters of two cases apart
                 if owners.setdefault(file.name.lower(), adapter.name) != adapter.name:
                     raise UsageError(
@@ -125,10 +125,9 @@ def write_swappable(
     return {"initializers": sorted(known), "adapters": rows}
 
 
-def _file(adapter: Adapter, graph: Path, slots: Mapping[str, Slot], *, several: bool) -> str:
-    """``NAME.onnx_adapter``; with the graph's name where there are several, and ``_fp16`` for float16."""
-    half = "_fp16" if any(slot.dtype == "<f2" for slot in slots.values()) else ""
-    return f"{adapter.name}{f'.{plain_stem(graph)}' if several else ''}{half}.onnx_adapter"
+def _file(adapter: Adapter, graph: Path, *, several: bool) -> str:
+    """``NAME.onnx_adapter``, with the graph's name where there are several."""
+    return f"{adapter.name}{f'.{plain_stem(graph)}' if several else ''}.onnx_adapter"
 
 
 def prove_swappable(
@@ -199,12 +198,11 @@ def _prove_defaults(path: Path, graph: Graph) -> WeightsProof:
 
 
 def _prove_files(adapter: Adapter, graph: Graph) -> WeightsProof:
-    """Whether the files that a graph is run with hold `adapter`'s vectors, bit for bit in their dtype, and
-    the graph ones."""
+    """Whether the files that a graph is run with hold `adapter`'s vectors, bit for bit in float32, and the
+    graph ones."""
     read = {file.name: read_adapter_file(file) for file in dict.fromkeys(graph.adapters.values())}
     held = [values for tensors in read.values() for name, values in tensors.items() if is_vector(name)]
-    dtype = held[0].dtype if held else np.dtype("<f4")
-    wanted = Counter(site.vector.astype(dtype).tobytes() for site in adapter.sites.values())
+    wanted = Counter(site.vector.astype("<f4").tobytes() for site in adapter.sites.values())
     missing = wanted - Counter(values.tobytes() for values in held)
     findings = [
         TensorFinding(
@@ -214,7 +212,7 @@ def _prove_files(adapter: Adapter, graph: Graph) -> WeightsProof:
         if is_vector(name) and (tensor.numpy() != 1).any()
     ]
     if missing or len(held) != len(adapter.sites):
-        lost = [s.module for s in adapter.sites.values() if s.vector.astype(dtype).tobytes() in missing]
+        lost = [s.module for s in adapter.sites.values() if s.vector.astype("<f4").tobytes() in missing]
         findings.append(
             TensorFinding(
                 tensor=min(lost, default=adapter.name),

@@ -22,14 +22,13 @@ from ia3_export.fold import Array, Direction
 
 #: Folder of the adapter files in an exported one.
 ADAPTERS = "adapters"
-_FLOATS: Mapping[int, str] = {1: "<f4", 10: "<f2"}  # onnx.TensorProto.FLOAT, FLOAT16
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """What a run may give a graph: a numpy type and a shape, `transposed` beside the class's own tensor."""
+    """What a run may give a graph, in float32: its shape, and whether that is `transposed` beside the class's
+    own tensor."""
 
-    dtype: str
     shape: tuple[int, ...]
     transposed: bool = False
 
@@ -122,22 +121,35 @@ def set_to_ones(path: Path, names: Collection[str]) -> None:
 def make_overridable(path: Path, names: Collection[str]) -> dict[str, Slot]:
     """List the initializers `names` of a graph as inputs, which a run may give; those that it has.
 
-    Raises `Unsupported` for one that holds no floats: codes of a quantizer.
+    All are float32, and cast where a graph computes in float16: one file serves every precision, and ONNX
+    Runtime 1.23 crashes on float16 ones. Raises `Unsupported` for codes of a quantizer.
     """
     import onnx
 
     model = onnx.load(path, load_external_data=False)
-    slots = {}
-    for tensor in model.graph.initializer:
-        if tensor.name in names:
-            if tensor.data_type not in _FLOATS:
-                raise Unsupported(f"{path.name} holds {tensor.name} in no type that an adapter can have")
-            slots[tensor.name] = Slot(_FLOATS[tensor.data_type], tuple(tensor.dims))
-            model.graph.input.append(
-                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-            )
+    graph, slots = model.graph, dict[str, Slot]()
+    for tensor in [tensor for tensor in graph.initializer if tensor.name in names]:
+        if tensor.data_type == onnx.TensorProto.FLOAT16:
+            _cast_to_half(graph, tensor, path.parent)
+        elif tensor.data_type != onnx.TensorProto.FLOAT:
+            raise Unsupported(f"{path.name} holds {tensor.name} in no type that an adapter can have")
+        slots[tensor.name] = Slot(tuple(tensor.dims))
+        graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     path.write_bytes(model.SerializeToString(deterministic=True))
     return slots
+
+
+def _cast_to_half(graph: Any, tensor: Any, folder: Path) -> None:
+    """Hold the float16 initializer `tensor` in float32, and read it through a ``Cast``."""
+    import onnx
+
+    values = onnx.numpy_helper.to_array(tensor, str(folder)).astype("<f4")
+    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    half = tensor.name.replace(".ia3_l.", ".vector.") + ".float16"
+    for node in graph.node:
+        node.input[:] = [half if name == tensor.name else name for name in node.input]
+    cast = onnx.helper.make_node("Cast", [tensor.name], [half], name=half, to=onnx.TensorProto.FLOAT16)
+    graph.node.insert(0, cast)
 
 
 def initializer_names(path: Path) -> set[str]:
@@ -154,10 +166,10 @@ def adapter_values(adapter: Adapter, slots: Mapping[str, Slot]) -> dict[str, Arr
     given = {}
     for name, slot in slots.items():
         if name in values:
-            given[name] = np.ascontiguousarray(values[name].reshape(slot.shape), slot.dtype)
+            given[name] = np.ascontiguousarray(values[name].reshape(slot.shape), "<f4")
         elif name in adapter.extras:
             brought = read_values(adapter.extras[name])
-            given[name] = np.ascontiguousarray(brought.T if slot.transposed else brought, slot.dtype)
+            given[name] = np.ascontiguousarray(brought.T if slot.transposed else brought, "<f4")
     return given
 
 
@@ -195,7 +207,10 @@ def _write_bare(path: Path, target: Path, names: Collection[str]) -> None:
     graph, passed, vectors = model.graph, dict[str, str](), set(names)
     for node in list(graph.node):
         node.input[:] = [passed.get(name, name) for name in node.input]
-        if node.op_type == "Mul" and vectors & set(node.input):
+        if node.op_type == "Cast" and vectors & set(node.input):
+            vectors.add(node.output[0])
+            graph.node.remove(node)
+        elif node.op_type == "Mul" and vectors & set(node.input):
             passed[node.output[0]] = next(name for name in node.input if name not in vectors)
             graph.node.remove(node)
         elif vectors & set(node.input):

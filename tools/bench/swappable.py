@@ -44,7 +44,7 @@ def main() -> None:
         rows = []
         for precision in options.precision.split(","):
             graphs = [folder / "onnx" / file_name("model", precision) for folder in (folded, swap)]
-            used = next(f for f in files if f.stem == name + ("_fp16" if precision == "fp16" else ""))
+            used = next(f for f in files if f.stem == name)
             rows.append((precision, *measured(graphs, used, options.rounds, options.threads)))
         print(f"{cores()} cores, {options.threads} thread(s), {options.rounds} rounds\n")
         head = ("precision", "prompt, folded ms", "live ms", "x", "token, folded ms", "live ms", "x")
