@@ -12,7 +12,7 @@ import pytest
 from ia3_export.parity.runs.inputs import make_cases
 from ia3_export.parity.runs.live import LiveModel
 from ia3_export.parity.runs.run_torch import Wanted, run_torch
-from ia3_export.parity.runs.wrong import _left_out, _Prefixes, layer_of
+from ia3_export.parity.runs.wrong import _left_out, _Prefixes, _replaced, layer_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -94,3 +94,13 @@ def test_a_layer_left_out_gives_what_a_whole_forward_gives(family: tuple[LiveMod
                 assert not np.array_equal(values, before[name]) or layer == layers[-1]
         after = prefixes.outputs()
         assert all(np.array_equal(after[name], values) for name, values in before.items())
+
+
+def test_a_forward_that_another_library_wrapped_stays_wrapped() -> None:
+    import torch
+
+    module = torch.nn.Linear(2, 2)
+    wrapped = module.forward = partial(torch.nn.Linear.forward, module)
+    with _replaced(module, torch.ones(1)):
+        assert module(torch.zeros(1, 2)).tolist() == [1.0]
+    assert module.forward is wrapped

@@ -92,11 +92,15 @@ class _Prefixes:
 @contextmanager
 def _replaced(module: Any, output: Any) -> Iterator[None]:
     """In this context `module` gives `output`."""
+    own = vars(module).get("forward")  # of a module that another library has wrapped
     module.forward = lambda *_inputs, **_named: copy.deepcopy(output)
     try:
         yield
     finally:
-        del module.forward
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 def run_wrong(
