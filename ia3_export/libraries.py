@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import inspect
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, partial, wraps
@@ -163,12 +164,12 @@ def give_back() -> None:
 
 @contextmanager
 def compiling_later() -> Iterator[None]:
-    """``torch.compile`` compiles when a function is first called, as its result does anyway: bitsandbytes
-    decorates four functions, for which torch imports its compiler, two seconds of a process that calls none
-    of them."""
+    """What is imported in this context asks for torch's compiler when it needs it, not before: bitsandbytes
+    decorates four functions with ``torch.compile`` and registers kernels that the compiler shall leave alone,
+    two seconds and 70 MB of imports in a process that compiles nothing."""
     import torch
 
-    compile_now = torch.compile
+    compile_now, disable_now = torch.compile, getattr(torch, "_disable_dynamo", None)
 
     @wraps(compile_now)
     def compile_later(model: Any = None, **options: Any) -> Any:
@@ -177,8 +178,25 @@ def compiling_later() -> Iterator[None]:
         compiled = cache(lambda: compile_now(model, **options))
         return wraps(model)(lambda *args, **kwargs: compiled()(*args, **kwargs))
 
+    def disable_later(function: Any = None, recursive: bool = True) -> Any:
+        if function is None or disable_now is None:
+            return partial(disable_later, recursive=recursive)
+        left_alone = disable_now(function, recursive)
+
+        @wraps(function)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            # a compiler that nobody has imported is not at work
+            chosen = left_alone if "torch._dynamo" in sys.modules else function
+            return chosen(*args, **kwargs)
+
+        return called
+
     torch.compile = compile_later
+    if disable_now is not None:
+        torch._disable_dynamo = disable_later
     try:
         yield
     finally:
         torch.compile = compile_now
+        if disable_now is not None:
+            torch._disable_dynamo = disable_now

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -91,3 +94,41 @@ def test_graphs_are_forgotten_whatever_else_lives() -> None:
     forget_graphs()
     assert matcher._current_node is None and matcher._graph is None
     assert type(proxy) is weakref.ProxyType
+
+
+def test_what_is_imported_without_the_compiler_compiles_when_it_is_called() -> None:
+    import torch
+
+    from ia3_export.libraries import compiling_later
+
+    before = torch.compile, torch._disable_dynamo
+    with compiling_later():
+
+        @torch.compile(backend="eager", dynamic=True)
+        def doubled(values: Any) -> Any:
+            return 2 * values
+
+        @torch._disable_dynamo
+        def named(values: Any, *, add: int) -> Any:
+            return values + add
+
+    assert (torch.compile, torch._disable_dynamo) == before
+    assert doubled.__name__ == "doubled" and doubled(torch.ones(2)).tolist() == [2, 2]
+    assert named(torch.ones(1), add=3).tolist() == [4]
+    assert torch.compile(lambda values: named(values, add=1) * 3, backend="eager")(
+        torch.ones(1)
+    ).tolist() == [6]
+
+
+def test_bitsandbytes_is_imported_without_the_compiler() -> None:
+    pytest.importorskip("bitsandbytes", reason="pip install 'ia3-export[bitsandbytes]'")
+    program = (
+        "import sys\nfrom ia3_export.libraries import compiling_later\n"
+        "with compiling_later():\n    import bitsandbytes\nimport torch\n"
+        "from bitsandbytes import functional\n"
+        "codes, state = functional.quantize_4bit(torch.ones(4, 64), quant_type='nf4')\n"
+        "assert functional.dequantize_4bit(codes, state).shape == (4, 64)\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
