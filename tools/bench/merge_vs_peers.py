@@ -182,6 +182,9 @@ def table(rows: Sequence[Row]) -> str:
             f"{row.variant:<16}{row.runs:>5}{row.wall_median_s:>9.2f}{row.wall_min_s:>9.2f}{ratio:>9}"
             f"{row.cpu_median_s:>9.2f}{row.peak_rss_mib:>10.0f}{row.disk_read_median_mib:>11.0f}"
         )
+    walls = {row.variant: row.wall_median_s for row in rows}
+    if {"ours", "cp-sha256sum"} <= walls.keys():
+        lines.append(f"ours beside cp-sha256sum, of medians: {walls['ours'] / walls['cp-sha256sum']:.2f}")
     return "\n".join(lines)
 
 
