@@ -56,6 +56,7 @@ PRIVATE: Mapping[str, str] = {
     "transformers.exporters.utils:apply_fx_node_fixes": "the export to ONNX",
     "transformers.exporters.utils:apply_patches": "the export to ONNX",
     "onnxscript.rewriter._matcher:SimplePatternMatcher": "giving an exported model's memory back",
+    "torch:_disable_dynamo": "importing bitsandbytes without torch's compiler",
     "torch._ops:OpOverload": "the export to ONNX",
     "torch.utils._python_dispatch:TorchDispatchMode": "the export to ONNX",
     "torch.utils._pytree:tree_flatten": "the export to ONNX",
@@ -169,7 +170,9 @@ def compiling_later() -> Iterator[None]:
     two seconds and 70 MB of imports in a process that compiles nothing."""
     import torch
 
-    compile_now, disable_now = torch.compile, getattr(torch, "_disable_dynamo", None)
+    compile_now, disable_now = torch.compile, None
+    with suppress(Unsupported):
+        disable_now = private("torch:_disable_dynamo")
 
     @wraps(compile_now)
     def compile_later(model: Any = None, **options: Any) -> Any:

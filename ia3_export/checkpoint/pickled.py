@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ia3_export.checkpoint.header import Shard, StoredTensor, tensor_bytes
-from ia3_export.checkpoint.torch_zip import read_plain
+from ia3_export.checkpoint.torch_zip import local_header, read_plain, state_table
 from ia3_export.errors import DamagedFile, NotFound, Unsupported, kind_and_line
 from ia3_export.libraries import private
 from ia3_export.words import STORED_NAMES, torch_name
@@ -47,7 +47,7 @@ def read_bin(path: Path, name: str | None = None) -> Shard:
         return Shard(name or path.name, path, b"", {"format": "pt"}, tuple(plain.values()))
     records = _records(path)
     state = _load(path, fake=records is not None)
-    state = _state_dict(state)
+    state = state_table(state)
     if not isinstance(state, dict):
         raise Unsupported(
             f"{path} holds a {type(state).__name__}, not a table of tensors",
@@ -62,7 +62,7 @@ def read_bin(path: Path, name: str | None = None) -> Shard:
         stored = _address(path, str(key), value) if records is not None else None
         if stored is None:
             real = _load(path, fake=False) if real is None else real
-            stored = _in_memory(path, str(key), _state_dict(real)[key])
+            stored = _in_memory(path, str(key), state_table(real)[key])
         tensors.append(stored)
     return Shard(name or path.name, path, b"", {"format": "pt"}, tuple(tensors))
 
@@ -74,15 +74,6 @@ def _check_key(path: Path, key: str) -> None:
         raise DamagedFile(
             f"{path} holds a key that is not valid Unicode: {key!r}", hint="fetch the file again"
         ) from None
-
-
-def _state_dict(value: Any) -> Any:
-    """The table of tensors in what ``torch.save`` saved.
-
-    Trainers put it under ``state_dict``, beside other things.
-    """
-    nested = value.get("state_dict") if isinstance(value, dict) else None
-    return nested if isinstance(nested, dict) else value
 
 
 def _records(path: Path) -> dict[int, int] | None:
@@ -98,10 +89,9 @@ def _records(path: Path) -> dict[int, int] | None:
             for entry in archive.infolist():
                 if entry.filename.endswith("/byteorder") and archive.read(entry) != b"little":
                     return None
-                file.seek(entry.header_offset + 26)
-                name_length, extra_length = struct.unpack("<HH", file.read(4))
+                start = local_header(file, entry).start
                 if entry.compress_type == zipfile.ZIP_STORED:
-                    records[entry.header_offset + 30 + name_length + extra_length] = entry.file_size
+                    records[start] = entry.file_size
             return records
     except (zipfile.BadZipFile, struct.error, OSError, NotImplementedError, RuntimeError, ValueError):
         return None

@@ -78,13 +78,41 @@ def read_plain(path: Path) -> dict[str, StoredTensor] | None:
                 return None
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in records.values()):
                 return None
-            state = _Unpickler(io.BytesIO(archive.read(root + "data.pkl"))).load()
-            nested = state.get("state_dict")
-            state = nested if isinstance(nested, dict) else state
+            state = state_table(_Unpickler(io.BytesIO(archive.read(root + "data.pkl"))).load())
             starts = _starts(file, archive)
             return {key: _placed(key, value, path, root, starts) for key, value in state.items()}
     except Exception:  # a damaged pickle makes the machine that runs it fail in any way there is
         return None
+
+
+class LocalHeader(NamedTuple):
+    """What stands before a record in the archive itself, and where the record's bytes start."""
+
+    signature: bytes
+    method: int
+    size: int
+    name: bytes
+    start: int
+
+
+def local_header(file: BinaryIO, entry: zipfile.ZipInfo) -> LocalHeader:
+    """The header of a record, which may be longer than the archive's directory says. Raises `struct.error` at
+    the end of the file."""
+    file.seek(entry.header_offset)
+    signature, method, size, name_length, extra_length = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+    name = file.read(name_length)
+    return LocalHeader(
+        signature, method, size, name, entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+    )
+
+
+def state_table(value: Any) -> Any:
+    """The table of tensors in what ``torch.save`` saved.
+
+    Trainers put it under ``state_dict``, beside other things.
+    """
+    nested = value.get("state_dict") if isinstance(value, dict) else None
+    return nested if isinstance(nested, dict) else value
 
 
 def _starts(file: BinaryIO, archive: zipfile.ZipFile) -> dict[str, tuple[int, int]]:
@@ -97,26 +125,18 @@ def _starts(file: BinaryIO, archive: zipfile.ZipFile) -> dict[str, tuple[int, in
     ends = [*(entry.header_offset for entry in entries[1:]), archive.start_dir]
     starts = {}
     for entry, end in zip(entries, ends, strict=True):
-        file.seek(entry.header_offset)
-        header = file.read(_LOCAL_HEADER.size)
-        signature, method, size, name_length, extra_length = _LOCAL_HEADER.unpack(header)
-        start = entry.header_offset + len(header) + name_length + extra_length
-        known_size = size in (
-            0,
-            entry.file_size,
-            0xFFFFFFFF,
-        )  # it may follow the record, or stand in ZIP64's field
-        gap = end - start - entry.file_size
-        if (
-            signature != b"PK\3\4"
-            or method != zipfile.ZIP_STORED
-            or not known_size
-            or gap not in _DESCRIPTORS
-        ):
+        header = local_header(file, entry)
+        # the size may follow the record instead (0), or stand in the field of ZIP64
+        as_written = (
+            header.signature == b"PK\3\4",
+            header.method == zipfile.ZIP_STORED,
+            header.size in (0, entry.file_size, 0xFFFFFFFF),
+            header.name == entry.filename.encode(),
+            end - header.start - entry.file_size in _DESCRIPTORS,
+        )
+        if not all(as_written):
             raise _NotPlain(entry.filename)
-        if file.read(name_length) != entry.filename.encode():
-            raise _NotPlain(entry.filename)
-        starts[entry.filename] = (start, entry.file_size)
+        starts[entry.filename] = (header.start, entry.file_size)
     return starts
 
 

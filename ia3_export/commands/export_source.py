@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.model import Adapter
@@ -12,12 +15,11 @@ from ia3_export.checkpoint.folder import ADAPTER_CONFIG, Checkpoint, read_checkp
 from ia3_export.checkpoint.hub import Location
 from ia3_export.commands.keeping import KeptBase, plan_kept
 from ia3_export.commands.merge import write_merges
-from ia3_export.commands.swapping import check_names, head_of_all, without_effect
-from ia3_export.errors import Refused
+from ia3_export.errors import Refused, Unsupported, UsageError
 from ia3_export.planning.plan import Plan, make_plan
 from ia3_export.planning.recipe import DEFAULT_RECIPE
-from ia3_export.quantization.base import read_base
-from ia3_export.writing.dense import write_dense
+from ia3_export.quantization.base import Base, read_base
+from ia3_export.writing.dense import dense_base, write_dense
 from ia3_export.writing.options import OutputOptions
 
 
@@ -86,24 +88,59 @@ def read_swappable(
     """
     whole = read_base(base)
     named, read = whole.stored.location, [read_adapter(adapter) for adapter in adapters]
-    check_names(read)
-    if whole.is_quantized or whole.stored.is_gguf:
-        say("dequantizing")
-        whole = read_base(write_dense(whole, scratch / "dense"))
+    _check_names(read)
+    whole = _dense(whole, scratch, say)
     resolved = []
     for adapter in read:
         plan = make_plan(whole, [adapter], DEFAULT_RECIPE)
         plan.raise_problems()
         resolved.append(plan.adapters[0])
     stored = {name: tensor.shape for name, tensor in whole.dense.tensors.items()}
-    if any(stored.get(name) != shape for name, shape in head_of_all(resolved).items()):
+    if any(stored.get(name) != shape for name, shape in _head_of_all(resolved).items()):
         say("merging the head")
-        plan = make_plan(whole, [without_effect(resolved[0])], DEFAULT_RECIPE)
+        plan = make_plan(whole, [_without_effect(resolved[0])], DEFAULT_RECIPE)
         write_merges([(plan, scratch / "base")], OutputOptions(digests="none", reload_check="none"))
         whole = read_base(scratch / "base")
     plan = make_plan(whole, (), DEFAULT_RECIPE)
     plan.raise_problems()
     return ExportSource(checkpoint=whole.stored, plan=plan, named=named, swapped=tuple(resolved))
+
+
+def _check_names(adapters: Sequence[Adapter]) -> None:
+    """Raise `UsageError` for two adapters of one name, or with the same vectors."""
+    names, digests = ([a.name for a in adapters], [a.digest for a in adapters])
+    for keys, said, hint in (
+        (names, "have one name", "rename one: files are called so"),
+        (digests, "have the same vectors", "give each adapter once"),
+    ):
+        again = next((key for key, count in Counter(keys).items() if count > 1), None)
+        if again is not None:
+            given = [a.location.given for a, key in zip(adapters, keys, strict=True) if key == again]
+            raise UsageError(f"two adapters {said}: {', '.join(given)}", hint=hint)
+
+
+def _head_of_all(adapters: Sequence[Adapter]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that the adapters bring besides their vectors, which must be the same ones.
+
+    Raises `Unsupported` where one brings others: a graph has one place for each.
+    """
+    first = {name: tensor.shape for name, tensor in adapters[0].extras.items()}
+    for adapter in adapters[1:]:
+        own = {name: tensor.shape for name, tensor in adapter.extras.items()}
+        if own != first:
+            name = min(own.items() ^ first.items())[0]
+            raise Unsupported(
+                f"{adapters[0].name} and {adapter.name} do not bring {name} in one shape, so that one graph "
+                "cannot hold both",
+                hint="heads with other labels need a graph of their own: export them apart",
+            )
+    return first
+
+
+def _without_effect(adapter: Adapter) -> Adapter:
+    """`adapter` with vectors of ones: what it brings besides, alone."""
+    sites = {key: replace(site, vector=np.ones_like(site.vector)) for key, site in adapter.sites.items()}
+    return replace(adapter, sites=sites)
 
 
 def read_model(model: str | Path, scratch: Path, say: Callable[[str], None], *, keep: bool) -> ExportSource:
@@ -124,9 +161,13 @@ def read_model(model: str | Path, scratch: Path, say: Callable[[str], None], *, 
         say("dequantizing")
         kept = plan_kept(base, (), DEFAULT_RECIPE, scratch / "dense")
         return ExportSource(checkpoint=kept.plan.base.stored, plan=kept.plan, named=named, kept=kept)
-    if base.is_quantized or base.stored.is_gguf:
-        say("dequantizing")
-        base = read_base(write_dense(base, scratch / "dense"))
+    base = _dense(base, scratch, say)
     plan = make_plan(base, (), DEFAULT_RECIPE)
     plan.raise_problems()
     return ExportSource(checkpoint=base.stored, plan=plan, named=named)
+
+
+def _dense(base: Base, scratch: Path, say: Callable[[str], None]) -> Base:
+    if base.is_quantized or base.stored.is_gguf:
+        say("dequantizing")
+    return dense_base(base, scratch / "dense")

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from ia3_export.adapters.model import Adapter
+from ia3_export.checkpoint.folder import Checkpoint
+from ia3_export.commands.export_source import ExportSource
 from ia3_export.commands.verify import Shipped, activated, prove, read_exported
 from ia3_export.errors import Unsupported, UsageError
 from ia3_export.onnx.export import TracedGraph
@@ -20,7 +20,6 @@ from ia3_export.onnx.swap import (
     Slot,
     adapter_values,
     distance_to_base,
-    initializer_names,
     is_vector,
     live_vectors,
     make_overridable,
@@ -34,51 +33,8 @@ from ia3_export.planning.plan import Plan, make_plan
 from ia3_export.planning.recipe import DEFAULT_RECIPE
 from ia3_export.report.model import Report, TensorFinding, WeightsProof
 
-if TYPE_CHECKING:
-    from ia3_export.commands.export_source import ExportSource
-
 #: Most that other fusions of nodes may change, beside the largest value.
 _LAST_PLACES = 1e-5
-
-
-def check_names(adapters: Sequence[Adapter]) -> None:
-    """Raise `UsageError` for two adapters of one name, or with the same vectors."""
-    for keys, said, hint in (
-        (
-            [adapter.name for adapter in adapters],
-            "have one name",
-            "rename one: files are called so",
-        ),
-        ([adapter.digest for adapter in adapters], "have the same vectors", "give each adapter once"),
-    ):
-        again = next((key for key, count in Counter(keys).items() if count > 1), None)
-        if again is not None:
-            given = [a.location.given for a, key in zip(adapters, keys, strict=True) if key == again]
-            raise UsageError(f"two adapters {said}: {', '.join(given)}", hint=hint)
-
-
-def head_of_all(adapters: Sequence[Adapter]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors that the adapters bring besides their vectors, which must be the same ones.
-
-    Raises `Unsupported` where one brings others: a graph has one place for each.
-    """
-    first = {name: tensor.shape for name, tensor in adapters[0].extras.items()}
-    for adapter in adapters[1:]:
-        own = {name: tensor.shape for name, tensor in adapter.extras.items()}
-        if own != first:
-            name = min(own.items() ^ first.items())[0]
-            raise Unsupported(
-                f"{adapters[0].name} and {adapter.name} do not bring {name} in one shape, so that one graph "
-                "cannot hold both",
-                hint="heads with other labels need a graph of their own: export them apart",
-            )
-    return first
-
-
-def without_effect(adapter: Adapter) -> Adapter:
-    """`adapter` with vectors of ones: what it brings besides, alone."""
-    sites = {key: replace(site, vector=np.ones_like(site.vector)) for key, site in adapter.sites.items()}
-    return replace(adapter, sites=sites)
 
 
 def write_swappable(
@@ -96,7 +52,7 @@ def write_swappable(
     for path in sorted((folder / "onnx").glob("*.onnx")):
         found = make_overridable(path, names)
         slots[path] = {name: replace(slot, transposed=name in turned) for name, slot in found.items()}
-    held = {graph.path.stem: initializer_names(graph.path) & names for graph in traced}
+    held = {graph.path.stem: graph.origins.keys() & names for graph in traced}
     known = set[str]().union(*held.values())
     for path, found in slots.items():
         lost = held[plain_stem(path) or path.stem] - found.keys()
@@ -153,8 +109,11 @@ def prove_active(
     graphs: Sequence[Graph],
     others: Sequence[Adapter],
     settings: RunSettings | None,
+    *,
+    named: Checkpoint | None = None,
 ) -> Report:
-    """Prove swappable `graphs`, which hold the tensors of the plan `held`, with `adapter` active.
+    """Prove swappable `graphs`, which hold the tensors of the plan `held`, with `adapter` active; `named` as
+    for `prove`.
 
     The `controls` are the float32 (or else float16) graph without an adapter and with `others`: they must not
     be in parity.
@@ -168,7 +127,7 @@ def prove_active(
         controls = [(f"{exact.file} without an adapter", exact)]
         controls += [(f"{exact.file} with {other.name}", activated(exact, other)) for other in others]
     shipped = Shipped(None, active, weights=held, controls=tuple(controls))
-    report = prove(plan, shipped, settings)
+    report = prove(plan, shipped, settings, named=named)
     files = [_prove_files(adapter, graph) for graph in active]
     return replace(
         report,

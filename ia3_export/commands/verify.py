@@ -35,7 +35,7 @@ from ia3_export.planning.recipe import DEFAULT_RECIPE, Recipe
 from ia3_export.quantization.base import Base, read_base
 from ia3_export.report.model import Reference, Report, Step, WeightsProof
 from ia3_export.words import INTEGER_PRECISIONS, TORCH_NAMES
-from ia3_export.writing.dense import write_dense
+from ia3_export.writing.dense import dense_base
 from ia3_export.writing.execute import Progress
 from ia3_export.writing.options import OutputOptions
 from ia3_export.writing.stage import scratch_folder
@@ -58,9 +58,10 @@ def verify(
     """Prove a merged folder and/or ONNX files equal to base + live adapters.
 
     First the weights: every changed tensor must be the fold of base and adapters bit for bit, every other the
-    base's bytes. Then the forwards: the reference is the unmerged forward in float64, and an artifact is in
-    parity when ``err(artifact) <= k * err(unmerged) + eps`` (docs/parity.md derives k and eps); quantized
-    ONNX files have gates of their own. The control is the adapters' whole effect on the base.
+    base's bytes. Then the forwards: the reference is the unmerged forward in float64 (float32 where all that
+    is judged has 16 bits), and an artifact is in parity when ``err(artifact) <= k * err(unmerged) + eps``
+    (docs/parity.md derives k and eps); quantized ONNX files have gates of their own. The control is the
+    adapters' whole effect on the base.
 
     Args:
         base, adapters: as in `merge`. Without an adapter an ONNX file is compared with the model
@@ -120,16 +121,12 @@ def _verify_swappable(
             hint="give one --adapter, and --merged in a run of its own",
         )
     with scratch_folder() as scratch:
-        named = whole.stored
-        if whole.is_quantized or named.is_gguf:  # the graphs were made of what it stands for
-            whole = read_base(write_dense(whole, scratch / "dense"))
-        held = make_plan(whole, (), DEFAULT_RECIPE)
+        # the graphs were made of what a quantized base stands for
+        held = make_plan(dense_base(whole, scratch / "dense"), (), DEFAULT_RECIPE)
         held.raise_problems()
         if adapters:
-            report = prove_active(held, adapters[0], shipped.graphs, (), settings)
-        else:
-            report = prove(held, replace(shipped, weights=held), settings)
-    return replace(report, base=model_id(named.location))
+            return prove_active(held, adapters[0], shipped.graphs, (), settings, named=whole.stored)
+        return prove(held, replace(shipped, weights=held), settings, named=whole.stored)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -23,6 +22,8 @@ from typing import Any, TypeVar
 from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.folder import architectures
 from ia3_export.checkpoint.header import StoredTensor
+from ia3_export.drawing.files import write_whole
+from ia3_export.errors import OutputError
 from ia3_export.models.conversions import Renaming
 from ia3_export.models.model_class import (
     RuntimeModel,
@@ -149,7 +150,7 @@ def remembered(
             os.utime(file)
         return answer
     answer = ask()
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, OutputError):
         _keep(file, {"question": question, "answer": write(answer)})
     return answer
 
@@ -192,16 +193,7 @@ def _release(name: str) -> str | None:
 
 
 def _keep(file: Path, kept: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=file.parent)
-    os.close(descriptor)
-    beside = Path(name)
-    try:
-        beside.write_bytes(json.dumps(kept).encode())
-        beside.replace(file)
-    except BaseException:
-        beside.unlink()
-        raise
+    write_whole(file, json.dumps(kept).encode())
     others = sorted(file.parent.glob("*.json"), key=lambda other: other.stat().st_mtime)
     for other in others[:-_KEPT]:
         other.unlink()

@@ -152,13 +152,6 @@ def _cast_to_half(graph: Any, tensor: Any, folder: Path) -> None:
     graph.node.insert(0, cast)
 
 
-def initializer_names(path: Path) -> set[str]:
-    """The initializers of a graph."""
-    import onnx
-
-    return {tensor.name for tensor in onnx.load(path, load_external_data=False).graph.initializer}
-
-
 def adapter_values(adapter: Adapter, slots: Mapping[str, Slot]) -> dict[str, Array]:
     """What a run with `adapter`, whose names are those of the class, gives the `slots` of a graph: its
     vectors, and the tensors that it brings. Slots that it has nothing for keep their defaults."""

@@ -12,13 +12,19 @@ import numpy as np
 
 from ia3_export.checkpoint.header import StoredTensor, tensor_bytes, write_header
 from ia3_export.fold import FLOAT_DTYPES
-from ia3_export.quantization.base import Base
+from ia3_export.quantization.base import Base, read_base
 from ia3_export.quantization.config import SIDE_FILES, without_settings
 from ia3_export.quantization.packed import read_flat
 from ia3_export.writing.stage import copy_file
 
 #: Elements that are in memory at a time.
 _BLOCK = 1 << 21
+
+
+def dense_base(base: Base, folder: Path) -> Base:
+    """What `base` stands for: `write_dense` in `folder` where it is quantized, else itself."""
+    quantized = base.is_quantized or base.stored.is_gguf
+    return read_base(write_dense(base, folder)) if quantized else base
 
 
 def write_dense(base: Base, folder: Path) -> Path:

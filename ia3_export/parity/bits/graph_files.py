@@ -124,13 +124,14 @@ def _read_graph(path: Path) -> Graph:
         if isinstance(tensor, onnx_ir.ExternalTensor):
             _check_external(tensor, path)
     shaped = {out.name or "": out for node in nodes if node.op_type in SHAPING for out in node.outputs}
-    given = _overridable(_manifest(path)) & {value.name for value in model.graph.inputs}
+    manifest = _manifest(path)
+    given = _overridable(manifest) & {value.name for value in model.graph.inputs}
     overridable = {name: initializers.pop(name) for name in given & initializers.keys()}
     names = [*initializers, *(node.name or "" for node in nodes)]
     names += [output.name or "" for node in nodes for output in node.outputs]
     outputs = tuple(o.name or "" for o in model.graph.outputs if not (o.name or "").startswith("present."))
     operators = Counter(node.op_type for node in nodes)
-    precision, manifest = _precision(model, initializers), _manifest(path)
+    precision = _precision(model, initializers)
     if precision in CODED_PRECISIONS and path.stem.endswith(SUFFIXES["keep"]):
         precision = "keep"
     return Graph(
