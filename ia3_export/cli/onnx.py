@@ -39,8 +39,8 @@ _NAMED = 4
 @click.option(
     "--onnx-base",
     metavar="DIR",
-    help="Instead of both: ONNX folder of the base, whose weights --adapter is folded into without a trace. --base "
-    "then is where weights are looked up whose names are gone.",
+    help="ONNX folder of the base: --adapter is folded into its weights, without a trace. --base then is "
+    "where weights are looked up whose names are gone.",
 )
 @click.option(
     "--adapter", "adapters", multiple=True, metavar="ADAPTER", help="IA3 adapter; repeat for several."
@@ -148,7 +148,7 @@ def onnx_command(
 
         if model is not None or graphs != GraphOptions():
             raise UsageError(
-                "--onnx-base keeps the graphs as they are: their task, precisions and form were chosen before",
+                "--onnx-base keeps the graphs as they are: task, precisions and form were chosen before",
                 hint="give --adapter, and --base where names are gone",
             )
         folded = refold(

@@ -28,8 +28,8 @@ from ia3_export.report.model import MAX_ERROR, Reference, Report, Step, WeightsP
 from ia3_export.words import CODED_PRECISIONS, TORCH_NAMES
 from ia3_export.writing.stage import scratch_folder
 
-#: Share of the adapters' effect that the error may be: rounding alone; vectors folded into 16-bit weights, which
-#: were rounded again; activations that codes round to 8 bits, once before a vector and once after it.
+#: Share of the adapters' effect that the error may be: rounding alone; vectors folded into 16-bit weights,
+#: which were rounded again; activations that codes round to 8 bits, once before a vector and once after it.
 _EXACT, _HALF, _CODED = 1e-3, 0.02, 0.1
 #: Rounding of float32 in a forward, of the largest value.
 _NOISE = {"fp32": 2e-5, "fp16": 2e-3}

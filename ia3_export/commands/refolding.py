@@ -78,8 +78,8 @@ def read_onnx_base(location: str | Path) -> OnnxBase:
 
 
 def checkpoint_of(onnx_base: OnnxBase) -> Checkpoint:
-    """The tensors of the model that an ONNX folder was exported from, as far as its names tell, in their stored
-    shapes; their values are not read."""
+    """The tensors of the model that an ONNX folder was exported from, as far as its names tell, in their
+    stored shapes; their values are not read."""
     folder = onnx_base.folder
     config = _config(folder)
     stated = STORED_NAMES.get(str((config or {}).get("dtype") or (config or {}).get("torch_dtype")), "F32")
@@ -162,7 +162,8 @@ def refold(
         onnx_base: folder that `export_onnx`, optimum or the builder of onnxruntime-genai wrote of the base.
         adapters: folded one after the other.
         base: the checkpoint, to find weights whose names did not survive the export by their content.
-        check: prove the result: initializers bit for bit, and in ONNX Runtime beside the base's graph with live
+        check: prove the result: initializers bit for bit, and in ONNX Runtime beside the base's graph with
+        live
             multiplications.
         overwrite: replace an output folder that a command of ours wrote, and in which nothing else lies.
         on_step: told what is being done.
@@ -220,8 +221,8 @@ def _raise_unnamed(plan: Plan, held: OnnxBase) -> None:
     if any(isinstance(problem, UnusedVector) for problem in plan.problems):
         raise UnusedVector(
             f"{plan.problems[0]}; the names in {held.graphs[0].path.name} may not be the model's",
-            hint="give --base too, the checkpoint that the graphs were made of: weights are then found by their "
-            "values",
+            hint="give --base too, the checkpoint that the graphs were made of: weights are then found by "
+            "their values",
         )
 
 
@@ -302,8 +303,8 @@ def _require(
         if change.how in _BROUGHT or (name.endswith(".bias") and _is_zero(plan, name)):
             continue  # a graph of hidden states has no head; equal small tensors are kept once
         raise Unsupported(
-            f"{' + '.join(graph.path.name for graph in model)} holds {name} under no name that tells it: the graph "
-            "was optimized, quantized or exported so that the site is gone",
+            f"{' + '.join(graph.path.name for graph in model)} holds {name} under no name that tells it: the "
+            "graph was optimized, quantized or exported so that the site is gone",
             hint="give --base to look for it by its values, or export the merged model instead",
         )
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import Unsupported
-from ia3_export.fold import Array, from_float, storage_dtype, to_float
+from ia3_export.fold import Array, storage_dtype, to_float
 from ia3_export.onnx.decoded import decoded, steps_of
 from ia3_export.onnx.places import GraphFile, Place, outputs_last
 from ia3_export.onnx.refold import FLOATS
@@ -38,8 +38,8 @@ class _Probe:
 def content_places(
     graph: GraphFile, tensors: Mapping[str, StoredTensor], taken: Collection[str]
 ) -> dict[str, list[Place]]:
-    """The places of `tensors` in `graph`, among the initializers that are not `taken`. Tensors of zeros are not
-    looked for: nothing changes in them."""
+    """The places of `tensors` in `graph`, among the initializers that are not `taken`. Tensors of zeros are
+    not looked for: nothing changes in them."""
     probes = {name: probe for name, tensor in tensors.items() if (probe := _probe(tensor)) is not None}
     found: dict[str, list[Place]] = {}
     for own in [own for own in graph.coded if own not in taken and graph.spans[graph.coded[own]].nbytes > 1]:
@@ -80,32 +80,42 @@ def _in_floats(span: Span, probes: Mapping[str, _Probe]) -> Iterator[tuple[str, 
     array = np.memmap(span.file, storage_dtype(dtype), "r", span.offset, span.shape)
     whole = array if array.ndim == 2 else array[None]
     for name, probe in probes.items():
-        rows = {row: from_float(values.copy(), dtype) for row, values in probe.rows.items()}
+        rows = probe.rows
         for transposed in (False, True) if array.ndim == 2 else (False,):
             view = whole.T if transposed else whole
             if array.ndim == 1 and probe.shape[0] == 1 and view.shape[1] > probe.shape[1]:
-                yield from ((name, place) for place in _in_a_row(span, view[0], rows[0]))
-            for first in _starts(view, probe, rows[0]):
-                if all(np.array_equal(view[first + row], values) for row, values in rows.items()):
+                yield from ((name, place) for place in _in_a_row(span, view[0], rows[0], dtype))
+            for first in _starts(view, probe, dtype):
+                if all(_near(view[first + row], values, dtype).all() for row, values in rows.items()):
                     yield name, _place(span.name, view, probe, first, transposed=transposed)
 
 
-def _in_a_row(span: Span, values: Array, wanted: Array) -> Iterator[Place]:
+def _near(raw: Array, wanted: Array, dtype: str) -> Array:
+    """Whether stored bits are the numbers `wanted`, rounded: ONNX Runtime's converter to float16 moves the
+    smallest ones away from zero."""
+    values = to_float(raw.reshape(-1), dtype).reshape(raw.shape)
+    if dtype in ("F32", "F64"):
+        return np.asarray(values == wanted)
+    return np.asarray(np.abs(values - wanted) <= 2.0**-8 * np.abs(wanted) + 2e-7)
+
+
+def _in_a_row(span: Span, values: Array, wanted: Array, dtype: str) -> Iterator[Place]:
     """Biases that lie behind one another."""
-    for first in np.flatnonzero(values[: len(values) - len(wanted) + 1] == wanted[0]):
-        if np.array_equal(values[first : first + len(wanted)], wanted):
+    for first in np.flatnonzero(_near(values[: len(values) - len(wanted) + 1], wanted[0], dtype)):
+        if _near(values[first : first + len(wanted)], wanted, dtype).all():
             yield Place(span.name, False, int(first), len(wanted))
             return
 
 
-def _starts(view: Array, probe: _Probe, row: Array) -> Sequence[int]:
+def _starts(view: Array, probe: _Probe, dtype: str) -> Sequence[int]:
     """The rows of `view` at which the tensor may begin."""
     if view.shape[1] != probe.shape[1] or view.shape[0] < probe.shape[0]:
         return ()
     if view.shape[0] == probe.shape[0]:
         return (0,)
     last = view.shape[0] - probe.shape[0] + 1
-    return [int(i) for i in np.flatnonzero((view[:last, :_START] == row[:_START]).all(1))]
+    near = _near(view[:last, :_START], probe.rows[0][:_START], dtype)
+    return [int(i) for i in np.flatnonzero(near.all(1))]
 
 
 def _place(name: str, view: Array, probe: _Probe, first: int, *, transposed: bool) -> Place:

@@ -22,9 +22,9 @@ _HINT = "export the merged model instead"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScalesOfCodes:
-    """The scales (and offsets) of a weight with so many `outputs`: `arrays` by name, with the outputs as their
-    first axis, or one number for all of them. `spread` are ``DequantizeLinear`` nodes with one number, that then
-    have one an output along the given axis, and `zeros` their zero points."""
+    """The scales (and offsets) of a weight with so many `outputs`: `arrays` by name, with the outputs as
+    their first axis, or one number for all of them. `spread` are ``DequantizeLinear`` nodes with one number,
+    that then have one an output along the given axis, and `zeros` their zero points."""
 
     outputs: int
     arrays: Mapping[str, Array]
@@ -33,8 +33,8 @@ class ScalesOfCodes:
     halves: frozenset[str] = frozenset()
 
     def scaled(self, factors: Array) -> dict[str, Array]:
-        """The arrays multiplied by `factors` (outputs,): in float32, or in float16 where a graph computes in it
-        (`halves`)."""
+        """The arrays multiplied by `factors` (outputs,): in float32, or in float16 where a graph computes in
+        it (`halves`)."""
         found = {name: np.broadcast_to(zero.reshape(()), factors.shape) for name, zero in self.zeros.items()}
         for name, array in self.arrays.items():
             wide = array.astype("<f4")
@@ -51,7 +51,8 @@ class ScalesOfCodes:
 def scales_of(graph: GraphFile, own: str) -> ScalesOfCodes:
     """The scales (and offsets) of the weight `own`.
 
-    Raises `Unsupported` for codes whose scales lie along the inputs, or in operators that take none an output.
+    Raises `Unsupported` for codes whose scales lie along the inputs, or in operators that take none an
+    output.
     """
     codes = graph.coded[own]
     shape = graph.spans[codes].shape
@@ -110,18 +111,18 @@ def _check_readers(graph: GraphFile, own: str, nodes: Any) -> None:
     for node in nodes:
         if node.op_type not in ("MatMulInteger", "DequantizeLinear", "DynamicQuantizeMatMul"):
             raise Unsupported(
-                f"{graph.path.name} multiplies with {own} in a {node.op_type}, whose output has a scale that was "
-                "measured on the base",
+                f"{graph.path.name} multiplies with {own} in a {node.op_type}, whose output has a scale "
+                "that was measured on the base",
                 hint=_HINT,
             )
         after = [n for name in node.output for n in graph.readers.get(name, ())]
         later = [n for one in after for name in one.output for n in graph.readers.get(name, ())]
         if node.op_type == "DequantizeLinear" and any(n.op_type == "QuantizeLinear" for n in later):
             raise Unsupported(
-                f"{graph.path.name} rounds what {own} gives by a scale that was measured on the base: the site "
-                "cannot take a vector",
-                hint="quantize the merged model; or weights alone, whose activations are not rounded by fixed "
-                "scales",
+                f"{graph.path.name} rounds what {own} gives by a scale that was measured on the base: the "
+                "site cannot take a vector",
+                hint="quantize the merged model; or weights alone, whose activations are not rounded by "
+                "fixed scales",
             )
 
 
@@ -156,7 +157,8 @@ class DecodedWeight:
                 node.input[slot] = name
             else:
                 raise Unsupported(
-                    f"{graph.path.name} multiplies with {self.own} in a {node.op_type}, which takes no float32 weight",
+                    f"{graph.path.name} multiplies with {self.own} in a {node.op_type}, which takes no "
+                    "float32 weight",
                     hint=_HINT,
                 )
         held = self.values if self.values.ndim > 2 else self.values.T
@@ -164,8 +166,8 @@ class DecodedWeight:
 
 
 def decoded(graph: GraphFile, own: str, *, columns: int | None = None) -> DecodedWeight:
-    """The weight that the codes of `own` stand for, with so many `columns` (inputs); without them those that fill
-    the last block may be among them. Raises `Unsupported` for codes of an unknown form."""
+    """The weight that the codes of `own` stand for, with so many `columns` (inputs); without them those that
+    fill the last block may be among them. Raises `Unsupported` for codes of an unknown form."""
     codes = graph.coded[own]
     raw = values_of(graph, codes)
     if in_blocks(codes, raw.shape):
@@ -259,8 +261,8 @@ def products_of(graph: GraphFile, codes: str) -> list[tuple[Any, int]]:
 
 
 def around(graph: GraphFile, node: Any) -> tuple[str, Any]:
-    """What ``quantize_dynamic`` made a ``MatMulInteger`` of: the float32 input, and the last node, which gives the
-    product in float32."""
+    """What ``quantize_dynamic`` made a ``MatMulInteger`` of: the float32 input, and the last node, which
+    gives the product in float32."""
     maker = graph.makers.get(node.input[0])
     casts = graph.readers.get(node.output[0], ())
     if maker is not None and maker.op_type == "DynamicQuantizeLinear" and len(casts) == 1:
@@ -268,7 +270,8 @@ def around(graph: GraphFile, node: Any) -> tuple[str, Any]:
         if casts[0].op_type == "Cast" and len(scaled) == 1 and scaled[0].op_type == "Mul":
             return maker.input[0], scaled[0]
     raise Unsupported(
-        f"{graph.path.name} computes {node.name or node.output[0]} in a form that quantize_dynamic does not write",
+        f"{graph.path.name} computes {node.name or node.output[0]} in a form that quantize_dynamic does "
+        "not write",
         hint=_HINT,
     )
 

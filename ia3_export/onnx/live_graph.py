@@ -1,7 +1,7 @@
 """The graph of a base with the vectors of adapters as live multiplications: what a refolded one must compute.
 
-A vector on inputs multiplies what a product takes, one on outputs what it gives, and its bias by itself, where
-that is added later. Made of the graph alone; whatever the folding does has no part in it.
+A vector on inputs multiplies what a product takes, one on outputs what it gives, and its bias by itself,
+where that is added later. Made of the graph alone; whatever the folding does has no part in it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import DamagedFile, Unsupported
 from ia3_export.fold import Array
-from ia3_export.onnx.decoded import around, products_of
+from ia3_export.onnx.decoded import around, products_of, values_of
 from ia3_export.onnx.places import GraphFile, Place, outputs_last, read_graph_file
 from ia3_export.onnx.refold import Laid, Rewriting
 from ia3_export.onnx.rewrite import write_graph
@@ -33,13 +33,14 @@ class LiveFold:
 def write_live(
     path: Path, folds: Sequence[LiveFold], target: Path, brought: Sequence[tuple[Place, StoredTensor]] = ()
 ) -> None:
-    """Write the graph `path` with `folds` as multiplications to `target`, with external data beside it, and with
-    the tensors that adapters have `brought`.
+    """Write the graph `path` with `folds` as multiplications to `target`, with external data beside it, and
+    with the tensors that adapters have `brought`.
 
     Raises `Unsupported` for a place that no product reads.
     """
     graph = read_graph_file(path)
-    heads, writer = Rewriting(graph), _Writer(graph)
+    biases = frozenset(fold.place.name for fold in folds if len(fold.laid.shape) == 1)
+    heads, writer = Rewriting(graph), _Writer(graph, biases)
     for place, tensor in brought:
         heads.replace(place, tensor)
     for fold in folds:
@@ -50,9 +51,11 @@ def write_live(
 
 @dataclass(slots=True, eq=False)
 class _Writer:
-    """`half`: what is multiplied next is float16. `latest`: what readers of a value read in its place so far."""
+    """`biases` are those with vectors. `half`: what is multiplied next is float16. `latest`: what readers of
+    a value read in its place so far."""
 
     graph: GraphFile
+    biases: frozenset[str]
     count: int = 0
     half: bool = False
     latest: dict[str, str] = field(default_factory=dict)
@@ -89,6 +92,7 @@ class _Writer:
 
     def _before(self, node: Any, fold: LiveFold) -> None:
         value = around(self.graph, node)[0] if node.op_type == "MatMulInteger" else node.input[0]
+        value = next((old for old, new in self.latest.items() if new == value), value)
         maker = self.graph.makers.get(value)
         factors = fold.laid.scale.factors.astype("<f4")
         if maker is not None and maker.op_type == "Gather" and maker.input[1].rstrip("_").endswith("_order"):
@@ -105,7 +109,22 @@ class _Writer:
         old = last.output[0]
         bare = f"{old}.bare"
         last.output[0] = bare
-        self._insert(bare, shape.reshape(-1, *trailing), old)
+        out = old
+        if node.op_type in ("Gemm", "Conv") and len(node.input) > 2 and node.input[2] not in self.biases:
+            out = f"{old}.unbiased"  # made by the exporter, of a normalization that comes after the vector
+            self._add_bias(node, out, old, trailing)
+        self._insert(bare, shape.reshape(-1, *trailing), out)
+
+    def _add_bias(self, node: Any, value: str, out: str, trailing: tuple[int, ...]) -> None:
+        """Let what `node` adds be added to `value`, after it."""
+        import onnx
+
+        bias = values_of(self.graph, node.input[2]).reshape(-1, *trailing)
+        del node.input[2:]
+        self.count += 1
+        name = f"ia3.bias.{self.count}"
+        self.graph.model.graph.initializer.append(onnx.numpy_helper.from_array(bias, name))
+        self.graph.model.graph.node.append(onnx.helper.make_node("Add", [value, name], [out], name=name))
 
     def _outputs(self, fold: LiveFold) -> int:
         name = self.graph.coded.get(fold.place.name, fold.place.name)

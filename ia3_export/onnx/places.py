@@ -62,7 +62,6 @@ class GraphFile:
         """The initializer of codes of each weight that has some, by the weight's own name."""
         return {_CODED.sub("", name): name for name in self.spans if _CODED.search(name)}
 
-
     @property
     def precision(self) -> str:
         """What its name or its weights say it is held in: fp32, fp16, int8, q8, int4 or keep."""
@@ -79,8 +78,8 @@ class GraphFile:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A stored tensor in a graph: the initializer `name` (of codes: the weight's own name), `transposed` or as
-    it is stored. Where it lies beside others in one initializer, its outputs are the `count` from `first`
+    """A stored tensor in a graph: the initializer `name` (of codes: the weight's own name), `transposed` or
+    as it is stored. Where it lies beside others in one initializer, its outputs are the `count` from `first`
     on. `dtype` and `shape` are the stored ones, where our manifest says so."""
 
     name: str

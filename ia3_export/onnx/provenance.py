@@ -15,8 +15,8 @@ class Origin:
     """The stored tensor that an initializer holds, `transposed` or as it is.
 
     `tensor` is None where several stored tensors were put together while loading (fused experts), or where
-    torch computed the values (folded constants). `dtype` (safetensors' name) and `shape` are the stored ones, the
-    dtype that in which a model has it where it was quantized.
+    torch computed the values (folded constants). `dtype` (safetensors' name) and `shape` are the stored ones;
+    of what was quantized, the dtype in which a model has it.
     """
 
     tensor: str | None

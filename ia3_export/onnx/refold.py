@@ -1,8 +1,8 @@
 """Vectors folded into the initializers of a graph that exists already: nothing is traced.
 
-Floats are multiplied where they lie, block by block. Codes stay what they are: a vector on the outputs goes into
-their scales (and offsets), which float32 holds as exactly as any weight. A vector on the inputs of codes has no
-scale to go to: the weight becomes a float32 one.
+Floats are multiplied where they lie, block by block. Codes stay what they are: a vector on the outputs goes
+into their scales (and offsets), which float32 holds as exactly as any weight. A vector on the inputs of codes
+has no scale to go to: the weight becomes a float32 one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ _STEP = 1 << 20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NewTensor:
-    """What an initializer becomes: its element type (ONNX's number), shape, and bytes, made block by block."""
+    """What an initializer becomes: its element type (ONNX's number), shape, and bytes, made block by
+    block."""
 
     name: str
     data_type: int
@@ -69,10 +70,9 @@ class Laid:
 
 @dataclass(slots=True, eq=False)
 class Rewriting:
-    """What becomes of a `graph`: `new` initializers by name, and the weights that are `dense` now. `folds` and
-    `rows` are the vectors noted for floats and for codes, `heads` tensors
-    of adapters, `brought` their stored bits by initializer;
-    `rewired`: nodes are others, too."""
+    """What becomes of a `graph`: `new` initializers by name, and the weights that are `dense` now. `folds`
+    and `rows` are the vectors noted for floats and for codes, `heads` tensors of adapters, `brought` their
+    stored bits by initializer; `rewired`: nodes are others, too."""
 
     graph: GraphFile
     new: dict[str, NewTensor] = field(default_factory=dict)
@@ -100,7 +100,8 @@ class Rewriting:
         self.folds.setdefault(place.name, []).append((place, laid))
 
     def replace(self, place: Place, tensor: StoredTensor) -> None:
-        """Put a tensor of an adapter in the place of one of the same shape (a head); codes become float32 numbers.
+        """Put a tensor of an adapter in the place of one of the same shape (a head); codes become float32
+        numbers.
 
         Raises `Unsupported` for another shape.
         """
@@ -174,7 +175,8 @@ class Rewriting:
 
 
 def oriented(values: Array, place: Place, dtype: str) -> Array:
-    """The stored `values` of a tensor as an initializer at `place` holds them, in the stored bits of `dtype`."""
+    """The stored `values` of a tensor as an initializer at `place` holds them, in the stored bits of
+    `dtype`."""
     turned = values.T if place.transposed and values.ndim == 2 else values
     return from_float(np.array(turned.reshape(-1), order="C"), dtype).reshape(turned.shape)
 
@@ -215,8 +217,8 @@ def _turned(laid: Laid, place: Place, shape: tuple[int, ...]) -> Scale:
 def _folded(span: Span, scales: Sequence[Scale], rounded: str) -> Iterator[Any]:
     """The bytes of a float initializer with `scales` folded in.
 
-    Numbers that all are ones of `rounded`, the dtype of the model, were widened from it, and are rounded to it
-    again: a merge of what is stored does the same.
+    Numbers that all are ones of `rounded`, the dtype of the model, were widened from it, and are rounded to
+    it again: a merge of what is stored does the same.
     """
     dtype = FLOATS[span.dtype]
     kept = rounded if dtype in ("F32", "F16") and fits(span, rounded) else dtype
@@ -231,8 +233,8 @@ def _folded(span: Span, scales: Sequence[Scale], rounded: str) -> Iterator[Any]:
 
 
 def raw_blocks(span: Span, unit: int = 1) -> Iterator[tuple[Array, int]]:
-    """The stored bits of a float initializer, block by block, each a whole number of `unit` elements where one
-    fits, with the index of its first element; a block is valid until the next."""
+    """The stored bits of a float initializer, block by block, each a whole number of `unit` elements where
+    one fits, with the index of its first element; a block is valid until the next."""
     stored = storage_dtype(FLOATS[span.dtype])
     step, total = max(_STEP // unit, 1) * unit, span.nbytes // stored.itemsize
     buffer = np.empty(min(step, max(total, 1)), stored)

@@ -1,8 +1,8 @@
 """Writing a graph with some other initializers: what stays is copied from the file that it lies in.
 
-Where every new tensor is as long as the old one, the files keep their layout, byte for byte. Else the ``.onnx``
-file is written anew, its weights streamed, since the order of a message's fields is free (protobuf.dev,
-"Encoding").
+Where every new tensor is as long as the old one, the files keep their layout, byte for byte. Else the
+``.onnx`` file is written anew, its weights streamed, since the order of a message's fields is free
+(protobuf.dev, "Encoding").
 """
 
 from __future__ import annotations

@@ -51,8 +51,8 @@ class Span:
 
 
 def read_light(path: Path, *, above: int = 0) -> Any:
-    """The ``onnx.ModelProto`` of `path`; tensors of more than `above` bytes that lie in the file refer to it as
-    external data.
+    """The ``onnx.ModelProto`` of `path`; tensors of more than `above` bytes that lie in the file refer to it
+    as external data.
 
     Raises `NotFound`, and `DamagedFile` for a file that is no ONNX model or shorter than it says.
     """

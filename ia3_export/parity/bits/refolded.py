@@ -1,5 +1,5 @@
-"""The weights proof of a refolded graph: what was to change is the product of old values and vectors, and every
-other initializer has the bytes that it had."""
+"""The weights proof of a refolded graph: what was to change is the product of old values and vectors, and
+every other initializer has the bytes that it had."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _HALF = 2.0**-10
 def prove_refolded(
     before: GraphFile, after: GraphFile, folds: Sequence[LiveFold], replaced: Mapping[str, Array], name: str
 ) -> WeightsProof:
-    """Compare the initializers of the graph `after` with those of the base's, `before`: those with `folds`, and the
-    `replaced` ones, which must have these values."""
+    """Compare the initializers of the graph `after` with those of the base's, `before`: those with `folds`,
+    and the `replaced` ones, which must have these values."""
     by_name: dict[str, list[LiveFold]] = {}
     for fold in folds:
         by_name.setdefault(fold.place.name, []).append(fold)
