@@ -189,7 +189,7 @@ def refold(
         files = _write(held, each, stage)
         _copy_rest(held, plan, stage)
         done = _describe(held, each, files, target)
-        _write_manifest(held, plan, done, stage)
+        _write_manifest(held, plan, done, stage, hashed=check)
         if check:
             from ia3_export.commands.refold_proof import prove_refold
 
@@ -374,7 +374,8 @@ def _describe(
     )
 
 
-def _write_manifest(held: OnnxBase, plan: Plan, done: OnnxExport, stage: Path) -> None:
+def _write_manifest(held: OnnxBase, plan: Plan, done: OnnxExport, stage: Path, *, hashed: bool) -> None:
+    """Digests of all files only where everything is read for the proof anyhow."""
     from dataclasses import asdict
 
     before = held.folder / MANIFEST
@@ -389,6 +390,6 @@ def _write_manifest(held: OnnxBase, plan: Plan, done: OnnxExport, stage: Path) -
             row.to_json() for row in (*read_folded(held.folder), *(as_folded(a) for a in plan.adapters))
         ],
         "onnx_base_manifest_sha256": hash_file(before) if before.is_file() else None,
-        "files": list_files(stage, known={}, hashed=True),
+        "files": list_files(stage, known={}, hashed=hashed),
     }
     (stage / MANIFEST).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -25,6 +25,8 @@ from ia3_export.fold import (
     Workspace,
     fold_block,
     from_float,
+    round_values,
+    scale_values,
     storage_dtype,
     to_float,
 )
@@ -36,7 +38,7 @@ from ia3_export.onnx.spans import Span
 FLOATS = {"FLOAT": "F32", "FLOAT16": "F16", "DOUBLE": "F64", "BFLOAT16": "BF16"}
 _ONNX = {stored: name for name, stored in FLOATS.items()}
 #: Elements that are folded at a time.
-_STEP = 1 << 20
+_STEP = 1 << 18
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -224,12 +226,14 @@ def _folded(span: Span, scales: Sequence[Scale], rounded: str) -> Iterator[Any]:
     kept = rounded if dtype in ("F32", "F16") and fits(span, rounded) else dtype
     work = Workspace()
     for raw, first in raw_blocks(span, max(scale.inner for scale in scales)):
-        if kept == dtype:
+        if dtype == "F64" or kept == dtype:
             yield fold_block(raw, first, dtype, dtype, scales, work).view("u1").data
             continue
-        narrow = from_float(to_float(raw, dtype).copy(), kept)
-        folded = to_float(fold_block(narrow, first, kept, kept, scales, work), kept)
-        yield from_float(folded.copy(), dtype).view("u1").data
+        values = to_float(raw, dtype, work)
+        for scale in scales:
+            scale_values(values, first, scale)
+            round_values(values, kept, work)
+        yield from_float(values, dtype, work).view("u1").data
 
 
 def raw_blocks(span: Span, unit: int = 1) -> Iterator[tuple[Array, int]]:
@@ -251,10 +255,13 @@ def fits(span: Span, dtype: str) -> bool:
     if dtype not in ("BF16", "F16") or own == dtype:
         return False
     for raw, _ in raw_blocks(span):
-        values = to_float(raw, own)
-        if dtype == "BF16":
-            if (values.view("<u4") & 0xFFFF).any():
+        if own == "F32" and dtype == "BF16":
+            if np.bitwise_or.reduce(raw.view("<u4")) & 0xFFFF:
                 return False
-        elif not np.array_equal(to_float(from_float(values.copy(), dtype), dtype), values, equal_nan=True):
+            continue
+        values = to_float(raw, own)
+        wide = values.copy()
+        round_values(wide, dtype)
+        if not np.array_equal(wide, values, equal_nan=True):
             return False
     return True
