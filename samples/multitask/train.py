@@ -2,8 +2,8 @@
 
     python train.py --base BASE --output FOLDER
 
-Writes FOLDER/topic, FOLDER/emotion and FOLDER/request as PEFT saves adapters, each with its ``labels.json``. The
-training itself is that of the sample ``minilm_intent``; nothing here knows ia3-export.
+Writes FOLDER/topic, FOLDER/emotion and FOLDER/request as PEFT saves adapters, each with its ``labels.json``.
+The training itself is that of the sample ``minilm_intent``; nothing here knows ia3-export.
 """
 
 from __future__ import annotations
