@@ -25,7 +25,7 @@ from ia3_export.errors import NotFound, Refused, Unsupported, UnusedVector, Usag
 from ia3_export.fold import DTYPE_BITS
 from ia3_export.models.modules import CONV1D_MODEL_TYPES, model_types
 from ia3_export.onnx.decoded import in_blocks
-from ia3_export.onnx.exported import find_onnx
+from ia3_export.onnx.exported import find_onnx, plain_stem
 from ia3_export.onnx.files import size_of
 from ia3_export.onnx.places import GraphFile, Place, named_places, read_graph_file
 from ia3_export.onnx.refold import FLOATS, Laid, Rewriting
@@ -259,8 +259,10 @@ def _fold(held: OnnxBase, model: Sequence[GraphFile], plan: Plan) -> Iterator[Re
     changes = {
         name: change for name, change in moved.changes.items() if change.how not in ("cast", "dequantize")
     }
+    plain = {plain_stem(graph.path): graph for graph in held.graphs if graph.precision == "fp32"}
     for graph in model:
-        rewriting, places = Rewriting(graph), held.places[graph.path]
+        rewriting = Rewriting(graph, plain.get(plain_stem(graph.path)))
+        places = held.places[graph.path]
         for name, change in changes.items():
             for place in places.get(name, ()):
                 _apply(rewriting, place, change, plan.changes.get(name))
