@@ -1,0 +1,106 @@
+"""The bytes of a new file, in its order, made of the old file and the patch. Never more than a block of
+them is in memory."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO
+
+from ia3_export.checkpoint.header import StoredTensor
+from ia3_export.errors import DamagedFile
+from ia3_export.fold import Array, Workspace
+from ia3_export.patching.format import Copy, FileChange, FoldRule, Patch, Stored
+from ia3_export.patching.rule import fold_records
+
+BLOCK = 4 << 20
+Block = bytes | bytearray
+
+
+def produce(patch: Patch, change: FileChange, folder: Path, vectors: Mapping[str, Array]) -> Iterator[Block]:
+    """The blocks of ``change.new``, in order; the old file is read from `folder`.
+
+    Raises `DamagedFile` where the old file or the patch ends too early, or a zlib stream is not what the
+    patch says of it.
+    """
+    with ExitStack() as stack:
+        source = None
+        if change.old is not None:
+            source = stack.enter_context((folder / change.old.path).open("rb", buffering=0))
+        work = Workspace()
+        for piece in change.pieces:
+            if isinstance(piece, Stored):
+                tensor = patch.blobs[piece.tensor]
+                yield from _inflate(patch, tensor, piece.length) if piece.compressed else _plain(tensor)
+                continue
+            assert source is not None
+            yield from (
+                _copied(source, piece)
+                if isinstance(piece, Copy)
+                else _folded(source, piece, vectors[piece.vector], work)
+            )
+
+
+def _read(file: BinaryIO, count: int) -> bytearray:
+    """`count` bytes from where `file` stands."""
+    block = bytearray(count)
+    rest = memoryview(block)
+    while rest:
+        got = file.readinto(rest)  # type: ignore[attr-defined]
+        if not got:
+            raise DamagedFile(
+                f"{file.name} became shorter while it was read",
+                hint="something else writes to it; run again when it is done",
+            )
+        rest = rest[got:]
+    return block
+
+
+def _copied(file: BinaryIO, piece: Copy) -> Iterator[Block]:
+    file.seek(piece.offset)
+    for start in range(0, piece.length, BLOCK):
+        yield _read(file, min(BLOCK, piece.length - start))
+
+
+def _folded(file: BinaryIO, piece: FoldRule, vector: Array, work: Workspace) -> Iterator[Block]:
+    file.seek(piece.offset)
+    step = max(1, BLOCK // piece.stride)
+    for first in range(0, piece.length // piece.stride, step):
+        count = min(step, piece.length // piece.stride - first)
+        block = _read(file, count * piece.stride)
+        fold_records(block, first, piece, vector, work)
+        yield block
+
+
+def _plain(tensor: StoredTensor) -> Iterator[Block]:
+    with tensor.file.open("rb", buffering=0) as file:
+        yield from _copied(file, Copy(tensor.offset, tensor.nbytes))
+
+
+def _inflate(patch: Patch, tensor: StoredTensor, length: int) -> Iterator[Block]:
+    """The zlib stream in `tensor`, which must give `length` bytes and end there."""
+    left, stream = length, zlib.decompressobj()
+    try:
+        for packed in _plain(tensor):
+            rest: Block = packed
+            while rest and not stream.eof:
+                block = stream.decompress(rest, min(BLOCK, left + 1))
+                left -= len(block)
+                if left < 0:
+                    raise zlib.error("it is longer")
+                if block:
+                    yield block
+                rest = stream.unconsumed_tail
+    except zlib.error as error:
+        raise _no_stream(patch, tensor, length, str(error)) from None
+    if left or not stream.eof or stream.unused_data:
+        raise _no_stream(patch, tensor, length, "it ends elsewhere")
+
+
+def _no_stream(patch: Patch, tensor: StoredTensor, length: int, said: str) -> DamagedFile:
+    return DamagedFile(
+        f"the patch {patch.path} is damaged: {tensor.name} does not decompress to {length:,} bytes ({said})",
+        hint="fetch the patch again",
+    )
