@@ -15,16 +15,16 @@ from ia3_export.errors import OutputError, Refused, UsageError
 from ia3_export.patching.apply import prove
 from ia3_export.patching.folders import Seen, check_still, list_folder, look_at
 from ia3_export.patching.format import (
-    KEY,
     FileChange,
     FileState,
     FoldRule,
     Patch,
     Stored,
     read_patch,
-    to_document,
+    to_metadata,
 )
 from ia3_export.patching.make import Contents, make_pieces, whole_file
+from ia3_export.patching.regions import GraphRegions, graph_regions
 from ia3_export.writing.execute import Progress
 
 SCHEMA = "ia3-export/patch-made/1"
@@ -76,10 +76,13 @@ def patch(
     contents = Contents(max_carried or min(max(_LEAST, int(size * _SHARE)), _MOST))
     files = []
     changed = [name for name, seen in after.items() if name not in before or before[name].state != seen.state]
+    graphs = graph_regions(base, before) | graph_regions(merged, after)
     done, total = 0, sum(after[name].state.size for name in changed)
     # weight files first: side files share nothing, and what is too large is said of a tensor
     for name in sorted(changed, key=lambda name: (-after[name].state.size, name)):
-        files.append(_change(name, (base, merged), before, after[name].state, contents))
+        old, new = before.get(name) or _same(before, after[name].state), after[name].state
+        state = old.state if old is not None else None
+        files.append(_change(state, new, (base, merged), contents, graphs))
         done += after[name].state.size
         on_progress(Progress(done, total))
     if not files and before.keys() == after.keys():
@@ -111,22 +114,24 @@ def _check_output(target: Path, folders: tuple[Path, Path], overwrite: bool) -> 
         raise OutputError(f"{target} already exists", hint="give another --output, or --overwrite")
 
 
+def _same(before: Mapping[str, Seen], new: FileState) -> Seen | None:
+    """The file that has the bytes of `new` under another name: the base's card, which a merge puts aside."""
+    found = (before[name] for name in sorted(before) if before[name].state.sha256 == new.sha256)
+    return next(found, None) if new.size else None
+
+
 def _change(
-    name: str,
-    folders: tuple[Path, Path],
-    before: Mapping[str, Seen],
+    old: FileState | None,
     new: FileState,
+    folders: tuple[Path, Path],
     contents: Contents,
+    graphs: GraphRegions,
 ) -> FileChange:
     base, merged = folders
-    if name in before:
-        pieces = make_pieces(base / name, merged / name, name, contents)
-        return FileChange(before[name].state, new, pieces)
-    for other in sorted(before):  # the base's card, which a merge puts aside
-        state = before[other].state
-        if (state.size, state.sha256) == (new.size, new.sha256) and new.size:
-            return FileChange(state, new, make_pieces(base / other, merged / name, name, contents))
-    return FileChange(None, new, whole_file(merged / name, name, contents))
+    path = merged / new.path
+    if old is None:
+        return FileChange(None, new, whole_file(path, new.path, contents))
+    return FileChange(old, new, make_pieces(base / old.path, path, new.path, contents, graphs))
 
 
 def _encode(
@@ -136,8 +141,8 @@ def _encode(
     blobs |= contents.carried
     rows = [(name, "F32", (len(vector),)) for name, vector in contents.vectors.items()]
     rows += [(name, "U8", (len(data),)) for name, data in contents.carried.items()]
-    document = to_document(f"ia3-export {metadata.version('ia3-export')}", files, kept, removed)
-    prefix, offsets = write_header(rows, {KEY: document})
+    document = to_metadata(f"ia3-export {metadata.version('ia3-export')}", files, kept, removed)
+    prefix, offsets = write_header(rows, document)
     return prefix + b"".join(blobs[name] for name in sorted(offsets, key=lambda name: offsets[name]))
 
 

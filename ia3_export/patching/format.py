@@ -7,6 +7,7 @@ checked here, and no path in it can leave the folder that it is applied to.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,8 @@ from ia3_export.errors import DamagedFile, Unsupported
 from ia3_export.fold import DTYPE_BITS, FLOAT_DTYPES, Array
 
 SCHEMA = "ia3-export/patch/1"
-KEY = "ia3-export"
+#: The document in the metadata, and the SHA-256 of its UTF-8 bytes.
+KEY, DIGEST = "ia3-export", "ia3-export-sha256"
 #: The largest whole number that every JSON reader keeps exactly.
 _LARGEST = 2**53 - 1
 _LARGEST_STRIDE = 1 << 16
@@ -53,13 +55,15 @@ class FoldRule:
     """Bytes of the old file in which numbers are multiplied by a vector.
 
     They are records of `stride` bytes; of record ``i`` the numbers of `dtype` at the byte offsets `at` are
-    multiplied by element ``i // inner % n`` of `vector` and rounded to `rounded`.
+    multiplied by element ``i // inner % n`` of `vector`, rounded to `rounded`, and stored as `to`, as wide
+    as `dtype`.
     """
 
     offset: int
     length: int
     dtype: str
     rounded: str
+    to: str
     stride: int
     at: tuple[int, ...]
     vector: str
@@ -118,10 +122,10 @@ class Patch:
         }
 
 
-def to_document(
+def to_metadata(
     tool: str, files: Sequence[FileChange], kept: Sequence[FileState], removed: Sequence[FileState]
-) -> str:
-    """The JSON document of a patch."""
+) -> dict[str, str]:
+    """The metadata of a patch: its JSON document and the digest of that."""
     rows = [
         {
             "path": change.new.path,
@@ -138,7 +142,12 @@ def to_document(
         "kept": [_state(state) for state in kept],
         "removed": [_state(state) for state in removed],
     }
-    return json.dumps(content, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
+    return {KEY: text, DIGEST: _digest(text)}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def joined(pieces: Sequence[Piece]) -> Iterator[Piece]:
@@ -173,6 +182,9 @@ def read_patch(path: Path) -> Patch:
             f"{path} is no patch of this version: its schema is {schema!r}, not {SCHEMA!r}",
             hint="give a file that ia3-export patch wrote, or install the ia3-export that wrote it",
         )
+    assert text is not None
+    if shard.metadata.get(DIGEST) != _digest(text):
+        raise _wrong(path, "its document does not have the SHA-256 that stands beside it")
     blobs = {tensor.name: tensor for tensor in shard.tensors}
     reader = _Reader(path, blobs)
     patch = Patch(
@@ -203,6 +215,7 @@ def _piece(piece: Piece) -> dict[str, Any]:
         "length": piece.length,
         "dtype": piece.dtype,
         "round": piece.rounded,
+        "to": piece.to,
         "stride": piece.stride,
         "at": list(piece.at),
         "vector": piece.vector,
@@ -301,12 +314,13 @@ class _Reader:
         return Copy(offset, length) if kind == "copy" else self._fold(row, name, offset, length)
 
     def _fold(self, row: Mapping[str, Any], name: str, offset: int, length: int) -> FoldRule:
-        dtype, rounded = self.text(row, "dtype"), self.text(row, "round")
+        dtype, rounded, to = (self.text(row, key) for key in ("dtype", "round", "to"))
         stride, inner = self.number(row, "stride", 1), self.number(row, "inner", 1)
         listed, vector = row.get("at"), self.blobs.get(self.text(row, "vector"))
         at = tuple(self._number(each, "at", 0) for each in (listed if isinstance(listed, list) else [None]))
-        if dtype not in FLOAT_DTYPES or rounded not in FLOAT_DTYPES:
-            raise _wrong(self.path, f"{name}: {dtype} rounded to {rounded} is no fold")
+        known = {dtype, rounded, to}.issubset(FLOAT_DTYPES)
+        if not known or DTYPE_BITS[dtype] != DTYPE_BITS[to]:
+            raise _wrong(self.path, f"{name}: {dtype} to {to}, rounded to {rounded}, is no fold")
         width = DTYPE_BITS[dtype] // 8
         ends = [*at[1:], stride]
         if not at or any(start + width > end for start, end in zip(at, ends, strict=True)):
@@ -320,6 +334,7 @@ class _Reader:
             length=length,
             dtype=dtype,
             rounded=rounded,
+            to=to,
             stride=stride,
             at=at,
             vector=vector.name,
@@ -336,6 +351,9 @@ def _check_names(patch: Patch) -> None:
             raise _wrong(patch.path, f"{change.old.path} has two digests")
         if change.new.path in before and (change.old is None or change.old.path != change.new.path):
             raise _wrong(patch.path, f"{change.new.path} is replaced by another file")
+    gone = {state.path for state in patch.removed}
+    if before.keys() - patch.after.keys() != gone:
+        raise _wrong(patch.path, "what it removes is not what is there before and not after")
     stay = [state.path for state in patch.kept]
     for listed in (
         [*before],

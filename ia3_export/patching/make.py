@@ -21,7 +21,7 @@ from ia3_export.checkpoint.ranges import read_into, reading
 from ia3_export.errors import Refused
 from ia3_export.fold import Array
 from ia3_export.patching.format import Copy, Piece, Stored, joined
-from ia3_export.patching.regions import Region, list_regions
+from ia3_export.patching.regions import GraphRegions, Region, list_regions
 from ia3_export.patching.solve import Pair, Solution, is_equal, make_rule, solve
 
 _STEP = 1 << 20
@@ -31,6 +31,10 @@ _MOST_SLICES = 1024
 _WEIGHED = 1 << 20
 #: About what a fold piece takes in the document.
 _PIECE = 160
+
+
+#: Old and new regions, and what makes the one of the other: None where both are equal.
+Parts = list[tuple[tuple[Region, Region], Solution | None]]
 
 
 @dataclass(slots=True)
@@ -70,8 +74,8 @@ class Contents:
         return Refused(
             f"no vector makes {what} of the base's, and all that no vector explains would take more than "
             f"{self.limit:,} bytes ({size:,} or more for it alone)",
-            hint="was the second folder made from the first, in the same precision? Codes that were rounded "
-            "anew share nothing; give --max-carried SIZE, or ship that file whole",
+            hint="codes that were rounded anew share nothing with the base: keep them "
+            "(merge --quantized keep, onnx --onnx-base), or give --max-carried SIZE, or ship that file whole",
         )
 
     def compress(self, blocks: Iterator[bytes], what: str) -> bytes:
@@ -95,8 +99,10 @@ def whole_file(path: Path, name: str, contents: Contents) -> tuple[Piece, ...]:
     return (contents.carry(data, size, name),)
 
 
-def make_pieces(old: Path, new: Path, name: str, contents: Contents) -> tuple[Piece, ...]:
-    """The pieces that make the file `new` of `old`; `name` is for messages.
+def make_pieces(
+    old: Path, new: Path, name: str, contents: Contents, graphs: GraphRegions
+) -> tuple[Piece, ...]:
+    """The pieces that make the file `new` of `old`; `name` is for messages, `graphs` are both folders'.
 
     Raises `Refused` where too much would be carried, `DamagedFile` and `Unsupported`.
     """
@@ -110,7 +116,7 @@ def make_pieces(old: Path, new: Path, name: str, contents: Contents) -> tuple[Pi
             contents=contents,
             files=(files[0], files[1]),
             sizes=(old.stat().st_size, new.stat().st_size),
-            regions=(list_regions(old), list_regions(new)),
+            regions=(list_regions(old, graphs), list_regions(new, graphs)),
         )
         with reading(new, name):
             return tuple(joined(maker.pieces()))
@@ -158,9 +164,9 @@ class _Maker:
         if parts is not None and (packed is None or _cost(parts, known) < len(packed)):
             for part, solution in parts:
                 if solution is None:
-                    yield Copy(part.offset, part.nbytes)
+                    yield Copy(part[0].offset, part[0].nbytes)
                 else:
-                    yield make_rule(part, solution, self.contents.add_vector(solution.vector))
+                    yield make_rule(*part, solution, self.contents.add_vector(solution.vector))
         elif packed is not None:
             yield self.contents.carry(packed, new.nbytes, f"{new.name} in {self.name}")
         else:
@@ -209,25 +215,24 @@ class _Maker:
         return bytes(block)
 
 
-def _explain(pair: Pair, known: Sequence[Array]) -> list[tuple[Region, Solution | None]] | None:
-    """The parts of ``pair.old`` in order, each with what makes the new part of it, None where nothing is to
-    be done; None if no vectors explain all of it."""
+def _explain(pair: Pair, known: Sequence[Array]) -> Parts | None:
+    """The parts of the tensor in order; None if no vectors explain all of it."""
     solution = solve(pair, known)
     if solution is not None:
-        return [(pair.old, solution)]
+        return [((pair.old, pair.new), solution)]
     if not _sliceable(pair.new):
         return None
-    found: list[tuple[Region, Solution | None]] = []
+    found: Parts = []
     for old, new in zip(_slices(pair.old), _slices(pair.new), strict=True):
         part = replace(pair, old=old, new=new)
-        rows = [(old, None)] if is_equal(part) else _explain(part, known)
+        rows: Parts | None = [((old, new), None)] if is_equal(part) else _explain(part, known)
         if rows is None:
             return None
         found += rows
     return found
 
 
-def _cost(parts: Sequence[tuple[Region, Solution | None]], known: Sequence[Array]) -> int:
+def _cost(parts: Parts, known: Sequence[Array]) -> int:
     """About how many bytes `parts` take in the patch."""
     solutions = [solution for _, solution in parts if solution is not None]
     new = [s.vector.nbytes for s in solutions if not any(s.vector is vector for vector in known)]

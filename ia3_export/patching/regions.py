@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from ia3_export.checkpoint.gguf import MAGIC, read_table
-from ia3_export.checkpoint.header import read_header
+from ia3_export.checkpoint.header import count_elements, read_header
 from ia3_export.fold import DTYPE_BITS, FLOAT_DTYPES
 from ia3_export.quantization.gguf import SCALES
+
+if TYPE_CHECKING:
+    from ia3_export.onnx.spans import Span
+
+
+#: ONNX's names of the dtypes in which numbers can take a factor.
+_ONNX_DTYPES = {"FLOAT": "F32", "FLOAT16": "F16", "BFLOAT16": "BF16", "DOUBLE": "F64"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,15 +40,23 @@ class Region:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What two regions have in common of which one can become the other."""
-        return self.dtype, self.shape, self.stride, self.at, self.nbytes
+        """What two regions have in common of which one can become the other; the dtypes of numbers may
+        differ, as where bfloat16 scales become float16."""
+        return "" if self.at else self.dtype, self.shape, self.stride, self.at, self.nbytes
 
 
-def list_regions(path: Path) -> tuple[Region, ...]:
-    """The tensors of a safetensors or GGUF file in the order of the file; empty for any other.
+#: The tensors of ONNX graphs by the file that holds them.
+GraphRegions = Mapping[Path, tuple[Region, ...]]
+
+
+def list_regions(path: Path, graphs: GraphRegions) -> tuple[Region, ...]:
+    """The tensors of a safetensors, GGUF or ONNX file, or of the external data of one of `graphs`, in the
+    order of the file; empty for any other.
 
     Raises `DamagedFile` and `Unsupported`.
     """
+    if path in graphs:
+        return graphs[path]
     if path.suffix == ".safetensors":
         return tuple(
             dense(tensor.name, tensor.dtype, tensor.shape, tensor.offset, tensor.nbytes)
@@ -54,6 +72,41 @@ def list_regions(path: Path) -> tuple[Region, ...]:
                 for row in read_table(path)
             )
     return ()
+
+
+def graph_regions(folder: Path, names: Iterable[str]) -> dict[Path, tuple[Region, ...]]:
+    """The initializers of the ONNX files among `names` in `folder`, by the file that holds their bytes.
+
+    Raises `DamagedFile` and `Refused`.
+    """
+    spans: dict[Path, list[Span]] = {}
+    for name in names:
+        if name.endswith(".onnx"):
+            from ia3_export.onnx.spans import tensor_spans
+
+            for span in tensor_spans(folder / name):
+                spans.setdefault(_plain(span.file), []).append(span)
+    return {path: tuple(_without_overlaps(found)) for path, found in spans.items()}
+
+
+def _plain(path: Path) -> Path:
+    """`path` without ``.`` and ``..`` in it, links not followed."""
+    return Path(os.path.normpath(path))
+
+
+def _without_overlaps(spans: Sequence[Span]) -> Iterator[Region]:
+    """Graphs share external data, and bodies of a graph names: every byte once, every name once."""
+    end, names = 0, Counter[str]()
+    for span in sorted(spans, key=lambda span: (span.offset, -span.nbytes)):
+        if span.offset < end or not span.nbytes:
+            continue
+        end = span.offset + span.nbytes
+        name = f"{span.name}#{names[span.name]}" if names[span.name] else span.name
+        names[span.name] += 1
+        dtype = _ONNX_DTYPES.get(span.dtype, "U8")
+        if count_elements(span.shape) * DTYPE_BITS[dtype] != span.nbytes * 8:
+            dtype = "U8"
+        yield dense(name, dtype, span.shape, span.offset, span.nbytes)
 
 
 def dense(name: str, dtype: str, shape: tuple[int, ...], offset: int, nbytes: int) -> Region:

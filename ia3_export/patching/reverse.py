@@ -11,7 +11,6 @@ from typing import BinaryIO
 from ia3_export.checkpoint.header import write_header
 from ia3_export.errors import DamagedFile
 from ia3_export.patching.format import (
-    KEY,
     Copy,
     FileChange,
     FileState,
@@ -19,7 +18,7 @@ from ia3_export.patching.format import (
     Piece,
     Stored,
     joined,
-    to_document,
+    to_metadata,
 )
 
 _STEP = 4 << 20
@@ -52,11 +51,10 @@ def write_reverse(patch: Patch, folder: Path, target: Path) -> None:
             pieces.append(Stored(f"r{len(held)}", part.length, compressed=False))
             held.append((folder / name, part))
         changes.append(FileChange(change.new if change is not None else None, old, tuple(joined(pieces))))
-    used = {change.old.path for change in changes if change.old is not None}
-    removed = [change.new for change in patch.files if change.new.path not in used]
-    document = to_document(patch.tool, changes, patch.kept, removed)
+    removed = [change.new for change in patch.files if change.new.path not in patch.before]
+    metadata = to_metadata(patch.tool, changes, patch.kept, removed)
     rows = [(f"r{number}", "U8", (part.length,)) for number, (_, part) in enumerate(held)]
-    prefix, offsets = write_header(rows, {KEY: document})
+    prefix, offsets = write_header(rows, metadata)
     with target.open("wb") as file:
         file.write(prefix)
         for name in sorted(offsets, key=lambda name: offsets[name]):

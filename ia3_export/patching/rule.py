@@ -30,14 +30,15 @@ def multiply(raw: Array, first: int, rule: FoldRule, vector: Array, work: Worksp
     unknown = np.isnan(values)
     if unknown.any():
         values[unknown] = np.nan
-    if rule.rounded != rule.dtype:
-        narrow = to_float(from_float(values, rule.rounded), rule.rounded)
-        values = narrow.astype("<f8") if rule.dtype == "F64" else narrow
-    return from_float(values, rule.dtype, work, may_carry=False)
+    if rule.rounded != rule.to:
+        values = to_float(from_float(values, rule.rounded), rule.rounded)
+        values = values.astype("<f8") if rule.to == "F64" else values
+    return from_float(values, rule.to, work, may_carry=False)
 
 
 def fold_records(block: bytearray, first: int, rule: FoldRule, vector: Array, work: Workspace) -> None:
     """Apply `rule` to `block`, in place: whole records, of which the first is record `first` of the piece."""
     for at in rule.at:
-        view: Any = numbers(block, rule.dtype, rule.stride, at)
-        view[...] = multiply(view, first, rule, vector, work)
+        raw = numbers(block, rule.dtype, rule.stride, at)
+        made: Any = numbers(block, rule.to, rule.stride, at)
+        made[...] = multiply(raw, first, rule, vector, work)

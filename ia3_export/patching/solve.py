@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,8 @@ from ia3_export.patching.rule import multiply, numbers
 _RECORDS = 1 << 18
 #: Tried in turn for the channels whose first factor fails: places up and down.
 _STEPS = (1, -1, 2, -2)
+#: By how much two quotients differ at least that belong to different channels.
+_SAME_RUN = 2.0**-6
 #: What a computed bound may be off by: the division, and a first rounding to float32 before 16 bits.
 _SLACK, _TWICE = 2.0**-50, 2.0**-23
 
@@ -94,26 +96,49 @@ def solve(pair: Pair, known: Sequence[Array] = ()) -> Solution | None:
     if not region.at or region.kind != pair.old.kind:
         return None
     for rounded in _roundings(pair):
-        for axis in range(len(region.shape)):
-            inner = prod(region.shape[axis + 1 :])
-            found = _along(pair, region.shape[axis], inner, rounded, known)
+        for n, inner in _layouts(pair):
+            found = _along(pair, n, inner, rounded, known)
             if found is not None:
                 return found
     return None
 
 
-def make_rule(region: Region, solution: Solution, vector: str) -> FoldRule:
-    """The piece for `region` of the old file; `vector` names the tensor of the patch."""
+def make_rule(old: Region, new: Region, solution: Solution, vector: str) -> FoldRule:
+    """The piece that makes `new` of `old`; `vector` names the tensor of the patch."""
     return FoldRule(
-        offset=region.offset,
-        length=region.nbytes,
-        dtype=region.dtype,
+        offset=old.offset,
+        length=old.nbytes,
+        dtype=old.dtype,
         rounded=solution.rounded,
-        stride=region.stride,
-        at=region.at,
+        to=new.dtype,
+        stride=old.stride,
+        at=old.at,
         vector=vector,
         inner=solution.inner,
     )
+
+
+def _layouts(pair: Pair) -> Iterator[tuple[int, int]]:
+    """Lengths of a vector, and how many records share an element of it: along each axis, and in the runs in
+    which a flat tensor (the scales of a weight's blocks) keeps its quotient."""
+    shape = pair.new.shape
+    if len(shape) == 1:
+        count = min(_RECORDS, shape[0])
+        old, new = pair.read(0, count)
+        values = [
+            to_float(
+                np.ascontiguousarray(numbers(block, region.dtype, region.stride, region.at[0])), region.dtype
+            )
+            for block, region in ((old, pair.old), (new, pair.new))
+        ]
+        with np.errstate(all="ignore"):
+            quotient = values[1].astype("<f8") / values[0]
+            jumps = np.flatnonzero(np.abs(np.diff(quotient)) > _SAME_RUN * np.abs(quotient[1:])) + 1
+        run = gcd(shape[0], *map(int, jumps))
+        if run > 1:
+            yield shape[0] // run, run
+    for axis, extent in enumerate(shape):
+        yield extent, prod(shape[axis + 1 :])
 
 
 def _roundings(pair: Pair) -> Iterator[str]:
@@ -144,12 +169,7 @@ def _along(pair: Pair, n: int, inner: int, rounded: str, known: Sequence[Array])
             return None
         part = slice(chunk.channel, chunk.channel + chunk.channels)
         for at in pair.new.at:
-            low, high = _bounds(
-                np.ascontiguousarray(numbers(old, pair.old.dtype, pair.old.stride, at)),
-                np.ascontiguousarray(numbers(new, pair.new.dtype, pair.new.stride, at)),
-                pair.new.dtype,
-                rounded,
-            )
+            low, high = _bounds(pair, (old, new), at, rounded)
             run = min(inner, chunk.count)
             shape = (-1, chunk.channels, run)
             np.maximum(lo[part], low.reshape(shape).max(axis=(0, 2)), out=lo[part])
@@ -183,7 +203,7 @@ def failing(pair: Pair, solution: Solution) -> Array:
     """For every channel whether `solution` misses a bit of it; bool (n,)."""
     n = len(solution.vector)
     bad, work = np.zeros(n, bool), Workspace()
-    rule = make_rule(pair.old, solution, "")
+    rule = make_rule(pair.old, pair.new, solution, "")
     for chunk in chunks(pair.new.nbytes // pair.new.stride, n, solution.inner):
         old, new = pair.read(chunk.first, chunk.count)
         part = slice(chunk.channel, chunk.channel + chunk.channels)
@@ -191,7 +211,7 @@ def failing(pair: Pair, solution: Solution) -> Array:
             raw = numbers(old, rule.dtype, rule.stride, at)
             made = multiply(raw, chunk.first, rule, solution.vector, work)
             bits = f"<u{made.dtype.itemsize}"
-            wanted = np.ascontiguousarray(numbers(new, rule.dtype, rule.stride, at)).view(bits)
+            wanted = np.ascontiguousarray(numbers(new, rule.to, rule.stride, at)).view(bits)
             shape = (-1, chunk.channels, min(solution.inner, chunk.count))
             bad[part] |= (made.view(bits) != wanted).reshape(shape).any(axis=(0, 2))
     return bad
@@ -228,10 +248,15 @@ def _other_bytes_equal(pair: Pair, old: Array, new: Array) -> bool:
     return bool(same.all())
 
 
-def _bounds(old: Array, new: Array, dtype: str, rounded: str) -> tuple[Array, Array]:
-    """Least and largest factor by which each of `old` becomes `new`; stored bits in, float64 out."""
-    w, v = (to_float(raw, dtype).astype("<f8") for raw in (old, new))
-    below, above = _rounding_interval(new, v, dtype, rounded)
+def _bounds(pair: Pair, blocks: tuple[Array, Array], at: int, rounded: str) -> tuple[Array, Array]:
+    """Least and largest factor by which each number at `at` becomes the new one, float64."""
+    dtype = pair.new.dtype
+    before, raw = (
+        np.ascontiguousarray(numbers(block, region.dtype, region.stride, at))
+        for block, region in zip(blocks, (pair.old, pair.new), strict=True)
+    )
+    w, v = to_float(before, pair.old.dtype).astype("<f8"), to_float(raw, dtype).astype("<f8")
+    below, above = _rounding_interval(raw, v, dtype, rounded)
     negative_zero = np.signbit(v) & (v == 0)
     below = np.where(v == 0, np.where(negative_zero, below, 0.0), below)
     above = np.where(v == 0, np.where(negative_zero, 0.0, above), above)
@@ -244,7 +269,7 @@ def _bounds(old: Array, new: Array, dtype: str, rounded: str) -> tuple[Array, Ar
         lo, hi = lo - slack, hi + slack
     # a zero only tells signs apart, and what is infinite or no number is left to the check
     unknown = ~np.isfinite(v) | ~np.isfinite(w) | np.isnan(lo) | np.isnan(hi)
-    zero = (w == 0) & ~unknown
+    zero = (w == 0) & np.isfinite(v)
     lo[unknown | (w == 0)], hi[unknown | (w == 0)] = -np.inf, np.inf
     same_sign = np.signbit(w) == np.signbit(v)
     lo[zero & same_sign], hi[zero & ~same_sign] = 0.0, 0.0
