@@ -59,12 +59,13 @@ def write_files(patch: Patch, folder: Path, stage: Path, on_progress: Report) ->
         path = stage / change.new.path
         path.parent.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256()
-        with path.open("xb", buffering=0) as file:
+        with path.open("xb", buffering=0) as file, ThreadPoolExecutor(1) as aside:
             for block in produce(patch, change, folder, vectors):
-                digest.update(block)
+                hashed = aside.submit(digest.update, block)
                 rest = memoryview(block)
                 while rest:
                     rest = rest[file.write(rest) :]
+                hashed.result()
                 count.add(len(block))
         check_digest(patch, change, digest.hexdigest())
         if change.old is not None:

@@ -13,9 +13,11 @@ from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import DamagedFile
 from ia3_export.fold import Array, Workspace
 from ia3_export.patching.format import Copy, FileChange, FoldRule, Patch, Stored
-from ia3_export.patching.rule import fold_records
+from ia3_export.patching.rule import chunks, fold_records
 
 BLOCK = 4 << 20
+#: What is multiplied stays in the processor's cache.
+_FOLDED = 1 << 19
 Block = bytes | bytearray
 
 
@@ -66,12 +68,20 @@ def _copied(file: BinaryIO, piece: Copy) -> Iterator[Block]:
 
 def _folded(file: BinaryIO, piece: FoldRule, vector: Array, work: Workspace) -> Iterator[Block]:
     file.seek(piece.offset)
-    step = max(1, BLOCK // piece.stride)
-    for first in range(0, piece.length // piece.stride, step):
-        count = min(step, piece.length // piece.stride - first)
+    for first, count in _portions(piece, len(vector)):
         block = _read(file, count * piece.stride)
         fold_records(block, first, piece, vector, work)
         yield block
+
+
+def _portions(piece: FoldRule, n: int) -> Iterator[tuple[int, int]]:
+    """First record and number of records of every block."""
+    records, most = piece.length // piece.stride, max(1, _FOLDED // piece.stride)
+    if records % (n * piece.inner) == 0:
+        yield from ((chunk.first, chunk.count) for chunk in chunks(records, n, piece.inner, most))
+        return
+    for first in range(0, records, most):
+        yield first, min(most, records - first)
 
 
 def _plain(tensor: StoredTensor) -> Iterator[Block]:

@@ -6,12 +6,45 @@ that is no number becomes the positive quiet NaN without payload (0x7FC00000, 0x
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ia3_export.fold import Array, Scale, Workspace, from_float, scale_values, storage_dtype, to_float
 from ia3_export.patching.format import FoldRule
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Records ``first:first+count`` of a region, which lie over channels ``channel:channel+channels``."""
+
+    first: int
+    count: int
+    channel: int
+    channels: int
+
+
+def chunks(records: int, n: int, inner: int, most: int) -> Iterator[Chunk]:
+    """`records`, which are whole runs over `n` channels, in portions of `most` at most that a reshape to
+    (runs, channels, records of one) fits: only these are multiplied fast."""
+    period = n * inner
+    if period <= most:
+        step = most // period * period
+        for first in range(0, records, step):
+            yield Chunk(first, min(step, records - first), 0, n)
+        return
+    if inner <= most:
+        for start in range(0, records, period):
+            step = most // inner
+            for channel in range(0, n, step):
+                some = min(step, n - channel)
+                yield Chunk(start + channel * inner, some * inner, channel, some)
+        return
+    for run in range(records // inner):
+        for start in range(0, inner, most):
+            yield Chunk(run * inner + start, min(most, inner - start), run % n, 1)
 
 
 def numbers(block: bytearray | memoryview | Array, dtype: str, stride: int, at: int) -> Array:

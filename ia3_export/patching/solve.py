@@ -20,7 +20,7 @@ from ia3_export.checkpoint.ranges import read_into
 from ia3_export.fold import Array, Workspace, from_float, storage_dtype, to_float
 from ia3_export.patching.format import FoldRule
 from ia3_export.patching.regions import Region
-from ia3_export.patching.rule import multiply, numbers
+from ia3_export.patching.rule import chunks, multiply, numbers
 
 #: Records in memory at a time.
 _RECORDS = 1 << 18
@@ -30,16 +30,6 @@ _STEPS = (1, -1, 2, -2)
 _SAME_RUN = 2.0**-6
 #: What a computed bound may be off by: the division, and a first rounding to float32 before 16 bits.
 _SLACK, _TWICE = 2.0**-50, 2.0**-23
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Records ``first:first+count`` of a region, which lie over channels ``channel:channel+channels``."""
-
-    first: int
-    count: int
-    channel: int
-    channels: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -163,7 +153,7 @@ def _fits(values: Array, dtype: str) -> bool:
 
 def _along(pair: Pair, n: int, inner: int, rounded: str, known: Sequence[Array]) -> Solution | None:
     lo, hi = np.full(n, -np.inf), np.full(n, np.inf)
-    for chunk in chunks(pair.new.nbytes // pair.new.stride, n, inner):
+    for chunk in chunks(pair.new.nbytes // pair.new.stride, n, inner, _RECORDS):
         old, new = pair.read(chunk.first, chunk.count)
         if not _other_bytes_equal(pair, old, new):
             return None
@@ -204,7 +194,7 @@ def failing(pair: Pair, solution: Solution) -> Array:
     n = len(solution.vector)
     bad, work = np.zeros(n, bool), Workspace()
     rule = make_rule(pair.old, pair.new, solution, "")
-    for chunk in chunks(pair.new.nbytes // pair.new.stride, n, solution.inner):
+    for chunk in chunks(pair.new.nbytes // pair.new.stride, n, solution.inner, _RECORDS):
         old, new = pair.read(chunk.first, chunk.count)
         part = slice(chunk.channel, chunk.channel + chunk.channels)
         for at in rule.at:
@@ -215,26 +205,6 @@ def failing(pair: Pair, solution: Solution) -> Array:
             shape = (-1, chunk.channels, min(solution.inner, chunk.count))
             bad[part] |= (made.view(bits) != wanted).reshape(shape).any(axis=(0, 2))
     return bad
-
-
-def chunks(records: int, n: int, inner: int) -> Iterator[Chunk]:
-    """`records` in portions that a reshape to (runs, channels, records of one) fits."""
-    period = n * inner
-    if period <= _RECORDS:
-        step = _RECORDS // period * period
-        for first in range(0, records, step):
-            yield Chunk(first, min(step, records - first), 0, n)
-        return
-    if inner <= _RECORDS:
-        for start in range(0, records, period):
-            step = _RECORDS // inner
-            for channel in range(0, n, step):
-                some = min(step, n - channel)
-                yield Chunk(start + channel * inner, some * inner, channel, some)
-        return
-    for run in range(records // inner):
-        for start in range(0, inner, _RECORDS):
-            yield Chunk(run * inner + start, min(_RECORDS, inner - start), run % n, 1)
 
 
 def _other_bytes_equal(pair: Pair, old: Array, new: Array) -> bool:

@@ -29,7 +29,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 def copy(made: tuple[Path, Path, Path], tmp_path: Path) -> tuple[Path, Path]:
     """A copy of the patch to damage, and of the folder."""
     shutil.copytree(made[0], tmp_path / "base")
-    return shutil.copy(made[2], tmp_path / "bad.ia3patch"), tmp_path / "base"
+    return Path(shutil.copy(made[2], tmp_path / "bad.ia3patch")), tmp_path / "base"
 
 
 def file_of(document: dict[str, Any], name: str) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from ia3_export.fold import Workspace, from_float, storage_dtype, to_float
 from ia3_export.patching import solve as solving
 from ia3_export.patching.format import FoldRule
 from ia3_export.patching.regions import Region, dense
-from ia3_export.patching.rule import fold_records
-from ia3_export.patching.solve import Pair, Solution, chunks, failing, solve
+from ia3_export.patching.rule import chunks, fold_records
+from ia3_export.patching.solve import Pair, Solution, failing, solve
 
 DTYPES = ("F32", "BF16", "F16", "F64")
 #: Bits of precision, and the exponent of the smallest number.
@@ -34,7 +34,7 @@ FLOATS = st.one_of(st.sampled_from(SPECIAL), st.floats(width=32, allow_nan=False
 def stored(values: Any, dtype: str) -> bytes:
     wide = np.array(values, "<f8" if dtype == "F64" else "<f4")
     with np.errstate(all="ignore"):
-        return from_float(wide, dtype).tobytes()
+        return bytes(from_float(wide, dtype).tobytes())
 
 
 def rounded(exact: Fraction, dtype: str, negative: bool) -> bytes:
@@ -250,17 +250,12 @@ def test_a_bias_shares_the_vector_of_its_weight() -> None:
 @given(st.integers(1, 5), st.integers(1, 9), st.integers(1, 9), st.integers(1, 30))
 @settings(max_examples=200, deadline=None)
 def test_chunks_cover_every_record_once_under_its_channel(outer: int, n: int, inner: int, most: int) -> None:
-    before = solving._RECORDS
-    solving._RECORDS = most
-    try:
-        seen = []
-        for chunk in chunks(outer * n * inner, n, inner):
-            shape = np.arange(chunk.first, chunk.first + chunk.count).reshape(
-                -1, chunk.channels, min(inner, chunk.count)
-            )
-            for channel in range(chunk.channels):
-                assert (shape[:, channel] // inner % n == chunk.channel + channel).all()
-            seen += shape.reshape(-1).tolist()
-    finally:
-        solving._RECORDS = before
+    seen = []
+    for chunk in chunks(outer * n * inner, n, inner, most):
+        assert chunk.count <= most
+        records = np.arange(chunk.first, chunk.first + chunk.count)
+        shaped = records.reshape(-1, chunk.channels, min(inner, chunk.count))
+        for channel in range(chunk.channels):
+            assert (shaped[:, channel] // inner % n == chunk.channel + channel).all()
+        seen += records.tolist()
     assert seen == list(range(outer * n * inner))
