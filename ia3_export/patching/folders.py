@@ -136,20 +136,22 @@ def is_after(patch: Patch, seen: Mapping[str, Seen]) -> bool:
 def _other_bytes(
     patch: Patch, folder: Path, wrong: list[str], seen: Mapping[str, Seen]
 ) -> Refused | NotFound:
-    done = [path for path in wrong if path in seen and seen[path].state == patch.after.get(path)]
+    before, after = patch.before, patch.after
+    done = [path for path in wrong if path in seen and seen[path].state == after.get(path)]
     other = [path for path in wrong if path not in done]
     if not other:
-        same = next((path for path in patch.before if path not in wrong), "another file")
+        kept = {state.path for state in patch.kept}
+        same = next((path for path in before if path not in wrong and path not in kept), "another file")
         return Refused(
             f"{folder} is patched in part: {done[0]} is what the patch makes of it, {same} is what it was",
             hint=FOR_ANOTHER,
         )
     # the largest says most: a weight file rather than a card
-    name = max(other, key=lambda path: patch.before[path].size)
+    name = max(other, key=lambda path: before[path].size)
     more = f", and {len(other) - 1} of its other files differ too" if len(other) > 1 else ""
     if name not in seen:
         return NotFound(f"{folder} has no {name}, which the patch was made for", hint=FOR_ANOTHER)
-    state, have = patch.before[name], seen[name].state
+    state, have = before[name], seen[name].state
     said = f"{have.size:,} bytes, not {state.size:,}" if have.size != state.size else "has other bytes"
     return Refused(f"the patch is for another folder: {name} in {folder} {said}{more}", hint=FOR_ANOTHER)
 

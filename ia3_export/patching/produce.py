@@ -95,14 +95,17 @@ def _inflate(patch: Patch, tensor: StoredTensor, length: int) -> Iterator[Block]
     try:
         for packed in _plain(tensor):
             rest: Block = packed
-            while rest and not stream.eof:
-                block = stream.decompress(rest, min(BLOCK, left + 1))
+            more = True
+            while more and not stream.eof:
+                room = min(BLOCK, left + 1)
+                block = stream.decompress(rest, room)
                 left -= len(block)
                 if left < 0:
                     raise zlib.error("it is longer")
                 if block:
                     yield block
                 rest = stream.unconsumed_tail
+                more = bool(rest) or len(block) == room  # what was read may give more without more input
     except zlib.error as error:
         raise _no_stream(patch, tensor, length, str(error)) from None
     if left or not stream.eof or stream.unused_data:

@@ -39,7 +39,8 @@ def write_reverse(patch: Patch, folder: Path, target: Path) -> None:
     untouched = {state.path for state in patch.kept}
     changes: list[FileChange] = []
     held: list[tuple[Path, _Part]] = []
-    for name, old in patch.before.items():
+    before = patch.before
+    for name, old in before.items():
         if name in untouched:
             continue
         change = _source(patch, old)
@@ -51,7 +52,7 @@ def write_reverse(patch: Patch, folder: Path, target: Path) -> None:
             pieces.append(Stored(f"r{len(held)}", part.length, compressed=False))
             held.append((folder / name, part))
         changes.append(FileChange(change.new if change is not None else None, old, tuple(joined(pieces))))
-    removed = [change.new for change in patch.files if change.new.path not in patch.before]
+    removed = [change.new for change in patch.files if change.new.path not in before]
     metadata = to_metadata(patch.tool, changes, patch.kept, removed)
     rows = [(f"r{number}", "U8", (part.length,)) for number, (_, part) in enumerate(held)]
     prefix, offsets = write_header(rows, metadata)

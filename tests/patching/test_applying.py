@@ -104,6 +104,23 @@ def test_a_second_patch_in_place_waits_for_the_first_to_be_reverted(made: Made, 
     assert contents(tmp_path / "new") == contents(third)
 
 
+def test_a_folder_that_is_patched_in_part_says_so(made: Made) -> None:
+    base, merged, patch = made
+    shutil.copy(merged / "README.md", base)
+    with pytest.raises(Refused, match=r"in part: README\.md is what the patch makes .* model\.safetensors"):
+        ia3_export.apply(patch, base)
+
+
+@pytest.mark.parametrize("size", [9 << 20, (4 << 20) - 1, 4 << 20, (4 << 20) + 1])
+def test_what_is_carried_may_be_larger_than_a_block(made: Made, tmp_path: Path, size: int) -> None:
+    base, merged, _ = made
+    (merged / "long.bin").write_bytes(b"0123456789abcdef" * (size // 16) + b"x" * (size % 16))
+    patch = ia3_export.patch(base, merged, tmp_path / "long.ia3patch").path
+    ia3_export.apply(patch, base)
+    assert contents(base) == contents(merged)
+    ia3_export.revert(base)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "sub/kept.bin", "gone.txt"])
 def test_one_other_byte_anywhere_is_refused_before_the_first_write(
     made: Made, tmp_path: Path, name: str

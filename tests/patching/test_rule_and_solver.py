@@ -49,7 +49,7 @@ def rounded(exact: Fraction, dtype: str, negative: bool) -> bytes:
     count += rest > Fraction(1, 2) or (rest == Fraction(1, 2) and count % 2 == 1)
     if count == 2**bits:
         count, unit = count // 2, unit + 1
-    field = (unit - exponent) * 2 ** (bits - 1) + count
+    field: int = (unit - exponent) * 2 ** (bits - 1) + count
     width = 8 * SIZES[dtype]
     infinity = (2 ** (width - bits) - 1) << (bits - 1)
     field = min(field, infinity) | (int(negative) << (width - 1))
