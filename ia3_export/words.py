@@ -17,8 +17,8 @@ Cast = Literal["peft", "peft-low-mem"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 #: Dtype in which PyTorch runs a model; ``auto`` is the stored one.
 RunDtype = Literal["auto", "float64", "float32", "float16", "bfloat16"]
-#: Who applied the vectors of a live model.
-AppliedBy = Literal["peft", "hooks", "none"]
+#: Who applied the vectors of a live model; ``graph``: multiplications in the base's own ONNX graph.
+AppliedBy = Literal["peft", "hooks", "graph", "none"]
 #: What becomes of a quantized base: dense; its scales folded, or refused; its scales folded,
 #: dense where that fails.
 Quantized = Literal["dequantize", "keep", "keep-or-dense"]

@@ -20,6 +20,7 @@ from ia3_export.cli.options import (
 from ia3_export.cli.output import Output
 from ia3_export.cli.report_text import show_report
 from ia3_export.drawing.formats import human_bytes
+from ia3_export.errors import UsageError
 from ia3_export.onnx.options import DecoderForm, GraphOptions
 
 if TYPE_CHECKING:
@@ -35,6 +36,12 @@ _NAMED = 4
 @click.command("onnx")
 @click.option("--model", metavar="DIR", help="Folder that merge wrote, or any checkpoint.")
 @click.option("--base", metavar="BASE", help="Instead of --model, with --adapter.")
+@click.option(
+    "--onnx-base",
+    metavar="DIR",
+    help="ONNX folder of the base: --adapter is folded into its weights, without a trace. --base then is "
+    "where weights are looked up whose names are gone.",
+)
 @click.option(
     "--adapter", "adapters", multiple=True, metavar="ADAPTER", help="IA3 adapter; repeat for several."
 )
@@ -106,6 +113,7 @@ _NAMED = 4
 def onnx_command(
     model: str | None,
     base: str | None,
+    onnx_base: str | None,
     adapters: tuple[str, ...],
     rules: tuple[str, ...],
     output: Path,
@@ -127,6 +135,7 @@ def onnx_command(
       ia3-export onnx --base my-base --adapter my-adapter --output exported --precision fp32,int8,int4
       ia3-export onnx --base my-4-bit-base --adapter my-adapter --output exported --precision keep
       ia3-export onnx --base my-base --adapter one --adapter two --output exported --swappable
+      ia3-export onnx --onnx-base exported-base --adapter my-adapter --output exported
 
     \f
     More than seven parameters: one an option.
@@ -134,6 +143,25 @@ def onnx_command(
     from ia3_export.adapters import read_adapters
     from ia3_export.commands.export_onnx import export_onnx
 
+    if onnx_base is not None:
+        from ia3_export.commands.refolding import refold
+
+        if model is not None or graphs != GraphOptions():
+            raise UsageError(
+                "--onnx-base keeps the graphs as they are: task, precisions and form were chosen before",
+                hint="give --adapter, and --base where names are gone",
+            )
+        folded = refold(
+            output,
+            onnx_base,
+            read_adapters(adapters, rules),
+            base=base,
+            check=not no_verify,
+            overwrite=overwrite,
+            on_step=out.text,
+        )
+        _show(out, folded)
+        return
     done = export_onnx(
         output,
         model=model,
@@ -144,6 +172,10 @@ def onnx_command(
         overwrite=overwrite,
         on_step=out.text,
     )
+    _show(out, done)
+
+
+def _show(out: Output, done: OnnxExport) -> None:
     if done.report is not None:
         if done.adapters:
             out.text("without an adapter:")

@@ -47,7 +47,7 @@ from ia3_export.parity.runs.run_torch import exact_matmul
 from ia3_export.parity.settings import RunSettings
 from ia3_export.report.model import Report
 from ia3_export.writing.card import BASE_CARD
-from ia3_export.writing.manifest import list_files, tool
+from ia3_export.writing.manifest import as_folded, list_files, tool
 from ia3_export.writing.stage import check_target, copy_file, scratch_folder, staged
 
 SCHEMA = "ia3-export/onnx/2"
@@ -199,7 +199,7 @@ def export_onnx(
         done = OnnxExport(
             folder=target, task=task.name, opset=graphs.opset, files=tuple(files), report=None, bits=mix
         )
-        _write_manifest(checkpoint, stage, done, traced, swappable)
+        _write_manifest(source, stage, done, traced, swappable)
         if check:
             say("verifying")
             # the float32 graphs are proven even where only other precisions of them were asked for
@@ -356,13 +356,14 @@ def _copy_side_files(checkpoint: Checkpoint, stage: Path) -> None:
 
 
 def _write_manifest(
-    checkpoint: Checkpoint,
+    source: ExportSource,
     stage: Path,
     done: OnnxExport,
     traced: Sequence[TracedGraph],
     swappable: Mapping[str, Any] | None,
 ) -> None:
-    merged = checkpoint.folder / MANIFEST
+    merged = source.checkpoint.folder / MANIFEST
+    folded = [as_folded(adapter) for adapter in source.plan.adapters] or source.checkpoint.folded
     libraries = ("torch", "transformers", "onnx", "onnxscript")
     content = {
         "schema": SCHEMA,
@@ -375,6 +376,7 @@ def _write_manifest(
             graph.path.stem: {name: asdict(origin) for name, origin in sorted(graph.origins.items())}
             for graph in traced
         },
+        "folded": [row.to_json() for row in folded],
         "merge_manifest_sha256": hash_file(merged) if merged.is_file() else None,
         "files": list_files(stage, known={}, hashed=True),
     }

@@ -31,6 +31,11 @@ def file_name(stem: str, precision: str) -> str:
     return f"{stem}{SUFFIXES[precision]}.onnx"
 
 
+def precision_of(path: Path) -> str:
+    """What the name of a graph says of its precision; ``fp32`` where it says nothing."""
+    return next((name for name, end in SUFFIXES.items() if end and path.stem.endswith(end)), "fp32")
+
+
 def plain_stem(path: Path) -> str | None:
     """``decoder_model_merged`` of ``decoder_model_merged_int8.onnx``: the name without its precision; None
     for files that are no part of an exported folder.

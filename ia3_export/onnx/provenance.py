@@ -15,11 +15,14 @@ class Origin:
     """The stored tensor that an initializer holds, `transposed` or as it is.
 
     `tensor` is None where several stored tensors were put together while loading (fused experts), or where
-    torch computed the values (folded constants).
+    torch computed the values (folded constants). `dtype` (safetensors' name) and `shape` are the stored ones;
+    of what was quantized, the dtype in which a model has it.
     """
 
     tensor: str | None
     transposed: bool
+    dtype: str | None = None
+    shape: tuple[int, ...] = ()
 
 
 def trace_origins(graph: Any, model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, Origin]:
@@ -49,7 +52,10 @@ def trace_origins(graph: Any, model: Any, stored: Mapping[str, StoredTensor]) ->
         origin = keys.get(name) or by_storage.get((parameter.data_ptr(), tuple(parameter.shape)))
         shape = tuple(int(size) for size in value.const_value.shape)
         turned = shape != tuple(parameter.shape) or _is_turned(value.const_value, parameter)
-        origins[name] = Origin(origin, turned)
+        if origin is None:
+            origins[name] = Origin(None, turned)
+        else:
+            origins[name] = Origin(origin, turned, stored[origin].compute_dtype, stored[origin].shape)
     return origins
 
 

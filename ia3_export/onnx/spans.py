@@ -16,7 +16,7 @@ from typing import Any
 
 from ia3_export.errors import DamagedFile, NotFound, Refused, first_line
 
-_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+_VARINT, _FIXED64, LENGTH, _FIXED32 = 0, 1, 2, 5
 #: Messages that may hold a tensor, by the message and the field that they lie in (onnx.proto3).
 _INSIDE = {
     ("model", 7): "graph",
@@ -51,8 +51,8 @@ class Span:
 
 
 def read_light(path: Path, *, above: int = 0) -> Any:
-    """The ``onnx.ModelProto`` of `path`; tensors of more than `above` bytes that lie in the file refer to it as
-    external data.
+    """The ``onnx.ModelProto`` of `path`; tensors of more than `above` bytes that lie in the file refer to it
+    as external data.
 
     Raises `NotFound`, and `DamagedFile` for a file that is no ONNX model or shorter than it says.
     """
@@ -135,11 +135,11 @@ def _light(file: _Scanned, kind: str, start: int = 0, end: int | None = None) ->
     """The message of this `kind` between `start` and `end`, without the bytes of tensors."""
     for field, wire, begin, first, last in _fields(file.data, start, len(file.data) if end is None else end):
         inside = _INSIDE.get((kind, field))
-        if kind == "tensor" and field in _VALUES and wire == _LENGTH and last - first > file.above:
+        if kind == "tensor" and field in _VALUES and wire == LENGTH and last - first > file.above:
             yield from _reference(file.name, first, last - first)
-        elif inside is not None and wire == _LENGTH and (inside == "tensor" or last - first > file.above):
+        elif inside is not None and wire == LENGTH and (inside == "tensor" or last - first > file.above):
             parts = list(_light(file, inside, first, last))
-            yield _varint(field << 3 | _LENGTH) + _varint(sum(map(len, parts)))
+            yield varint(field << 3 | LENGTH) + varint(sum(map(len, parts)))
             yield from parts
         else:
             yield file.data[begin:last]
@@ -154,7 +154,7 @@ def _fields(data: Any, start: int, end: int) -> Iterator[tuple[int, int, int, in
     while at < end:
         tag, first = _read_varint(data, at, end)
         wire = tag & 7
-        if wire == _LENGTH:
+        if wire == LENGTH:
             size, first = _read_varint(data, first, end)
         elif wire == _VARINT:
             size = _read_varint(data, first, end)[1] - first
@@ -179,7 +179,7 @@ def _read_varint(data: Any, at: int, end: int) -> tuple[int, int]:
     raise ValueError(f"a number at byte {at} does not end")
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
@@ -191,8 +191,8 @@ def _reference(location: str, offset: int, length: int) -> Iterator[bytes]:
     """The fields of a tensor that lies elsewhere (``external_data`` and ``data_location``)."""
     for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
         pair = b"".join(
-            _varint(number << 3 | _LENGTH) + _varint(len(text.encode())) + text.encode()
+            varint(number << 3 | LENGTH) + varint(len(text.encode())) + text.encode()
             for number, text in ((1, key), (2, value))
         )
-        yield _varint(_EXTERNAL << 3 | _LENGTH) + _varint(len(pair)) + pair
-    yield _varint(_LOCATION << 3 | _VARINT) + _varint(1)
+        yield varint(_EXTERNAL << 3 | LENGTH) + varint(len(pair)) + pair
+    yield varint(_LOCATION << 3 | _VARINT) + varint(1)

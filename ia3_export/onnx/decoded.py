@@ -1,0 +1,290 @@
+"""Codes of a weight in a graph that exists already: their scales, and the float32 weight that they stand for.
+
+Of `MatMulNBits` (ours and ONNX Runtime's), of ``quantize_dynamic`` (``MatMulInteger``) and behind a
+``DequantizeLinear``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ia3_export.errors import Unsupported
+from ia3_export.fold import Array
+from ia3_export.onnx.blocks import Codes, decode
+from ia3_export.onnx.places import PRODUCTS, GraphFile, outputs_last
+
+_HINT = "export the merged model instead"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScalesOfCodes:
+    """The scales (and offsets) of a weight with so many `outputs`: `arrays` by name, with the outputs as
+    their first axis, or one number for all of them. `spread` are ``DequantizeLinear`` nodes with one number,
+    that then have one an output along the given axis, and `zeros` their zero points."""
+
+    outputs: int
+    arrays: Mapping[str, Array]
+    spread: tuple[tuple[Any, int], ...] = ()
+    zeros: Mapping[str, Array] = field(default_factory=dict)
+    halves: frozenset[str] = frozenset()
+
+    def scaled(self, factors: Array) -> dict[str, Array]:
+        """The arrays multiplied by `factors` (outputs,): in float32, or in float16 where a graph computes in
+        it (`halves`)."""
+        found = {name: np.broadcast_to(zero.reshape(()), factors.shape) for name, zero in self.zeros.items()}
+        for name, array in self.arrays.items():
+            wide = array.astype("<f4")
+            if wide.size == 1:
+                product = wide.reshape(()) * factors
+            else:
+                product = (wide.reshape(self.outputs, -1) * factors[:, None]).reshape(wide.shape)
+            found[name] = product.astype("<f2") if name in self.halves else product
+        for node, axis in self.spread:
+            _set_axis(node, axis)
+        return found
+
+
+def scales_of(graph: GraphFile, own: str) -> ScalesOfCodes:
+    """The scales (and offsets) of the weight `own`.
+
+    Raises `Unsupported` for codes whose scales lie along the inputs, or in operators that take none an
+    output.
+    """
+    codes = graph.coded[own]
+    shape = graph.spans[codes].shape
+    if not in_blocks(codes, shape):
+        return _of_axis(graph, own)
+    named = [_named(graph, own + ending) for ending in ("_scales", "_offsets")]
+    arrays = {name: values_of(graph, name) for name in named if name is not None}
+    if named[0] is None or any(array.size % shape[0] for array in arrays.values()):
+        raise Unsupported(f"{graph.path.name} has no scales for {codes}", hint=_HINT)
+    return ScalesOfCodes(shape[0], arrays, halves=_halves(graph, arrays))
+
+
+def in_blocks(codes: str, shape: Sequence[int]) -> bool:
+    """Whether an initializer of this name and shape has the codes of ``MatMulNBits``."""
+    return len(shape) == 3 and not codes.rstrip("_").endswith("quantized")
+
+
+def _of_axis(graph: GraphFile, own: str) -> ScalesOfCodes:
+    """The scale of ``X_quantized``, one number or one for each output."""
+    codes = graph.coded[own]
+    shape = graph.spans[codes].shape
+    axis = len(shape) - 1 if outputs_last(graph, own) else 0
+    nodes = graph.readers.get(codes, ())
+    _check_readers(graph, own, nodes)
+    widened = [node for node in nodes if node.op_type == "DequantizeLinear"]
+    named = {node.input[1] for node in widened} or {_named(graph, f"{own}_scale")}
+    name = next(iter(named))
+    if len(named) != 1 or name not in graph.spans:
+        raise Unsupported(f"{graph.path.name} has no scale for {codes}", hint=_HINT)
+    array = values_of(graph, name)
+    if array.shape == (shape[axis],) and array.size > 1:
+        return ScalesOfCodes(shape[axis], {name: array}, halves=_halves(graph, {name: array}))
+    if array.size != 1:
+        raise Unsupported(
+            f"{graph.path.name} holds {own} with {array.size} scales for {shape[axis]} outputs", hint=_HINT
+        )
+    if len(graph.readers.get(name, ())) > 1:
+        raise Unsupported(f"{graph.path.name} uses the scale {name} for more than {own}", hint=_HINT)
+    zeros = {n: values_of(graph, n) for node in widened for n in node.input[2:3] if n in graph.spans}
+    spread = tuple((node, axis) for node in widened)
+    return ScalesOfCodes(shape[axis], {name: array}, spread, zeros, _halves(graph, {name: array}))
+
+
+def _halves(graph: GraphFile, arrays: Mapping[str, Array]) -> frozenset[str]:
+    """The float16 ones that a graph does not widen before it computes with them."""
+    return frozenset(
+        name
+        for name, array in arrays.items()
+        if array.dtype == np.float16 and any(n.op_type != "Cast" for n in graph.readers.get(name, ()))
+    )
+
+
+def _check_readers(graph: GraphFile, own: str, nodes: Any) -> None:
+    """Raise `Unsupported` where what the weight gives is rounded again by a scale that was measured on the
+    base."""
+    for node in nodes:
+        if node.op_type not in ("MatMulInteger", "DequantizeLinear", "DynamicQuantizeMatMul"):
+            raise Unsupported(
+                f"{graph.path.name} multiplies with {own} in a {node.op_type}, whose output has a scale "
+                "that was measured on the base",
+                hint=_HINT,
+            )
+        after = [n for name in node.output for n in graph.readers.get(name, ())]
+        later = [n for one in after for name in one.output for n in graph.readers.get(name, ())]
+        if node.op_type == "DequantizeLinear" and any(n.op_type == "QuantizeLinear" for n in later):
+            raise Unsupported(
+                f"{graph.path.name} rounds what {own} gives by a scale that was measured on the base: the "
+                "site cannot take a vector",
+                hint="quantize the merged model; or weights alone, whose activations are not rounded by "
+                "fixed scales",
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodedWeight:
+    """The float32 `values` (outputs first) of the weight `own`, and the nodes that take it from its codes."""
+
+    own: str
+    values: Array
+
+    def rewire(self, graph: GraphFile) -> dict[str, Array]:
+        """Let the graph's products read the weight as an initializer; returns it, and others that change.
+
+        Raises `Unsupported` for operators that it is not known how to replace.
+        """
+        codes, name = graph.coded[self.own], f"{self.own}_dense"
+        changed: dict[str, Array] = {}
+        for node, slot in products_of(graph, codes):
+            if node.op_type == "MatMulNBits":
+                _become(node, "MatMul", [node.input[0], name])
+                offsets = _named(graph, f"{self.own}_offsets")
+                if offsets is not None:  # in the weight now
+                    changed[offsets] = np.zeros_like(values_of(graph, offsets))
+            elif node.op_type == "MatMulInteger":
+                source, scaled = around(graph, node)
+                _become(scaled, "MatMul", [source, name])
+            elif node.op_type in ("MatMul", "Conv") or (node.op_type == "Gemm" and slot == 1):
+                if node.op_type == "Gemm":
+                    kept = [a for a in node.attribute if a.name != "transB"]
+                    del node.attribute[:]
+                    node.attribute.extend(kept)
+                node.input[slot] = name
+            else:
+                raise Unsupported(
+                    f"{graph.path.name} multiplies with {self.own} in a {node.op_type}, which takes no "
+                    "float32 weight",
+                    hint=_HINT,
+                )
+        held = self.values if self.values.ndim > 2 else self.values.T
+        return {name: np.ascontiguousarray(held, "<f4"), **changed}
+
+
+def decoded(graph: GraphFile, own: str, *, columns: int | None = None) -> DecodedWeight:
+    """The weight that the codes of `own` stand for, with so many `columns` (inputs); without them those that
+    fill the last block may be among them. Raises `Unsupported` for codes of an unknown form."""
+    codes = graph.coded[own]
+    raw = values_of(graph, codes)
+    if in_blocks(codes, raw.shape):
+        return DecodedWeight(own, _of_blocks(graph, own, raw, columns))
+    axis = raw.ndim - 1 if outputs_last(graph, own) else 0
+    (array,) = _of_axis(graph, own).arrays.values()
+    zero_name = _named(graph, f"{own}_zero_point")
+    zero = values_of(graph, zero_name) if zero_name else np.zeros(1, raw.dtype)
+    along = [-1 if i == axis else 1 for i in range(raw.ndim)]
+    values = (raw.astype("<f4") - zero.astype("<f4").reshape(along if zero.size > 1 else ())) * array.astype(
+        "<f4"
+    ).reshape(along if array.size > 1 else ())
+    return DecodedWeight(own, np.ascontiguousarray(np.moveaxis(values, axis, 0), "<f4"))
+
+
+def steps_of(graph: GraphFile, own: str) -> Array:
+    """How far two neighbouring codes are apart, for each element of the weight `own` (outputs first)."""
+    codes = graph.coded[own]
+    shape = graph.spans[codes].shape
+    if not in_blocks(codes, shape):
+        (scale,) = _of_axis(graph, own).arrays.values()
+        size = shape[::-1] if outputs_last(graph, own) else shape
+        return np.broadcast_to(scale.astype("<f4").reshape(-1, 1), size)
+    name = _named(graph, f"{own}_scales")
+    scales = values_of(graph, name or "").astype("<f4").reshape(shape[0], shape[1])
+    block = next((a.i for n in graph.readers[codes] for a in n.attribute if a.name == "block_size"), 0)
+    return np.repeat(np.abs(scales), block or shape[2], axis=1)
+
+
+def _of_blocks(graph: GraphFile, own: str, raw: Array, columns: int | None) -> Array:
+    codes = graph.coded[own]
+    bits = 8 if codes.rstrip("_").endswith("8") else 4
+    for node in graph.readers.get(codes, ()):
+        if node.op_type == "MatMulNBits":
+            options = {a.name: a.i for a in node.attribute}
+            bits, columns = options.get("bits", 4), options["K"]
+    rows = raw.shape[0]
+    found = {
+        ending: values_of(graph, name)
+        for ending in ("_scales", "_offsets", "_zero_points", "_order")
+        if (name := _named(graph, own + ending)) is not None
+    }
+    if "_scales" not in found:
+        raise Unsupported(f"{graph.path.name} has no scales for {codes}", hint=_HINT)
+    zeros = found.get("_zero_points")
+    held = Codes(
+        packed=raw,
+        scales=found["_scales"].astype("<f4").reshape(rows, -1),
+        offsets=None if "_offsets" not in found else found["_offsets"].astype("<f4").reshape(rows, -1),
+        bits=bits,
+        zeros=None if zeros is None else zeros.reshape(rows, -1),
+        order=found.get("_order"),
+    )
+    return decode(held, columns or raw.shape[1] * held.block)
+
+
+def values_of(graph: GraphFile, name: str) -> Array:
+    """The values of an initializer, in its shape."""
+    import onnx
+
+    span = graph.spans[name]
+    with span.file.open("rb") as file:
+        file.seek(span.offset)
+        raw = file.read(span.nbytes)
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.DataType.Value(span.dtype))
+    return np.frombuffer(raw, dtype).reshape(span.shape)
+
+
+def _named(graph: GraphFile, name: str) -> str | None:
+    """The initializer of this name, which may have underscores after it that keep it apart from another."""
+    return next((n for n in graph.spans if n == name or n.rstrip("_") == name.rstrip("_")), None)
+
+
+def products_of(graph: GraphFile, codes: str) -> list[tuple[Any, int]]:
+    """The nodes that multiply with what is made of `codes`, and which of their inputs that is."""
+    found: list[tuple[Any, int]] = []
+    waiting, seen = [codes], {codes}
+    while waiting:
+        value = waiting.pop()
+        for node in graph.readers.get(value, ()):
+            slot = list(node.input).index(value)
+            if node.op_type in PRODUCTS:
+                found.append((node, slot))
+            elif node.op_type in ("Gather", "Shape"):
+                raise Unsupported(f"{graph.path.name} looks rows of {codes} up as well", hint=_HINT)
+            else:
+                new = [name for name in node.output if name not in seen]
+                waiting += new
+                seen.update(new)
+    return found
+
+
+def around(graph: GraphFile, node: Any) -> tuple[str, Any]:
+    """What ``quantize_dynamic`` made a ``MatMulInteger`` of: the float32 input, and the last node, which
+    gives the product in float32."""
+    maker = graph.makers.get(node.input[0])
+    casts = graph.readers.get(node.output[0], ())
+    if maker is not None and maker.op_type == "DynamicQuantizeLinear" and len(casts) == 1:
+        scaled = graph.readers.get(casts[0].output[0], ())
+        if casts[0].op_type == "Cast" and len(scaled) == 1 and scaled[0].op_type == "Mul":
+            return maker.input[0], scaled[0]
+    raise Unsupported(
+        f"{graph.path.name} computes {node.name or node.output[0]} in a form that quantize_dynamic does "
+        "not write",
+        hint=_HINT,
+    )
+
+
+def _become(node: Any, op_type: str, inputs: list[str]) -> None:
+    node.op_type, node.domain = op_type, ""
+    del node.attribute[:]
+    node.input[:] = inputs
+
+
+def _set_axis(node: Any, axis: int) -> None:
+    import onnx
+
+    kept = [a for a in node.attribute if a.name != "axis"]
+    del node.attribute[:]
+    node.attribute.extend([*kept, onnx.helper.make_attribute("axis", axis)])

@@ -1,0 +1,251 @@
+"""Writing a graph with some other initializers: what stays is copied from the file that it lies in.
+
+Where every new tensor is as long as the old one, the files keep their layout, byte for byte. Else the
+``.onnx`` file is written anew, its weights streamed, since the order of a message's fields is free
+(protobuf.dev, "Encoding").
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ia3_export.checkpoint import ranges
+from ia3_export.errors import Unsupported
+from ia3_export.onnx.files import walk_nodes
+from ia3_export.onnx.places import GraphFile
+from ia3_export.onnx.refold import NewTensor
+from ia3_export.onnx.spans import LENGTH, Span, initializers, varint
+
+_BUFFER = 4 << 20
+#: External data begin at whole pages, so that they can be mapped.
+_PAGE = 4096
+#: A protobuf message is smaller than this.
+_MESSAGE = 2**31
+_RAW = 9  # TensorProto.raw_data
+_GRAPH, _INITIALIZER = 7, 5  # ModelProto.graph, GraphProto.initializer
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Patch:
+    """New bytes for a range of a file."""
+
+    offset: int
+    nbytes: int
+    blocks: Callable[[], Iterator[Any]]
+
+
+def write_graph(graph: GraphFile, new: Mapping[str, NewTensor], target: Path, *, changed: bool) -> list[Path]:
+    """Write `graph` with the `new` initializers to `target`, its external data beside it; returns the files.
+
+    `changed`: nodes are others than in the file. Raises `Unsupported` where a message would be too large.
+    """
+    spans, folder = graph.spans, target.parent
+    kept = {n: t for n, t in new.items() if n in spans and _as_before(t, spans[n])}
+    data = sorted({span.file for span in spans.values() if span.file != graph.path})
+    folder.mkdir(parents=True, exist_ok=True)
+    by_file: dict[Path, list[Patch]] = {graph.path: [], **{file: [] for file in data}}
+    for name, tensor in kept.items():
+        by_file[spans[name].file].append(Patch(spans[name].offset, tensor.nbytes, tensor.blocks))
+    for file in data:
+        copy_patched(file, folder / file.name, by_file[file])
+    if not changed and len(kept) == len(new):
+        copy_patched(graph.path, target, by_file[graph.path])
+        return [target, *(folder / file.name for file in data)]
+    _edit(graph, new)
+    _prune(graph.model.graph, [port.name for port in graph.model.graph.output])
+    moved = {n: t for n, t in new.items() if n not in kept or spans[n].file == graph.path}
+    if data:
+        _append(graph, {n: t for n, t in moved.items() if t.nbytes > _PAGE}, folder / data[-1].name)
+    _stream(graph, moved, target)
+    return [target, *(folder / file.name for file in data)]
+
+
+def copy_patched(source: Path, target: Path, patches: Iterable[Patch]) -> None:
+    """Copy a file, with other bytes in some ranges of it that do not overlap."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    buffer, at = memoryview(bytearray(_BUFFER)), 0
+    with source.open("rb", buffering=0) as old, target.open("wb", buffering=0) as new:
+        size = os.fstat(old.fileno()).st_size
+
+        def copy(count: int) -> None:
+            ranges.copy_range(old.fileno(), at, new.fileno(), at, count, lambda _: None, buffer)
+
+        with ranges.reading(source, source.name):
+            for patch in sorted(patches, key=lambda patch: patch.offset):
+                copy(patch.offset - at)
+                at = patch.offset
+                for block in patch.blocks():
+                    ranges.write_all(new.fileno(), memoryview(block).cast("B"), at)
+                    at += memoryview(block).nbytes
+            copy(size - at)
+
+
+def _as_before(tensor: NewTensor, span: Span) -> bool:
+    import onnx
+
+    return tensor.shape == span.shape and onnx.TensorProto.DataType.Name(tensor.data_type) == span.dtype
+
+
+def _edit(graph: GraphFile, new: Mapping[str, NewTensor]) -> None:
+    """Give the initializers of the model their new types and shapes; those that are new come last."""
+    there = {tensor.name: tensor for tensor in initializers(graph.model.graph)}
+    for name, tensor in new.items():
+        held = there.get(name)
+        held = graph.model.graph.initializer.add() if held is None else held
+        held.name, held.data_type = name, tensor.data_type
+        held.dims[:] = tensor.shape
+    del graph.model.graph.value_info[:]  # may hold the old types
+
+
+def _prune(graph: Any, wanted: Collection[str]) -> None:
+    """Take out the nodes and initializers that no output needs."""
+    while True:
+        read = {name for node in walk_nodes(graph) for name in node.input} | set(wanted)
+        for node in walk_nodes(graph):
+            for attribute in node.attribute:
+                for body in (attribute.g, *attribute.graphs):
+                    read.update(port.name for port in body.output)
+        dead = [node for node in graph.node if not read.intersection(node.output)]
+        if not dead:
+            break
+        for node in dead:
+            graph.node.remove(node)
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in read]:
+        graph.initializer.remove(tensor)
+
+
+def _append(graph: GraphFile, new: Mapping[str, NewTensor], target: Path) -> None:
+    """Put tensors at the end of a file of external data, and let the graph find them there."""
+    there = {tensor.name: tensor for tensor in initializers(graph.model.graph)}
+    with target.open("ab") as file:
+        for name, tensor in new.items():
+            held = there.get(name)
+            if held is None or (name in graph.spans and _is_in_place(held, graph.spans[name], tensor)):
+                continue
+            file.write(bytes(-file.tell() % _PAGE))
+            _set_external(held, target.name, file.tell(), tensor.nbytes)
+            for block in tensor.blocks():
+                file.write(block)
+
+
+def _is_in_place(held: Any, span: Span, tensor: NewTensor) -> bool:
+    """Whether a tensor lies in external data at the place of the old one."""
+    return _as_before(tensor, span) and bool(held.external_data)
+
+
+def _set_external(tensor: Any, location: str, offset: int, length: int) -> None:
+    import onnx
+
+    tensor.ClearField("raw_data")
+    del tensor.external_data[:]
+    for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
+        tensor.external_data.add(key=key, value=value)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+
+
+def _stream(graph: GraphFile, new: Mapping[str, NewTensor], target: Path) -> None:
+    """Write the ``.onnx`` file, with the tensors that lie in it."""
+    import onnx
+
+    own = graph.path.name
+    tensors = []
+    for tensor in graph.model.graph.initializer:
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        inside = where.get("location") == own or (tensor.name in new and not where)
+        tensors.append(_Held(tensor, graph.spans.get(tensor.name), new.get(tensor.name), inside))
+    for tensor in (t for node in graph.model.graph.node for t in _inside(node)):
+        _load(tensor, graph.path)
+    rest, body = onnx.ModelProto(), onnx.GraphProto()
+    rest.CopyFrom(graph.model)
+    rest.ClearField("graph")
+    body.CopyFrom(graph.model.graph)
+    body.ClearField("initializer")
+    head, inner = rest.SerializeToString(deterministic=True), body.SerializeToString(deterministic=True)
+    size = len(inner) + sum(
+        len(varint(_INITIALIZER << 3 | LENGTH)) + len(varint(t.size)) + t.size for t in tensors
+    )
+    if size + len(head) >= _MESSAGE:
+        raise Unsupported(
+            f"{target.name} would be {size:,} bytes, more than an ONNX file holds without external data",
+            hint="export the merged model instead",
+        )
+    with target.open("wb") as file:
+        file.write(head + varint(_GRAPH << 3 | LENGTH) + varint(size) + inner)
+        for held in tensors:
+            file.write(varint(_INITIALIZER << 3 | LENGTH) + varint(held.size))
+            for block in held.blocks():
+                file.write(block)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Held:
+    """A tensor of the graph: its bytes lie `inside` the file, old or new ones, or it is written as it is."""
+
+    tensor: Any
+    span: Span | None
+    new: NewTensor | None
+    inside: bool
+
+    @property
+    def nbytes(self) -> int:
+        return self.new.nbytes if self.new is not None else self.span.nbytes if self.span is not None else 0
+
+    @property
+    def head(self) -> bytes:
+        """The message without the bytes, and what introduces them."""
+        if not self.inside:
+            return bytes(self.tensor.SerializeToString(deterministic=True))
+        import onnx
+
+        bare = onnx.TensorProto(name=self.tensor.name, data_type=self.tensor.data_type, dims=self.tensor.dims)
+        return (
+            bytes(bare.SerializeToString(deterministic=True))
+            + varint(_RAW << 3 | LENGTH)
+            + varint(self.nbytes)
+        )
+
+    @property
+    def size(self) -> int:
+        return len(self.head) + (self.nbytes if self.inside else 0)
+
+    def blocks(self) -> Iterator[Any]:
+        yield self.head
+        if not self.inside:
+            return
+        if self.new is not None:
+            yield from self.new.blocks()
+        elif self.span is not None:
+            yield from _read(self.span)
+
+
+def _read(span: Span) -> Iterator[Any]:
+    buffer = memoryview(bytearray(min(_BUFFER, max(span.nbytes, 1))))
+    with span.file.open("rb", buffering=0) as file, ranges.reading(span.file, span.name):
+        for first in range(0, span.nbytes, len(buffer)):
+            part = buffer[: min(len(buffer), span.nbytes - first)]
+            ranges.read_into(file.fileno(), part, span.offset + first)
+            yield part
+
+
+def _inside(node: Any) -> Iterator[Any]:
+    """The tensors in a node's attributes and bodies."""
+    for attribute in node.attribute:
+        yield from (tensor for tensor in (attribute.t, *attribute.tensors) if tensor.external_data)
+        for body in (attribute.g, *attribute.graphs):
+            yield from (tensor for tensor in body.initializer if tensor.external_data)
+            for inner in body.node:
+                yield from _inside(inner)
+
+
+def _load(tensor: Any, path: Path) -> None:
+    """Hold a tensor that lies in the file `path` in memory."""
+    import onnx
+
+    if any(entry.key == "location" and entry.value == path.name for entry in tensor.external_data):
+        onnx.external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
+        del tensor.external_data[:]
+        tensor.ClearField("data_location")
