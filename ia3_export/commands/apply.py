@@ -11,7 +11,7 @@ from ia3_export.arguments import check_arguments
 from ia3_export.errors import UsageError
 from ia3_export.patching.apply import prove, write_folder
 from ia3_export.patching.folders import check_before
-from ia3_export.patching.format import Patch, read_patch
+from ia3_export.patching.format import PatchFile, read_patch
 from ia3_export.patching.in_place import patch_in_place, revert_in_place
 from ia3_export.writing.execute import Progress
 
@@ -76,7 +76,7 @@ def revert(folder: str | Path, *, on_progress: Callable[[Progress], None] = lamb
     return _applied(read, place, "reverted")
 
 
-def _applied(patch: Patch, folder: Path, how: str) -> Applied:
+def _applied(patch: PatchFile, folder: Path, how: str) -> Applied:
     content = {
         "schema": SCHEMA,
         "how": how,

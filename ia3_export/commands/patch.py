@@ -18,7 +18,7 @@ from ia3_export.patching.format import (
     FileChange,
     FileState,
     FoldRule,
-    Patch,
+    PatchFile,
     Stored,
     read_patch,
     to_metadata,
@@ -146,7 +146,7 @@ def _encode(
     return prefix + b"".join(blobs[name] for name in sorted(offsets, key=lambda name: offsets[name]))
 
 
-def _describe(made: Patch, contents: Contents, size: int) -> dict[str, Any]:
+def _describe(made: PatchFile, contents: Contents, size: int) -> dict[str, Any]:
     pieces = [piece for change in made.files for piece in change.pieces]
     folds = [piece for piece in pieces if isinstance(piece, FoldRule)]
     return {

@@ -15,7 +15,7 @@ from pathlib import Path
 from ia3_export.checkpoint.ranges import clone, worker_count
 from ia3_export.errors import DamagedFile, OutputError
 from ia3_export.patching.folders import check_before, check_still
-from ia3_export.patching.format import FileChange, Patch
+from ia3_export.patching.format import FileChange, PatchFile
 from ia3_export.patching.produce import produce
 from ia3_export.writing.execute import Progress
 from ia3_export.writing.stage import check_target, free_space, locked, places_beside, recover, staged
@@ -23,7 +23,7 @@ from ia3_export.writing.stage import check_target, free_space, locked, places_be
 Report = Callable[[Progress], None]
 
 
-def write_folder(patch: Patch, folder: Path, target: Path, on_progress: Report) -> None:
+def write_folder(patch: PatchFile, folder: Path, target: Path, on_progress: Report) -> None:
     """Write what `patch` makes of `folder` to the new folder `target`: the files that it names, no others.
 
     Raises what `check_before` raises, `DamagedFile` and `OutputError`.
@@ -47,7 +47,7 @@ def finish_interrupted(folder: Path) -> None:
             recover(place)
 
 
-def write_files(patch: Patch, folder: Path, stage: Path, on_progress: Report) -> None:
+def write_files(patch: PatchFile, folder: Path, stage: Path, on_progress: Report) -> None:
     """Write every changed file of `patch` into `stage`, with the permissions of the old one.
 
     Raises `DamagedFile` where a file does not become what the patch says.
@@ -77,7 +77,7 @@ def write_files(patch: Patch, folder: Path, stage: Path, on_progress: Report) ->
             pass
 
 
-def check_digest(patch: Patch, change: FileChange, digest: str) -> None:
+def check_digest(patch: PatchFile, change: FileChange, digest: str) -> None:
     """Refuse bytes that are not the ones that the patch was made for."""
     if digest != change.new.sha256:
         raise DamagedFile(
@@ -87,7 +87,7 @@ def check_digest(patch: Patch, change: FileChange, digest: str) -> None:
         )
 
 
-def prove(patch: Patch, folder: Path) -> None:
+def prove(patch: PatchFile, folder: Path) -> None:
     """Make every changed file without writing it, and compare the digests. Raises `DamagedFile`."""
     found = patch.vectors()
 

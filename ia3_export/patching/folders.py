@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ia3_export.checkpoint.ranges import hash_file, worker_count
 from ia3_export.errors import InputError, NotFound, Refused
-from ia3_export.patching.format import FileState, Patch, unsafe
+from ia3_export.patching.format import FileState, PatchFile, unsafe
 
 #: What tools remember beside a model, at the top of its folder.
 _TOOLS = (".cache", ".git")
@@ -96,7 +96,7 @@ def _see(folder: Path, name: str) -> Seen:
     return Seen(FileState(name, before[1], digest), before)
 
 
-def check_before(patch: Patch, folder: Path) -> dict[str, Seen]:
+def check_before(patch: PatchFile, folder: Path) -> dict[str, Seen]:
     """The files that `patch` reads, every byte of them verified; nothing is written before this has passed.
 
     Raises `Refused` where the folder has other bytes, says so if it is patched already, or holds a file in
@@ -126,7 +126,7 @@ def check_before(patch: Patch, folder: Path) -> dict[str, Seen]:
     raise _other_bytes(patch, folder, wrong, seen)
 
 
-def is_after(patch: Patch, seen: Mapping[str, Seen]) -> bool:
+def is_after(patch: PatchFile, seen: Mapping[str, Seen]) -> bool:
     """Whether every file that `patch` makes is there."""
     after = patch.after
     gone = all(state.path not in seen for state in patch.removed)
@@ -134,7 +134,7 @@ def is_after(patch: Patch, seen: Mapping[str, Seen]) -> bool:
 
 
 def _other_bytes(
-    patch: Patch, folder: Path, wrong: list[str], seen: Mapping[str, Seen]
+    patch: PatchFile, folder: Path, wrong: list[str], seen: Mapping[str, Seen]
 ) -> Refused | NotFound:
     before, after = patch.before, patch.after
     done = [path for path in wrong if path in seen and seen[path].state == after.get(path)]

@@ -55,8 +55,8 @@ class FoldRule:
     """Bytes of the old file in which numbers are multiplied by a vector.
 
     They are records of `stride` bytes; of record ``i`` the numbers of `dtype` at the byte offsets `at` are
-    multiplied by element ``i // inner % n`` of `vector`, rounded to `rounded`, and stored as `to`, as wide
-    as `dtype`.
+    multiplied by element ``i // inner % n`` of `vector`, rounded to `rounded`, and stored as `to`. That may
+    be of another width where a record is one number. `length` counts the bytes that are made.
     """
 
     offset: int
@@ -68,6 +68,17 @@ class FoldRule:
     at: tuple[int, ...]
     vector: str
     inner: int
+
+    @property
+    def records(self) -> int:
+        """How many records there are."""
+        return self.length // self.made_stride
+
+    @property
+    def made_stride(self) -> int:
+        """Bytes of a record of the new file."""
+        wide = DTYPE_BITS[self.dtype] != DTYPE_BITS[self.to]
+        return DTYPE_BITS[self.to] // 8 if wide else self.stride
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +103,7 @@ class FileChange:
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Patch:
+class PatchFile:
     """A patch: files that change or come, that stay, that go; `blobs` are its tensors by name."""
 
     path: Path
@@ -164,7 +175,7 @@ def joined(pieces: Sequence[Piece]) -> Iterator[Piece]:
         yield last
 
 
-def read_patch(path: Path) -> Patch:
+def read_patch(path: Path) -> PatchFile:
     """Parse and validate the patch `path`.
 
     Raises `NotFound`, `DamagedFile` where the file contradicts itself or is cut short, and `Unsupported`
@@ -187,7 +198,7 @@ def read_patch(path: Path) -> Patch:
         raise _wrong(path, "its document does not have the SHA-256 that stands beside it")
     blobs = {tensor.name: tensor for tensor in shard.tensors}
     reader = _Reader(path, blobs)
-    patch = Patch(
+    patch = PatchFile(
         path=path,
         tool=reader.text(content, "tool"),
         files=tuple(reader.change(row) for row in reader.rows(content, "files")),
@@ -309,27 +320,28 @@ class _Reader:
                 hint="install the ia3-export that wrote it",
             )
         offset = self.number(row, "offset")
-        if old is None or offset + length > old.size:
+        piece = Copy(offset, length) if kind == "copy" else self._fold(row, name, offset, length)
+        taken = piece.records * piece.stride if isinstance(piece, FoldRule) else length
+        if old is None or offset + taken > old.size:
             raise _wrong(self.path, f"{name}: a piece reads past the end of the old file")
-        return Copy(offset, length) if kind == "copy" else self._fold(row, name, offset, length)
+        return piece
 
     def _fold(self, row: Mapping[str, Any], name: str, offset: int, length: int) -> FoldRule:
         dtype, rounded, to = (self.text(row, key) for key in ("dtype", "round", "to"))
         stride, inner = self.number(row, "stride", 1), self.number(row, "inner", 1)
         listed, vector = row.get("at"), self.blobs.get(self.text(row, "vector"))
         at = tuple(self._number(each, "at", 0) for each in (listed if isinstance(listed, list) else [None]))
-        known = {dtype, rounded, to}.issubset(FLOAT_DTYPES)
-        if not known or DTYPE_BITS[dtype] != DTYPE_BITS[to]:
+        if not {dtype, rounded, to}.issubset(FLOAT_DTYPES):
             raise _wrong(self.path, f"{name}: {dtype} to {to}, rounded to {rounded}, is no fold")
         width = DTYPE_BITS[dtype] // 8
         ends = [*at[1:], stride]
         if not at or any(start + width > end for start, end in zip(at, ends, strict=True)):
             raise _wrong(self.path, f"{name}: numbers at {list(at)} do not fit records of {stride} bytes")
-        if length % stride or stride > _LARGEST_STRIDE:
-            raise _wrong(self.path, f"{name}: {length:,} bytes are no records of {stride}")
+        if DTYPE_BITS[dtype] != DTYPE_BITS[to] and stride != width:
+            raise _wrong(self.path, f"{name}: {dtype} to {to} among other bytes")
         if vector is None or vector.dtype != "F32" or not vector.size:
             raise _wrong(self.path, f"{name}: {row.get('vector')!r} is no vector")
-        return FoldRule(
+        rule = FoldRule(
             offset=offset,
             length=length,
             dtype=dtype,
@@ -340,9 +352,12 @@ class _Reader:
             vector=vector.name,
             inner=inner,
         )
+        if length % rule.made_stride or stride > _LARGEST_STRIDE:
+            raise _wrong(self.path, f"{name}: {length:,} bytes are no records of {rule.made_stride}")
+        return rule
 
 
-def _check_names(patch: Patch) -> None:
+def _check_names(patch: PatchFile) -> None:
     """No file twice, none that is a folder too, also where a system takes large letters for small ones; what
     is there before and after comes from itself."""
     before = patch.before

@@ -18,7 +18,7 @@ from ia3_export.errors import InputError, OutputError, Refused
 from ia3_export.patching.apply import Report, check_space, write_files
 from ia3_export.patching.exchange import exchange
 from ia3_export.patching.folders import FOR_ANOTHER, Seen, check_before, check_still, is_after, look_at
-from ia3_export.patching.format import Copy, Patch, read_patch
+from ia3_export.patching.format import Copy, PatchFile, read_patch
 from ia3_export.patching.reverse import write_reverse
 from ia3_export.writing.stage import is_full, locked, places_beside, recover, sync_file, sync_tree
 
@@ -28,7 +28,7 @@ def reverse_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.ia3-export-revert.ia3patch")
 
 
-def patch_in_place(patch: Patch, folder: Path, on_progress: Report) -> None:
+def patch_in_place(patch: PatchFile, folder: Path, on_progress: Report) -> None:
     """Turn `folder` into what `patch` makes of it, and leave the way back beside it.
 
     Raises what `check_before` raises, `Refused` where a way back is there already, `DamagedFile` and
@@ -63,7 +63,7 @@ def patch_in_place(patch: Patch, folder: Path, on_progress: Report) -> None:
             raise
 
 
-def revert_in_place(folder: Path, on_progress: Report) -> Patch | None:
+def revert_in_place(folder: Path, on_progress: Report) -> PatchFile | None:
     """Bring the bytes from before the last patch back, all of them; returns the patch that did.
 
     None where they are there already. Raises `Refused` where there is no way back or the folder has changed
@@ -122,7 +122,7 @@ def _is_stale(way_back: Path, place: Path) -> bool:
     return is_after(patch, look_at(place, dict.fromkeys((*patch.before, *patch.after))))
 
 
-def _needed(patch: Patch) -> int:
+def _needed(patch: PatchFile) -> int:
     """Bytes that are written at most before the old ones go."""
     held = sum(
         piece.length for change in patch.files for piece in change.pieces if not isinstance(piece, Copy)
@@ -130,7 +130,7 @@ def _needed(patch: Patch) -> int:
     return held + sum(change.new.size for change in patch.files)
 
 
-def _replace(patch: Patch, place: Path, seen: dict[str, Seen], on_progress: Report) -> None:
+def _replace(patch: PatchFile, place: Path, seen: dict[str, Seen], on_progress: Report) -> None:
     stage, old = places_beside(place)
     stage.mkdir()
     try:

@@ -15,13 +15,12 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
-import numpy as np
-
 from ia3_export.checkpoint.ranges import read_into, reading
 from ia3_export.errors import Refused
 from ia3_export.fold import Array
 from ia3_export.patching.format import Copy, Piece, Stored, joined
 from ia3_export.patching.regions import GraphRegions, Region, list_regions
+from ia3_export.patching.runs import matching_runs
 from ia3_export.patching.solve import Pair, Solution, is_equal, make_rule, solve
 
 _STEP = 1 << 20
@@ -29,6 +28,8 @@ _STEP = 1 << 20
 _MOST_SLICES = 1024
 #: Compressed tensors up to this size are weighed against a vector of their own.
 _WEIGHED = 1 << 20
+#: Bytes between tensors that are compared; a graph's structure has a few megabytes.
+_COMPARED = 64 << 20
 #: About what a fold piece takes in the document.
 _PIECE = 160
 
@@ -181,33 +182,20 @@ class _Maker:
 
     def _between(self, start: int, end: int, old: tuple[int, int] | None) -> Iterator[Piece]:
         """Bytes between tensors: a header, padding, the structure of a graph; `old` are those in the same
-        place, of which the common beginning and end are copied."""
-        length = end - start
-        head = tail = 0
-        if old is not None:
-            common = min(length, old[1] - old[0])
-            head = self._common(old[0], start, common)
-            tail = self._common(old[1], end, common - head, backwards=True)
-            if head:
-                yield Copy(old[0], head)
-        if length - head - tail:
-            yield self._carried(start + head, length - head - tail, "")
-        if tail and old is not None:
-            yield Copy(old[1] - tail, tail)
-
-    def _common(self, old: int, new: int, length: int, *, backwards: bool = False) -> int:
-        """How many of `length` bytes are the same from `old` and `new` on, or back from there."""
-        for done in range(0, length, _STEP):
-            count = min(_STEP, length - done)
-            shift = -done - count if backwards else done
-            one, other = (
-                np.frombuffer(self._read(at + shift, count, which), "u1")
-                for which, at in enumerate((old, new))
-            )
-            differ = (one != other)[:: -1 if backwards else 1]
-            if differ.any():
-                return done + int(np.argmax(differ))
-        return length
+        place, from which long runs are copied."""
+        length, known = end - start, (old or (0, 0))
+        if length > _COMPARED or known[1] - known[0] > _COMPARED:
+            yield self._carried(start, length, "")
+            return
+        before, after = self._read(known[0], known[1] - known[0], 0), self._read(start, length)
+        done = 0
+        for at, run, where in matching_runs(before, after):
+            if at > done:
+                yield self._carried(start + done, at - done, "")
+            yield Copy(known[0] + where, run)
+            done = at + run
+        if length > done:
+            yield self._carried(start + done, length - done, "")
 
     def _read(self, offset: int, count: int, which: int = 1) -> bytes:
         block = bytearray(count)

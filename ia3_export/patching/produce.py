@@ -12,7 +12,7 @@ from typing import BinaryIO
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import DamagedFile
 from ia3_export.fold import Array, Workspace
-from ia3_export.patching.format import Copy, FileChange, FoldRule, Patch, Stored
+from ia3_export.patching.format import Copy, FileChange, FoldRule, PatchFile, Stored
 from ia3_export.patching.rule import chunks, fold_records
 
 BLOCK = 4 << 20
@@ -21,7 +21,9 @@ _FOLDED = 1 << 19
 Block = bytes | bytearray
 
 
-def produce(patch: Patch, change: FileChange, folder: Path, vectors: Mapping[str, Array]) -> Iterator[Block]:
+def produce(
+    patch: PatchFile, change: FileChange, folder: Path, vectors: Mapping[str, Array]
+) -> Iterator[Block]:
     """The blocks of ``change.new``, in order; the old file is read from `folder`.
 
     Raises `DamagedFile` where the old file or the patch ends too early, or a zlib stream is not what the
@@ -70,13 +72,12 @@ def _folded(file: BinaryIO, piece: FoldRule, vector: Array, work: Workspace) -> 
     file.seek(piece.offset)
     for first, count in _portions(piece, len(vector)):
         block = _read(file, count * piece.stride)
-        fold_records(block, first, piece, vector, work)
-        yield block
+        yield fold_records(block, first, piece, vector, work)
 
 
 def _portions(piece: FoldRule, n: int) -> Iterator[tuple[int, int]]:
     """First record and number of records of every block."""
-    records, most = piece.length // piece.stride, max(1, _FOLDED // piece.stride)
+    records, most = piece.records, max(1, _FOLDED // piece.stride)
     if records % (n * piece.inner) == 0:
         yield from ((chunk.first, chunk.count) for chunk in chunks(records, n, piece.inner, most))
         return
@@ -89,7 +90,7 @@ def _plain(tensor: StoredTensor) -> Iterator[Block]:
         yield from _copied(file, Copy(tensor.offset, tensor.nbytes))
 
 
-def _inflate(patch: Patch, tensor: StoredTensor, length: int) -> Iterator[Block]:
+def _inflate(patch: PatchFile, tensor: StoredTensor, length: int) -> Iterator[Block]:
     """The zlib stream in `tensor`, which must give `length` bytes and end there."""
     left, stream = length, zlib.decompressobj()
     try:
@@ -112,7 +113,7 @@ def _inflate(patch: Patch, tensor: StoredTensor, length: int) -> Iterator[Block]
         raise _no_stream(patch, tensor, length, "it ends elsewhere")
 
 
-def _no_stream(patch: Patch, tensor: StoredTensor, length: int, said: str) -> DamagedFile:
+def _no_stream(patch: PatchFile, tensor: StoredTensor, length: int, said: str) -> DamagedFile:
     return DamagedFile(
         f"the patch {patch.path} is damaged: {tensor.name} does not decompress to {length:,} bytes ({said})",
         hint="fetch the patch again",

@@ -41,7 +41,9 @@ class Region:
     @property
     def kind(self) -> tuple[object, ...]:
         """What two regions have in common of which one can become the other; the dtypes of numbers may
-        differ, as where bfloat16 scales become float16."""
+        differ, as where float16 scales become float32."""
+        if self.at and self.stride == DTYPE_BITS[self.dtype] // 8:
+            return "numbers", self.shape
         return "" if self.at else self.dtype, self.shape, self.stride, self.at, self.nbytes
 
 

@@ -14,7 +14,7 @@ from ia3_export.patching.format import (
     Copy,
     FileChange,
     FileState,
-    Patch,
+    PatchFile,
     Piece,
     Stored,
     joined,
@@ -33,7 +33,7 @@ class _Part:
     copied: int | None
 
 
-def write_reverse(patch: Patch, folder: Path, target: Path) -> None:
+def write_reverse(patch: PatchFile, folder: Path, target: Path) -> None:
     """Write the reverse of `patch` to the file `target` and sync it: what makes `folder`, not yet patched, of
     the patched one. Raises `OSError` and `DamagedFile`."""
     untouched = {state.path for state in patch.kept}
@@ -64,7 +64,7 @@ def write_reverse(patch: Patch, folder: Path, target: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _source(patch: Patch, old: FileState) -> FileChange | None:
+def _source(patch: PatchFile, old: FileState) -> FileChange | None:
     """The change from whose result `old` is made again: that of the same file first."""
     changes = [change for change in patch.files if change.old == old]
     return min(changes, key=lambda change: change.new.path != old.path, default=None)

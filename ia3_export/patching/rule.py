@@ -69,9 +69,17 @@ def multiply(raw: Array, first: int, rule: FoldRule, vector: Array, work: Worksp
     return from_float(values, rule.to, work, may_carry=False)
 
 
-def fold_records(block: bytearray, first: int, rule: FoldRule, vector: Array, work: Workspace) -> None:
-    """Apply `rule` to `block`, in place: whole records, of which the first is record `first` of the piece."""
+def fold_records(
+    block: bytearray, first: int, rule: FoldRule, vector: Array, work: Workspace
+) -> bytearray | bytes:
+    """What `rule` makes of `block`: whole records, of which the first is record `first` of the piece.
+
+    `block` itself, changed, where old and new numbers are as wide.
+    """
     for at in rule.at:
         raw = numbers(block, rule.dtype, rule.stride, at)
+        if rule.made_stride != rule.stride:
+            return bytes(multiply(raw, first, rule, vector, work).tobytes())
         made: Any = numbers(block, rule.to, rule.stride, at)
         made[...] = multiply(raw, first, rule, vector, work)
+    return block

@@ -43,13 +43,11 @@ class Pair:
 
     def read(self, first: int, count: int) -> tuple[Array, Array]:
         """Bytes of records ``first:first+count``, old and new (uint8). Raises `EOFError` and `ReadError`."""
-        size = self.old.stride
-        blocks = np.empty(count * size, "u1"), np.empty(count * size, "u1")
-        for file, region, block in zip(
-            (self.old_file, self.new_file), (self.old, self.new), blocks, strict=True
-        ):
-            read_into(file, block.data, region.offset + first * size)
-        return blocks
+        old, new = (
+            _read(file, region.offset + first * region.stride, count * region.stride)
+            for file, region in ((self.old_file, self.old), (self.new_file, self.new))
+        )
+        return old, new
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,8 +64,16 @@ def open_pair(old: Path, new: Path) -> tuple[int, int]:
     return os.open(old, os.O_RDONLY), os.open(new, os.O_RDONLY)
 
 
+def _read(file: int, offset: int, count: int) -> Array:
+    block = np.empty(count, "u1")
+    read_into(file, block.data, offset)
+    return block
+
+
 def is_equal(pair: Pair) -> bool:
     """Whether both regions have the same bytes."""
+    if pair.old.nbytes != pair.new.nbytes:
+        return False
     records = pair.new.nbytes // pair.new.stride
     step = max(1, (4 << 20) // pair.new.stride)
     for first in range(0, records, step):
@@ -97,7 +103,7 @@ def make_rule(old: Region, new: Region, solution: Solution, vector: str) -> Fold
     """The piece that makes `new` of `old`; `vector` names the tensor of the patch."""
     return FoldRule(
         offset=old.offset,
-        length=old.nbytes,
+        length=new.nbytes,
         dtype=old.dtype,
         rounded=solution.rounded,
         to=new.dtype,
@@ -201,7 +207,7 @@ def failing(pair: Pair, solution: Solution) -> Array:
             raw = numbers(old, rule.dtype, rule.stride, at)
             made = multiply(raw, chunk.first, rule, solution.vector, work)
             bits = f"<u{made.dtype.itemsize}"
-            wanted = np.ascontiguousarray(numbers(new, rule.to, rule.stride, at)).view(bits)
+            wanted = np.ascontiguousarray(numbers(new, rule.to, rule.made_stride, at)).view(bits)
             shape = (-1, chunk.channels, min(solution.inner, chunk.count))
             bad[part] |= (made.view(bits) != wanted).reshape(shape).any(axis=(0, 2))
     return bad

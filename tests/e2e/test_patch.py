@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 WEIGHTS = (".safetensors", ".gguf", ".onnx")
 
 
-def patched(base: Path, merged: Path, folder: Path) -> tuple[Path, int]:
+def patched(base: Path, merged: Path, folder: Path, *, folds: bool = True) -> tuple[Path, int]:
     """The patch, proven by use: in place, back, and into a new folder; and how much of weights it carries."""
     path, deployed, before = folder / "task.ia3patch", folder / "deployed", contents(base)
     ran = run("patch", "--from", base, "--to", merged, "--output", path, "--json")
@@ -37,7 +37,7 @@ def patched(base: Path, merged: Path, folder: Path) -> tuple[Path, int]:
     files = [change for change in read_patch(path).files if change.new.path.endswith(WEIGHTS)]
     assert files and all(change.old is not None for change in files)
     pieces = [piece for change in files for piece in change.pieces]
-    assert any(isinstance(piece, FoldRule) for piece in pieces)
+    assert any(isinstance(piece, FoldRule) for piece in pieces) == folds
     return path, sum(piece.length for piece in pieces if isinstance(piece, Stored))
 
 
@@ -92,30 +92,48 @@ def test_a_quantized_base_whose_codes_a_merge_keeps(tmp_path: Path, case: str) -
 
 @pytest.fixture(scope="module")
 def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``base-fp16``, ``merged-fp16`` and so on: what `onnx` makes of both."""
+    """What `onnx` makes of ``base`` and ``merged``, and, ``folded``, of the base's graphs and the adapter."""
     folder = tmp_path_factory.mktemp("graphs")
     kind = zoo.by_name("llama")
     zoo.build(kind, dtype="bfloat16").save_pretrained(folder / "base")
     zoo.adapt(zoo.build(kind), kind, seed=1).save_pretrained(folder / "adapter")
     merge(folder / "base", folder / "adapter", folder / "merged", "--quiet")
-    for name in ("base", "merged"):
-        for precision in ("fp32", "fp16", "int8"):
-            output = folder / f"{name}-{precision}"
-            given = ("--model", folder / name, "--output", output, "--precision", precision)
-            assert run("onnx", *given, "--no-verify", "--quiet").code == 0
+    for name, precisions in (("base", "fp32,fp16"), ("merged", "fp32,fp16"), ("base", "int8,int4,q8")):
+        output = folder / f"{name}-{precisions}"
+        given = ("--model", folder / name, "--output", output, "--precision", precisions)
+        assert run("onnx", *given, "--no-verify", "--quiet").code == 0
+    output = folder / "merged-int8"
+    given = ("--model", folder / "merged", "--output", output, "--precision", "int8")
+    assert run("onnx", *given, "--no-verify", "--quiet").code == 0
+    source = ("--base", folder / "base", "--adapter", folder / "adapter", "--output", folder / "folded")
+    ran = run("onnx", "--onnx-base", folder / "base-int8,int4,q8", *source, "--quiet")
+    assert ran.code == 0, ran.stderr
     return folder
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_graph_of_a_bfloat16_base_in_either_width(graphs: Path, tmp_path: Path, precision: str) -> None:
-    path, carried = patched(graphs / f"base-{precision}", graphs / f"merged-{precision}", tmp_path)
+def test_graphs_of_a_bfloat16_base_in_either_width(graphs: Path, tmp_path: Path) -> None:
+    path, carried = patched(graphs / "base-fp32,fp16", graphs / "merged-fp32,fp16", tmp_path)
     assert carried == 0
     pieces = [piece for change in read_patch(path).files for piece in change.pieces]
     assert {piece.rounded for piece in pieces if isinstance(piece, FoldRule)} == {"BF16"}
 
 
+def test_graphs_whose_codes_are_kept(graphs: Path, tmp_path: Path) -> None:
+    path, carried = patched(graphs / "base-int8,int4,q8", graphs / "folded", tmp_path, folds=False)
+    # scales as long as their vector, since these blocks are as wide as the model
+    assert carried <= 6000
+    assert path.stat().st_size < 20000
+
+
 def test_codes_that_were_rounded_anew_are_refused_by_name(graphs: Path, tmp_path: Path) -> None:
-    given = ("--from", graphs / "base-int8", "--to", graphs / "merged-int8", "--output", tmp_path / "p")
+    given = (
+        "--from",
+        graphs / "base-int8,int4,q8",
+        "--to",
+        graphs / "merged-int8",
+        "--output",
+        tmp_path / "p",
+    )
     ran = run("patch", *given, "--max-carried", "2KB", "--quiet")
     only_complaint(ran, 3, "no vector makes", "onnx/model_")
     assert "--onnx-base" in ran.stderr

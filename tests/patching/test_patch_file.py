@@ -106,6 +106,7 @@ def test_a_path_out_of_the_folder_is_refused(copy: tuple[Path, Path], name: str)
         lambda d: piece_of(d, "copy").pop("offset"),
         lambda d: piece_of(d, "fold").update(dtype="I8"),
         lambda d: piece_of(d, "fold").update(to="BF16"),
+        lambda d: piece_of(d, "fold").update(to="F64", stride=8),
         lambda d: piece_of(d, "fold").update(stride=0),
         lambda d: piece_of(d, "fold").update(stride=2),
         lambda d: piece_of(d, "fold").update(stride=10**9),

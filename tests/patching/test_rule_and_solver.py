@@ -123,7 +123,11 @@ def test_values_rounded_to_bfloat16_in_float32_and_blocks_with_two_scales() -> N
     )
     block = bytearray(stored([1.5, 3.0], "BF16"))
     fold_records(block, 0, rule("BF16", 4, rounded="F16", to="F16"), np.array([0.1], "<f4"), Workspace())
-    assert bytes(block) == stored([np.float32(1.5) * np.float32(0.1), np.float32(3) * np.float32(0.1)], "F16")
+    products = [np.float32(1.5) * np.float32(0.1), np.float32(3) * np.float32(0.1)]
+    assert bytes(block) == stored(products, "F16")
+    block, wide = bytearray(stored([1.5, 3.0], "BF16")), rule("BF16", 8, rounded="F32", to="F32")
+    assert (wide.records, wide.stride, wide.made_stride) == (2, 2, 4)
+    assert fold_records(block, 0, wide, np.array([0.1], "<f4"), Workspace()) == stored(products, "F32")
 
 
 @contextmanager
@@ -235,6 +239,20 @@ def test_a_flat_tensor_of_scales_has_one_factor_a_row() -> None:
     with pair_of(raw, new, region) as pair:
         found = solve(pair)
     assert found is not None and (len(found.vector), found.inner) == (40, 6)
+
+
+@pytest.mark.parametrize(("old", "new"), [("F16", "F32"), ("BF16", "F16"), ("F32", "F16")])
+def test_scales_that_become_another_dtype(old: str, new: str) -> None:
+    random = np.random.default_rng(3)
+    before, after = (dense("scales", dtype, (40, 6), 0, 240 * SIZES[dtype]) for dtype in (old, new))
+    raw = stored(random.random(240), old)
+    made = rule(old, len(raw) * SIZES[new] // SIZES[old], rounded=new, to=new, inner=6)
+    vector = (1 + random.random(40)).astype("<f4")
+    data = bytes(fold_records(bytearray(raw), 0, made, vector, Workspace()))
+    with pair_of(raw, data, before, after) as pair:
+        found = solve(pair)
+        assert found is not None and (len(found.vector), found.inner) == (40, 6)
+        assert not failing(pair, found).any()
 
 
 def test_a_bias_shares_the_vector_of_its_weight() -> None:
