@@ -108,6 +108,6 @@ def _show(out: Output, done: Applied) -> None:
         return
     size = sum(row["bytes"] for row in content["files"])
     out.text(
-        f"{done.folder}: {content['how']}, {len(content['files'])} files of {human_bytes(size)} are what the "
-        f"patch says, {content['kept']} stay as they are"
+        f"{done.folder}: {content['how']}; files made: {len(content['files'])} ({human_bytes(size)}), "
+        f"as before: {content['kept']}, removed: {len(content['removed'])}; every byte as the patch says"
     )

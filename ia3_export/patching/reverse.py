@@ -56,7 +56,7 @@ def write_reverse(patch: PatchFile, folder: Path, target: Path) -> None:
     metadata = to_metadata(patch.tool, changes, patch.kept, removed)
     rows = [(f"r{number}", "U8", (part.length,)) for number, (_, part) in enumerate(held)]
     prefix, offsets = write_header(rows, metadata)
-    with target.open("wb") as file:
+    with target.open("xb") as file:
         file.write(prefix)
         for name in sorted(offsets, key=lambda name: offsets[name]):
             _append(file, *held[int(name[1:])])
