@@ -142,6 +142,23 @@ def from_float(values: Array, dtype: str, work: Workspace | None = None, *, may_
     return narrow
 
 
+def round_values(values: Array, dtype: str, work: Workspace | None = None) -> None:
+    """Round float32 `values` in place to numbers that `dtype` has, to nearest even.
+
+    NaNs must have 16 low zero bits, as in `from_float` without `may_carry`.
+    """
+    work = work or Workspace()
+    if dtype == "BF16":
+        bits = values.view("<u4")
+        lsb = np.right_shift(bits, 16, out=work.get("lsb", len(bits), "<u4"))
+        lsb &= 1
+        lsb += 0x7FFF
+        bits += lsb
+        bits &= 0xFFFF_0000
+    elif dtype == "F16":
+        np.copyto(values, from_float(values, dtype, work, may_carry=False))
+
+
 def _to_odd_float32(values: Array) -> Array:
     """float64 to float32, rounded to odd: a second rounding to bfloat16 then gives what one rounding
     would."""

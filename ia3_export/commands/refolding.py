@@ -25,7 +25,7 @@ from ia3_export.errors import NotFound, Refused, Unsupported, UnusedVector, Usag
 from ia3_export.fold import DTYPE_BITS
 from ia3_export.models.modules import CONV1D_MODEL_TYPES, model_types
 from ia3_export.onnx.decoded import in_blocks
-from ia3_export.onnx.exported import find_onnx
+from ia3_export.onnx.exported import find_onnx, plain_stem
 from ia3_export.onnx.files import size_of
 from ia3_export.onnx.places import GraphFile, Place, named_places, read_graph_file
 from ia3_export.onnx.refold import FLOATS, Laid, Rewriting
@@ -189,7 +189,7 @@ def refold(
         files = _write(held, each, stage)
         _copy_rest(held, plan, stage)
         done = _describe(held, each, files, target)
-        _write_manifest(held, plan, done, stage)
+        _write_manifest(held, plan, done, stage, hashed=check)
         if check:
             from ia3_export.commands.refold_proof import prove_refold
 
@@ -259,8 +259,10 @@ def _fold(held: OnnxBase, model: Sequence[GraphFile], plan: Plan) -> Iterator[Re
     changes = {
         name: change for name, change in moved.changes.items() if change.how not in ("cast", "dequantize")
     }
+    plain = {plain_stem(graph.path): graph for graph in held.graphs if graph.precision == "fp32"}
     for graph in model:
-        rewriting, places = Rewriting(graph), held.places[graph.path]
+        rewriting = Rewriting(graph, plain.get(plain_stem(graph.path)))
+        places = held.places[graph.path]
         for name, change in changes.items():
             for place in places.get(name, ()):
                 _apply(rewriting, place, change, plan.changes.get(name))
@@ -374,7 +376,8 @@ def _describe(
     )
 
 
-def _write_manifest(held: OnnxBase, plan: Plan, done: OnnxExport, stage: Path) -> None:
+def _write_manifest(held: OnnxBase, plan: Plan, done: OnnxExport, stage: Path, *, hashed: bool) -> None:
+    """Digests of all files only where everything is read for the proof anyhow."""
     from dataclasses import asdict
 
     before = held.folder / MANIFEST
@@ -389,6 +392,6 @@ def _write_manifest(held: OnnxBase, plan: Plan, done: OnnxExport, stage: Path) -
             row.to_json() for row in (*read_folded(held.folder), *(as_folded(a) for a in plan.adapters))
         ],
         "onnx_base_manifest_sha256": hash_file(before) if before.is_file() else None,
-        "files": list_files(stage, known={}, hashed=True),
+        "files": list_files(stage, known={}, hashed=hashed),
     }
     (stage / MANIFEST).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -14,7 +14,7 @@ import numpy as np
 from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import Unsupported
 from ia3_export.fold import Array, storage_dtype, to_float
-from ia3_export.onnx.decoded import decoded, steps_of
+from ia3_export.onnx.decoded import find_coded
 from ia3_export.onnx.places import GraphFile, Place, outputs_last
 from ia3_export.onnx.refold import FLOATS
 from ia3_export.onnx.spans import Span
@@ -126,8 +126,8 @@ def _place(name: str, view: Array, probe: _Probe, first: int, *, transposed: boo
 def _among_codes(graph: GraphFile, own: str, probes: Mapping[str, _Probe]) -> Iterator[tuple[str, Place]]:
     transposed = outputs_last(graph, own)
     try:
-        values = decoded(graph, own).values
-        steps = steps_of(graph, own)
+        weight = find_coded(graph, own)
+        values, steps = weight.values(), weight.steps()
     except Unsupported:
         return
     if values.ndim != 2:

@@ -16,7 +16,9 @@ from ia3_export.errors import Unsupported
 from ia3_export.fold import Array
 from ia3_export.onnx.blocks import Codes, decode
 from ia3_export.onnx.places import PRODUCTS, GraphFile, outputs_last
+from ia3_export.onnx.spans import Span
 
+_PARTS = ("scales", "offsets", "zero_points", "order")
 _HINT = "export the merged model instead"
 
 
@@ -126,109 +128,132 @@ def _check_readers(graph: GraphFile, own: str, nodes: Any) -> None:
             )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class DecodedWeight:
-    """The float32 `values` (outputs first) of the weight `own`, and the nodes that take it from its codes."""
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class CodedWeight:
+    """Where the codes of a weight and what belongs to them lie, so that they can be read later, when the
+    graph may be another. Of codes in blocks (`bits` of them) `columns` are the inputs, None where those that
+    fill the last block cannot be told; others have one scale, or one for each index of `axis`, that of the
+    outputs."""
 
-    own: str
-    values: Array
+    codes: Span
+    scales: Span
+    offsets: Span | None = None
+    zeros: Span | None = None
+    order: Span | None = None
+    bits: int | None = None
+    columns: int | None = None
+    axis: int = 0
 
-    def rewire(self, graph: GraphFile) -> dict[str, Array]:
-        """Let the graph's products read the weight as an initializer; returns it, and others that change.
+    @property
+    def held(self) -> Codes:
+        """The codes in blocks."""
+        rows = self.codes.shape[0]
+        zeros = None if self.zeros is None else read_span(self.zeros).reshape(rows, -1)
+        return Codes(
+            packed=read_span(self.codes),
+            scales=read_span(self.scales).astype("<f4").reshape(rows, -1),
+            offsets=None if self.offsets is None else read_span(self.offsets).astype("<f4").reshape(rows, -1),
+            bits=self.bits or 8,
+            zeros=zeros,
+            order=None if self.order is None else read_span(self.order),
+        )
 
-        Raises `Unsupported` for operators that it is not known how to replace.
-        """
-        codes, name = graph.coded[self.own], f"{self.own}_dense"
-        changed: dict[str, Array] = {}
-        for node, slot in products_of(graph, codes):
-            if node.op_type == "MatMulNBits":
-                _become(node, "MatMul", [node.input[0], name])
-                offsets = _named(graph, f"{self.own}_offsets")
-                if offsets is not None:  # in the weight now
-                    changed[offsets] = np.zeros_like(values_of(graph, offsets))
-            elif node.op_type == "MatMulInteger":
-                source, scaled = around(graph, node)
-                _become(scaled, "MatMul", [source, name])
-            elif node.op_type in ("MatMul", "Conv") or (node.op_type == "Gemm" and slot == 1):
-                if node.op_type == "Gemm":
-                    kept = [a for a in node.attribute if a.name != "transB"]
-                    del node.attribute[:]
-                    node.attribute.extend(kept)
-                node.input[slot] = name
-            else:
-                raise Unsupported(
-                    f"{graph.path.name} multiplies with {self.own} in a {node.op_type}, which takes no "
-                    "float32 weight",
-                    hint=_HINT,
-                )
-        held = self.values if self.values.ndim > 2 else self.values.T
-        return {name: np.ascontiguousarray(held, "<f4"), **changed}
+    def values(self) -> Array:
+        """The float32 weight that the codes stand for, outputs first."""
+        if self.bits is not None:
+            held = self.held
+            return decode(held, self.columns or self.codes.shape[1] * held.block)
+        raw, scale = read_span(self.codes).astype("<f4"), read_span(self.scales).astype("<f4")
+        zero = np.zeros(1, "<f4") if self.zeros is None else read_span(self.zeros).astype("<f4")
+        along = [-1 if i == self.axis else 1 for i in range(raw.ndim)]
+        values = raw - zero.reshape(along if zero.size > 1 else ())
+        values *= scale.reshape(along if scale.size > 1 else ())
+        return np.ascontiguousarray(np.moveaxis(values, self.axis, 0))
 
-
-def decoded(graph: GraphFile, own: str, *, columns: int | None = None) -> DecodedWeight:
-    """The weight that the codes of `own` stand for, with so many `columns` (inputs); without them those that
-    fill the last block may be among them. Raises `Unsupported` for codes of an unknown form."""
-    codes = graph.coded[own]
-    raw = values_of(graph, codes)
-    if in_blocks(codes, raw.shape):
-        return DecodedWeight(own, _of_blocks(graph, own, raw, columns))
-    axis = raw.ndim - 1 if outputs_last(graph, own) else 0
-    (array,) = _of_axis(graph, own).arrays.values()
-    zero_name = _named(graph, f"{own}_zero_point")
-    zero = values_of(graph, zero_name) if zero_name else np.zeros(1, raw.dtype)
-    along = [-1 if i == axis else 1 for i in range(raw.ndim)]
-    values = (raw.astype("<f4") - zero.astype("<f4").reshape(along if zero.size > 1 else ())) * array.astype(
-        "<f4"
-    ).reshape(along if array.size > 1 else ())
-    return DecodedWeight(own, np.ascontiguousarray(np.moveaxis(values, axis, 0), "<f4"))
+    def steps(self) -> Array:
+        """How far two neighbouring codes are apart, for each element, outputs first."""
+        scales = np.abs(read_span(self.scales).astype("<f4"))
+        if self.bits is not None:
+            rows, blocks, _ = self.codes.shape
+            return np.repeat(scales.reshape(rows, blocks), self.held.block, axis=1)
+        shape = self.codes.shape if self.axis == 0 else self.codes.shape[::-1]
+        return np.broadcast_to(scales.reshape(-1, *(1,) * (len(shape) - 1)), shape)
 
 
-def steps_of(graph: GraphFile, own: str) -> Array:
-    """How far two neighbouring codes are apart, for each element of the weight `own` (outputs first)."""
-    codes = graph.coded[own]
-    shape = graph.spans[codes].shape
-    if not in_blocks(codes, shape):
-        (scale,) = _of_axis(graph, own).arrays.values()
-        size = shape[::-1] if outputs_last(graph, own) else shape
-        return np.broadcast_to(scale.astype("<f4").reshape(-1, 1), size)
-    name = _named(graph, f"{own}_scales")
-    scales = values_of(graph, name or "").astype("<f4").reshape(shape[0], shape[1])
-    block = next((a.i for n in graph.readers[codes] for a in n.attribute if a.name == "block_size"), 0)
-    return np.repeat(np.abs(scales), block or shape[2], axis=1)
+def find_coded(graph: GraphFile, own: str, *, columns: int | None = None) -> CodedWeight:
+    """The codes of the weight `own`, which has so many `columns` (inputs), if that is known.
 
-
-def _of_blocks(graph: GraphFile, own: str, raw: Array, columns: int | None) -> Array:
-    codes = graph.coded[own]
-    bits = 8 if codes.rstrip("_").endswith("8") else 4
-    for node in graph.readers.get(codes, ()):
-        if node.op_type == "MatMulNBits":
-            options = {a.name: a.i for a in node.attribute}
-            bits, columns = options.get("bits", 4), options["K"]
-    rows = raw.shape[0]
-    found = {
-        ending: values_of(graph, name)
-        for ending in ("_scales", "_offsets", "_zero_points", "_order")
-        if (name := _named(graph, own + ending)) is not None
-    }
-    if "_scales" not in found:
-        raise Unsupported(f"{graph.path.name} has no scales for {codes}", hint=_HINT)
-    zeros = found.get("_zero_points")
-    held = Codes(
-        packed=raw,
-        scales=found["_scales"].astype("<f4").reshape(rows, -1),
-        offsets=None if "_offsets" not in found else found["_offsets"].astype("<f4").reshape(rows, -1),
-        bits=bits,
-        zeros=None if zeros is None else zeros.reshape(rows, -1),
-        order=found.get("_order"),
+    Raises `Unsupported` for codes of an unknown form.
+    """
+    name = graph.coded[own]
+    codes = graph.spans[name]
+    if not in_blocks(name, codes.shape):
+        ((scales, _),) = _of_axis(graph, own).arrays.items()
+        axis = len(codes.shape) - 1 if outputs_last(graph, own) else 0
+        zero = _named(graph, f"{own}_zero_point")
+        return CodedWeight(
+            codes=codes, scales=graph.spans[scales], zeros=graph.spans[zero] if zero else None, axis=axis
+        )
+    options = next((n.attribute for n in graph.readers.get(name, ()) if n.op_type == "MatMulNBits"), ())
+    sizes = {attribute.name: attribute.i for attribute in options}
+    found = {end: graph.spans[n] for end in _PARTS if (n := _named(graph, f"{own}_{end}")) is not None}
+    if "scales" not in found:
+        raise Unsupported(f"{graph.path.name} has no scales for {name}", hint=_HINT)
+    return CodedWeight(
+        codes=codes,
+        scales=found["scales"],
+        offsets=found.get("offsets"),
+        zeros=found.get("zero_points"),
+        order=found.get("order"),
+        bits=sizes.get("bits", 8 if name.rstrip("_").endswith("8") else 4),
+        columns=sizes.get("K", columns),
     )
-    return decode(held, columns or raw.shape[1] * held.block)
+
+
+def rewire(graph: GraphFile, own: str) -> dict[str, Array]:
+    """Let the products read the weight `own` as the float32 initializer ``<own>_dense``, inputs x outputs of
+    a matrix; returns initializers that change with it.
+
+    Raises `Unsupported` for operators that it is not known how to replace.
+    """
+    name, changed = f"{own}_dense", dict[str, Array]()
+    for node, slot in products_of(graph, graph.coded[own]):
+        if node.op_type == "MatMulNBits":
+            _become(node, "MatMul", [node.input[0], name])
+            offsets = _named(graph, f"{own}_offsets")
+            if offsets is not None:  # in the weight now
+                changed[offsets] = np.zeros_like(values_of(graph, offsets))
+        elif node.op_type == "MatMulInteger":
+            source, scaled = around(graph, node)
+            _become(scaled, "MatMul", [source, name])
+        elif node.op_type in ("MatMul", "Conv") or (node.op_type == "Gemm" and slot == 1):
+            if node.op_type == "Gemm":
+                kept = [a for a in node.attribute if a.name != "transB"]
+                del node.attribute[:]
+                node.attribute.extend(kept)
+            node.input[slot] = name
+        else:
+            raise Unsupported(
+                f"{graph.path.name} multiplies with {own} in a {node.op_type}, which takes no float32 weight",
+                hint=_HINT,
+            )
+    return changed
+
+
+def dense_form(values: Array) -> Array:
+    """A weight, outputs first, as `rewire` wants it."""
+    return np.ascontiguousarray(values if values.ndim > 2 else values.T, "<f4")
 
 
 def values_of(graph: GraphFile, name: str) -> Array:
     """The values of an initializer, in its shape."""
+    return read_span(graph.spans[name])
+
+
+def read_span(span: Span) -> Array:
+    """The values in a span, in its shape."""
     import onnx
 
-    span = graph.spans[name]
     with span.file.open("rb") as file:
         file.seek(span.offset)
         raw = file.read(span.nbytes)

@@ -213,11 +213,24 @@ def _product_of_codes(written: _Written, tape: Any, x: Any, coded: _Coded) -> An
     turned, last = tape.op("Transpose", [coded.offsets], {"perm": [1, 0]}), written.numbers(-1)
     # ONNX Runtime's optimizer moves transpositions wrongly past a reshape to one block
     if coded.shape[1] == 1:
-        return tape.op("Add", [out, tape.op("Mul", [tape.op("ReduceSum", [x, last]), turned])])
+        return tape.op("Add", [out, tape.op("Mul", [_summed(written, tape, x, coded.shape[2]), turned])])
     sizes = tape.op("Shape", [x], {"end": -1})
     shape = tape.op("Concat", [sizes, written.numbers(coded.shape[1], coded.block)], {"axis": 0})
-    sums = tape.op("ReduceSum", [tape.op("Reshape", [x, shape]), last], {"keepdims": 0})
+    parts = _summed(written, tape, tape.op("Reshape", [x, shape]), coded.block)
+    sums = tape.op("Squeeze", [parts, last])
     return tape.op("Add", [out, tape.op("MatMul", [sums, turned])])
+
+
+def _summed(written: _Written, tape: Any, x: Any, length: int) -> Any:
+    """The sum over the last axis of `x`, of this length; the axis stays.
+
+    As a product where `x` may be empty, as an encoder's states are once their keys are in the cache: ONNX
+    Runtime 1.31 gives sums of nothing the shape of what was to be summed.
+    """
+    if any(port.name == "encoder_hidden_states" for port in written.model.graph.inputs):
+        ones = written.initializer(f"ones_{length}", np.ones((length, 1), np.float32))
+        return tape.op("MatMul", [x, ones])
+    return tape.op("ReduceSum", [x, written.numbers(-1)])
 
 
 def _embedding(written: _Written, tape: Any, node: Any) -> Any:

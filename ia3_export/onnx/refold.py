@@ -25,18 +25,21 @@ from ia3_export.fold import (
     Workspace,
     fold_block,
     from_float,
+    round_values,
+    scale_values,
     storage_dtype,
     to_float,
 )
-from ia3_export.onnx.decoded import DecodedWeight, decoded, scales_of
-from ia3_export.onnx.places import GraphFile, Place
+from ia3_export.onnx.blocks import encode
+from ia3_export.onnx.decoded import CodedWeight, dense_form, find_coded, read_span, rewire, scales_of
+from ia3_export.onnx.places import GraphFile, Place, outputs_last
 from ia3_export.onnx.spans import Span
 
 #: ONNX's floating element types, by their names in safetensors.
 FLOATS = {"FLOAT": "F32", "FLOAT16": "F16", "DOUBLE": "F64", "BFLOAT16": "BF16"}
 _ONNX = {stored: name for name, stored in FLOATS.items()}
 #: Elements that are folded at a time.
-_STEP = 1 << 20
+_STEP = 1 << 18
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,11 +73,15 @@ class Laid:
 
 @dataclass(slots=True, eq=False)
 class Rewriting:
-    """What becomes of a `graph`: `new` initializers by name, and the weights that are `dense` now. `folds`
-    and `rows` are the vectors noted for floats and for codes, `heads` tensors of adapters, `brought` their
-    stored bits by initializer; `rewired`: nodes are others, too."""
+    """What becomes of a `graph`; `plain` is the float32 one of the same export.
+
+    `new` initializers by name, and the weights that are `dense` now. `folds` and `rows` are the vectors noted
+    for floats and for codes, `heads` tensors of adapters, `brought` their stored bits by initializer;
+    `rewired`: nodes are others, too.
+    """
 
     graph: GraphFile
+    plain: GraphFile | None = None
     new: dict[str, NewTensor] = field(default_factory=dict)
     dense: list[str] = field(default_factory=list)
     rewired: bool = False
@@ -107,8 +114,9 @@ class Rewriting:
         """
         name, dtype = f"{place.name}_dense", "F32"
         if place.name in self.graph.coded:
-            values = read_values(tensor)
-            held = DecodedWeight(place.name, values).rewire(self.graph)[name]
+            for part, array in rewire(self.graph, place.name).items():
+                self._set(part, array)
+            held = dense_form(read_values(tensor))
             shape = self.graph.spans[self.graph.coded[place.name]].shape
             self.dense.append(place.name)
             self.rewired = True
@@ -137,7 +145,7 @@ class Rewriting:
         for own, rows in self.rows.items():
             if all(one.direction == "out" for _, one in rows):
                 self._scale_codes(own, rows)
-            else:
+            elif not self._encode(own, rows):
                 self._widen(own, rows)
 
     def _scale_codes(self, own: str, laid: Sequence[tuple[Place, Laid]]) -> None:
@@ -149,22 +157,55 @@ class Rewriting:
         for name, array in found.scaled(factors).items():
             self._set(name, array)
 
+    def _encode(self, own: str, laid: Sequence[tuple[Place, Laid]]) -> bool:
+        """Make the 8-bit codes of a weight anew, of what the float32 graph beside has, with its vectors;
+        False where none has what these codes were made of."""
+        if self.plain is None or own not in self.plain.spans:
+            return False
+        plain = self.plain.spans[own]
+        if plain.dtype != "FLOAT" or len(plain.shape) != 2:
+            return False
+        columns = next(len(one.scale.factors) for _, one in laid if one.direction == "in")
+        weight = find_coded(self.graph, own, columns=columns)
+        turned = outputs_last(self.plain, own)
+        if weight.bits != 8 or weight.zeros is not None:
+            return False
+        made = encode(_outputs_first(read_span(plain), turned=turned), 8)
+        if not np.array_equal(made.packed, read_span(weight.codes)):
+            return False
+        scales = tuple(_turned(one, place, plain.shape) for place, one in laid)
+        folded = partial(_folded_matrix, plain, scales, laid[0][1].dtype, turned=turned)
+        for span, part in ((weight.codes, "packed"), (weight.scales, "scales")):
+            self._later(span.name, part, folded, span)
+        return True
+
+    def _later(self, name: str, part: str, folded: Callable[[], Array], span: Span) -> None:
+        """A part of the codes of a weight, made when it is written, its scales in float32."""
+        kind = _number("FLOAT" if part == "scales" else span.dtype)
+
+        def blocks() -> Iterator[Any]:
+            array: Array = getattr(encode(folded(), 8), part)
+            yield np.ascontiguousarray(array).reshape(-1).view("u1").data
+
+        self.new[name] = NewTensor(name, kind, span.shape, blocks)
+
     def _widen(self, own: str, laid: Sequence[tuple[Place, Laid]]) -> None:
         """Hold a weight of codes as float32 numbers, with its vectors folded in."""
         columns = next(len(one.scale.factors) for _, one in laid if one.direction == "in")
-        weight = decoded(self.graph, own, columns=columns)
-        for place, one in laid:
-            axis = one.scale.axis(one.shape)
-            if axis is None:
-                raise Unsupported(f"{own} is a convolution in groups", hint="export the merged model instead")
-            on_rows = one.direction == "out"
-            part = weight.values[place.first :][: len(one.scale.factors)] if on_rows else weight.values
-            along = (-1, *(1,) * (part.ndim - 1)) if on_rows else (1, -1, *(1,) * (part.ndim - 2))
-            part *= one.scale.factors.astype("<f4").reshape(along)
+        if any(one.scale.axis(one.shape) is None for _, one in laid):
+            raise Unsupported(f"{own} is a convolution in groups", hint="export the merged model instead")
+        weight = find_coded(self.graph, own, columns=columns)
+        for name, array in rewire(self.graph, own).items():
+            self._set(name, array)
+        shape = weight.codes.shape
+        if weight.bits is not None:
+            shape = (weight.columns or columns, shape[0])
+        elif len(shape) == 2 and weight.axis == 0:
+            shape = shape[::-1]
         self.dense.append(own)
         self.rewired = True
-        for name, array in weight.rewire(self.graph).items():
-            self._set(name, array)
+        name = f"{own}_dense"
+        self.new[name] = NewTensor(name, _number("FLOAT"), shape, partial(_dense_blocks, weight, tuple(laid)))
 
     def _set(self, name: str, array: Array) -> None:
         import onnx
@@ -172,6 +213,27 @@ class Rewriting:
         raw = np.ascontiguousarray(array)
         kind = onnx.helper.np_dtype_to_tensor_dtype(raw.dtype)
         self.new[name] = NewTensor(name, kind, raw.shape, lambda: iter([raw.reshape(-1).view("u1").data]))
+
+
+def _dense_blocks(weight: CodedWeight, laid: Sequence[tuple[Place, Laid]]) -> Iterator[Any]:
+    """The bytes of a weight of codes in float32, with its vectors folded in."""
+    values = weight.values()
+    for place, one in laid:
+        on_rows = one.direction == "out"
+        part = values[place.first :][: len(one.scale.factors)] if on_rows else values
+        along = (-1, *(1,) * (part.ndim - 1)) if on_rows else (1, -1, *(1,) * (part.ndim - 2))
+        part *= one.scale.factors.astype("<f4").reshape(along)
+    yield dense_form(values).reshape(-1).view("u1").data
+
+
+def _folded_matrix(span: Span, scales: Sequence[Scale], rounded: str, *, turned: bool) -> Array:
+    """A float32 matrix with its vectors folded in, outputs first."""
+    raw = b"".join(bytes(block) for block in _folded(span, scales, rounded))
+    return _outputs_first(np.frombuffer(raw, "<f4").reshape(span.shape), turned=turned)
+
+
+def _outputs_first(matrix: Array, *, turned: bool) -> Array:
+    return np.ascontiguousarray(matrix.T if turned else matrix)
 
 
 def oriented(values: Array, place: Place, dtype: str) -> Array:
@@ -224,12 +286,14 @@ def _folded(span: Span, scales: Sequence[Scale], rounded: str) -> Iterator[Any]:
     kept = rounded if dtype in ("F32", "F16") and fits(span, rounded) else dtype
     work = Workspace()
     for raw, first in raw_blocks(span, max(scale.inner for scale in scales)):
-        if kept == dtype:
+        if dtype == "F64" or kept == dtype:
             yield fold_block(raw, first, dtype, dtype, scales, work).view("u1").data
             continue
-        narrow = from_float(to_float(raw, dtype).copy(), kept)
-        folded = to_float(fold_block(narrow, first, kept, kept, scales, work), kept)
-        yield from_float(folded.copy(), dtype).view("u1").data
+        values = to_float(raw, dtype, work)
+        for scale in scales:
+            scale_values(values, first, scale)
+            round_values(values, kept, work)
+        yield from_float(values, dtype, work).view("u1").data
 
 
 def raw_blocks(span: Span, unit: int = 1) -> Iterator[tuple[Array, int]]:
@@ -251,10 +315,13 @@ def fits(span: Span, dtype: str) -> bool:
     if dtype not in ("BF16", "F16") or own == dtype:
         return False
     for raw, _ in raw_blocks(span):
-        values = to_float(raw, own)
-        if dtype == "BF16":
-            if (values.view("<u4") & 0xFFFF).any():
+        if own == "F32" and dtype == "BF16":
+            if np.bitwise_or.reduce(raw.view("<u4")) & 0xFFFF:
                 return False
-        elif not np.array_equal(to_float(from_float(values.copy(), dtype), dtype), values, equal_nan=True):
+            continue
+        values = to_float(raw, own)
+        wide = values.copy()
+        round_values(wide, dtype)
+        if not np.array_equal(wide, values, equal_nan=True):
             return False
     return True

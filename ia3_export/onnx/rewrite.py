@@ -7,9 +7,10 @@ Where every new tensor is as long as the old one, the files keep their layout, b
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from ia3_export.onnx.places import GraphFile
 from ia3_export.onnx.refold import NewTensor
 from ia3_export.onnx.spans import LENGTH, Span, initializers, varint
 
-_BUFFER = 4 << 20
+_BUFFER = 1 << 20
+#: Bytes that one thread copies at a time.
+_PORTION = 64 << 20
 #: External data begin at whole pages, so that they can be mapped.
 _PAGE = 4096
 #: A protobuf message is smaller than this.
@@ -64,24 +67,42 @@ def write_graph(graph: GraphFile, new: Mapping[str, NewTensor], target: Path, *,
     return [target, *(folder / file.name for file in data)]
 
 
-def copy_patched(source: Path, target: Path, patches: Iterable[Patch]) -> None:
-    """Copy a file, with other bytes in some ranges of it that do not overlap."""
+def copy_patched(source: Path, target: Path, patches: Sequence[Patch]) -> None:
+    """Copy a file, with other bytes in some ranges of it that do not overlap; in several threads."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    buffer, at = memoryview(bytearray(_BUFFER)), 0
-    with source.open("rb", buffering=0) as old, target.open("wb", buffering=0) as new:
-        size = os.fstat(old.fileno()).st_size
+    size = source.stat().st_size
+    with target.open("wb") as file:
+        file.truncate(size)
+    jobs: list[Callable[[], None]] = []
+    at = 0
+    for patch in (*sorted(patches, key=lambda patch: patch.offset), Patch(size, 0, lambda: iter(()))):
+        for start in range(at, patch.offset, _PORTION):
+            count = min(_PORTION, patch.offset - start)
+            jobs.append(partial(_copy, source, target, start, count))
+        jobs.append(partial(_write, target, patch))
+        at = patch.offset + patch.nbytes
+    with ThreadPoolExecutor(ranges.worker_count(len(jobs))) as pool:
+        for done in [pool.submit(job) for job in jobs]:
+            done.result()
 
-        def copy(count: int) -> None:
-            ranges.copy_range(old.fileno(), at, new.fileno(), at, count, lambda _: None, buffer)
 
-        with ranges.reading(source, source.name):
-            for patch in sorted(patches, key=lambda patch: patch.offset):
-                copy(patch.offset - at)
-                at = patch.offset
-                for block in patch.blocks():
-                    ranges.write_all(new.fileno(), memoryview(block).cast("B"), at)
-                    at += memoryview(block).nbytes
-            copy(size - at)
+def _copy(source: Path, target: Path, offset: int, count: int) -> None:
+    buffer = memoryview(bytearray(min(count, _BUFFER)))
+    with (
+        source.open("rb", buffering=0) as old,
+        target.open("rb+", buffering=0) as new,
+        ranges.reading(source, source.name),
+    ):
+        ranges.copy_range(old.fileno(), offset, new.fileno(), offset, count, lambda _: None, buffer)
+
+
+def _write(target: Path, patch: Patch) -> None:
+    at = patch.offset
+    with target.open("rb+", buffering=0) as file:
+        for block in patch.blocks():
+            data = memoryview(block).cast("B")
+            ranges.write_all(file.fileno(), data, at)
+            at += len(data)
 
 
 def _as_before(tensor: NewTensor, span: Span) -> bool:

@@ -12,6 +12,7 @@ import pytest
 
 from tests.e2e.command import run
 from tests.support import zoo
+from tests.support.exported import KINDS
 from tests.support.quantized import adapter_for, dense_model, graph_logits, logits, source_of, unmerged_logits
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -134,3 +135,16 @@ def test_a_kept_merge_is_exported_dense(case: str, tmp_path: Path) -> None:
     wanted = logits(dense_model(kept))
     found = graph_logits(tmp_path / "out" / "onnx" / "model.onnx", config["vocab_size"])
     assert np.linalg.norm(found - wanted) < 1e-5 * np.linalg.norm(wanted)
+
+
+def test_codes_of_an_encoder_decoder_stand_an_empty_encoder(tmp_path: Path) -> None:
+    """Once keys and values of the encoder are in the cache, its states are empty, and ONNX Runtime's sums of
+    nothing have the wrong shape."""
+    kind = KINDS["t5"]
+    zoo.build(kind).save_pretrained(tmp_path / "base")
+    zoo.adapt(zoo.build(kind), kind, seed=1).save_pretrained(tmp_path / "adapter")
+    sources = ("--base", tmp_path / "base", "--adapter", tmp_path / "adapter")
+    ran = run("onnx", *sources, "--output", tmp_path / "out", "--precision", "fp32,int4", "--json")
+    assert ran.code == 0, ran.stderr
+    steps = {step["name"]: step for step in json.loads(ran.stdout)["report"]["steps"]}
+    assert steps["onnx int4"]["effect_present"] > 0.5

@@ -4,8 +4,8 @@
     [--no-fresh]
 
 The base is exported once. Then in turns: `cp -r` of the ONNX files and `onnx --onnx-base` without the proof;
-once each, that with the proof, and a fresh export of base and adapter without it. Seconds are medians of whole
-processes, the peak is the largest resident set.
+once each, that with the proof, and a fresh export of base and adapter without it. Seconds are medians of
+whole processes, the peak is the largest resident set.
 """
 
 from __future__ import annotations

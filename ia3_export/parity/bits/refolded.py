@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from ia3_export.fold import Array, from_float, to_float
-from ia3_export.onnx.decoded import decoded, values_of
+from ia3_export.onnx.decoded import find_coded, values_of
 from ia3_export.onnx.live_graph import LiveFold
 from ia3_export.onnx.places import GraphFile
 from ia3_export.onnx.refold import FLOATS, fits, raw_blocks
@@ -104,33 +104,40 @@ def _factors(fold: LiveFold, shape: tuple[int, ...]) -> tuple[Array, int, int]:
 def _codes(before: GraphFile, after: GraphFile, own: str, folds: Sequence[LiveFold]) -> Iterator[str]:
     """Whether codes (or the float32 weight in their place) stand for old values times vectors."""
     inputs = [len(fold.laid.scale.factors) for fold in folds if fold.laid.direction == "in"]
-    old = decoded(before, own, columns=inputs[0] if inputs else None).values
-    scale = np.abs(old)
+    columns = inputs[0] if inputs else None
+    coded = find_coded(before, own, columns=columns)
+    old = coded.values()
+    gain = np.ones_like(old)
     for fold in folds:
         factors = fold.laid.scale.factors.astype("<f4")
         if fold.laid.direction == "in":
             along: tuple[int, ...] = (1, -1, *(1,) * (old.ndim - 2))
-            old, scale = old * factors.reshape(along), scale * np.abs(factors.reshape(along))
+            gain *= factors.reshape(along)
         else:
             rows = slice(fold.place.first, fold.place.first + len(factors))
             along = (-1, *(1,) * (old.ndim - 1))
-            old[rows] *= factors.reshape(along)
-            scale[rows] *= np.abs(factors.reshape(along))
-    dense = after.spans.get(f"{own}_dense")
+            gain[rows] *= factors.reshape(along)
+    old *= gain
+    dense, again = after.spans.get(f"{own}_dense"), False
     if dense is not None:
         held = values_of(after, dense.name)
         found = held.T if held.ndim == 2 else held
     elif own in after.coded:
-        if not _same_bytes(before.spans[before.coded[own]], after.spans[after.coded[own]]):
+        again = not _same_bytes(before.spans[before.coded[own]], after.spans[after.coded[own]])
+        if again and not inputs:
             yield "its codes are others than the base's"
             return
-        found = decoded(after, own).values
+        found = find_coded(after, own, columns=columns).values()
     else:
         yield "the graph holds it no more"
         return
     spread = np.abs(found).max(initial=0.0)
     rounding = _HALF if _of_halves(before, own) else _ROUNDING
-    if found.shape != old.shape or not (np.abs(found - old) <= rounding * (scale + spread)).all():
+    limit = rounding * (np.abs(old) + spread)
+    if again:  # made anew of the weight with its vectors: half a step of either codes
+        limit = limit + 0.51 * find_coded(after, own, columns=columns).steps()[:, : old.shape[1]]
+        limit += 0.51 * coded.steps()[:, : old.shape[1]] * np.abs(gain)
+    if found.shape != old.shape or not (np.abs(found - old) <= limit).all():
         yield "its codes do not stand for the base's weight times the vectors"
 
 
