@@ -91,7 +91,7 @@ def table_of(node: Any) -> Weight | None:
     """The table of tokens that a ``Gather`` looks up; None if it looks up something else."""
     value, ids = node.inputs
     along = node.attributes.get("axis")
-    if (along and along.value) or not _are_tokens(ids):
+    if (along and along.value) or not is_input(ids, "input_ids"):
         return None
     array = constant(value)
     if array is None or array.ndim != 2 or not is_weight(array):
@@ -99,8 +99,8 @@ def table_of(node: Any) -> Weight | None:
     return Weight(value, array, False, None)
 
 
-def _are_tokens(ids: Any) -> bool:
-    """Whether `ids` are the graph's input_ids, perhaps in another shape."""
-    while ids.producer() is not None and ids.producer().op_type in SHAPING:
-        ids = ids.producer().inputs[0]
-    return bool(ids.is_graph_input() and ids.name == "input_ids")
+def is_input(value: Any, name: str) -> bool:
+    """Whether `value` is the graph's input `name`, perhaps in another shape."""
+    while value.producer() is not None and value.producer().op_type in SHAPING:
+        value = value.producer().inputs[0]
+    return bool(value.is_graph_input() and value.name == name)
