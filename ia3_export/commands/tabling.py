@@ -124,24 +124,26 @@ def prove_mixed(graph: Graph) -> Iterator[WeightsProof]:
 
 
 def _mixed(path: Path, graph: OnnxGraph, rows: int, precision: str) -> WeightsProof:
-    alone = [_run(graph, [row]) for row in range(rows)]
-    apart, scale = 0.0, max(float(np.abs(output).max(initial=0)) for one in alone for output in one) or 1.0
-    findings = []
+    apart, findings, alike = 0.0, [], 0
     for first in range(0, rows, _TEXTS):
-        # with others on both sides of it, whatever their number
+        # one after the other, and again from row 0 on where these are fewer
         tasks = [(first + i) % rows for i in range(_TEXTS)]
-        together = _run(graph, tasks)
-        for place, row in enumerate(tasks):
+        together, alone = _run(graph, tasks), {task: _run(graph, [task]) for task in tasks}
+        scale = max(float(np.abs(output).max(initial=0)) for output in together) or 1.0
+        for place, task in enumerate(tasks):
             mine = [output[place : place + 1] for output in together]
-            own = _distance(mine, alone[row]) / scale
-            apart = max(apart, own)
-            other = min(_distance(mine, alone[task]) / scale for task in range(rows) if task != row)
+            own, *others = (_distance(mine, alone[t]) / scale for t in (task, *alone.keys() - {task}))
+            other, apart = min(others), max(apart, own)
             allowed = _LAST_PLACES.get(precision, other * _MARGIN)
+            alike += other <= allowed
             if own > allowed:
                 detail = f"beside others it is {own:.1e} of the largest output from its own run, {other:.1e} "
                 detail += "from that of another task"
-                findings.append(TensorFinding(tensor=f"{TASK} {row}", what="differs", detail=detail))
-    same = f"is {apart:.1e} of the largest from its own run" if apart else "has the bits of its own run"
+                findings.append(TensorFinding(tensor=f"{TASK} {task}", what="differs", detail=detail))
+    note = f"in batches of {_TEXTS} tasks every row "
+    note += f"is {apart:.1e} of the largest from its own run" if apart else "has the bits of its own run"
+    if alike and precision in _LAST_PLACES:
+        note += f"; {alike} times another task gave the same"
     return WeightsProof(
         name=f"{path.name} with mixed tasks",
         kind="onnx",
@@ -151,7 +153,7 @@ def _mixed(path: Path, graph: OnnxGraph, rows: int, precision: str) -> WeightsPr
         unchanged=rows,
         nbytes=0,
         findings=tuple(findings),
-        notes=(f"in batches of {_TEXTS} tasks every row {same}",),
+        notes=(note,),
     )
 
 
@@ -162,11 +164,9 @@ def _distance(some: Sequence[Array], others: Sequence[Array]) -> float:
 
 def _run(graph: OnnxGraph, tasks: Sequence[int]) -> list[Array]:
     """All outputs for one made-up text, once for each of `tasks` in one batch."""
-    feeds = {port.name: made_up(port, 1) for port in graph.session.get_inputs() if port.name != TASK}
-    axes = {port.name: port.shape for port in graph.session.get_inputs()}
     whole = {
-        name: np.repeat(value, len(tasks), axis=0) if axes[name][:1] == ["batch_size"] else value
-        for name, value in feeds.items()
+        name: np.repeat(value, len(tasks), axis=0) if graph.inputs[name][:1] == ("batch_size",) else value
+        for name, value in made_up(graph.session, 1).items()
     }
     outputs = call(graph, {**whole, TASK: np.array(tasks)})
     return [value.numpy() for value in outputs.values()]

@@ -24,6 +24,8 @@ from ia3_export.onnx.exported import TASK
 
 #: Folder of the adapter files in an exported one.
 ADAPTERS = "adapters"
+#: Tokens of made-up texts.
+_LENGTH = 5
 #: What lies between a vector, or a table of them, and its Mul.
 _LOOKING_UP = ("Cast", "Gather", "Squeeze", "Unsqueeze")
 
@@ -203,7 +205,7 @@ def distance_to_base(path: Path, names: Collection[str]) -> float:
         _write_bare(path, bare, names)
         with_ones = onnxruntime.InferenceSession(str(path), options)
         without = onnxruntime.InferenceSession(str(bare), options)
-        feeds = {port.name: made_up(port) for port in without.get_inputs()}
+        feeds = made_up(without)
         pairs = list(zip(with_ones.run(None, feeds), without.run(None, feeds), strict=True))
         unlike = [pair for pair in pairs if pair[0].tobytes() != pair[1].tobytes()]
         return max((_apart(one, other) for one, other in unlike), default=0.0)
@@ -241,18 +243,30 @@ def _write_bare(path: Path, target: Path, names: Collection[str]) -> None:
     target.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def made_up(port: Any, batch: int = 2) -> Array:
-    """Something for an input: texts of five tokens and no past, numbers for images and sounds; rows of zeros
-    for tasks."""
-    sizes = {"batch_size": batch}
-    past = port.name.startswith("past")
-    shape = [axis if isinstance(axis, int) else sizes.get(axis, 0 if past else 5) for axis in port.shape]
-    if port.type == "tensor(bool)":
-        return np.zeros(shape, bool)
-    if port.type == "tensor(int64)":
-        return np.full(shape, port.name != TASK, "<i8")
-    kind = "<f2" if port.type == "tensor(float16)" else "<f4"
-    return np.random.default_rng(0).standard_normal(shape).astype(kind)
+def made_up(session: Any, batch: int = 2) -> dict[str, Array]:
+    """Something for all inputs of a session: texts of five tokens and no past, numbers for images and sounds;
+    rows of zeros for tasks. A decoder that gets no states of its encoder has them in its past."""
+    ports = session.get_inputs()
+    stateful = any(port.name == "encoder_hidden_states" for port in ports)
+    random = np.random.default_rng(0)
+    values = {}
+    for port in ports:
+        known = {"batch_size": batch}
+        if port.name.startswith("past") and (stateful or ".encoder." not in port.name):
+            known |= dict.fromkeys((axis for axis in port.shape if axis not in known), 0)
+        shape = [axis if isinstance(axis, int) else known.get(axis, _LENGTH) for axis in port.shape]
+        if port.type == "tensor(bool)":
+            values[port.name] = np.zeros(shape, bool)
+        elif port.type == "tensor(int64)":
+            counted = port.name in ("input_ids", "position_ids")
+            value = (
+                np.resize(np.arange(1, _LENGTH + 1), shape) if counted else np.full(shape, port.name != TASK)
+            )
+            values[port.name] = value.astype("<i8")
+        else:
+            kind = "<f2" if port.type == "tensor(float16)" else "<f4"
+            values[port.name] = random.standard_normal(shape).astype(kind)
+    return values
 
 
 def write_adapter(path: Path, values: Mapping[str, Array]) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 from ia3_export.checkpoint.folder import read_config
 from ia3_export.checkpoint.manifest import MANIFEST
 from ia3_export.errors import DamagedFile, NotFound, Refused, first_line
-from ia3_export.onnx.exported import SUFFIXES, TASK, plain_stem
-from ia3_export.onnx.weights import SHAPING, is_input, is_weight
+from ia3_export.onnx.exported import SUFFIXES, plain_stem
+from ia3_export.onnx.weights import SHAPING, is_weight, looks_up_task
 from ia3_export.words import CODED_PRECISIONS, TORCH_NAMES
 
 #: ONNX's floating element types, by their names in safetensors.
@@ -171,8 +171,7 @@ def _tables(nodes: Sequence[Any]) -> set[str]:
     """The initializers that are read by nothing but a ``Gather`` of rows for the input ``task``."""
     found, others = set[str](), set[str]()
     for node in nodes:
-        axis = node.attributes.get("axis")
-        by_task = node.op_type == "Gather" and not (axis and axis.value) and is_input(node.inputs[1], TASK)
+        by_task = looks_up_task(node)
         for i, value in enumerate(node.inputs):
             if value is not None:
                 (found if by_task and i == 0 else others).add(value.name or "")
