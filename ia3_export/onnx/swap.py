@@ -24,8 +24,8 @@ from ia3_export.onnx.exported import TASK
 
 #: Folder of the adapter files in an exported one.
 ADAPTERS = "adapters"
-#: Tokens of made-up texts.
-_LENGTH = 5
+#: Tokens of made-up texts, samples of made-up sounds.
+_LENGTH, _SAMPLES = 5, 4000
 #: What lies between a vector, or a table of them, and its Mul.
 _LOOKING_UP = ("Cast", "Gather", "Squeeze", "Unsqueeze")
 
@@ -254,7 +254,8 @@ def made_up(session: Any, batch: int = 2) -> dict[str, Array]:
         known = {"batch_size": batch}
         if port.name.startswith("past") and (stateful or ".encoder." not in port.name):
             known |= dict.fromkeys((axis for axis in port.shape if axis not in known), 0)
-        shape = [axis if isinstance(axis, int) else known.get(axis, _LENGTH) for axis in port.shape]
+        length = _SAMPLES if port.name == "input_values" else _LENGTH
+        shape = [axis if isinstance(axis, int) else known.get(axis, length) for axis in port.shape]
         if port.type == "tensor(bool)":
             values[port.name] = np.zeros(shape, bool)
         elif port.type == "tensor(int64)":

@@ -18,6 +18,7 @@ from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.header import read_values
 from ia3_export.errors import DamagedFile, NotFound, Unsupported, kind_and_line
 from ia3_export.fold import Array
+from ia3_export.libraries import private
 from ia3_export.onnx.contract import GraphSpec, Port
 from ia3_export.onnx.exported import TASK
 from ia3_export.onnx.swap import Live, LiveVector, live_vectors, multiplied, vector_name
@@ -180,16 +181,25 @@ def _head_hook(batch: _Batch, path: str) -> Callable[[Any, Any, Any], Any]:
 
 
 def _looked_up(batch: _Batch, table: Any, values: Any, module: str) -> Any:
-    """The rows of `table` for the texts of the batch, which must be the first axis of `values`."""
+    """The rows of `table` for the first axis of `values`: the texts of the batch, or one text after the other
+    cut into equally many pieces (tokens, windows of an image).
+
+    Raises `Unsupported` where that axis is anything else.
+    """
     import torch
 
-    if values.shape[0] != batch.ids.shape[0]:
-        raise Unsupported(
-            f"{module} gets the texts of a batch in one row, {tuple(values.shape)}, so that no table can "
-            "give each its own task",
-            hint="experts of a mixture, windows of images and the like; use --swappable, or fold",
-        )
-    return torch.index_select(table, 0, batch.ids)
+    known = private("torch.fx.experimental.symbolic_shapes:statically_known_true")
+    ids, texts, lines = batch.ids, batch.ids.shape[0], values.shape[0]
+    if not known(lines == texts):
+        # known for all sizes: a length that is a multiple of this batch by chance is none
+        if not known(lines % texts == 0):
+            raise Unsupported(
+                f"{module} gets {tuple(values.shape)}, whose first axis is not the batch, so that no table "
+                "can give each text its own task",
+                hint="use --swappable, or fold the adapters",
+            )
+        ids = ids.unsqueeze(1).expand(texts, lines // texts).reshape(lines)
+    return torch.index_select(table, 0, ids)
 
 
 def _beside(rows: Any, values: Any) -> Any:
@@ -208,6 +218,9 @@ def _with_task(spec: GraphSpec, batch: _Batch, rows: int) -> GraphSpec:
 
     def function(traced: Any, named: dict[str, Any]) -> tuple[Any, ...]:
         batch.ids = named.pop(TASK)
+        sizes = [named[port.name].shape[0] for port in spec.inputs if port.shape[0] == "batch_size"]
+        if any(size != batch.ids.shape[0] for size in sizes):  # torch then knows that they are equal
+            raise ValueError("as many tasks as texts")
         try:
             return spec.function(traced, named)
         finally:
