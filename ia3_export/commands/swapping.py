@@ -12,7 +12,7 @@ from typing import Any
 from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.commands.export_source import ExportSource
-from ia3_export.commands.tabling import prove_mixed, prove_rows
+from ia3_export.commands.tabling import LAST_PLACES, prove_mixed, prove_rows
 from ia3_export.commands.verify import Shipped, activated, prove, read_exported
 from ia3_export.errors import Unsupported, UsageError
 from ia3_export.onnx.export import TracedGraph
@@ -36,9 +36,6 @@ from ia3_export.parity.settings import RunSettings
 from ia3_export.planning.plan import Plan, make_plan
 from ia3_export.planning.recipe import DEFAULT_RECIPE
 from ia3_export.report.model import Report, TensorFinding, WeightsProof
-
-#: Most that other fusions of nodes may change, beside the largest value.
-_LAST_PLACES = 1e-5
 
 
 def write_apart(
@@ -160,21 +157,22 @@ def prove_active(
 
 def _prove_defaults(path: Path, graph: Graph) -> WeightsProof:
     """Whether a graph without an adapter is the one without the vectors' multiplications: bit for bit, or
-    where ONNX Runtime then fuses other nodes (convolutions) to the last places of float32."""
+    where ONNX Runtime then fuses other nodes (convolutions) to the last places."""
     held = [name for name in (*graph.overridable, *graph.tables) if is_vector(name) or is_vector_table(name)]
     names = {name.removeprefix(f"{plain_stem(path)}.") for name in held}
     apart = distance_to_base(path, names)
+    passed = apart <= LAST_PLACES.get(graph.precision, LAST_PLACES["float32"])
     note = f"without an adapter its outputs are {apart:.1e} of the largest from the base's, not bit for bit"
     finding = TensorFinding(tensor=min(names, default=path.name), what="it is not the base", detail=note)
     return WeightsProof(
         name=f"{path.name} without an adapter",
         kind="onnx",
         file=path.name,
-        passed=apart <= _LAST_PLACES,
+        passed=passed,
         changed=0,
         unchanged=len(names),
         nbytes=0,
-        findings=(finding,) if not apart <= _LAST_PLACES else (),
+        findings=() if passed else (finding,),
         notes=(note,) if apart else (),
     )
 

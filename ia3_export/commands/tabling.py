@@ -20,8 +20,8 @@ from ia3_export.report.model import TensorFinding, WeightsProof
 
 #: Texts of a batch that mixes tasks.
 _TEXTS = 4
-#: Most that kernels for another size of batch may change, beside the largest value.
-_LAST_PLACES = {"float32": 1e-5, "float16": 1e-2}
+#: Most that other kernels (for another size of batch, of fused nodes) may change, beside the largest value.
+LAST_PLACES = {"float32": 1e-5, "float16": 1e-2}
 #: How many times as near to another task's run as to its own a row may be where a quantizer scales a whole
 #: batch at once: its noise may be larger than what tells two tasks apart.
 _MARGIN = 2.0
@@ -134,7 +134,7 @@ def _mixed(path: Path, graph: OnnxGraph, rows: int, precision: str) -> WeightsPr
             mine = [output[place : place + 1] for output in together]
             own, *others = (_distance(mine, alone[t]) / scale for t in (task, *alone.keys() - {task}))
             other, apart = min(others), max(apart, own)
-            allowed = _LAST_PLACES.get(precision, other * _MARGIN)
+            allowed = LAST_PLACES.get(precision, other * _MARGIN)
             alike += other <= allowed
             if own > allowed:
                 detail = f"beside others it is {own:.1e} of the largest output from its own run, {other:.1e} "
@@ -142,7 +142,7 @@ def _mixed(path: Path, graph: OnnxGraph, rows: int, precision: str) -> WeightsPr
                 findings.append(TensorFinding(tensor=f"{TASK} {task}", what="differs", detail=detail))
     note = f"in batches of {_TEXTS} tasks every row "
     note += f"is {apart:.1e} of the largest from its own run" if apart else "has the bits of its own run"
-    if alike and precision in _LAST_PLACES:
+    if alike and precision in LAST_PLACES:
         note += f"; {alike} times another task gave the same"
     return WeightsProof(
         name=f"{path.name} with mixed tasks",
