@@ -31,7 +31,8 @@ class OnnxGraph:
     """One open file: the shapes of its `inputs`, the numpy types of those that are `floats`, the names of its
     `outputs`, and by which name the next step takes those that are its `cache`. All is read once, since what
     a step costs is measured. `active` are the options of a run with an adapter, and the adapter itself, which
-    must live as long; `task` is the row that a graph with tables takes for all of a batch."""
+    must live as long; `task` is the row that a graph with tables takes, for all of a batch, or one
+    for each element."""
 
     session: Any
     inputs: Mapping[str, tuple[int | str | None, ...]]
@@ -39,7 +40,7 @@ class OnnxGraph:
     outputs: tuple[str, ...]
     cache: Mapping[str, str]
     active: tuple[Any, ...] = ()
-    task: int = 0
+    task: int | Array = 0
 
     @property
     def plain_inputs(self) -> list[str]:
