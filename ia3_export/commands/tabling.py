@@ -22,8 +22,8 @@ from ia3_export.report.model import TensorFinding, WeightsProof
 _TEXTS = 4
 #: Most that other kernels (for another size of batch, of fused nodes) may change, beside the largest value.
 LAST_PLACES = {"float32": 1e-5, "float16": 1e-2}
-#: How many times as near to another task's run as to its own a row may be where a quantizer scales a whole
-#: batch at once: its noise may be larger than what tells two tasks apart.
+#: How many times as near to another task's run as to its own a row may be where activations are rounded to
+#: 8 bits: the noise of that may be larger than what tells two tasks apart.
 _MARGIN = 2.0
 
 
@@ -112,9 +112,9 @@ def prove_mixed(graph: Graph) -> Iterator[WeightsProof]:
     """Whether in batches of texts of several tasks every row is what a run of that text and task alone gives:
     for each file of `graph` that has tables, on made-up inputs.
 
-    Bit for bit, or where ONNX Runtime has other kernels for another size of batch to the last places. int8
-    has one scale for all activations of a batch, which no row is independent of: there each must be nearer to
-    its own run than to any other.
+    Bit for bit, or where ONNX Runtime has other kernels for another size of batch to the last places. Beside
+    codes activations are rounded to 8 bits, so that a last place may become a step: there each must be about
+    as near to its own run as to any other.
     """
     for path in graph.paths:
         (opened,) = open_model([path]).graphs.values()

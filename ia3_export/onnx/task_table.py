@@ -77,40 +77,40 @@ def attach_tables(model: Any, adapters: Sequence[Adapter]) -> Live:
         random = 1 + torch.rand(table.shape, generator=generator)
         getattr(target, HOLDER)[name] = torch.nn.Parameter(random, requires_grad=False)
 
-    for module, names in _heads(adapters).items():
+    for module, names in _heads(adapters, modules).items():
         for name in names:
-            hold(module, name, _head_table(model, modules.get(module), f"{module}.{name}", adapters))
+            hold(module, name, _head_table(modules[module], f"{module}.{name}", adapters))
         modules[module].register_forward_hook(_head_hook(batch, module))
+    given = [{vector_name(site): site.vector for site in adapter.sites.values()} for adapter in adapters]
     for vector in live_vectors(adapters):
         target = multiplied(model, modules, vector.module)
-        hold(vector.module, f"{vector.direction}put", _vector_table(vector, target.weight.dim(), adapters))
+        rows = [vectors.get(vector.name) for vectors in given]
+        hold(vector.module, f"{vector.direction}put", _vector_table(vector.size, target.weight.dim(), rows))
         _multiply(batch, target, vector)
-    rows = len(adapters) + 1
-    return Live(values, lambda spec: _with_task(spec, batch, rows))
+    return Live(values, lambda spec: _with_task(spec, batch, len(adapters) + 1))
 
 
-def _vector_table(vector: LiveVector, dimensions: int, adapters: Sequence[Adapter]) -> Array:
-    """Ones, and below them the vectors of `adapters`; in the shape in which they multiply activations whose
-    rank is the usual one: (rows, 1, size), a convolution's (rows, size, 1, ...)."""
-    table = np.ones((len(adapters) + 1, vector.size), "<f4")
-    for row, adapter in enumerate(adapters, start=1):
-        for site in adapter.sites.values():
-            if vector_name(site) == vector.name:
-                table[row] = site.vector
+def _vector_table(size: int, dimensions: int, vectors: Sequence[Array | None]) -> Array:
+    """Ones, and below them the `vectors` of all adapters (None: ones); in the shape in which they multiply
+    activations whose rank is the usual one: (rows, 1, size), a convolution's (rows, size, 1, ...)."""
+    ones = np.ones(size, "<f4")
+    table = np.stack([ones, *(ones if vector is None else vector for vector in vectors)]).astype("<f4")
     trailing = (1,) * (dimensions - 2)
-    return table.reshape(len(table), *((vector.size, *trailing) if trailing else (1, vector.size)))
+    return table.reshape(len(table), *((size, *trailing) if trailing else (1, size)))
 
 
-def _heads(adapters: Sequence[Adapter]) -> dict[str, list[str]]:
-    """The parameters that `adapters` bring, by module; all bring the same."""
+def _heads(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The parameters that `adapters` bring (all the same), by those of `modules` that have them: a graph of
+    hidden states has no head."""
     found: dict[str, list[str]] = {}
     for name in sorted(adapters[0].extras):
         module, _, parameter = name.rpartition(".")
-        found.setdefault(module, []).append(parameter)
+        if module in modules:
+            found.setdefault(module, []).append(parameter)
     return found
 
 
-def _head_table(model: Any, target: Any, name: str, adapters: Sequence[Adapter]) -> Array:
+def _head_table(target: Any, name: str, adapters: Sequence[Adapter]) -> Array:
     """The tensor `name` of the model itself, and below it those of `adapters`: the weight of a ``Linear`` as
     (rows, inputs, outputs), a bias as (rows, 1, outputs)."""
     import torch
@@ -119,11 +119,9 @@ def _head_table(model: Any, target: Any, name: str, adapters: Sequence[Adapter])
     own = getattr(target, name.rpartition(".")[2], None)
     linear = isinstance(target, torch.nn.Linear | Conv1D)
     if own is None or not (linear or (isinstance(target, torch.nn.LayerNorm) and own.dim() == 1)):
-        what = (
-            f"no part of {type(model).__name__}" if target is None else f"part of a {type(target).__name__}"
-        )
         raise Unsupported(
-            f"{adapters[0].name} brings {name}, {what}, which no table of tasks can hold",
+            f"{adapters[0].name} brings {name}, of a module {type(target).__name__}: no table of tasks can "
+            "hold it",
             hint="tables hold parameters of Linear and LayerNorm; use --swappable, or fold the adapters",
         )
     held = [own.detach().numpy(), *(read_values(adapter.extras[name]) for adapter in adapters)]

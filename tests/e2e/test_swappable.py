@@ -229,13 +229,22 @@ def test_other_families_are_proven(name: str, tmp_path: Path) -> None:
     assert any(not name.endswith("put") for values in held for name in values) == (name == "bert-seq-cls")
 
 
-def test_a_quantized_base_is_the_dense_one_that_it_stands_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["--swappable", "--task-table"])
+def test_optimum_s_two_decoders_are_proven(form: str, tmp_path: Path) -> None:
+    base, adapters = written("t5", tmp_path)
+    given = ("--base", base, "--adapter", adapters[0], "--adapter", adapters[1], "--decoder", "separate")
+    ran = run("onnx", *given, form, "--output", tmp_path / "out")
+    assert ran.code == 0, ran.stderr
+
+
+@pytest.mark.parametrize("form", ["--swappable", "--task-table"])
+def test_a_quantized_base_is_the_dense_one_that_it_stands_for(form: str, tmp_path: Path) -> None:
     base = source_of("bnb-nf4")
     config = json.loads((base / "config.json").read_text())
     adapters = [
         write_adapter_for(tmp_path / name, config, seed=seed) for seed, name in enumerate(("one", "two"))
     ]
-    given = ("--base", base, "--adapter", adapters[0], "--adapter", adapters[1], "--swappable")
+    given = ("--base", base, "--adapter", adapters[0], "--adapter", adapters[1], form)
     ran = run("onnx", *given, "--output", tmp_path / "out")
     assert ran.code == 0, ran.stderr
     ran = run("verify", "--base", base, "--adapter", adapters[1], "--onnx", tmp_path / "out", "--json")

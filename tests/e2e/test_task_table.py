@@ -320,7 +320,7 @@ def test_a_head_that_no_table_can_hold_is_named(tmp_path: Path) -> None:
     given = ("--base", tmp_path / "base", "--adapter", tmp_path / "one", "--task-table")
     ran = run("onnx", *given, "--output", tmp_path / "out")
     assert ran.code == 3
-    assert "embed_tokens.weight, part of a Embedding" in ran.stderr
+    assert "embed_tokens.weight, of a module Embedding" in ran.stderr
     assert not (tmp_path / "out").exists()
 
 
