@@ -305,6 +305,46 @@ def test_other_families_are_proven_and_mix(name: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(np.roll(found, 1, axis=0), again, rtol=0, atol=1e-5)
 
 
+def test_heads_of_several_modules_and_norms_go_by_task(tmp_path: Path) -> None:
+    import torch
+    from peft import IA3Config, get_peft_model
+
+    kind = KINDS["bert-seq-cls"]
+    zoo.build(kind).save_pretrained(tmp_path / "base")
+    saved = ["classifier", "pooler", "LayerNorm"]
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        config = IA3Config(
+            task_type="SEQ_CLS", target_modules=["key"], feedforward_modules=[], modules_to_save=saved
+        )
+        model = get_peft_model(zoo.build(kind), config)
+        for path, parameter in model.named_parameters():
+            if "ia3_l" in path or "modules_to_save" in path:
+                parameter.data += 0.3 * torch.randn_like(parameter)
+        model.save_pretrained(tmp_path / name)
+    adapters = ("--adapter", tmp_path / "one", "--adapter", tmp_path / "two")
+    given = ("--base", tmp_path / "base", *adapters, "--task-table", "--json")
+    ran = run("onnx", *given, "--output", tmp_path / "out")
+    assert ran.code == 0, ran.stderr
+    document = json.loads(ran.stdout)
+    assert document["verdict"] == "in parity"
+    assert all(step["passed"] for report in document["adapters"].values() for step in report["steps"])
+
+
+def test_activations_whose_first_axis_is_not_the_batch_are_refused_by_name() -> None:
+    import torch
+
+    from ia3_export.errors import Unsupported
+    from ia3_export.onnx.task_table import _Batch, _looked_up
+
+    batch, table = _Batch(), torch.arange(6.0).reshape(3, 1, 2)
+    batch.ids = torch.tensor([2, 1])
+    rows = _looked_up(batch, table, torch.zeros(6, 2), "fc2")  # three tokens of each text
+    assert rows[:, 0, 0].tolist() == [4, 4, 4, 2, 2, 2]
+    with pytest.raises(Unsupported, match=r"fc2 gets \(11, 2, 2\), whose first axis is not the batch"):
+        _looked_up(batch, table, torch.zeros(11, 2, 2), "fc2")
+
+
 def test_a_head_that_no_table_can_hold_is_named(tmp_path: Path) -> None:
     from peft import IA3Config, get_peft_model
 
