@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from ia3_export.benching.bench import bench
     from ia3_export.benching.settings import BenchSettings
     from ia3_export.checkpoint.folder import read_checkpoint
+    from ia3_export.commands.apply import apply, revert
     from ia3_export.commands.compare import compare
     from ia3_export.commands.convert import combine, convert
     from ia3_export.commands.export_onnx import export_onnx
     from ia3_export.commands.inspect import inspect
     from ia3_export.commands.merge import merge, merge_each, plan_merge
+    from ia3_export.commands.patch import patch
     from ia3_export.commands.plot import plot_vectors
     from ia3_export.commands.unmerge import unmerge
     from ia3_export.commands.verify import verify
@@ -44,6 +46,7 @@ __all__ = [
     "OutputOptions",
     "Recipe",
     "RunSettings",
+    "apply",
     "bench",
     "combine",
     "compare",
@@ -53,10 +56,12 @@ __all__ = [
     "inspect",
     "merge",
     "merge_each",
+    "patch",
     "plan_merge",
     "plot_vectors",
     "read_adapter",
     "read_checkpoint",
+    "revert",
     "unmerge",
     "verify",
 ]
@@ -67,6 +72,7 @@ _HOME = {
     "OutputOptions": "ia3_export.writing.options",
     "Recipe": "ia3_export.planning.recipe",
     "RunSettings": "ia3_export.parity.settings",
+    "apply": "ia3_export.commands.apply",
     "bench": "ia3_export.benching.bench",
     "combine": "ia3_export.commands.convert",
     "compare": "ia3_export.commands.compare",
@@ -75,10 +81,12 @@ _HOME = {
     "inspect": "ia3_export.commands.inspect",
     "merge": "ia3_export.commands.merge",
     "merge_each": "ia3_export.commands.merge",
+    "patch": "ia3_export.commands.patch",
     "plan_merge": "ia3_export.commands.merge",
     "plot_vectors": "ia3_export.commands.plot",
     "read_adapter": "ia3_export.adapters",
     "read_checkpoint": "ia3_export.checkpoint.folder",
+    "revert": "ia3_export.commands.apply",
     "unmerge": "ia3_export.commands.unmerge",
     "verify": "ia3_export.commands.verify",
 }

@@ -58,6 +58,7 @@ PRIVATE: Mapping[str, str] = {
     "onnxscript.rewriter._matcher:SimplePatternMatcher": "giving an exported model's memory back",
     "torch:_disable_dynamo": "importing bitsandbytes without torch's compiler",
     "torch._ops:OpOverload": "the export to ONNX",
+    "torch.fx.experimental.symbolic_shapes:statically_known_true": "the export to ONNX with a table of tasks",
     "torch.utils._python_dispatch:TorchDispatchMode": "the export to ONNX",
     "torch.utils._pytree:tree_flatten": "the export to ONNX",
     "torch.utils._pytree:tree_unflatten": "the export to ONNX",

@@ -156,6 +156,50 @@ def write_prefix(
     return bytes(body), {name: len(body) + start for name, start in relative.items()}, len(body) + end
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableRow:
+    """A tensor as the file names it: `kind` is its dtype, or ggml's name of a type of `block` elements each,
+    `shape` counts elements."""
+
+    name: str
+    kind: str
+    block: int
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def read_table(path: Path) -> list[TableRow]:
+    """Every tensor of the GGUF file `path`, of whatever architecture, in file order.
+
+    Raises `DamagedFile` and `Unsupported`.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            size = len(data)
+            if data[:4] != MAGIC:
+                raise damaged(path, "its magic number is missing")
+            header = _parse(data, path)
+    except (OSError, ValueError) as error:
+        raise DamagedFile(
+            f"{path} cannot be read: {error}", hint="check the file's permissions and the disk"
+        ) from error
+    tensors = [_stored(record, record.name, path, header) for record in header.records]
+    _check_extents(path, sorted(tensors, key=lambda tensor: tensor.offset), size)
+    rows = [
+        TableRow(
+            name=record.name,
+            kind=_DTYPES.get(record.type) or type_name(record.type),
+            block=_sizes(record.type, record.name, path)[0],
+            shape=record.shape,
+            offset=tensor.offset,
+            nbytes=tensor.nbytes,
+        )
+        for record, tensor in zip(header.records, tensors, strict=True)
+    ]
+    return sorted(rows, key=lambda row: row.offset)
+
+
 def type_name(number: int) -> str:
     """ggml's name of a type."""
     from gguf.constants import GGMLQuantizationType

@@ -17,6 +17,7 @@ from ia3_export.cli.inspect import inspect_command
 from ia3_export.cli.merge import merge_command
 from ia3_export.cli.onnx import onnx_command
 from ia3_export.cli.output import Output
+from ia3_export.cli.patch import apply_command, patch_command
 from ia3_export.cli.unmerge import unmerge_command
 from ia3_export.cli.verify import verify_command
 from ia3_export.errors import CRASHED, IA3ExportError, InputError, OutputError, UsageError, kind_and_line
@@ -112,6 +113,8 @@ def cli() -> None:
       ia3-export convert tfew.pt --output my-adapter
       ia3-export combine --adapter a --adapter b --output ab
       ia3-export unmerge --model merged --adapter my-adapter --output base-again
+      ia3-export patch --from my-base --to merged --output task.ia3patch
+      ia3-export apply task.ia3patch my-base
       ia3-export bench --base my-base --adapter my-adapter
 
     BASE and ADAPTER are a folder, a file, or a hub id org/name[@revision].
@@ -129,6 +132,8 @@ for _command in (
     convert_command,
     combine_command,
     unmerge_command,
+    patch_command,
+    apply_command,
     bench_command,
 ):
     cli.add_command(_command)

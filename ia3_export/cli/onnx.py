@@ -105,6 +105,12 @@ _NAMED = 4
     is_flag=True,
     help="With --base: the base's graphs, and a file of kilobytes for each --adapter that a run takes.",
 )
+@click.option(
+    "--task-table",
+    is_flag=True,
+    help="With --base: the base's graphs with a table of all adapters' vectors; an input, task, says which "
+    "row each element of a batch takes.",
+)
 @click.option("--opset", default=20, show_default=True, help="ONNX operator set.")
 @click.option("--no-verify", is_flag=True, help="Do not run the files through ONNX Runtime.")
 @overwrite_option
@@ -135,6 +141,7 @@ def onnx_command(
       ia3-export onnx --base my-base --adapter my-adapter --output exported --precision fp32,int8,int4
       ia3-export onnx --base my-4-bit-base --adapter my-adapter --output exported --precision keep
       ia3-export onnx --base my-base --adapter one --adapter two --output exported --swappable
+      ia3-export onnx --base my-base --adapter one --adapter two --output exported --task-table
       ia3-export onnx --onnx-base exported-base --adapter my-adapter --output exported
 
     \f

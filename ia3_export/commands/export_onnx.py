@@ -17,11 +17,11 @@ from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.checkpoint.manifest import MANIFEST
 from ia3_export.checkpoint.ranges import hash_file
 from ia3_export.commands.calibrating import mix_bits
-from ia3_export.commands.export_source import ExportSource, fold, read_model, read_swappable
+from ia3_export.commands.export_source import ExportSource, fold, read_apart, read_model
 from ia3_export.commands.export_verdict import lost, require
 from ia3_export.commands.keeping import OTHER_FORM, KeptBase, find_codes, without_codes
 from ia3_export.commands.moving import move_to_rows
-from ia3_export.commands.swapping import prove_swappable, write_swappable
+from ia3_export.commands.swapping import prove_apart, write_apart
 from ia3_export.commands.verify import Shipped, prove, read_exported
 from ia3_export.drawing.files import write_whole
 from ia3_export.errors import UsageError
@@ -30,14 +30,15 @@ from ia3_export.models.model_class import quiet
 from ia3_export.onnx.blocks import Codes
 from ia3_export.onnx.contract import plan_graphs
 from ia3_export.onnx.export import TracedGraph, export_graphs
-from ia3_export.onnx.exported import file_name
+from ia3_export.onnx.exported import TASK, file_name
 from ia3_export.onnx.files import size_of
 from ia3_export.onnx.mix_page import mix_page
 from ia3_export.onnx.mixing import Mix
 from ia3_export.onnx.options import DEFAULT_GRAPHS, GraphOptions
 from ia3_export.onnx.package import package
 from ia3_export.onnx.precision import Coverage, convert_precision
-from ia3_export.onnx.swap import attach_vectors, live_vectors, set_to_ones
+from ia3_export.onnx.swap import attach_vectors, fill, live_vectors
+from ia3_export.onnx.task_table import attach_tables, task_rows
 from ia3_export.onnx.tasks import Task, choose_task, load_model, sentence_head
 from ia3_export.parity.facts import model_id
 from ia3_export.parity.runs.hooks import named_as_in
@@ -81,8 +82,9 @@ class OnnxExport:
     """What `export_onnx` wrote.
 
     `report` compares every graph with the live adapters (or, without adapters, with the model). `bits` says
-    which weights of int4 have 4 bits, and what each would cost. Of swappable graphs `report` is about runs
-    without an adapter, `adapters` about those with each.
+    which weights of int4 have 4 bits, and what each would cost. Of swappable graphs, and of those with a
+    table, `report` is about runs without an adapter, `adapters` about those with each; `rows` says which row
+    of the table is whose.
     """
 
     folder: Path
@@ -92,6 +94,7 @@ class OnnxExport:
     report: Report | None
     bits: Mix | None = None
     adapters: Mapping[str, Report] = field(default_factory=dict)
+    rows: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def losses(self) -> tuple[str, ...]:
@@ -119,6 +122,7 @@ class OnnxExport:
             "losses": list(self.losses),
             "bits": None if self.bits is None else self.bits.to_json(),
             "report": None if self.report is None else self.report.to_json(),
+            "rows": dict(self.rows),
             "adapters": {name: report.to_json() for name, report in self.adapters.items()},
         }
 
@@ -171,8 +175,8 @@ def export_onnx(
         given = [Path(s) for s in (model, base, *adapters) if s is not None and not isinstance(s, Adapter)]
         given += [path for a in adapters if isinstance(a, Adapter) for path in a.location.inputs]
         check_target(target, [path for path in given if path.exists()], overwrite=overwrite)
-        if graphs.swappable and base is not None:
-            source = read_swappable(base, adapters, scratch, say)
+        if graphs.apart and base is not None:
+            source = read_apart(base, adapters, scratch, say)
         elif base is not None:
             source = fold(base, adapters, scratch, say, keep=keep)
         else:
@@ -194,12 +198,18 @@ def export_onnx(
         made_of = _Given(traced, coded, mix, source.kept)
         files += _convert(made_of, graphs.precisions, stage / "onnx", say)
         _copy_side_files(checkpoint, stage)
-        swappable = write_swappable(stage, swapped, traced) if graphs.swappable else None
+        apart = write_apart(stage, swapped, traced, graphs)
         package(stage, graphs.precisions, graphs.targets)
         done = OnnxExport(
-            folder=target, task=task.name, opset=graphs.opset, files=tuple(files), report=None, bits=mix
+            folder=target,
+            task=task.name,
+            opset=graphs.opset,
+            files=tuple(files),
+            report=None,
+            bits=mix,
+            rows=task_rows(swapped) if graphs.task_table else {},
         )
-        _write_manifest(source, stage, done, traced, swappable)
+        _write_manifest(source, stage, done, traced, apart)
         if check:
             say("verifying")
             # the float32 graphs are proven even where only other precisions of them were asked for
@@ -213,9 +223,9 @@ def export_onnx(
 
 def _check_sources(model: object, base: object, adapters: Sequence[object], graphs: GraphOptions) -> None:
     """Raise `UsageError` unless there is one way in."""
-    if graphs.swappable and base is None:
+    if graphs.apart and base is None:
         raise UsageError(
-            "--swappable keeps adapters apart from their base, and a merged model has none",
+            f"{graphs.apart} keeps adapters apart from their base, and a merged model has none",
             hint="give --base, and each --adapter",
         )
     if (model is None) == (base is None) or (base is None) == bool(adapters):
@@ -225,11 +235,11 @@ def _check_sources(model: object, base: object, adapters: Sequence[object], grap
 
 
 def _proven(source: ExportSource, places: Sequence[Path], say: Callable[[str], None]) -> dict[str, Report]:
-    """The report of the graphs in all `places`, under an empty name; of swappable ones, in the last of them,
-    also that of each adapter."""
+    """The report of the graphs in all `places`, under an empty name; where adapters stay apart, of those in
+    the last of them also that of each adapter."""
     settings = RunSettings(device="cpu", max_memory=_limit(source.checkpoint))
     if source.swapped:
-        return prove_swappable(source, places[-1], settings, say)
+        return prove_apart(source, places[-1], settings, say)
     shipped = Shipped(None, tuple(graph for place in places for graph in read_exported(place)))
     return {"": replace(prove(source.plan, shipped, settings), base=model_id(source.named))}
 
@@ -254,14 +264,16 @@ def _export(
         make_cases(model, tokenizer=find_tokenizer(checkpoint.folder)) if "int4" in graphs.precisions else []
     )
     swapped = named_as_in(model, source.swapped) if source.swapped else []
-    vectors = live_vectors(swapped)
-    attach_vectors(model, vectors)
+    live = (
+        attach_tables(model, swapped) if graphs.task_table else attach_vectors(model, live_vectors(swapped))
+    )
     specs = plan_graphs(model, task, sample_inputs(model), graphs.decoder, sentence)
+    specs = [live.planned(spec) for spec in specs]
     traced = export_graphs(model, specs, folder, graphs, stored=checkpoint.tensors, say=say)
     del model, specs
     forget_graphs()
-    for graph in traced if vectors else ():
-        set_to_ones(graph.path, {vector.name for vector in vectors})
+    for graph in traced if swapped else ():
+        fill(graph.path, live.values, unread=[TASK])
     return traced, cases, swapped
 
 
@@ -360,7 +372,7 @@ def _write_manifest(
     stage: Path,
     done: OnnxExport,
     traced: Sequence[TracedGraph],
-    swappable: Mapping[str, Any] | None,
+    apart: Mapping[str, Any],
 ) -> None:
     merged = source.checkpoint.folder / MANIFEST
     folded = [as_folded(adapter) for adapter in source.plan.adapters] or source.checkpoint.folded
@@ -379,7 +391,6 @@ def _write_manifest(
         "folded": [row.to_json() for row in folded],
         "merge_manifest_sha256": hash_file(merged) if merged.is_file() else None,
         "files": list_files(stage, known={}, hashed=True),
+        **apart,
     }
-    if swappable is not None:
-        content["swappable"] = swappable
     (stage / MANIFEST).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

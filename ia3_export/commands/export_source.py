@@ -75,7 +75,7 @@ def fold(
     return ExportSource(checkpoint=read_checkpoint(scratch / "merged"), plan=plan, named=named, moves=moves)
 
 
-def read_swappable(
+def read_apart(
     base: str | Path,
     adapters: Sequence[str | Path | Adapter],
     scratch: Path,
@@ -110,7 +110,7 @@ def _check_names(adapters: Sequence[Adapter]) -> None:
     """Raise `UsageError` for two adapters of one name, or with the same vectors."""
     names, digests = ([a.name for a in adapters], [a.digest for a in adapters])
     for keys, said, hint in (
-        (names, "have one name", "rename one: files are called so"),
+        (names, "have one name", "rename one: they are told apart by it"),
         (digests, "have the same vectors", "give each adapter once"),
     ):
         again = next((key for key, count in Counter(keys).items() if count > 1), None)

@@ -28,7 +28,7 @@ from ia3_export.onnx.decoded import in_blocks
 from ia3_export.onnx.exported import find_onnx, plain_stem
 from ia3_export.onnx.files import size_of
 from ia3_export.onnx.places import GraphFile, Place, named_places, read_graph_file
-from ia3_export.onnx.refold import FLOATS, Laid, Rewriting
+from ia3_export.onnx.refold import FLOATS, PlacedVector, Rewriting
 from ia3_export.onnx.rewrite import write_graph
 from ia3_export.planning.changes import Change
 from ia3_export.planning.moved_inputs import move_inputs
@@ -261,7 +261,7 @@ def _fold(held: OnnxBase, model: Sequence[GraphFile], plan: Plan) -> Iterator[Re
     }
     plain = {plain_stem(graph.path): graph for graph in held.graphs if graph.precision == "fp32"}
     for graph in model:
-        rewriting = Rewriting(graph, plain.get(plain_stem(graph.path)))
+        rewriting = Rewriting(graph=graph, plain=plain.get(plain_stem(graph.path)))
         places = held.places[graph.path]
         for name, change in changes.items():
             for place in places.get(name, ()):
@@ -288,10 +288,10 @@ def _apply(rewriting: Rewriting, place: Place, change: Change, before: Change | 
                 f"{change.name} holds the experts of a mixture", hint="export the merged model instead"
             )
         side = fold.direction if id(scale) in own else "out"
-        rewriting.fold(place, Laid(scale, side, change.shape, change.source.compute_dtype))
+        rewriting.fold(place, PlacedVector(scale, side, change.shape, change.source.compute_dtype))
 
 
-def changed_places(rewriting: Rewriting) -> list[tuple[Place, Laid]]:
+def changed_places(rewriting: Rewriting) -> list[tuple[Place, PlacedVector]]:
     """Every vector of a rewritten graph, and where it lies."""
     return [one for laid in (*rewriting.folds.values(), *rewriting.rows.values()) for one in laid]
 

@@ -1,4 +1,5 @@
-"""Adapters that stay apart from the graphs of an export: their files, and the proof of each."""
+"""Adapters that stay apart from the weights of an export, in files or in tables: their files, and the proof
+of each."""
 
 from __future__ import annotations
 
@@ -11,10 +12,12 @@ from typing import Any
 from ia3_export.adapters.model import Adapter
 from ia3_export.checkpoint.folder import Checkpoint
 from ia3_export.commands.export_source import ExportSource
+from ia3_export.commands.tabling import LAST_PLACES, prove_mixed, prove_rows
 from ia3_export.commands.verify import Shipped, activated, prove, read_exported
 from ia3_export.errors import Unsupported, UsageError
 from ia3_export.onnx.export import TracedGraph
 from ia3_export.onnx.exported import plain_stem
+from ia3_export.onnx.options import GraphOptions
 from ia3_export.onnx.swap import (
     ADAPTERS,
     Slot,
@@ -26,6 +29,7 @@ from ia3_export.onnx.swap import (
     read_adapter_file,
     write_adapter,
 )
+from ia3_export.onnx.task_table import describe_rows, is_vector_table
 from ia3_export.parity.bits.graph_files import Graph
 from ia3_export.parity.facts import model_id
 from ia3_export.parity.settings import RunSettings
@@ -33,8 +37,18 @@ from ia3_export.planning.plan import Plan, make_plan
 from ia3_export.planning.recipe import DEFAULT_RECIPE
 from ia3_export.report.model import Report, TensorFinding, WeightsProof
 
-#: Most that other fusions of nodes may change, beside the largest value.
-_LAST_PLACES = 1e-5
+
+def write_apart(
+    folder: Path, adapters: Sequence[Adapter], traced: Sequence[TracedGraph], graphs: GraphOptions
+) -> dict[str, Any]:
+    """What the manifest of `folder` says of adapters that stay apart from the weights, by the option that was
+    given; their files are written here.
+
+    Raises what `write_swappable` raises.
+    """
+    if graphs.swappable:
+        return {"swappable": write_swappable(folder, adapters, traced)}
+    return {"tasks": describe_rows(adapters)} if graphs.task_table else {}
 
 
 def write_swappable(
@@ -86,7 +100,7 @@ def _file(adapter: Adapter, graph: Path, *, several: bool) -> str:
     return f"{adapter.name}{f'.{plain_stem(graph)}' if several else ''}.onnx_adapter"
 
 
-def prove_swappable(
+def prove_apart(
     source: ExportSource, folder: Path, settings: RunSettings, say: Callable[[str], None]
 ) -> dict[str, Report]:
     """Prove the graphs in `folder`: without an adapter (under an empty name) equal to the base, and with each
@@ -94,11 +108,15 @@ def prove_swappable(
     graphs, held = read_exported(folder), source.plan
     plain = prove(held, Shipped(None, tuple(graphs), weights=held), settings)
     bits = [_prove_defaults(path, graph) for graph in graphs for path in graph.paths]
+    bits += [proof for graph in graphs if graph.tables for proof in prove_mixed(graph)]
     proven = plain.in_parity and all(proof.passed for proof in bits)
     reports = {"": replace(plain, weights=(*plain.weights, *bits), in_parity=proven)}
-    for adapter in source.swapped:
+    tabled = any(graph.tables for graph in graphs)
+    for i, adapter in enumerate(source.swapped):
         say(f"verifying {adapter.name}")
         others = [other for other in source.swapped if other is not adapter]
+        if tabled:  # which may have a hundred rows: the one before it, to which all others are alike
+            others = [source.swapped[i - 1]] if others else []
         reports[adapter.name] = prove_active(held, adapter, graphs, others, settings)
     return {name: replace(report, base=model_id(source.named)) for name, report in reports.items()}
 
@@ -112,8 +130,8 @@ def prove_active(
     *,
     named: Checkpoint | None = None,
 ) -> Report:
-    """Prove swappable `graphs`, which hold the tensors of the plan `held`, with `adapter` active; `named` as
-    for `prove`.
+    """Prove `graphs`, swappable ones or with tables, which hold the tensors of the plan `held`, with
+    `adapter` active; `named` as for `prove`.
 
     The `controls` are the float32 (or else float16) graph without an adapter and with `others`: they must not
     be in parity.
@@ -128,7 +146,8 @@ def prove_active(
         controls += [(f"{exact.file} with {other.name}", activated(exact, other)) for other in others]
     shipped = Shipped(None, active, weights=held, controls=tuple(controls))
     report = prove(plan, shipped, settings, named=named)
-    files = [_prove_files(adapter, graph) for graph in active]
+    brought = plan.adapters[0]
+    files = [prove_rows(brought, g) if g.tables else _prove_files(adapter, g) for g in active]
     return replace(
         report,
         weights=(*report.weights, *files),
@@ -138,20 +157,22 @@ def prove_active(
 
 def _prove_defaults(path: Path, graph: Graph) -> WeightsProof:
     """Whether a graph without an adapter is the one without the vectors' multiplications: bit for bit, or
-    where ONNX Runtime then fuses other nodes (convolutions) to the last places of float32."""
-    names = {name.removeprefix(f"{plain_stem(path)}.") for name in graph.overridable if is_vector(name)}
+    where ONNX Runtime then fuses other nodes (convolutions) to the last places."""
+    held = [name for name in (*graph.overridable, *graph.tables) if is_vector(name) or is_vector_table(name)]
+    names = {name.removeprefix(f"{plain_stem(path)}.") for name in held}
     apart = distance_to_base(path, names)
+    passed = apart <= LAST_PLACES.get(graph.precision, LAST_PLACES["float32"])
     note = f"without an adapter its outputs are {apart:.1e} of the largest from the base's, not bit for bit"
     finding = TensorFinding(tensor=min(names, default=path.name), what="it is not the base", detail=note)
     return WeightsProof(
         name=f"{path.name} without an adapter",
         kind="onnx",
         file=path.name,
-        passed=apart <= _LAST_PLACES,
+        passed=passed,
         changed=0,
         unchanged=len(names),
         nbytes=0,
-        findings=(finding,) if not apart <= _LAST_PLACES else (),
+        findings=() if passed else (finding,),
         notes=(note,) if apart else (),
     )
 
@@ -160,9 +181,11 @@ def _prove_files(adapter: Adapter, graph: Graph) -> WeightsProof:
     """Whether the files that a graph is run with hold `adapter`'s vectors, bit for bit in float32, and the
     graph ones."""
     read = {file.name: read_adapter_file(file) for file in dict.fromkeys(graph.adapters.values())}
-    held = [values for tensors in read.values() for name, values in tensors.items() if is_vector(name)]
+    pairs = [pair for tensors in read.values() for pair in tensors.items()]
+    # optimum's two decoders hold the same vectors
+    held = {(name, values.tobytes()) for name, values in pairs if is_vector(name)}
     wanted = Counter(site.vector.astype("<f4").tobytes() for site in adapter.sites.values())
-    missing = wanted - Counter(values.tobytes() for values in held)
+    missing = wanted - Counter(values for _, values in held)
     findings = [
         TensorFinding(
             tensor=name, what="the default is not one", detail="a run without an adapter is no base"
@@ -186,6 +209,6 @@ def _prove_files(adapter: Adapter, graph: Graph) -> WeightsProof:
         passed=not findings,
         changed=len(held),
         unchanged=0,
-        nbytes=sum(values.nbytes for tensors in read.values() for values in tensors.values()),
+        nbytes=sum(values.nbytes for _, values in pairs),
         findings=tuple(findings),
     )

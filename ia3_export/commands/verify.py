@@ -14,9 +14,10 @@ from ia3_export.checkpoint.folder import Checkpoint, read_config
 from ia3_export.checkpoint.manifest import MANIFEST
 from ia3_export.commands.keeping import plan_kept
 from ia3_export.commands.merge import write_merges
-from ia3_export.errors import UsageError
+from ia3_export.errors import DamagedFile, UsageError
 from ia3_export.onnx.exported import find_onnx
 from ia3_export.onnx.swap import files_of
+from ia3_export.onnx.task_table import row_of
 from ia3_export.parity.bits.folder import prove_folder
 from ia3_export.parity.bits.graph import prove_graph
 from ia3_export.parity.bits.graph_files import Graph, read_graphs
@@ -96,7 +97,7 @@ def verify(
     shipped = Shipped(
         other, tuple(graph for location in onnx for graph in read_exported(location)), base_graph
     )
-    if any(graph.overridable for graph in shipped.graphs):
+    if any(graph.overridable or graph.tables for graph in shipped.graphs):
         return _verify_swappable(whole, read, shipped, settings)
     with scratch_folder() as scratch:
         if merged is None and whole.is_quantized and any(graph.kept for graph in shipped.graphs):
@@ -117,7 +118,7 @@ def _verify_swappable(
 
     if shipped.merged is not None or len(adapters) > 1:
         raise UsageError(
-            "the graphs take one adapter at a time, from its file",
+            "the graphs are proven with one adapter at a time",
             hint="give one --adapter, and --merged in a run of its own",
         )
     with scratch_folder() as scratch:
@@ -146,9 +147,19 @@ class Shipped:
 
 
 def activated(graph: Graph, adapter: Adapter) -> Graph:
-    """A swappable `graph` to be run with `adapter`. Raises `NotFound` where its folder has no file of it."""
+    """A swappable `graph`, or one with tables, to be run with `adapter`. Raises `NotFound` where its folder
+    has no file of it, or no row."""
     folder = graph.paths[0].parent.parent
-    files = files_of(folder, read_config(folder / MANIFEST), adapter.digest)
+    manifest = read_config(folder / MANIFEST)
+    if graph.tables:
+        row = row_of(folder, manifest, adapter.digest)
+        if not all(0 < row < table.shape[0] for table in graph.tables.values()):
+            raise DamagedFile(
+                f"the manifest of {folder} says that {adapter.name} is row {row}, which {graph.file} has not",
+                hint="export the model again",
+            )
+        return replace(graph, task=row)
+    files = files_of(folder, manifest, adapter.digest)
     return replace(
         graph, adapters={path.name: files[path.name] for path in graph.paths if path.name in files}
     )

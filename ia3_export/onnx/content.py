@@ -103,7 +103,7 @@ def _in_a_row(span: Span, values: Array, wanted: Array, dtype: str) -> Iterator[
     """Biases that lie behind one another."""
     for first in np.flatnonzero(_near(values[: len(values) - len(wanted) + 1], wanted[0], dtype)):
         if _near(values[first : first + len(wanted)], wanted, dtype).all():
-            yield Place(span.name, False, int(first), len(wanted))
+            yield Place(name=span.name, transposed=False, first=int(first), count=len(wanted))
             return
 
 
@@ -119,7 +119,7 @@ def _starts(view: Array, probe: _Probe, dtype: str) -> Sequence[int]:
 
 
 def _place(name: str, view: Array, probe: _Probe, first: int, *, transposed: bool) -> Place:
-    place = Place(name, transposed)
+    place = Place(name=name, transposed=transposed)
     return place if view.shape[0] == probe.shape[0] else replace(place, first=first, count=probe.shape[0])
 
 

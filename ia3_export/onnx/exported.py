@@ -14,6 +14,8 @@ ENCODER, MERGED, FIRST, CACHED = (
     "decoder_model",
     "decoder_with_past_model",
 )
+#: The input of graphs with tables: the row that each element of a batch takes, int64 (batch,).
+TASK = "task"
 #: What the files of a precision end in.
 SUFFIXES: Mapping[str, str] = {
     "fp32": "",

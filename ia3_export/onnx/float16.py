@@ -17,7 +17,7 @@ import numpy as np
 
 from ia3_export.errors import Unsupported
 from ia3_export.fold import Array
-from ia3_export.onnx.weights import SMALL
+from ia3_export.onnx.weights import SMALL, looks_up_task
 
 #: What a mask's minimum becomes. exp(-30000) is 0, and mask plus score stays above float16's least number
 #: (-65504), so that a row with nothing to attend to has a finite softmax.
@@ -109,7 +109,7 @@ def _positional(graph: Any, active: set[Any]) -> Iterator[Any]:
         ]
         for body in bodies:
             yield from _positional(body, active)
-        if bodies or not active.isdisjoint(node.inputs):
+        if bodies or not active.isdisjoint(node.inputs) or looks_up_task(node):  # small tables, too
             active |= {value for value in node.outputs if value.dtype == DataType.FLOAT}
         else:
             yield node

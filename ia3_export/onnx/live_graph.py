@@ -18,7 +18,7 @@ from ia3_export.errors import DamagedFile, Unsupported
 from ia3_export.fold import Array
 from ia3_export.onnx.decoded import around, products_of, values_of
 from ia3_export.onnx.places import GraphFile, Place, outputs_last, read_graph_file
-from ia3_export.onnx.refold import Laid, Rewriting
+from ia3_export.onnx.refold import PlacedVector, Rewriting
 from ia3_export.onnx.rewrite import write_graph
 
 
@@ -27,7 +27,7 @@ class LiveFold:
     """A vector on a tensor at a place of a graph."""
 
     place: Place
-    laid: Laid
+    laid: PlacedVector
 
 
 def write_live(
@@ -40,7 +40,7 @@ def write_live(
     """
     graph = read_graph_file(path)
     biases = frozenset(fold.place.name for fold in folds if len(fold.laid.shape) == 1)
-    heads, writer = Rewriting(graph), _Writer(graph, biases)
+    heads, writer = Rewriting(graph=graph), _Writer(graph, biases)
     for place, tensor in brought:
         heads.replace(place, tensor)
     for fold in folds:

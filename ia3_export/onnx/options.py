@@ -55,6 +55,8 @@ class GraphOptions:
         max_loss: the most that a quantized file may lose to be written: mean KL divergence in nats, one minus
             the cosine where there are no logits. Default: any loss is written, and said.
         swappable: the base's graphs, with vectors that a run takes from a file of each adapter.
+        task_table: the base's graphs, with a table of all adapters' vectors; an input says which row each
+            element of a batch takes.
 
     Raises `UsageError` for what is not offered (a task: when the checkpoint is read).
     """
@@ -68,6 +70,7 @@ class GraphOptions:
     keep_effect: float | None = None
     max_loss: float | None = None
     swappable: bool = False
+    task_table: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -80,7 +83,7 @@ class GraphOptions:
         object.__setattr__(self, "precisions", in_order(self.precisions))
         object.__setattr__(self, "targets", tuple(self.targets))
         self._check_bits()
-        self._check_swappable()
+        self._check_apart()
         if self.max_loss is not None and not 0 <= self.max_loss < math.inf:
             raise UsageError(f"--max-loss {self.max_loss} is no loss", hint="give nats, such as 0.02")
         unknown = sorted(set(self.targets) - set(TARGETS))
@@ -92,18 +95,25 @@ class GraphOptions:
                 hint="add int8 or int4; ONNX Runtime's mobile packages read .onnx files too",
             )
 
-    def _check_swappable(self) -> None:
+    @property
+    def apart(self) -> str | None:
+        """The option that keeps adapters apart from the weights, if it is given."""
+        return "--swappable" if self.swappable else "--task-table" if self.task_table else None
+
+    def _check_apart(self) -> None:
         """Raise `UsageError` for what vectors that stay apart cannot have."""
         refused = {
             "--precision keep": "keep" in self.precisions,
             "--keep-effect": self.keep_effect is not None,
             "--target mobile": "mobile" in self.targets,
             "--decoder if": self.decoder == "if",
+            "--target genai": self.task_table and "genai" in self.targets,  # it feeds no input of that name
+            "--swappable": self.task_table and self.swappable,
         }
         asked = next((option for option, given in refused.items() if given), None)
-        if self.swappable and asked is not None:
+        if self.apart is not None and asked is not None:
             raise UsageError(
-                f"--swappable makes no graphs of {asked}",
+                f"{'--task-table' if self.task_table else self.apart} makes no graphs of {asked}",
                 hint="leave one of them out; a folded export has both",
             )
 

@@ -76,7 +76,7 @@ class GraphFile:
         return "fp16" if halves > 0 else "fp32"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
     """A stored tensor in a graph: the initializer `name` (of codes: the weight's own name), `transposed` or
     as it is stored. Where it lies beside others in one initializer, its outputs are the `count` from `first`
@@ -109,14 +109,18 @@ def named_places(
         if name not in known and name.endswith((".weight", ".bias")):
             known.add(name)
             turned = outputs_last(graph, name) != (conv1d and in_layer_stack(name.rpartition(".")[0]))
-            found.setdefault(name, []).append(Place(name, turned and name.endswith(".weight")))
+            found.setdefault(name, []).append(
+                Place(name=name, transposed=turned and name.endswith(".weight"))
+            )
     for node in graph.makers.values():
         weight = _weight_of(graph, node)
         operator = _OPERATOR.search(node.name)
         if weight is not None and operator is not None and weight not in known:
             module = node.name[: operator.start()].strip("/").replace("/", ".")
             known.add(weight)
-            found.setdefault(f"{module}.weight", []).append(Place(weight, outputs_last(graph, weight)))
+            found.setdefault(f"{module}.weight", []).append(
+                Place(name=weight, transposed=outputs_last(graph, weight))
+            )
     return found
 
 
@@ -129,8 +133,8 @@ def _recorded(graph: GraphFile, manifest: Mapping[str, Any]) -> Iterator[tuple[P
         if not isinstance(tensor, str) or (name not in graph.spans and name not in graph.coded):
             continue
         place = Place(
-            name,
-            bool(origin.get("transposed")),
+            name=name,
+            transposed=bool(origin.get("transposed")),
             dtype=dtype if dtype in FLOAT_DTYPES else None,
             shape=tuple(int(extent) for extent in shape) if isinstance(shape, list) else (),
         )

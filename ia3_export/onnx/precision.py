@@ -18,7 +18,7 @@ from ia3_export.onnx.narrow import narrow
 from ia3_export.onnx.passes import Pass, run_passes
 from ia3_export.onnx.quantize import quantize
 from ia3_export.onnx.replaceable import Sample, take_sample
-from ia3_export.onnx.weights import is_weight
+from ia3_export.onnx.weights import is_weight, looks_up_task
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,5 +129,7 @@ def _weights(model: Any) -> Iterator[tuple[str, int]]:
     """Name and bytes of every float32 weight, those in bodies of ``If`` too."""
     for graph in model.graphs():
         for name, value in graph.initializers.items():
-            if value.const_value.dtype.name == "FLOAT" and is_weight(value.const_value):
+            # tables of tasks stay what they are
+            table = any(looks_up_task(node) for node, _ in value.uses())
+            if value.const_value.dtype.name == "FLOAT" and is_weight(value.const_value) and not table:
                 yield name, value.const_value.nbytes

@@ -62,7 +62,7 @@ class NewTensor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Laid:
+class PlacedVector:
     """A vector on one side of a stored tensor of `shape`, which the model has in `dtype`."""
 
     scale: Scale
@@ -71,7 +71,7 @@ class Laid:
     dtype: str
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, kw_only=True)
 class Rewriting:
     """What becomes of a `graph`; `plain` is the float32 one of the same export.
 
@@ -87,10 +87,10 @@ class Rewriting:
     rewired: bool = False
     brought: dict[str, Array] = field(default_factory=dict)
     heads: list[tuple[Place, StoredTensor]] = field(default_factory=list)
-    folds: dict[str, list[tuple[Place, Laid]]] = field(default_factory=dict)
-    rows: dict[str, list[tuple[Place, Laid]]] = field(default_factory=dict)
+    folds: dict[str, list[tuple[Place, PlacedVector]]] = field(default_factory=dict)
+    rows: dict[str, list[tuple[Place, PlacedVector]]] = field(default_factory=dict)
 
-    def fold(self, place: Place, laid: Laid) -> None:
+    def fold(self, place: Place, laid: PlacedVector) -> None:
         """Note a vector; `finish` makes tensors of all of them.
 
         Raises `Unsupported` where the place cannot take it.
@@ -148,7 +148,7 @@ class Rewriting:
             elif not self._encode(own, rows):
                 self._widen(own, rows)
 
-    def _scale_codes(self, own: str, laid: Sequence[tuple[Place, Laid]]) -> None:
+    def _scale_codes(self, own: str, laid: Sequence[tuple[Place, PlacedVector]]) -> None:
         found = scales_of(self.graph, own)
         self.rewired |= bool(found.spread)
         factors = np.ones(found.outputs, "<f4")
@@ -157,7 +157,7 @@ class Rewriting:
         for name, array in found.scaled(factors).items():
             self._set(name, array)
 
-    def _encode(self, own: str, laid: Sequence[tuple[Place, Laid]]) -> bool:
+    def _encode(self, own: str, laid: Sequence[tuple[Place, PlacedVector]]) -> bool:
         """Make the 8-bit codes of a weight anew, of what the float32 graph beside has, with its vectors;
         False where none has what these codes were made of."""
         if self.plain is None or own not in self.plain.spans:
@@ -189,7 +189,7 @@ class Rewriting:
 
         self.new[name] = NewTensor(name, kind, span.shape, blocks)
 
-    def _widen(self, own: str, laid: Sequence[tuple[Place, Laid]]) -> None:
+    def _widen(self, own: str, laid: Sequence[tuple[Place, PlacedVector]]) -> None:
         """Hold a weight of codes as float32 numbers, with its vectors folded in."""
         columns = next(len(one.scale.factors) for _, one in laid if one.direction == "in")
         if any(one.scale.axis(one.shape) is None for _, one in laid):
@@ -215,7 +215,7 @@ class Rewriting:
         self.new[name] = NewTensor(name, kind, raw.shape, lambda: iter([raw.reshape(-1).view("u1").data]))
 
 
-def _dense_blocks(weight: CodedWeight, laid: Sequence[tuple[Place, Laid]]) -> Iterator[Any]:
+def _dense_blocks(weight: CodedWeight, laid: Sequence[tuple[Place, PlacedVector]]) -> Iterator[Any]:
     """The bytes of a weight of codes in float32, with its vectors folded in."""
     values = weight.values()
     for place, one in laid:
@@ -250,7 +250,7 @@ def _number(dtype: str) -> int:
     return number
 
 
-def _turned(laid: Laid, place: Place, shape: tuple[int, ...]) -> Scale:
+def _turned(laid: PlacedVector, place: Place, shape: tuple[int, ...]) -> Scale:
     """The vector over an initializer of `shape`, which holds its tensor at `place`."""
     scale, axis = laid.scale, laid.scale.axis(laid.shape)
     if not place.transposed and place.count is None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from ia3_export.errors import DamagedFile, Unsupported, first_line
 from ia3_export.fold import Array
-from ia3_export.onnx.exported import CACHED, ENCODER, FIRST, MERGED, plain_stem
+from ia3_export.onnx.exported import CACHED, ENCODER, FIRST, MERGED, TASK, plain_stem
 
 _PAST, _PRESENT = "past_key_values", "present"
 _FLOATS = {"tensor(float16)": "<f2", "tensor(float)": "<f4", "tensor(double)": "<f8"}
@@ -31,7 +31,8 @@ class OnnxGraph:
     """One open file: the shapes of its `inputs`, the numpy types of those that are `floats`, the names of its
     `outputs`, and by which name the next step takes those that are its `cache`. All is read once, since what
     a step costs is measured. `active` are the options of a run with an adapter, and the adapter itself, which
-    must live as long."""
+    must live as long; `task` is the row that a graph with tables takes, for all of a batch, or one
+    for each element."""
 
     session: Any
     inputs: Mapping[str, tuple[int | str | None, ...]]
@@ -39,6 +40,7 @@ class OnnxGraph:
     outputs: tuple[str, ...]
     cache: Mapping[str, str]
     active: tuple[Any, ...] = ()
+    task: int | Array = 0
 
     @property
     def plain_inputs(self) -> list[str]:
@@ -87,20 +89,22 @@ def open_model(
     device: str = "cpu",
     threads: int | None = None,
     adapters: Mapping[str, Path] = MappingProxyType({}),
+    task: int = 0,
 ) -> OnnxModel:
     """Open the files of one model (`find_onnx`), each with its operators in so many `threads` (None: ONNX
-    Runtime's choice), and with the ``.onnx_adapter`` file that `adapters` name for it (by file name).
+    Runtime's choice), with the ``.onnx_adapter`` file that `adapters` name for it (by file name), and to be
+    run with the row `task` of its tables.
 
     Raises `Unsupported` without ONNX Runtime, `DamagedFile` for a file it cannot load.
     """
-    if len(paths) == 1 and not paths[0].stem.startswith(ENCODER):
-        return OnnxModel({"model": _open(paths[0], device, threads, adapters.get(paths[0].name))})
-    return OnnxModel(
-        {
-            plain_stem(path) or path.stem: _open(path, device, threads, adapters.get(path.name))
-            for path in paths
-        }
-    )
+    alone = len(paths) == 1 and not paths[0].stem.startswith(ENCODER)
+    opened = {
+        "model" if alone else plain_stem(path) or path.stem: _open(
+            path, device, threads, adapters.get(path.name)
+        )
+        for path in paths
+    }
+    return OnnxModel({stem: replace(graph, task=task) for stem, graph in opened.items()})
 
 
 def _open(path: Path, device: str, threads: int | None, adapter: Path | None) -> OnnxGraph:
@@ -162,7 +166,8 @@ def _ort_value(array: Array, dtype: str | None = None) -> Any:
 
 def call(graph: OnnxGraph, inputs: Values) -> dict[str, Any]:
     """All outputs by name, as values of ONNX Runtime. Of `inputs` the graph takes those that it has and that
-    are not None, arrays of floats in its own type; ``token_type_ids`` are zeros where they are missing.
+    are not None, arrays of floats in its own type; ``token_type_ids`` are zeros where they are missing, and
+    ``task`` the graph's own.
 
     Raises what ONNX Runtime does, for missing inputs, too.
     """
@@ -173,6 +178,11 @@ def call(graph: OnnxGraph, inputs: Values) -> dict[str, Any]:
     }
     if "token_type_ids" in graph.inputs and "token_type_ids" not in feeds:
         feeds["token_type_ids"] = _ort_value(np.zeros_like(inputs["input_ids"]))
+    if TASK in graph.inputs and TASK not in feeds:
+        known = next(
+            name for name, shape in graph.inputs.items() if name in feeds and shape[0] == "batch_size"
+        )
+        feeds[TASK] = _ort_value(np.full(feeds[known].shape()[0], graph.task, "<i8"))
     values = graph.session.run_with_ort_values(graph.outputs, feeds, *graph.active[:1])
     return dict(zip(graph.outputs, values, strict=True))
 

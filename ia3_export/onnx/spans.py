@@ -35,7 +35,7 @@ _VALUES = (4, 9)
 _EXTERNAL, _LOCATION = 13, 14
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
     """The `nbytes` of an initializer at `offset` of `file`, little-endian and C-ordered.
 
@@ -119,7 +119,7 @@ def span_of(tensor: Any, path: Path) -> Span | None:
             f"{path} keeps {tensor.name} in {file.name}, which is too short",
             hint="the external data belong beside the .onnx file; copy or fetch both again",
         )
-    return Span(tensor.name, kind, shape, file, offset, nbytes)
+    return Span(name=tensor.name, dtype=kind, shape=shape, file=file, offset=offset, nbytes=nbytes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -180,6 +180,7 @@ def _read_varint(data: Any, at: int, end: int) -> tuple[int, int]:
 
 
 def varint(value: int) -> bytes:
+    """A whole number in the encoding of protobuf: 7 bits a byte, the lowest first."""
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)

@@ -8,7 +8,7 @@ default of a vector is ones, so that a run without an adapter computes the base.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,15 @@ from ia3_export.adapters.model import Adapter, Site
 from ia3_export.checkpoint.header import read_values
 from ia3_export.errors import DamagedFile, NotFound, Refused, Unsupported, first_line, kind_and_line
 from ia3_export.fold import Array, Direction
+from ia3_export.onnx.contract import GraphSpec
+from ia3_export.onnx.exported import TASK
 
 #: Folder of the adapter files in an exported one.
 ADAPTERS = "adapters"
+#: Tokens of made-up texts, samples of made-up sounds.
+_LENGTH, _SAMPLES = 5, 4000
+#: What lies between a vector, or a table of them, and its Mul.
+_LOOKING_UP = ("Cast", "Gather", "Squeeze", "Unsqueeze")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +78,16 @@ def is_vector(name: str) -> bool:
     return ".ia3_l." in name
 
 
-def attach_vectors(model: Any, vectors: Sequence[LiveVector]) -> None:
+@dataclass(frozen=True, slots=True, eq=False)
+class Live:
+    """What `fill` is to give the initializers of vectors once a graph is traced, and the function that makes
+    of the plan of a graph the one that is traced."""
+
+    values: Mapping[str, Array]
+    planned: Callable[[GraphSpec], GraphSpec]
+
+
+def attach_vectors(model: Any, vectors: Sequence[LiveVector]) -> Live:
     """Multiply the activations of `model` with parameters of its own, one for each of `vectors`, which a
     trace then holds as initializers.
 
@@ -82,19 +97,26 @@ def attach_vectors(model: Any, vectors: Sequence[LiveVector]) -> None:
 
     modules, generator = dict(model.named_modules()), torch.Generator().manual_seed(0)
     for vector in vectors:
-        target = modules.get(vector.module)
-        if target is None or getattr(target, "weight", None) is None:
-            raise Unsupported(
-                f"{type(model).__name__} has no module {vector.module} to multiply",
-                hint="its weight is fused at run time (experts of a mixture); fold the adapter instead of "
-                "--swappable",
-            )
+        target = multiplied(model, modules, vector.module)
         trailing = (1,) * max(0, target.weight.dim() - 2)  # a convolution's channels come before its axes
         values = 1 + torch.rand((vector.size, *trailing), generator=generator)
         holder = torch.nn.ParameterDict() if not hasattr(target, "ia3_l") else target.ia3_l
         holder[f"{vector.direction}put"] = torch.nn.Parameter(values, requires_grad=False)
         target.ia3_l = holder
         _multiply(target, vector.direction)
+    return Live({vector.name: np.ones((), "<f4") for vector in vectors}, lambda spec: spec)
+
+
+def multiplied(model: Any, modules: Mapping[str, Any], path: str) -> Any:
+    """The module at `path`, whose activations are to be multiplied. Raises `Unsupported` where none is
+    there."""
+    target = modules.get(path)
+    if target is None or getattr(target, "weight", None) is None:
+        raise Unsupported(
+            f"{type(model).__name__} has no module {path} to multiply",
+            hint="its weight is fused at run time (experts of a mixture); fold the adapter instead",
+        )
+    return target
 
 
 def _multiply(target: Any, direction: Direction) -> None:
@@ -106,15 +128,19 @@ def _multiply(target: Any, direction: Direction) -> None:
         )
 
 
-def set_to_ones(path: Path, names: Collection[str]) -> None:
-    """Give the initializers `names` of a graph the value that changes nothing. External data stay as they
-    are."""
+def fill(path: Path, values: Mapping[str, Array], unread: Collection[str] = ()) -> None:
+    """Give initializers of a graph their `values`, by name, in their own shapes, and take away those inputs
+    among `unread` that no node reads. External data stay as they are."""
     import onnx
 
     model = onnx.load(path, load_external_data=False)
     for tensor in model.graph.initializer:
-        if tensor.name in names:
-            tensor.CopyFrom(onnx.numpy_helper.from_array(np.ones(tuple(tensor.dims), "<f4"), tensor.name))
+        if tensor.name in values:
+            whole = np.ascontiguousarray(np.broadcast_to(values[tensor.name], tuple(tensor.dims)), "<f4")
+            tensor.CopyFrom(onnx.numpy_helper.from_array(whole, tensor.name))
+    read = {name for node in model.graph.node for name in node.input}
+    for port in [port for port in model.graph.input if port.name in set(unread) - read]:
+        model.graph.input.remove(port)
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
@@ -179,7 +205,7 @@ def distance_to_base(path: Path, names: Collection[str]) -> float:
         _write_bare(path, bare, names)
         with_ones = onnxruntime.InferenceSession(str(path), options)
         without = onnxruntime.InferenceSession(str(bare), options)
-        feeds = {port.name: _made_up(port) for port in without.get_inputs()}
+        feeds = made_up(without)
         pairs = list(zip(with_ones.run(None, feeds), without.run(None, feeds), strict=True))
         unlike = [pair for pair in pairs if pair[0].tobytes() != pair[1].tobytes()]
         return max((_apart(one, other) for one, other in unlike), default=0.0)
@@ -200,7 +226,7 @@ def _write_bare(path: Path, target: Path, names: Collection[str]) -> None:
     graph, passed, vectors = model.graph, dict[str, str](), set(names)
     for node in list(graph.node):
         node.input[:] = [passed.get(name, name) for name in node.input]
-        if node.op_type == "Cast" and vectors & set(node.input):
+        if node.op_type in _LOOKING_UP and vectors & set(node.input):
             vectors.add(node.output[0])
             graph.node.remove(node)
         elif node.op_type == "Mul" and vectors & set(node.input):
@@ -212,22 +238,36 @@ def _write_bare(path: Path, target: Path, names: Collection[str]) -> None:
                 hint="leave out that --precision, or fold the adapters",
             )
     for ports in (graph.input, graph.initializer):
-        for port in [port for port in ports if is_vector(port.name) and port.name in names]:
+        for port in [port for port in ports if port.name in names]:
             ports.remove(port)
     target.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def _made_up(port: Any) -> Array:
-    """Something for an input: two texts of five tokens and no past, numbers for images and sounds."""
-    sizes = {"batch_size": 2}
-    past = port.name.startswith("past")
-    shape = [axis if isinstance(axis, int) else sizes.get(axis, 0 if past else 5) for axis in port.shape]
-    if port.type == "tensor(bool)":
-        return np.zeros(shape, bool)
-    if port.type == "tensor(int64)":
-        return np.ones(shape, "<i8")
-    kind = "<f2" if port.type == "tensor(float16)" else "<f4"
-    return np.random.default_rng(0).standard_normal(shape).astype(kind)
+def made_up(session: Any, batch: int = 2) -> dict[str, Array]:
+    """Something for all inputs of a session: texts of five tokens and no past, numbers for images and sounds;
+    rows of zeros for tasks. A decoder that gets no states of its encoder has them in its past."""
+    ports = session.get_inputs()
+    stateful = any(port.name == "encoder_hidden_states" for port in ports)
+    random = np.random.default_rng(0)
+    values = {}
+    for port in ports:
+        known = {"batch_size": batch}
+        if port.name.startswith("past") and (stateful or ".encoder." not in port.name):
+            known |= dict.fromkeys((axis for axis in port.shape if axis not in known), 0)
+        length = _SAMPLES if port.name == "input_values" else _LENGTH
+        shape = [axis if isinstance(axis, int) else known.get(axis, length) for axis in port.shape]
+        if port.type == "tensor(bool)":
+            values[port.name] = np.zeros(shape, bool)
+        elif port.type == "tensor(int64)":
+            counted = port.name in ("input_ids", "position_ids")
+            value = (
+                np.resize(np.arange(1, _LENGTH + 1), shape) if counted else np.full(shape, port.name != TASK)
+            )
+            values[port.name] = value.astype("<i8")
+        else:
+            kind = "<f2" if port.type == "tensor(float16)" else "<f4"
+            values[port.name] = random.standard_normal(shape).astype(kind)
+    return values
 
 
 def write_adapter(path: Path, values: Mapping[str, Array]) -> None:

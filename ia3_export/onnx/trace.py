@@ -49,6 +49,8 @@ def trace(model: Any, spec: GraphSpec, opset: int) -> Any:
             torch.no_grad(),
         ):
             return _trace(model, spec, to_onnx)
+    except Unsupported:
+        raise
     except Exception as error:  # torch.export and torch.onnx fail in many ways, without a common base
         cause = error.__cause__ or error
         raise Unsupported(
@@ -66,6 +68,8 @@ def _trace(model: Any, spec: GraphSpec, to_onnx: Callable[[Any], Any]) -> Any:
             with traced_once(model, repeated):
                 traced = to_onnx(wrapped)
             return _finish(traced, spec, model, repeated)
+        except Unsupported:
+            raise
         except Exception as error:  # as in `trace`; what fails again is told
             _log.debug("every layer is traced", exc_info=error)
     return _finish(to_onnx(wrapped), spec, model, [])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ia3_export.fold import Array
+from ia3_export.onnx.exported import TASK
 
 #: A weight has more bytes than this, and two axes longer than 1 (biases and norms have one).
 SMALL = 1024
@@ -89,9 +90,8 @@ def factor_of(node: Any) -> Weight | None:
 
 def table_of(node: Any) -> Weight | None:
     """The table of tokens that a ``Gather`` looks up; None if it looks up something else."""
-    value, ids = node.inputs
-    along = node.attributes.get("axis")
-    if (along and along.value) or not _are_tokens(ids):
+    value = node.inputs[0]
+    if not _looks_up(node, "input_ids"):
         return None
     array = constant(value)
     if array is None or array.ndim != 2 or not is_weight(array):
@@ -99,8 +99,14 @@ def table_of(node: Any) -> Weight | None:
     return Weight(value, array, False, None)
 
 
-def _are_tokens(ids: Any) -> bool:
-    """Whether `ids` are the graph's input_ids, perhaps in another shape."""
-    while ids.producer() is not None and ids.producer().op_type in SHAPING:
-        ids = ids.producer().inputs[0]
-    return bool(ids.is_graph_input() and ids.name == "input_ids")
+def looks_up_task(node: Any) -> bool:
+    """Whether `node` gives the rows of a table for the graph's input ``task``."""
+    return bool(node.op_type == "Gather" and not node.domain and _looks_up(node, TASK))
+
+
+def _looks_up(node: Any, name: str) -> bool:
+    """Whether a ``Gather`` gives rows for the graph's input `name`, perhaps in another shape."""
+    along, value = node.attributes.get("axis"), node.inputs[1]
+    while value.producer() is not None and value.producer().op_type in SHAPING:
+        value = value.producer().inputs[0]
+    return bool(not (along and along.value) and value.is_graph_input() and value.name == name)

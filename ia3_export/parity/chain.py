@@ -189,7 +189,7 @@ def _sentence_head(base: Base, graphs: Sequence[tuple[str, Graph]]) -> SentenceH
 
 
 def _run_graph(name: str, graph: Graph, written: str, device: str, unmerged: UnmergedRuns) -> Artifact:
-    model = open_model(graph.paths, device=device, adapters=graph.adapters)
+    model = open_model(graph.paths, device=device, adapters=graph.adapters, task=graph.task)
     usable = [i for i, case in enumerate(unmerged.cases) if model.cached or not case.past]
     outputs = run_onnx(model, [unmerged.cases[i] for i in usable])
     decoded = None

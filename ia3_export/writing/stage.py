@@ -76,23 +76,22 @@ def staged(target: Path, *, overwrite: bool = False, flush: bool = False) -> Ite
     permission errors of the block are turned into it as well, and `InputError` those of other files.
     """
     target = target.absolute()
-    stage = target.with_name(f".{target.name}.ia3-export-stage")
-    old = target.with_name(f".{target.name}.ia3-export-old")
+    stage, old = places_beside(target)
     made = [folder for folder in target.parents if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(target.with_name(f".{target.name}.ia3-export-lock"), target):
-            _recover(target, stage, old)
+        with locked(target):
+            recover(target)
             if not overwrite and target.is_dir() and any(target.iterdir()):
                 raise OutputError(f"{target} already exists", hint="give another --output, or --overwrite")
             stage.mkdir()
             try:
                 yield stage
                 if flush:
-                    _sync_tree(stage)
+                    sync_tree(stage)
                 _swap(stage, target, old)
                 if flush:
-                    _sync_file(target.parent)
+                    sync_file(target.parent)
             except OSError as error:  # before the stage goes: then no disk is full any more
                 raise _blamed(error, target, stage) from error
             finally:
@@ -221,8 +220,20 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _recover(target: Path, stage: Path, old: Path) -> None:
-    """Undo what a killed run left: its stage goes; the folder it was about to replace comes back."""
+def places_beside(target: Path) -> tuple[Path, Path]:
+    """Where a new folder is staged, and where the one that it replaces is put for a moment."""
+    return (
+        target.with_name(f".{target.name}.ia3-export-stage"),
+        target.with_name(f".{target.name}.ia3-export-old"),
+    )
+
+
+def recover(target: Path) -> None:
+    """Undo what a killed run left: its stage goes; the folder it was about to replace comes back.
+
+    The caller has `locked` the target.
+    """
+    stage, old = places_beside(target)
     shutil.rmtree(stage, ignore_errors=True)
     if old.exists() and not target.exists():
         old.rename(target)
@@ -239,7 +250,9 @@ def _swap(stage: Path, target: Path, old: Path) -> None:
 
 
 @contextmanager
-def _lock(path: Path, target: Path) -> Iterator[None]:
+def locked(target: Path) -> Iterator[None]:
+    """Nobody else of ours writes `target` meanwhile. Raises `OutputError` if somebody does, and `OSError`."""
+    path = target.with_name(f".{target.name}.ia3-export-lock")
     with path.open("w") as file:
         try:
             _lock_file(file.fileno())
@@ -268,13 +281,16 @@ def _lock_file(descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _sync_tree(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
+    """Everything in `folder` to disk."""
     for path in folder.rglob("*"):
-        _sync_file(path)
-    _sync_file(folder)
+        if not path.is_symlink():
+            sync_file(path)
+    sync_file(folder)
 
 
-def _sync_file(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """One file, or the entries of one folder, to disk."""
     if path.is_dir() and os.name == "nt":
         return  # Windows has no directory handles to sync
     descriptor = os.open(path, os.O_RDONLY)

@@ -37,7 +37,9 @@ def modules_after(*args: str | Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("merge",), ("inspect",)], ids=lambda words: " ".join(words) or "group"
+    "command",
+    [(), ("merge",), ("inspect",), ("patch",), ("apply",)],
+    ids=lambda words: " ".join(words) or "group",
 )
 def test_help_imports_nothing_heavy(command: tuple[str, ...]) -> None:
     assert modules_after(*command, "--help").isdisjoint((*HEAVY, "numpy"))

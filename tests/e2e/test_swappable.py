@@ -20,6 +20,7 @@ from tests.support import zoo
 from tests.support.exported import KINDS
 from tests.support.quantized import source_of
 from tests.support.quantized import write_adapter as write_adapter_for
+from tests.support.two_tasks import inputs, written
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -41,16 +42,6 @@ class Swappable:
         return ("--base", self.base, "--adapter", self.adapters[which])
 
 
-def written(name: str, folder: Path) -> tuple[Path, tuple[Path, Path]]:
-    """A base and two adapters of a kind of the zoo; the second has fewer targets."""
-    kind = KINDS[name]
-    zoo.build(kind).save_pretrained(folder / "base")
-    fewer = replace(kind, targets=("k_proj",), feedforward=()) if name == "llama" else kind
-    zoo.adapt(zoo.build(kind), kind, seed=1).save_pretrained(folder / "one")
-    zoo.adapt(zoo.build(kind), fewer, seed=2).save_pretrained(folder / "two")
-    return folder / "base", (folder / "one", folder / "two")
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Swappable:
     folder = tmp_path_factory.mktemp("swappable")
@@ -59,23 +50,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Swappable:
     ran = run("onnx", *given, "--output", folder / "out", "--precision", "fp32,fp16,int8,int4", "--json")
     assert ran.code == 0, ran.stderr
     return Swappable(base, adapters, folder / "out", ran)
-
-
-def inputs(path: Path) -> dict[str, Any]:
-    """Some tokens for a decoder's graph, and an empty cache."""
-    ids = np.arange(1, 13).reshape(2, 6)
-    positions = np.tile(np.arange(6), (2, 1))
-    values: dict[str, Any] = {
-        "input_ids": ids,
-        "attention_mask": np.ones_like(ids),
-        "position_ids": positions,
-    }
-    for port in onnxruntime.InferenceSession(path).get_inputs():
-        if port.name.startswith("past"):
-            sizes = {"batch_size": 2}
-            shape = [axis if isinstance(axis, int) else sizes.get(axis, 0) for axis in port.shape]
-            values[port.name] = np.zeros(shape, "<f4")
-    return values
 
 
 def outputs(path: Path, adapter: Path | None = None, feeds: dict[str, Any] | None = None) -> Any:
@@ -255,13 +229,22 @@ def test_other_families_are_proven(name: str, tmp_path: Path) -> None:
     assert any(not name.endswith("put") for values in held for name in values) == (name == "bert-seq-cls")
 
 
-def test_a_quantized_base_is_the_dense_one_that_it_stands_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["--swappable", "--task-table"])
+def test_optimum_s_two_decoders_are_proven(form: str, tmp_path: Path) -> None:
+    base, adapters = written("t5", tmp_path)
+    given = ("--base", base, "--adapter", adapters[0], "--adapter", adapters[1], "--decoder", "separate")
+    ran = run("onnx", *given, form, "--output", tmp_path / "out")
+    assert ran.code == 0, ran.stderr
+
+
+@pytest.mark.parametrize("form", ["--swappable", "--task-table"])
+def test_a_quantized_base_is_the_dense_one_that_it_stands_for(form: str, tmp_path: Path) -> None:
     base = source_of("bnb-nf4")
     config = json.loads((base / "config.json").read_text())
     adapters = [
         write_adapter_for(tmp_path / name, config, seed=seed) for seed, name in enumerate(("one", "two"))
     ]
-    given = ("--base", base, "--adapter", adapters[0], "--adapter", adapters[1], "--swappable")
+    given = ("--base", base, "--adapter", adapters[0], "--adapter", adapters[1], form)
     ran = run("onnx", *given, "--output", tmp_path / "out")
     assert ran.code == 0, ran.stderr
     ran = run("verify", "--base", base, "--adapter", adapters[1], "--onnx", tmp_path / "out", "--json")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from ia3_export.checkpoint.folder import read_config
 from ia3_export.checkpoint.manifest import MANIFEST
 from ia3_export.errors import DamagedFile, NotFound, Refused, first_line
 from ia3_export.onnx.exported import SUFFIXES, plain_stem
-from ia3_export.onnx.weights import SHAPING, is_weight
+from ia3_export.onnx.weights import SHAPING, is_weight, looks_up_task
 from ia3_export.words import CODED_PRECISIONS, TORCH_NAMES
 
 #: ONNX's floating element types, by their names in safetensors.
@@ -30,7 +30,8 @@ class Graph:
     the stored tensors that they were made of, where the folder's manifest says so; `shaped` are the values
     (of onnx_ir) that may be weights on their way to a reader: cut, turned or reshaped. `overridable` are the
     defaults of what a run may give, which are no `initializers` here, and `adapters` the ``.onnx_adapter``
-    files, by graph file, that it shall be run with.
+    files, by graph file, that it shall be run with. `tables` are looked up by the input ``task``, and no
+    `initializers` either; `task` is the row that it shall be run with.
     """
 
     paths: tuple[Path, ...]
@@ -44,6 +45,8 @@ class Graph:
     kept: bool
     overridable: Mapping[str, Any] = field(default_factory=dict)
     adapters: Mapping[str, Path] = field(default_factory=dict)
+    tables: Mapping[str, Any] = field(default_factory=dict)
+    task: int = 0
 
     @property
     def file(self) -> str:
@@ -62,40 +65,27 @@ def read_graphs(paths: Sequence[Path]) -> Graph:
     if len(parts) == 1:
         return parts[0]
     stems = [plain_stem(path) or path.stem for path in paths]
-    initializers = {
-        f"{stem}.{name}": tensor
-        for stem, part in zip(stems, parts, strict=True)
-        for name, tensor in part.initializers.items()
-    }
-    origins = {
-        f"{stem}.{name}": tensor
-        for stem, part in zip(stems, parts, strict=True)
-        for name, tensor in part.origins.items()
-    }
-    shaped = {
-        f"{stem}.{name}": value
-        for stem, part in zip(stems, parts, strict=True)
-        for name, value in part.shaped.items()
-    }
+
+    def joined(tables: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+        pairs = zip(stems, tables, strict=True)
+        return {f"{stem}.{name}": value for stem, table in pairs for name, value in table.items()}
+
     operators: Counter[str] = sum((part.operators for part in parts), Counter())
     names = tuple(name for part in parts for name in part.names)
     quantized = [part.precision for part in parts if part.precision in CODED_PRECISIONS]
     precision = min(quantized, default=parts[-1].precision)
     return Graph(
         paths=tuple(paths),
-        initializers=initializers,
+        initializers=joined(part.initializers for part in parts),
         operators=operators,
         names=names,
         outputs=parts[-1].outputs,
         precision=precision,
-        origins=origins,
-        shaped=shaped,
+        origins=joined(part.origins for part in parts),
+        shaped=joined(part.shaped for part in parts),
         kept=any(part.kept for part in parts),
-        overridable={
-            f"{stem}.{name}": tensor
-            for stem, part in zip(stems, parts, strict=True)
-            for name, tensor in part.overridable.items()
-        },
+        overridable=joined(part.overridable for part in parts),
+        tables=joined(part.tables for part in parts),
     )
 
 
@@ -127,6 +117,7 @@ def _read_graph(path: Path) -> Graph:
     manifest = _manifest(path)
     given = _overridable(manifest) & {value.name for value in model.graph.inputs}
     overridable = {name: initializers.pop(name) for name in given & initializers.keys()}
+    tables = {name: initializers.pop(name) for name in _tables(nodes) & initializers.keys()}
     names = [*initializers, *(node.name or "" for node in nodes)]
     names += [output.name or "" for node in nodes for output in node.outputs]
     outputs = tuple(o.name or "" for o in model.graph.outputs if not (o.name or "").startswith("present."))
@@ -145,6 +136,7 @@ def _read_graph(path: Path) -> Graph:
         shaped=shaped,
         kept=precision == "keep" or _keeps(manifest),
         overridable=overridable,
+        tables=tables,
     )
 
 
@@ -173,6 +165,17 @@ def _overridable(manifest: Mapping[str, Any]) -> set[str]:
         return set(manifest.get("swappable", {}).get("initializers", ()))
     except (AttributeError, TypeError):
         return set()
+
+
+def _tables(nodes: Sequence[Any]) -> set[str]:
+    """The initializers that are read by nothing but a ``Gather`` of rows for the input ``task``."""
+    found, others = set[str](), set[str]()
+    for node in nodes:
+        by_task = looks_up_task(node)
+        for i, value in enumerate(node.inputs):
+            if value is not None:
+                (found if by_task and i == 0 else others).add(value.name or "")
+    return found - others
 
 
 def _keeps(manifest: Mapping[str, Any]) -> bool:

@@ -1,0 +1,1 @@
+"""Patches: how a deployed folder becomes the merged one, without the tensors."""
