@@ -84,4 +84,4 @@ $(VENV)/.llama.cpp: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-optimum .venv-newest .venv-lowest tests/runtimes/javascript/node_modules samples/browser/node_modules samples/minilm_intent/run samples/pocket_chat/run
+	rm -rf $(VENV) .venv-optimum .venv-newest .venv-lowest tests/runtimes/javascript/node_modules samples/browser/node_modules samples/minilm_intent/run samples/multitask/run samples/pocket_chat/run

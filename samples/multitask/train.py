@@ -9,31 +9,14 @@ The training itself is that of the sample ``minilm_intent``; nothing here knows 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import torch
+from intent import HERE, TASKS, load
 from transformers import AutoTokenizer
 
-HERE = Path(__file__).resolve().parent
-TASKS = ("topic", "emotion", "request")
-
-
-def load_intent_training() -> ModuleType:
-    """``train.py`` of the sample beside this one: its file has our name, so ``import`` would not find it."""
-    spec = importlib.util.spec_from_file_location(
-        "minilm_intent_train", HERE.parent / "minilm_intent/train.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
-
-
-intent = load_intent_training()
+intent = load("train")
 
 
 def train_task(task: str, arguments: argparse.Namespace) -> None:
