@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from ia3_export.arguments import check_fields
 from ia3_export.errors import UsageError
 from ia3_export.onnx.options import in_order
+
+#: Graphs of several tasks.
+Form = Literal["swappable", "task-table"]
 
 
 def free_cores() -> int:
@@ -27,6 +31,8 @@ class BenchSettings:
         task: as in `GraphOptions`.
         precisions: of ``fp32``, ``fp16``, ``int8``, ``int4``: in which the merged graphs are measured;
             float32 always is among them.
+        forms: of ``swappable`` and ``task-table``: graphs in which the adapter is apart from the weights,
+            measured with it in the same precisions.
         threads: of PyTorch's and ONNX Runtime's operators; by default one for each physical core that is free
             to use.
         length: tokens of the text that a forward takes.
@@ -39,6 +45,7 @@ class BenchSettings:
 
     task: str | None = None
     precisions: Sequence[str] = ("fp32",)
+    forms: Sequence[Form] = ()
     threads: int | None = None
     length: int = 32
     tokens: int = 32
@@ -54,6 +61,12 @@ class BenchSettings:
                 hint="the spread of fewer rounds says nothing",
             )
         object.__setattr__(self, "precisions", in_order(("fp32", *self.precisions)))
+        unknown = sorted(set(self.forms) - set(get_args(Form)))
+        if unknown:
+            raise UsageError(
+                f"--forms {unknown[0]} is not offered", hint=f"there are {', '.join(get_args(Form))}"
+            )
+        object.__setattr__(self, "forms", tuple(dict.fromkeys(self.forms)))
         if "keep" in self.precisions:
             raise UsageError(
                 "--precision keep is not measured: what bench merges is dense",
