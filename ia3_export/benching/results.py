@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
 from ia3_export.benching.jobs import Runtime, Variant
-from ia3_export.benching.settings import Form
+from ia3_export.benching.settings import FORMS
 from ia3_export.report.model import ModelId
 
 SCHEMA = "ia3-export/bench/1"
@@ -129,7 +129,7 @@ class Benchmark:
 
 
 def _compare(rows: Sequence[Row], measure: Measure) -> str:
-    base, *others = [row for row in rows if row.precision == "fp32" and row.variant not in get_args(Form)]
+    base, *others = [row for row in rows if row.precision == "fp32" and row.variant not in FORMS]
     said = []
     for row in sorted(others, key=lambda row: row.variant):  # merged, unmerged
         mine, its = row.timing(measure), base.timing(measure)
@@ -143,7 +143,7 @@ def _compare(rows: Sequence[Row], measure: Measure) -> str:
 def _beside_merged(rows: Sequence[Row], measure: Measure) -> Iterator[str]:
     """What graphs of several tasks cost beside the one that has the adapter folded in."""
     for row in rows:
-        if row.variant not in get_args(Form):
+        if row.variant not in FORMS:
             continue
         folded = next(
             r for r in rows if (r.variant, r.precision, r.runtime) == ("merged", row.precision, row.runtime)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from ia3_export.arguments import check_fields
 from ia3_export.errors import UsageError
@@ -13,6 +13,7 @@ from ia3_export.onnx.options import in_order
 
 #: Graphs of several tasks.
 Form = Literal["swappable", "task-table"]
+FORMS: tuple[Form, ...] = ("swappable", "task-table")
 
 
 def free_cores() -> int:
@@ -45,7 +46,7 @@ class BenchSettings:
 
     task: str | None = None
     precisions: Sequence[str] = ("fp32",)
-    forms: Sequence[Form] = ()
+    forms: Sequence[str] = ()
     threads: int | None = None
     length: int = 32
     tokens: int = 32
@@ -61,11 +62,9 @@ class BenchSettings:
                 hint="the spread of fewer rounds says nothing",
             )
         object.__setattr__(self, "precisions", in_order(("fp32", *self.precisions)))
-        unknown = sorted(set(self.forms) - set(get_args(Form)))
+        unknown = sorted(set(self.forms) - set(FORMS))
         if unknown:
-            raise UsageError(
-                f"--forms {unknown[0]} is not offered", hint=f"there are {', '.join(get_args(Form))}"
-            )
+            raise UsageError(f"--forms {unknown[0]} is not offered", hint=f"there are {', '.join(FORMS)}")
         object.__setattr__(self, "forms", tuple(dict.fromkeys(self.forms)))
         if "keep" in self.precisions:
             raise UsageError(

@@ -14,7 +14,7 @@ import numpy as np
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.model import Adapter
 from ia3_export.benching.jobs import Job, Sources, Variant
-from ia3_export.benching.settings import BenchSettings
+from ia3_export.benching.settings import FORMS, BenchSettings
 from ia3_export.benching.torch_side import load_variant
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
 from ia3_export.checkpoint.manifest import read_manifest
@@ -123,7 +123,7 @@ def prepare(
         threads=settings.used_threads,
         tokens=settings.tokens if task.form != "encoder" else 0,
     )
-    for form in settings.forms:
+    for form in (form for form in FORMS if form in settings.forms):
         say(f"{form}: exporting")
         apart = export_onnx(
             scratch / form,
