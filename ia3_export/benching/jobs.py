@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ia3_export.onnx.tasks import Task
 
 Runtime = Literal["PyTorch", "ONNX Runtime"]
-Variant = Literal["base", "unmerged", "merged"]
+Variant = Literal["base", "unmerged", "merged", "swappable", "task-table"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,8 @@ class Job:
     """One variant in one runtime.
 
     `graphs` are its ``.onnx`` files (none in PyTorch), `inputs` an ``.npz`` file with the arguments of a
-    forward, `start` the token that an encoder-decoder's decoder starts with.
+    forward, `start` the token that an encoder-decoder's decoder starts with. Graphs of several tasks are run
+    with `active`, an ``.onnx_adapter`` file by graph file, or with the `row` of their table.
     """
 
     runtime: Runtime
@@ -39,6 +40,8 @@ class Job:
     start: int
     threads: int
     tokens: int
+    active: Mapping[str, str] = field(default_factory=dict)
+    row: int = 0
 
     @property
     def name(self) -> str:

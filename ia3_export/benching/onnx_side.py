@@ -43,7 +43,8 @@ def load_onnx(job: Job) -> Runnable:
 def _open(job: Job) -> OnnxModel:
     graphs = [Path(graph) for graph in job.graphs]
     try:
-        return open_model(graphs, threads=job.threads)
+        active = {name: Path(file) for name, file in job.active.items()}
+        return open_model(graphs, threads=job.threads, adapters=active, task=job.row)
     except DamagedFile as error:  # the graphs lie in a temporary folder that is gone when this is read
         raise DamagedFile(
             str(error).replace(f"{graphs[0].parent}{os.sep}", ""),

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ia3_export.benching.jobs import Runtime, Variant
+from ia3_export.benching.settings import FORMS
 from ia3_export.report.model import ModelId
 
 SCHEMA = "ia3-export/bench/1"
@@ -99,6 +100,7 @@ class Benchmark:
             for measure in self.measures
             for runtime, rows in self.groups()
         ]
+        lines += [line for measure in self.measures for line in _beside_merged(self.rows, measure)]
         counts = {
             r.variant: r.operators for r in self.rows if r.operators is not None and r.precision == "fp32"
         }
@@ -127,7 +129,7 @@ class Benchmark:
 
 
 def _compare(rows: Sequence[Row], measure: Measure) -> str:
-    base, *others = [row for row in rows if row.precision == "fp32"]
+    base, *others = [row for row in rows if row.precision == "fp32" and row.variant not in FORMS]
     said = []
     for row in sorted(others, key=lambda row: row.variant):  # merged, unmerged
         mine, its = row.timing(measure), base.timing(measure)
@@ -136,6 +138,25 @@ def _compare(rows: Sequence[Row], measure: Measure) -> str:
         within = "within its spread of" if abs(mine.ratio - 1) <= spread else "spread"
         said.append(f"{row.variant} / base {mine.ratio:.2f}x ({within} {spread:.2f}x)")
     return ", ".join(said)
+
+
+def _beside_merged(rows: Sequence[Row], measure: Measure) -> Iterator[str]:
+    """What graphs of several tasks cost beside the one that has the adapter folded in."""
+    for row in rows:
+        if row.variant not in FORMS:
+            continue
+        folded = next(
+            r for r in rows if (r.variant, r.precision, r.runtime) == ("merged", row.precision, row.runtime)
+        )
+        mine, its = row.timing(measure), folded.timing(measure)
+        assert mine is not None and its is not None
+        ratio, spread = mine.median / its.median, max(mine.iqr, its.iqr) / its.median
+        within = "within its spread of" if abs(ratio - 1) <= spread else "spread"
+        precision = "" if row.precision == "fp32" else f" {row.precision}"
+        yield (
+            f"{MEASURES[measure]}, {row.variant}{precision} / merged{precision} {ratio:.2f}x ({within} "
+            f"{spread:.2f}x)"
+        )
 
 
 def time_rounds(rounds: Sequence[Sequence[float]], base: Timing | None) -> Timing:

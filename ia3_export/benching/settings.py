@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from ia3_export.arguments import check_fields
 from ia3_export.errors import UsageError
 from ia3_export.onnx.options import in_order
+
+#: Graphs of several tasks.
+Form = Literal["swappable", "task-table"]
+FORMS: tuple[Form, ...] = ("swappable", "task-table")
 
 
 def free_cores() -> int:
@@ -27,6 +32,8 @@ class BenchSettings:
         task: as in `GraphOptions`.
         precisions: of ``fp32``, ``fp16``, ``int8``, ``int4``: in which the merged graphs are measured;
             float32 always is among them.
+        forms: of ``swappable`` and ``task-table``: graphs in which the adapter is apart from the weights,
+            measured with it in the same precisions.
         threads: of PyTorch's and ONNX Runtime's operators; by default one for each physical core that is free
             to use.
         length: tokens of the text that a forward takes.
@@ -39,6 +46,7 @@ class BenchSettings:
 
     task: str | None = None
     precisions: Sequence[str] = ("fp32",)
+    forms: Sequence[str] = ()
     threads: int | None = None
     length: int = 32
     tokens: int = 32
@@ -54,6 +62,10 @@ class BenchSettings:
                 hint="the spread of fewer rounds says nothing",
             )
         object.__setattr__(self, "precisions", in_order(("fp32", *self.precisions)))
+        unknown = sorted(set(self.forms) - set(FORMS))
+        if unknown:
+            raise UsageError(f"--forms {unknown[0]} is not offered", hint=f"there are {', '.join(FORMS)}")
+        object.__setattr__(self, "forms", tuple(dict.fromkeys(self.forms)))
         if "keep" in self.precisions:
             raise UsageError(
                 "--precision keep is not measured: what bench merges is dense",

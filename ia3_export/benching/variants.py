@@ -14,9 +14,10 @@ import numpy as np
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.model import Adapter
 from ia3_export.benching.jobs import Job, Sources, Variant
-from ia3_export.benching.settings import BenchSettings
+from ia3_export.benching.settings import FORMS, BenchSettings
 from ia3_export.benching.torch_side import load_variant
 from ia3_export.checkpoint.folder import Checkpoint, read_checkpoint
+from ia3_export.checkpoint.manifest import read_manifest
 from ia3_export.commands.export_onnx import export_onnx
 from ia3_export.commands.merge import merge
 from ia3_export.errors import UsageError
@@ -26,6 +27,7 @@ from ia3_export.onnx.contract import input_names, plan_graphs
 from ia3_export.onnx.export import export_graphs
 from ia3_export.onnx.files import size_of, walk_nodes
 from ia3_export.onnx.options import DEFAULT_GRAPHS, GraphOptions
+from ia3_export.onnx.swap import files_of
 from ia3_export.onnx.tasks import Task, choose_task, sentence_head
 from ia3_export.parity.runs.greedy import special_tokens
 from ia3_export.parity.runs.inputs import make_cases, sample_inputs
@@ -74,6 +76,11 @@ def prepare(
     than the model takes.
     """
     checkpoint, read = read_checkpoint(base), tuple(read_adapter(source) for source in adapters)
+    if settings.forms and len(read) != 1:
+        raise UsageError(
+            f"--forms {settings.forms[0]} runs one adapter at a time",
+            hint="give one --adapter, or no --forms",
+        )
     say("merging")
     merge(base, adapters, scratch / "merged", options=OutputOptions(digests="none", reload_check="none"))
     merged = read_checkpoint(scratch / "merged")
@@ -116,10 +123,28 @@ def prepare(
         threads=settings.used_threads,
         tokens=settings.tokens if task.form != "encoder" else 0,
     )
+    for form in (form for form in FORMS if form in settings.forms):
+        say(f"{form}: exporting")
+        apart = export_onnx(
+            scratch / form,
+            base=base,
+            adapters=read,
+            graphs=GraphOptions(
+                task=task.name,
+                precisions=settings.precisions,
+                swappable=form == "swappable",
+                task_table=form == "task-table",
+            ),
+            check=False,
+        )
+        for precision in settings.precisions:
+            files = [apart.folder / file.path for file in apart.files if file.precision == precision]
+            graphs[form, precision] = files
     stored = {"base": _weights(checkpoint), "merged": _weights(merged)}
     stored["unmerged"] = stored["base"] + [file for adapter in read for file in _vectors(adapter)]
     numbers = sum(math.prod(tensor.shape) for tensor in merged.tensors.values())
-    variants = tuple(_weigh(job, stored[job.variant], numbers) for job in _jobs(first, graphs))
+    jobs = [_with_adapter(job, read[0]) for job in _jobs(first, graphs)]
+    variants = tuple(_weigh(job, stored.get(job.variant, []), numbers) for job in jobs)
     return Setup(checkpoint, read, task, inputs, variants)
 
 
@@ -135,6 +160,17 @@ def _jobs(first: Job, graphs: Mapping[tuple[Variant, str], Sequence[Path]]) -> I
             precision=precision,
             graphs=tuple(map(str, files)),
         )
+
+
+def _with_adapter(job: Job, adapter: Adapter) -> Job:
+    """`job` with what its graphs are told to run the adapter, where that is apart from them."""
+    if job.variant == "task-table":
+        return replace(job, row=1)
+    if job.variant != "swappable":
+        return job
+    folder = Path(job.graphs[0]).parent.parent
+    files = files_of(folder, read_manifest(folder), adapter.digest)
+    return replace(job, active={name: str(file) for name, file in files.items()})
 
 
 def _trace(model: Any, task: Task, folder: Path, target: Path) -> list[Path]:

@@ -20,9 +20,21 @@ from ia3_export.cli.output import Output
 from ia3_export.cli.patch import apply_command, patch_command
 from ia3_export.cli.unmerge import unmerge_command
 from ia3_export.cli.verify import verify_command
-from ia3_export.errors import CRASHED, IA3ExportError, InputError, OutputError, UsageError, kind_and_line
+from ia3_export.errors import (
+    CRASHED,
+    IA3ExportError,
+    InputError,
+    OutputError,
+    Unsupported,
+    UsageError,
+    kind_and_line,
+)
 
 INTERRUPTED = 130
+#: The extra of pyproject.toml that brings a library; ``cpu`` brings all but plots.
+_EXTRAS = dict.fromkeys(
+    ("torch", "transformers", "peft", "onnx", "onnx_ir", "onnxscript", "optimum", "onnxruntime"), "cpu"
+) | {"matplotlib": "plot"}
 
 
 class _Commands(click.Group):
@@ -47,7 +59,7 @@ class _Commands(click.Group):
             if ctx.meta.get("ia3_export.verbose"):
                 for line in "".join(traceback.format_exception(error)).splitlines():
                     Output(as_json=False, quiet=False, verbose=True).note(line)
-            said = _of_machine(error) or _crash(error)
+            said = _not_installed(error) or _of_machine(error) or _crash(error)
             _show_error(said, as_json=bool(ctx.meta.get("ia3_export.json")))
             ctx.exit(said.exit_code)
 
@@ -56,6 +68,18 @@ class _Crash(IA3ExportError):
     """An exception that nobody foresaw."""
 
     exit_code = CRASHED
+
+
+def _not_installed(error: Exception) -> IA3ExportError | None:
+    """The error for a library that the core does without; None for any other."""
+    library = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    extra = _EXTRAS.get(library)
+    if extra is None:
+        return None
+    return Unsupported(
+        f"this needs {library}, which is not installed",
+        hint=f"pip install 'ia3-export[{extra}]' (the README's line brings the build of torch for CPUs)",
+    )
 
 
 def _of_machine(error: Exception) -> IA3ExportError | None:

@@ -30,6 +30,13 @@ _WIDTH = 40
     metavar="LIST",
     help="Of fp32, fp16, int8, int4: the merged graphs are measured in these, too. Float32 always is.",
 )
+@click.option(
+    "--forms",
+    default="",
+    callback=parse_words,
+    metavar="LIST",
+    help="Of swappable, task-table: graphs of several tasks, run with the adapter, beside the merged one.",
+)
 @click.option("--threads", type=click.IntRange(1), help="Threads of either runtime. Default: physical cores.")
 @click.option(
     "--length", type=click.IntRange(1), default=32, show_default=True, help="Tokens in a forward's text."
@@ -66,6 +73,7 @@ def bench_command(
     \b
       ia3-export bench --base my-base --adapter my-adapter
       ia3-export bench --base my-base --adapter my-adapter --precision fp32,int8,int4 --threads 4 --json
+      ia3-export bench --base my-base --adapter my-adapter --forms swappable,task-table
 
     The merged model is exported into a temporary folder for this and not verified: that is what onnx does.
     """
@@ -133,7 +141,7 @@ def _show_bars(out: Output, done: Benchmark, measure: Measure) -> None:
         out.text(f"  {runtime}")
         for row in rows:
             bar = "#" * max(1, round(_WIDTH * ratios[row] / longest))
-            out.text(f"    {_label(row):<12} {ratios[row]:5.2f}x |{bar}")
+            out.text(f"    {_label(row):<15} {ratios[row]:5.2f}x |{bar}")
 
 
 def _label(row: Row) -> str:

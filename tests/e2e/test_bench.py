@@ -121,8 +121,13 @@ def test_a_decoder_is_measured_in_every_variant_and_precision(tmp_path: Path) ->
 
 
 def test_an_encoder_has_forwards_and_no_tokens(tmp_path: Path) -> None:
-    ran, document = _measure(tmp_path, "bert-seq-cls")
-    _check_rows(ran, document, [*PYTORCH, *ONNX])
+    ran, document = _measure(tmp_path, "bert-seq-cls", "--forms", "swappable,task-table")
+    forms = [("ONNX Runtime", form, "fp32") for form in ("swappable", "task-table")]
+    _check_rows(ran, document, [*PYTORCH, *ONNX, *forms])
+    counts = {row["variant"]: row["operators"] for row in document["rows"] if row["operators"]}
+    assert counts["merged"] < counts["swappable"] < counts["task-table"]
+    for form in ("swappable", "task-table"):
+        assert any(line.startswith(f"one forward, {form} / merged ") for line in document["findings"])
     assert document["task"] == "text-classification"
     assert document["inputs"] == {name: [1, 6] for name in ("input_ids", "attention_mask", "token_type_ids")}
     assert all(row["token"] is None and row["tokens_per_second"] is None for row in document["rows"])
@@ -134,6 +139,9 @@ def test_wrong_usage_is_exit_2_before_anything_is_done(tmp_path: Path) -> None:
     only_complaint(run("bench", *models, "--precision", "fp8", "-q"), 2, "fp8")
     only_complaint(run("bench", *models[:2]), 2, "--adapter")
     only_complaint(run("bench", *models, "--rounds", "4"), 2, "--rounds")
+    only_complaint(run("bench", *models, "--forms", "folded", "-q"), 2, "--forms folded")
+    second = ("--adapter", tmp_path / "none", "--forms", "swappable", "-q")
+    only_complaint(run("bench", *models, *second), 3, "none")
     only_complaint(run("bench", *models, "--length", "60", "-q"), 2, "92 positions", "64")
     only_complaint(run("bench", *models, "--task", "fill-mask", "-q"), 3, "AutoModelForMaskedLM")
 

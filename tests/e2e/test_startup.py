@@ -100,3 +100,18 @@ def test_the_class_is_asked_once(tiny: Tiny, tmp_path: Path, monkeypatch: pytest
     assert modules_after(*merge, tmp_path / "second").isdisjoint(HEAVY)
     for file in (tmp_path / "first").glob("*.safetensors"):
         assert (tmp_path / "second" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_command_that_needs_more_than_the_core_says_what_to_install(tiny: Tiny, tmp_path: Path) -> None:
+    without = "import sys; sys.modules.update(torch=None, transformers=None, peft=None, onnx=None); "
+    sources = ("--base", tiny.base, "--adapter", tiny.adapter)
+    for given in (("onnx", *sources, "--output", tmp_path / "out"), ("verify", *sources)):
+        ran = subprocess.run(
+            [sys.executable, "-c", f"{without}from ia3_export.cli import main; main()", *map(str, given)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ran.returncode == 3, ran.stderr
+        assert "is not installed" in ran.stderr and "ia3-export[cpu]" in ran.stderr
+        assert not (tmp_path / "out").exists()
