@@ -64,7 +64,7 @@ def steps(training: str) -> Iterator[Step]:
     yield Step(
         "Task table: one graph that holds all tasks, and takes the number of one as an input",
         "table",
-        f"{EXPORT} --base base {ADAPTERS} --output table --task-table --precision fp32,int8",
+        f"{EXPORT} --base base {ADAPTERS} --output table --task-table --precision fp32,int8,q8",
     )
     for task in TASKS:
         yield Step(
