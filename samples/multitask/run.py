@@ -95,7 +95,7 @@ def main() -> None:
     print(f"$ cd {intent.shortest(work, Path.cwd())}")
     anew = False
     sample = shlex.quote(intent.shortest(HERE, work))
-    for step in steps("--limit 80 --epochs 6" if arguments.quick else ""):
+    for step in steps("--epochs 8" if arguments.quick else ""):
         intent.title(step.title)
         if (work / step.output).exists() and not anew:
             print(f"{step.output} is there")
