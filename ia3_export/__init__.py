@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ia3_export.commands.merge import merge, merge_each, plan_merge
     from ia3_export.commands.patch import patch
     from ia3_export.commands.plot import plot_vectors
+    from ia3_export.commands.refolding import refold
     from ia3_export.commands.unmerge import unmerge
     from ia3_export.commands.verify import verify
     from ia3_export.onnx.options import GraphOptions
@@ -61,6 +62,7 @@ __all__ = [
     "plot_vectors",
     "read_adapter",
     "read_checkpoint",
+    "refold",
     "revert",
     "unmerge",
     "verify",
@@ -86,6 +88,7 @@ _HOME = {
     "plot_vectors": "ia3_export.commands.plot",
     "read_adapter": "ia3_export.adapters",
     "read_checkpoint": "ia3_export.checkpoint.folder",
+    "refold": "ia3_export.commands.refolding",
     "revert": "ia3_export.commands.apply",
     "unmerge": "ia3_export.commands.unmerge",
     "verify": "ia3_export.commands.verify",

@@ -12,6 +12,7 @@ import numpy as np
 
 from ia3_export.commands.export_verdict import require
 from ia3_export.commands.refolding import OnnxBase, changed_places
+from ia3_export.errors import Unsupported, first_line
 from ia3_export.fold import Array
 from ia3_export.onnx.exported import ENCODER
 from ia3_export.onnx.live_graph import LiveFold, write_live
@@ -162,14 +163,27 @@ def _limit(plan: Plan, precision: str, effect: float, scale: float) -> float:
 
 
 def _run(model: OnnxModel, inputs: Sequence[Mapping[str, Array]]) -> Outputs:
-    """Outputs of every input, and where there is a cache of one more token after it."""
+    """Outputs of every input, and where there is a cache of one more token after it.
+
+    Raises `Unsupported` for a graph that does not run on them.
+    """
+    try:
+        return _outputs(model, inputs)
+    except Exception as error:  # onnxruntime's exceptions share no base class of their own
+        raise Unsupported(
+            f"the graph does not run on inputs that were made up for it: {first_line(error)}",
+            hint="--no-verify writes it unproven; ia3-export verify --inputs proves it on yours",
+        ) from error
+
+
+def _outputs(model: OnnxModel, inputs: Sequence[Mapping[str, Array]]) -> Outputs:
     results: Outputs = []
     for feed in inputs:
         if not model.cached and ENCODER not in model.graphs:
             results.append({n: v.numpy() for n, v in call(model.decoder, feed).items()})
             continue
-        ids = feed["input_ids"]
-        step = first_step(model, feed, ids[:, :2] if ENCODER in model.graphs else ids)
+        ids = feed["decoder_input_ids" if ENCODER in model.graphs else "input_ids"]
+        step = first_step(model, feed, ids)
         results.append({name: value.numpy() for name, value in step.outputs.items()})
         if model.cached:
             step = next_step(model, step, ids[:, -1:])
@@ -181,8 +195,13 @@ def _inputs(held: OnnxBase, plan: Plan, paths: Sequence[Path]) -> tuple[list[dic
     """Two texts of one length, by the folder's tokenizer where it has one; noise for images and sounds."""
     graph = next(iter(open_model(paths[:1]).graphs.values()))
     if "input_ids" not in graph.inputs:
-        return [{name: _noise(shape) for name, shape in graph.inputs.items()}], "noise"
+        feed = {name: _noise(shape) for name, shape in graph.inputs.items()}
+        return [feed | {"decoder_input_ids": _tokens(held, plan)[0][:, :4]}], "noise"
     tokens, origin = _tokens(held, plan)
+    end = (plan.base.stored.config or {}).get("eos_token_id")
+    if isinstance(end, int):  # BART's classifier reads the last of equally many ends
+        tokens = np.where(tokens == end, end - 1 if end else 1, tokens)
+        tokens[:, -1] = end
     mask = np.ones_like(tokens)
     return [{"input_ids": tokens, "attention_mask": mask, "decoder_input_ids": tokens[:, :4]}], origin
 

@@ -136,7 +136,7 @@ def _recorded(graph: GraphFile, manifest: Mapping[str, Any]) -> Iterator[tuple[P
             name=name,
             transposed=bool(origin.get("transposed")),
             dtype=dtype if dtype in FLOAT_DTYPES else None,
-            shape=tuple(int(extent) for extent in shape) if isinstance(shape, list) else (),
+            shape=tuple(shape) if isinstance(shape, list) and all(type(n) is int for n in shape) else (),
         )
         yield place, tensor
 

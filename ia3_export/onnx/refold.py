@@ -104,6 +104,13 @@ class Rewriting:
                 f"{self.graph.path.name} holds {place.name} as {span.dtype}, which takes no vector",
                 hint="export the merged model instead",
             )
+        held = span.shape[::-1] if place.transposed else span.shape
+        if place.count is None and held != laid.shape:
+            raise Unsupported(
+                f"{self.graph.path.name} holds {place.name} as {list(span.shape)}, where "
+                f"{list(laid.shape)}{' transposed' * place.transposed} is expected",
+                hint="the graph was made of another model, or its manifest is not its own",
+            )
         self.folds.setdefault(place.name, []).append((place, laid))
 
     def replace(self, place: Place, tensor: StoredTensor) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +115,33 @@ def span_of(tensor: Any, path: Path) -> Span | None:
             f"{path} keeps {tensor.name} in {file.name}, which cannot be read: {first_line(error)}",
             hint="the external data belong beside the .onnx file; copy or fetch both again",
         ) from error
-    if offset < 0 or nbytes < 0 or offset + nbytes > size:
+    wanted = _bytes_of(tensor)
+    nbytes = nbytes if wanted is None or "length" in entries else wanted
+    if offset < 0 or not 0 <= nbytes <= size - offset:
         raise DamagedFile(
             f"{path} keeps {tensor.name} in {file.name}, which is too short",
             hint="the external data belong beside the .onnx file; copy or fetch both again",
         )
+    if wanted is not None and nbytes != wanted:
+        raise DamagedFile(
+            f"{path}: {tensor.name} of {kind} {list(shape)} has {nbytes:,} bytes in place of {wanted:,}",
+            hint="the file is damaged or was made by hand; export or fetch it again",
+        )
     return Span(name=tensor.name, dtype=kind, shape=shape, file=file, offset=offset, nbytes=nbytes)
+
+
+def _bytes_of(tensor: Any) -> int | None:
+    """Bytes of a tensor of its type and shape; None for texts, and types that are not known here."""
+    import onnx
+
+    count: int = prod(tensor.dims)
+    if tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
+        return -(-count // 2)
+    try:
+        width: int = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        return count * width
+    except KeyError:
+        return None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
