@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import shutil
 import statistics
 import sys
@@ -39,7 +40,7 @@ HEAD = (
     *TASKS,
 )
 INT8 = "model_int8.onnx"
-ROUNDS, SWITCHES = 8, 5
+ROUNDS, SWITCHES = 12, 5
 
 Feeds = dict[str, np.ndarray]
 #: Logits of a text, given its inputs.
@@ -199,14 +200,15 @@ def ask_unmerged(work: Path, tests: dict[str, Tests]) -> dict[str, list[int]]:
 
 
 def time_texts(forms: Sequence[Form], tests: Tests) -> list[list[float]]:
-    """Seconds of each text in each form; within a text all forms take turns, beginning with another each."""
+    """Seconds of each text in each form. The forms take turns in random order: what one finds in the
+    processor's caches depends on which ran before."""
     asks = [form.switch(TASKS[0]) for form in forms]
     for ask in asks:
         ask(tests.feeds[0])
     taken: list[list[float]] = [[] for _ in forms]
-    for number, feeds in enumerate(tests.feeds * ROUNDS):
-        for turn in range(len(forms)):
-            form = (number + turn) % len(forms)
+    chance = random.Random(0)
+    for feeds in tests.feeds * ROUNDS:
+        for form in chance.sample(range(len(forms)), len(forms)):
             start = time.perf_counter()
             asks[form](feeds)
             taken[form].append(time.perf_counter() - start)
