@@ -1,4 +1,7 @@
-"""javascript/ia3patch.mjs in Node makes the bytes that numpy makes, and refuses what Python refuses."""
+"""javascript/ia3patch.mjs makes the bytes that numpy makes and refuses what Python refuses.
+
+In Node, and in a page in a real browser that switches between tasks.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ import pytest
 import ia3_export
 from ia3_export.checkpoint.header import write_header
 from ia3_export.fold import Workspace
-from ia3_export.patching.format import FileChange, FileState, FoldRule, Stored, to_metadata
+from ia3_export.patching.format import FileChange, FileState, FoldRule, Stored, read_patch, to_metadata
 from ia3_export.patching.reverse import write_reverse
 from ia3_export.patching.rule import fold_records
 from tests.e2e.command import contents, merge, run
@@ -29,26 +32,47 @@ from tests.support.quantized import adapter_for, source_of
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 MODULE = Path(__file__).parents[2] / "javascript" / "ia3patch.mjs"
-RUNNER = Path(__file__).parent / "javascript" / "patch.mjs"
+JAVASCRIPT = Path(__file__).parent / "javascript"
+TASKS = ("ask", "sing", "sleep")
 WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
-def in_node(jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the module makes of `jobs`, all in one process."""
+def run_node(script: str, given: dict[str, Any]) -> Any:
+    """What `script` says to `given`."""
     node = shutil.which("node")
     if node is None:
         pytest.skip("node is not installed")
     done = subprocess.run(
-        [node, RUNNER],
-        input=json.dumps({"module": MODULE.as_uri(), "jobs": jobs}, default=str),
+        [node, JAVASCRIPT / script],
+        input=json.dumps(given, default=str),
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    said: list[dict[str, Any]] = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def in_node(jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the module makes of `jobs`, all in one process."""
+    said: list[dict[str, Any]] = run_node("patch.mjs", {"module": MODULE.as_uri(), "jobs": jobs})
     assert len(said) == len(jobs)
+    return said
+
+
+def in_browser(files: Path, jobs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the page's functions give for `jobs`, all in one Chromium, which has the folder `files`."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip(f"there is no browser: none of {', '.join(names)}")
+    for package in ("playwright-core", "onnxruntime-web"):
+        if not (JAVASCRIPT / "node_modules" / package).is_dir():
+            pytest.skip(f"{package} is not installed: npm ci --ignore-scripts --prefix {JAVASCRIPT}")
+    given = {"executable": found, "module": MODULE, "files": files, "jobs": jobs}
+    said: dict[str, Any] = run_node("patch_browser.mjs", given)
+    assert said["complaints"] == [] and len(said["results"]) == len(jobs)
     return said
 
 
@@ -56,7 +80,7 @@ def patched(base: Path, merged: Path, folder: Path) -> None:
     """Node makes `merged` of `base` and `base` of `merged`, as folders and each file by itself."""
     path, back = folder / "task.ia3patch", folder / "back.ia3patch"
     ia3_export.patch(base, merged, path)
-    read = malformed.read_patch(path)
+    read = read_patch(path)
     write_reverse(read, base, back)
     jobs: list[dict[str, Any]] = [
         {"patch": path, "folder": base, "output": folder / "new"},
@@ -239,14 +263,14 @@ def test_other_bytes_are_refused(tmp_path: Path) -> None:
         {"patch": patch, "path": "config.json", "old": base / "config.json"},
     ]
     made = in_node(jobs)
-    assert [result.pop("code") for result in made] == ["other-bytes"] * 6 + ["already-patched"] + [
-        "other-bytes"
-    ] * 4
+    codes = ["other-bytes"] * 6 + ["already-patched"] + ["other-bytes"] * 4
+    assert [result["code"] for result in made] == codes
     said = [result["message"] for result in made]
     for words, message in zip(
         [
             "sub/kept.bin has the SHA-256", "gone.txt has 4 bytes, not 45", "no README.md",
-            "another new.json", "in part: README.md", "model.safetensors has the SHA-256", "already patched", "SHA-256",
+            "another new.json", "in part: README.md", "model.safetensors has the SHA-256",
+            "already patched", "model.safetensors has the SHA-256",
             "has 2 bytes, not", "missing", "does not change config.json",
         ],
         said, strict=True,
@@ -328,3 +352,77 @@ def test_a_changed_byte_anywhere_is_noticed(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         jobs.append({"patch": path, "folder": base})
     assert {result.get("code") for result in in_node(jobs)} <= {"damaged", "unsupported"}
+
+
+# --- in a browser ---
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Graphs of a base, ``base``, and of three tasks; a patch for each, and one back from the first."""
+    folder = tmp_path_factory.mktemp("tasks")
+    kind = zoo.by_name("bert-seq-cls")
+    zoo.build(kind).save_pretrained(folder / "model")
+    given: tuple[Path | str, ...] = ("--model", folder / "model", "--output", folder / "base")
+    ran = run("onnx", *given, "--precision", "fp32,int8", "--no-verify", "--quiet")
+    assert ran.code == 0, ran.stderr
+    for seed, task in enumerate(TASKS, start=1):
+        zoo.adapt(zoo.build(kind), kind, seed=seed).save_pretrained(folder / f"adapter-{task}")
+        given = ("--adapter", folder / f"adapter-{task}", "--output", folder / task)
+        ran = run(
+            "onnx",
+            "--onnx-base",
+            folder / "base",
+            "--base",
+            folder / "model",
+            *given,
+            "--quiet",
+            "--no-verify",
+        )
+        assert ran.code == 0, ran.stderr
+        ia3_export.patch(folder / "base", folder / task, folder / f"{task}.ia3patch")
+    write_reverse(read_patch(folder / f"{TASKS[0]}.ia3patch"), folder / "base", folder / "back.ia3patch")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("graph", "tolerance"), [("model.onnx", 3e-5), ("model_int8.onnx", 0.04)])
+def test_a_page_switches_between_three_tasks_and_back(tasks: Path, graph: str, tolerance: float) -> None:
+    import onnxruntime
+
+    path = f"onnx/{graph}"
+    ids = np.arange(1, 13).reshape(2, 6)
+    inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    given = {name: values.tolist() for name, values in inputs.items()}
+    order = ["", *TASKS, "", *reversed(TASKS), ""]
+    jobs = [{"call": "switchTo", "task": task, "path": path, "inputs": given} for task in order]
+    jobs.append({**jobs[1], "back": "back"})
+    said = in_browser(tasks, jobs)
+    answers = {}
+    for task in ("", *TASKS):
+        file = tasks / (task or "base") / path
+        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        feeds = {port.name: inputs[port.name] for port in session.get_inputs()}
+        answers[task] = hashlib.sha256(file.read_bytes()).hexdigest(), session.run(["logits"], feeds)[0]
+    for task, result in zip([*order, ""], said["results"], strict=True):
+        digest, logits = answers[task]
+        assert result["sha256"] == digest
+        made = np.reshape(result["logits"], result["shape"])
+        np.testing.assert_allclose(made, logits, rtol=0, atol=tolerance * np.abs(logits).max())
+        others = [other for name, (_, other) in answers.items() if name != task]
+        assert all(np.abs(made - other).max() > np.abs(made - logits).max() for other in others)
+    assert said["asked"].count(f"/files/base/{path}") == 1  # then the browser has it
+
+
+@pytest.mark.slow
+def test_a_browser_refuses_what_python_refuses(tmp_path: Path) -> None:
+    base, _, patch = write_patch(tmp_path / "made")
+    (tmp_path / "bad").mkdir()
+    shutil.copytree(base, tmp_path / "base")
+    bad = damages(patch, tmp_path / "bad")
+    paths = [file.relative_to(base).as_posix() for file in base.rglob("*.*")]
+    jobs = [
+        {"call": "refuse", "patch": f"bad/{path.name}", "folder": "base", "paths": paths} for path, _ in bad
+    ]
+    made = in_browser(tmp_path, jobs)["results"]
+    assert [(path, code) for (path, _), code in zip(bad, made, strict=True)] == bad
