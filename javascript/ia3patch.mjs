@@ -231,7 +231,7 @@ async function inflate(packed, target, name) {
   }
   const failed = await fed;
   if (failed !== undefined) throw wrong(failed.message);
-  // not every implementation minds bytes behind the stream: its checksum must be the last four
+  // Node does not mind bytes behind the stream, so its checksum must be the last four; the file has a digest in any case
   const last = new DataView(packed.buffer, packed.byteOffset + packed.length - 4);
   if (done !== target.length || last.getUint32(0) !== adler32(target)) throw wrong("it ends elsewhere");
 }

@@ -19,8 +19,9 @@ import pytest
 
 import ia3_export
 from ia3_export.checkpoint.header import write_header
+from ia3_export.errors import IA3ExportError
 from ia3_export.fold import Workspace
-from ia3_export.patching.format import FileChange, FileState, FoldRule, Stored, read_patch, to_metadata
+from ia3_export.patching.format import Copy, FileChange, FileState, FoldRule, Stored, read_patch, to_metadata
 from ia3_export.patching.reverse import write_reverse
 from ia3_export.patching.rule import fold_records
 from tests.e2e.command import contents, merge, run
@@ -152,7 +153,8 @@ def test_graphs(tmp_path: Path) -> None:
 # --- numbers ---
 
 SPECIAL = {
-    "F64": [0x0, 1 << 63, 0x7FF0 << 48, 0xFFF0 << 48, 0x7FF8 << 48, 0xFFF0 << 48 | 1, 1, 0x36A0 << 48],
+    "F64": [0x0, 1 << 63, 0x7FF0 << 48, 0xFFF0 << 48, 0x7FF8 << 48, 0xFFF0 << 48 | 1, 1, 0x36A0 << 48,
+            0x40EFFE << 40, 0x40EFFDFFFFFFFFFF, 0x47EFF0 << 40, 0x47EFEFFFFFFFFFFF],
     "F32": [0x0, 1 << 31, 0x7F800000, 0xFF800000, 0x7FC00000, 0xFF800001, 1, 0x7F7FFFFF, 0x00800000],
     "F16": [0x0, 0x8000, 0x7C00, 0xFC00, 0x7E00, 0xFC01, 1, 0x03FF, 0x7BFF, 0x0400],
     "BF16": [0x0, 0x8000, 0x7F80, 0xFF80, 0x7FC0, 0xFF81, 1, 0x007F, 0x7F7F, 0x0080],
@@ -278,6 +280,11 @@ def test_other_bytes_are_refused(tmp_path: Path) -> None:
         assert words in message, (words, message)
 
 
+def container(header: dict[str, Any]) -> bytes:
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
 def damages(patch: Path, folder: Path) -> list[tuple[Path, str]]:
     """Patches that Python's tests refuse, and the code of each."""
     whole = patch.read_bytes()
@@ -307,22 +314,44 @@ def damages(patch: Path, folder: Path) -> list[tuple[Path, str]]:
         add(None, "damaged", edit)
     for edit in marked(malformed.test_another_version_is_said_to_be_one, "edit"):
         add(None, "unsupported", edit)
-    bomb = zlib.compress(bytes(64 << 20), 9)
+    long = bytes(64 << 20)
+    bomb = zlib.compress(long, 9)
     for packed, length in (
         (bomb, 1000),
-        (bomb, (64 << 20) + 1),
+        (bomb, len(long) + 1),
         (bomb, 1 << 40),
-        (bomb + b"junk", 64 << 20),
-        (bomb[:-1], 64 << 20),
+        (bomb + b"junk", len(long)),
+        (bomb[:-1], len(long)),
+        (bomb[:-1] + b"\0", len(long)),
         (b"no stream at all", 10),
         (b"x", 10),
         (b"", 1),
     ):
-        change = FileChange(None, FileState("bomb", length, "0" * 64), (Stored("r0", length, True),))
-        prefix, _ = write_header([("r0", "U8", (len(packed),))], to_metadata("t", [change], [], []))
-        add(prefix + packed, "damaged")
-    row = b'"r0":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
-    text = b"{" + row + b"," + row + b"}"
+        new = FileState("bomb", length, hashlib.sha256(long).hexdigest())
+        document = to_metadata("t", [FileChange(None, new, (Stored("r0", length, True),))], [], [])
+        add(write_header([("r0", "U8", (len(packed),))], document)[0] + packed, "damaged")
+    document = to_metadata("t", [FileChange(None, state("a", b"aa"), (Stored("r0", 2, False),))], [], [])
+    for offsets, size in (([0, 2], 3), ([1, 3], 3), ([0, 2], 1), ([0, 3], 3), ([2, 0], 2), ([0.5, 2.5], 3)):
+        row = {"dtype": "U8", "shape": [2], "data_offsets": offsets}
+        add(container({"__metadata__": document, "r0": row}) + b"a" * size, "damaged")
+    row = {"dtype": "U8", "shape": [3], "data_offsets": [0, 2]}
+    add(container({"__metadata__": document, "r0": row}) + b"aa", "damaged")
+    one, other = (FileState(path, 2, "0" * 64) for path in ("config.json", "gone.txt"))
+    swapped = [FileChange(one, other, (Copy(0, 2),)), FileChange(other, one, (Copy(0, 2),))]
+    add(write_header([], to_metadata("t", swapped, [], []))[0], "damaged")
+    two = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
+    over = {"dtype": "U8", "shape": [2], "data_offsets": [1, 3]}
+    add(container({"__metadata__": document, "r0": two, "r1": over}) + b"aaa", "damaged")
+    for edit in (
+        lambda d: malformed.file_of(d, "README.base.md")["from"].update(sha256="0" * 64),
+        lambda d: malformed.file_of(d, "README.base.md")["from"].update(size=1),
+        lambda d: malformed.file_of(d, "README.md").update(path="config.json"),
+        lambda d: d["removed"].append(d["removed"][0]),
+        lambda d: d["kept"].append(d["kept"][0]),
+    ):
+        add(None, "damaged", edit)
+    twice = b'"r0":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    text = b"{" + twice + b"," + twice + b"}"
     add(len(text).to_bytes(8, "little") + text, "damaged")
     deep = b'{"r0":' + b'{"a":' * 10**5 + b"1" + b"}" * 10**5 + b"}"
     add(len(deep).to_bytes(8, "little") + deep, "damaged")
@@ -335,6 +364,9 @@ def test_what_python_refuses_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
     bad = damages(patch, tmp_path / "bad")
     assert len(bad) > 100
+    for path, _ in bad:
+        with pytest.raises(IA3ExportError):
+            ia3_export.apply(path, base, output=tmp_path / "out")
     jobs = [{"patch": path, "folder": base, "output": tmp_path / "out"} for path, _ in bad]
     made = in_node(jobs)
     assert [(path, result.get("code")) for (path, _), result in zip(bad, made, strict=True)] == bad
