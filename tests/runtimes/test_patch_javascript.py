@@ -142,7 +142,14 @@ def test_graphs(tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     zoo.build(kind, dtype="bfloat16").save_pretrained(base)
     zoo.adapt(zoo.build(kind), kind, seed=1).save_pretrained(adapter)
-    given = ("--model", base, "--output", tmp_path / "graphs", "--precision", "fp32,fp16,int8,int4")
+    given: tuple[Path | str, ...] = (
+        "--model",
+        base,
+        "--output",
+        tmp_path / "graphs",
+        "--precision",
+        "fp32,fp16,int8,int4",
+    )
     assert run("onnx", *given, "--no-verify", "--quiet").code == 0
     given = ("--base", base, "--adapter", adapter, "--output", tmp_path / "folded")
     ran = run("onnx", "--onnx-base", tmp_path / "graphs", *given, "--quiet")
