@@ -442,7 +442,8 @@ function isObject(value) {
 /** Metadata and tensors of a safetensors file, whose data must tile it without holes or overlap. */
 function readContainer(bytes) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.length);
-  const length = bytes.length < 8 ? -1 : view.getUint32(0, true) + view.getUint32(4, true) * 2 ** 32;
+  if (bytes.length < 8) throw damaged(`it has ${bytes.length} bytes: was the download cut off?`);
+  const length = view.getUint32(0, true) + view.getUint32(4, true) * 2 ** 32;
   if (length < 2 || length > LARGEST_HEADER || 8 + length > bytes.length) {
     throw damaged(`its header would be ${length} bytes, it has ${bytes.length}: was the download cut off?`);
   }
