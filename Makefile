@@ -11,7 +11,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 RUNTIMES := tests/runtimes/javascript/node_modules/.installed .venv-optimum/.installed
 
 # what is run with other releases than those of constraints.txt: the tests marked so in these files
-RELEASES := -m versions tests/test_libraries.py tests/e2e/test_releases.py tests/e2e/test_quantized.py tests/e2e/test_swappable.py tests/runtimes
+RELEASES := -m versions tests/test_libraries.py tests/e2e/test_releases.py tests/e2e/test_quantized.py tests/e2e/test_swappable.py tests/e2e/test_task_table.py tests/e2e/test_refold.py tests/patching tests/runtimes
 
 .PHONY: demo chat test lint types imports unit runtimes newest lowest clean
 

@@ -123,23 +123,7 @@ def prepare(
         threads=settings.used_threads,
         tokens=settings.tokens if task.form != "encoder" else 0,
     )
-    for form in (form for form in FORMS if form in settings.forms):
-        say(f"{form}: exporting")
-        apart = export_onnx(
-            scratch / form,
-            base=base,
-            adapters=read,
-            graphs=GraphOptions(
-                task=task.name,
-                precisions=settings.precisions,
-                swappable=form == "swappable",
-                task_table=form == "task-table",
-            ),
-            check=False,
-        )
-        for precision in settings.precisions:
-            files = [apart.folder / file.path for file in apart.files if file.precision == precision]
-            graphs[form, precision] = files
+    graphs |= _forms(base, read, task, scratch, settings, say)
     stored = {"base": _weights(checkpoint), "merged": _weights(merged)}
     stored["unmerged"] = stored["base"] + [file for adapter in read for file in _vectors(adapter)]
     numbers = sum(math.prod(tensor.shape) for tensor in merged.tensors.values())
@@ -160,6 +144,36 @@ def _jobs(first: Job, graphs: Mapping[tuple[Variant, str], Sequence[Path]]) -> I
             precision=precision,
             graphs=tuple(map(str, files)),
         )
+
+
+def _forms(
+    base: str | Path,
+    adapters: Sequence[Adapter],
+    task: Task,
+    scratch: Path,
+    settings: BenchSettings,
+    say: Callable[[str], None],
+) -> dict[tuple[Variant, str], list[Path]]:
+    """The graphs of several tasks that are asked for."""
+    graphs: dict[tuple[Variant, str], list[Path]] = {}
+    for form in (form for form in FORMS if form in settings.forms):
+        say(f"{form}: exporting")
+        apart = export_onnx(
+            scratch / form,
+            base=base,
+            adapters=adapters,
+            graphs=GraphOptions(
+                task=task.name,
+                precisions=settings.precisions,
+                swappable=form == "swappable",
+                task_table=form == "task-table",
+            ),
+            check=False,
+        )
+        for precision in settings.precisions:
+            files = [apart.folder / file.path for file in apart.files if file.precision == precision]
+            graphs[form, precision] = files
+    return graphs
 
 
 def _with_adapter(job: Job, adapter: Adapter) -> Job:

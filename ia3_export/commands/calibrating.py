@@ -37,7 +37,7 @@ def mix_bits(
     opened, feeds = record(open_model([graph.path for graph in traced]))
     run_onnx(opened, cases)
     by_stem = feeds if len(traced) > 1 else {traced[0].path.stem: next(iter(feeds.values()))}
-    graphs = [Calibrated(graph.path, by_stem.get(graph.path.stem, ())) for graph in traced]
+    graphs = [Calibrated(graph.path, by_stem.get(graph.path.stem, ()), graph.left) for graph in traced]
     loss = LIMIT
     if options.keep_effect is not None:
         loss = (1 - options.keep_effect) * _effect(graphs, traced, plan)

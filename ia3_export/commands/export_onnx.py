@@ -274,6 +274,8 @@ def _export(
     forget_graphs()
     for graph in traced if swapped else ():
         fill(graph.path, live.values, unread=[TASK])
+    if graphs.swappable:  # what adapters bring takes the place of numbers, not of codes
+        traced = [replace(graph, left=frozenset(swapped[0].extras)) for graph in traced]
     return traced, cases, swapped
 
 
@@ -313,7 +315,7 @@ def _convert(
         for graph in given.graphs(precision):
             path = folder / file_name(graph.path.stem, precision)
             codes, reasons = given.codes(graph, precision)
-            coverage = convert_precision(graph.path, path, precision, codes)
+            coverage = convert_precision(graph.path, path, precision, codes, graph.left)
             if precision == "keep":
                 reasons = {name: reasons.get(name, OTHER_FORM) for name in coverage.left}
             files.append(_describe(path, precision, coverage, reasons))

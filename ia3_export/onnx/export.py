@@ -27,10 +27,12 @@ _STREAMED = 500_000_000
 
 @dataclass(frozen=True, slots=True)
 class TracedGraph:
-    """A graph in float32 that was written, and where its initializers come from."""
+    """A graph in float32 that was written, where its initializers come from, and those that are `left` in
+    float32 where the others become codes."""
 
     path: Path
     origins: Mapping[str, Origin]
+    left: frozenset[str] = frozenset()
 
 
 def export_graphs(

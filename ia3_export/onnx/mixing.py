@@ -28,10 +28,11 @@ GivenCodes = Mapping[str, Mapping[str, Codes]]
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:
-    """A float32 graph and inputs of it, as they come in use."""
+    """A float32 graph and inputs of it, as they come in use; the weights `left` get no codes."""
 
     path: Path
     feeds: Sequence[Feeds]
+    left: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,9 @@ def find_choices(graph: Calibrated, say: Callable[[str], None]) -> list[Choice]:
         return []
     model = onnx_ir.load(graph.path)
     weights = {
-        w.value.name: w for w in find_weights(model) if w.rows.ndim == 2 and w.rows.shape[1] % BLOCK == 0
+        w.value.name: w
+        for w in find_weights(model)
+        if w.rows.ndim == 2 and w.rows.shape[1] % BLOCK == 0 and w.value.name not in graph.left
     }
     factors = [w for w in weights.values() if w.factor is not None and _is_outermost(model, w.factor)]
     moments = Moments(graph.path, graph.feeds, {w.factor.name: w.rows.shape[1] for w in factors if w.factor})

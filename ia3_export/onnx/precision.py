@@ -3,7 +3,7 @@ already."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,7 +45,11 @@ _REWRITES: Mapping[str, Pass] = {
 
 
 def convert_precision(
-    source: Path, target: Path, precision: str, codes: Mapping[str, Codes] | None = None
+    source: Path,
+    target: Path,
+    precision: str,
+    codes: Mapping[str, Codes] | None = None,
+    left: Collection[str] = (),
 ) -> Coverage:
     """Write the float32 graph `source` to `target` in `precision`: ``fp16``, ``int8``, ``q8``, ``int4`` or
     ``keep``; inputs and outputs stay as they are.
@@ -54,7 +58,8 @@ def convert_precision(
     weights are codes (`quantize`), all else is float32; of ``int4`` they may be given as `codes` by
     initializer (`choose_bits`), and have 8 bits where they are not among them. ``keep`` has the `codes`
     alone, wherever the initializer is what they stand for; other weights have 16 bits if that is exact.
-    External data are read tensor by tensor; what is held in memory is the result.
+    The weights `left` become no codes. External data are read tensor by tensor; what is held in memory is the
+    result.
 
     Raises `Unsupported` when no weight of the graph can be held in `precision`, but not for ``keep`` without
     any `codes`: an encoder may have none where its decoder has some.
@@ -65,9 +70,11 @@ def convert_precision(
     model = onnx_ir.load(source)
     run_passes(model, common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0))
     before = dict(_weights(model))
-    rewrite = _REWRITES[precision]
+    rewrite: Callable[..., Any] = _REWRITES[precision]
     if codes is not None:
-        rewrite = partial(quantize, bits=8, given=codes, kept=precision == "keep")
+        rewrite = partial(quantize, bits=8, given=codes, kept=precision == "keep", left=left)
+    elif precision != "fp16":
+        rewrite = partial(rewrite, left=left)
     run_passes(model, rewrite, common.RemoveUnusedNodesPass(), common.ClearMetadataAndDocStringPass())
     after = {name: size for name, size in _weights(model) if name in before}
     left = tuple(sorted(after, key=lambda name: (-after[name], name)))
@@ -95,9 +102,7 @@ def choose_bits(graphs: Sequence[Calibrated], aim: Aim, say: Callable[[str], Non
     sizes: list[int] = []
 
     def judge(codes: GivenCodes) -> float:
-        written = [
-            _try(graph.path, codes.get(graph.path.stem, {}), samples.get(graph.path)) for graph in graphs
-        ]
+        written = [_try(graph, codes.get(graph.path.stem, {}), samples.get(graph.path)) for graph in graphs]
         sizes.append(sum(size for size, _ in written))
         loss = max(loss for _, loss in written)
         say(f"{sizes[-1] / 1e6:.1f} MB lose {loss:.4f}")
@@ -114,10 +119,10 @@ def choose_bits(graphs: Sequence[Calibrated], aim: Aim, say: Callable[[str], Non
     return choose(choices, judge, budget=aim.size - max(sizes[0] - wide, sizes[1] - narrow))
 
 
-def _try(path: Path, codes: Mapping[str, Codes], sample: Sample | None) -> tuple[int, float]:
-    """Bytes of the graph `path` with `codes`, and what it loses."""
-    target = path.with_name(f"{path.stem}.tried.onnx")
-    convert_precision(path, target, "int4", codes)
+def _try(graph: Calibrated, codes: Mapping[str, Codes], sample: Sample | None) -> tuple[int, float]:
+    """Bytes of a graph with `codes`, and what it loses."""
+    target = graph.path.with_name(f"{graph.path.stem}.tried.onnx")
+    convert_precision(graph.path, target, "int4", codes, graph.left)
     try:
         return size_of(target), 0.0 if sample is None else sample.loss_of_file(target)
     finally:

@@ -7,7 +7,7 @@ memory three times over. So its formats are used here, and its walk over the gra
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -34,6 +34,7 @@ def quantize(
     dense: bool = False,
     given: Mapping[str, Codes] = MappingProxyType({}),
     kept: bool = False,
+    left: Collection[str] = (),
 ) -> Any:
     """The pass that replaces the weights of an ``onnx_ir.Model`` by codes, in the bodies of ``If`` too.
 
@@ -51,13 +52,15 @@ def quantize(
 
     Tables of positions stay float32: they are small, and all layers see their error.
 
+    `left` are weights that stay float32: what adapters bring takes the place of their numbers.
+
     `kept`: nothing is rounded. The `given` codes alone are used, and only in the place of what they stand
     for; products of 4-bit codes leave activations as they are, and the others are `dense`, since ONNX Runtime
     has no kernel for 8-bit codes and float32 activations.
     """
     import onnx_ir
 
-    written = _Written(model=model, bits=bits, dense=dense, given=given, kept=kept)
+    written = _Written(model=model, bits=bits, dense=dense, given=given, kept=kept, left=frozenset(left))
     changed = False
     for node in list(model.graph.all_nodes()):
         if node.op_type in _READERS and not node.domain:
@@ -100,11 +103,14 @@ class _Written:
     dense: bool
     given: Mapping[str, Codes]
     kept: bool
+    left: frozenset[str]
     coded: dict[tuple[Any, bool], _Coded | None] = field(default_factory=dict)
     casts: list[Any] = field(default_factory=list)
 
     def code(self, weight: Weight, *, bits: int) -> _Coded | None:
         """Its codes, made with `bits` bits if they are not there or `given`; None if they may not be made."""
+        if weight.value.name in self.left:
+            return None
         key = (weight.value, weight.turned)
         if key not in self.coded:
             name, matrix = weight.value.name, weight.rows.reshape(-1, weight.rows.shape[-1])
@@ -301,9 +307,9 @@ def _convolution(written: _Written, tape: Any, node: Any) -> Any:
 
     ``ConvInteger`` is no faster, and rounds activations too.
     """
-    if written.kept:
-        return None
     x, weight, *bias = node.inputs
+    if written.kept or weight.name in written.left:
+        return None
     array = constant(weight)
     if array is None or not is_weight(array):
         return None

@@ -262,6 +262,7 @@ def test_weights_alone_behind_dequantizelinear_take_vectors_in_their_scales(
     assert document["report"]["steps"][0]["effect_present"] == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.versions
 def test_external_data_stay_external(llama: tuple[Path, Path, Path], tmp_path: Path) -> None:
     _, adapter, exported = llama
     shutil.copytree(exported, tmp_path / "base")
@@ -284,6 +285,7 @@ def test_external_data_stay_external(llama: tuple[Path, Path, Path], tmp_path: P
         assert one == other
 
 
+@pytest.mark.versions
 def test_several_adapters_fold_one_after_the_other(llama: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, adapter, exported = llama
     zoo.adapt(zoo.build(KINDS["llama"]), KINDS["llama"], seed=2).save_pretrained(tmp_path / "second")

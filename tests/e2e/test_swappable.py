@@ -264,6 +264,19 @@ def test_heads_of_other_sizes_cannot_share_a_graph(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_heads_stay_float32_where_the_other_weights_are_codes(tmp_path: Path) -> None:
+    base, adapters = written("bert-seq-cls", tmp_path)
+    sources = ("--base", base, "--adapter", adapters[0], "--adapter", adapters[1], "--swappable")
+    ran = run("onnx", *sources, "--output", tmp_path / "out", "--precision", "int8,q8", "--json")
+    assert ran.code == 0, ran.stderr
+    document = json.loads(ran.stdout)
+    for report in document["adapters"].values():
+        coded = [step for step in report["steps"] if step["precision"] == "int8"]
+        assert len(coded) == 2 and all(abs(step["effect_present"] - 1) < 0.05 for step in coded)
+    held = read_adapter_file(tmp_path / "out" / "adapters" / "one.onnx_adapter")
+    assert "classifier.weight" in held
+
+
 def test_what_cannot_be_is_said_before_anything_is_made(llama: Swappable, tmp_path: Path) -> None:
     one = llama.adapters[0]
     shutil.copytree(one, tmp_path / "copy")
