@@ -163,9 +163,8 @@ def make_forms(work: Path) -> list[Form]:
     adapters = [work / "swap" / "adapters" / f"{task}.onnx_adapter" for task in TASKS]
     for precision, name in (("fp32", "model.onnx"), ("int8", INT8)):
         graph = work / "swap" / "onnx" / name
-        if graph.is_file():
-            switch = swapping(graph, adapters[0].parent)
-            forms.append(Form("swap", precision, size(graph, *adapters), size(adapters[0]), switch))
+        switch = swapping(graph, adapters[0].parent)
+        forms.append(Form("swap", precision, size(graph, *adapters), size(adapters[0]), switch))
     manifest = json.loads((work / "table" / "ia3_export.json").read_text(encoding="utf-8"))
     rows = {task: row["row"] for task, row in manifest["tasks"]["adapters"].items()}
     # a row holds what the adapter holds, in float32 in either precision

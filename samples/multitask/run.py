@@ -59,7 +59,7 @@ def steps(training: str) -> Iterator[Step]:
     yield Step(
         "Swap: one graph, and a file of kilobytes for each task",
         "swap",
-        f"{EXPORT} --base base {ADAPTERS} --output swap --swappable",
+        f"{EXPORT} --base base {ADAPTERS} --output swap --swappable --precision fp32,int8",
     )
     yield Step(
         "Task table: one graph that holds all tasks, and takes the number of one as an input",
