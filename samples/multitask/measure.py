@@ -276,6 +276,7 @@ def main() -> None:
     sizes = [file.stat().st_size for file in (work / "base" / "model.safetensors", *adapters)]
     rows = [("unmerged, PEFT", "fp32", f"{sum(sizes):,}", f"{sizes[1]:,}", "", "", "", *live)]
     rows += measure(make_forms(work), tests, unmerged)
+    shutil.rmtree(work / "device")
     table = markdown(rows)
     print(f"onnxruntime {onnxruntime.__version__}, one thread\n\n{table}")
     print("every float32 form gives the unmerged adapter's answer to each test message of each task")
