@@ -36,16 +36,17 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folded, swap = Path(scratch) / "folded", Path(scratch) / "swap"
-        adapters = [word for adapter in options.adapter for word in ("--adapter", adapter)]
-        export(options.base, adapters[:2], folded, options.precision)
-        export(options.base, adapters, swap, options.precision, "--swappable")
+        export(options.base, options.adapter[:1], folded, options.precision)
+        export(options.base, options.adapter, swap, options.precision, "--swappable")
         files = sorted((swap / "adapters").glob("*.onnx_adapter"))
         name = Path(options.adapter[0]).resolve().name
         rows = []
         for precision in options.precision.split(","):
             graphs = [folder / "onnx" / file_name("model", precision) for folder in (folded, swap)]
             used = next(f for f in files if f.stem == name)
-            rows.append((precision, *measured(graphs, used, options.rounds, options.threads)))
+            plain = open_model([graphs[0]], threads=options.threads)
+            live = open_model([graphs[1]], threads=options.threads, adapters={graphs[1].name: used})
+            rows.append((precision, *measured(plain, live, options.rounds)))
         print(f"{cores()} cores, {options.threads} thread(s), {options.rounds} rounds\n")
         head = ("precision", "prompt, folded ms", "live ms", "x", "token, folded ms", "live ms", "x")
         print(markdown(head, rows))
@@ -55,16 +56,15 @@ def main() -> None:
 
 def export(base: str, adapters: Sequence[str], output: Path, precision: str, *more: str) -> None:
     """Export without the proof, which `verify` and the tests make."""
-    command = [our_program(), "onnx", "--base", base, *adapters, "--output", str(output)]
+    given = [word for adapter in adapters for word in ("--adapter", adapter)]
+    command = [our_program(), "onnx", "--base", base, *given, "--output", str(output)]
     subprocess.run([*command, "--precision", precision, "--no-verify", "--quiet", *more], check=True)
 
 
-def measured(graphs: Sequence[Path], adapter: Path, rounds: int, threads: int) -> list[str]:
-    """Medians in milliseconds, folded and live, and their ratio: of a prompt, and of a token after it."""
-    models = {
-        "folded": open_model([graphs[0]], threads=threads),
-        "live": open_model([graphs[1]], threads=threads, adapters={graphs[1].name: adapter}),
-    }
+def measured(folded: OnnxModel, other: OnnxModel, rounds: int) -> list[str]:
+    """Medians in milliseconds of two models in turns, and their ratio: of a prompt, and of a token after
+    it."""
+    models = {"folded": folded, "other": other}
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for number, name in take_turns(list(models), rounds + 1):
         seconds = one_run(models[name])
@@ -72,9 +72,9 @@ def measured(graphs: Sequence[Path], adapter: Path, rounds: int, threads: int) -
             taken[name].append(seconds)
     cells = []
     for part in (0, 1):
-        one, other = ([run[part] for run in taken[name]] for name in ("folded", "live"))
-        cells += [f"{1000 * statistics.median(values):.2f}" for values in (one, other)]
-        cells.append(f"{median_ratio(other, one):.3f}")
+        one, two = ([run[part] for run in taken[name]] for name in models)
+        cells += [f"{1000 * statistics.median(values):.2f}" for values in (one, two)]
+        cells.append(f"{median_ratio(two, one):.3f}")
     return cells
 
 

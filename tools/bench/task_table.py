@@ -11,23 +11,21 @@ task beside the same batch with 8 tasks.
 from __future__ import annotations
 
 import shutil
-import statistics
-import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from harness import cores, make_parser, markdown, median_ratio, our_program, positive, take_turns
+from harness import cores, make_parser, markdown, median_ratio, positive, take_turns
 from safetensors.numpy import load_file, save_file
+from swappable import PROMPT, export, measured
 
 from ia3_export.onnx.exported import file_name
 from ia3_export.onnx.files import size_of
-from ia3_export.onnx.runtime import OnnxModel, first_step, next_step, open_model
+from ia3_export.onnx.runtime import OnnxModel, first_step, open_model
 
-PROMPT, TOKENS, TEXTS = 64, 32, 8
+TEXTS = 8
 
 
 def main() -> None:
@@ -42,13 +40,17 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folded, table = Path(scratch) / "folded", Path(scratch) / "table"
-        adapters = [Path(options.adapter), *others(Path(options.adapter), options.tasks - 1, Path(scratch))]
+        more = others(Path(options.adapter), options.tasks - 1, Path(scratch))
+        adapters = [options.adapter, *map(str, more)]
         export(options.base, adapters[:1], folded, options.precision)
         export(options.base, adapters, table, options.precision, "--task-table")
         times, sizes = [], []
         for precision in options.precision.split(","):
             graphs = [folder / "onnx" / file_name("model", precision) for folder in (folded, table)]
-            times.append((precision, *measured(graphs, options.rounds, options.threads)))
+            plain = open_model([graphs[0]], threads=options.threads)
+            tabled = open_model([graphs[1]], threads=options.threads, task=1)
+            cells = measured(plain, tabled, options.rounds)
+            times.append((precision, *cells, f"{mixed(tabled, options.rounds):.3f}"))
             one, many = (size_of(graph) for graph in graphs)
             sizes.append((precision, f"{one:,}", f"{many:,}", f"{(many - one) / options.tasks:,.0f}"))
         print(f"{cores()} cores, {options.threads} thread(s), {options.rounds} rounds\n")
@@ -71,45 +73,6 @@ def others(adapter: Path, count: int, folder: Path) -> list[Path]:
         values = {n: 1 + 0.1 * random.standard_normal(v.shape).astype("<f4") for n, v in stored.items()}
         save_file(values, made[-1] / "adapter_model.safetensors")
     return made
-
-
-def export(base: str, adapters: Sequence[Path], output: Path, precision: str, *more: str) -> None:
-    """Export without the proof, which `verify` and the tests make."""
-    given = [word for adapter in adapters for word in ("--adapter", str(adapter))]
-    command = [our_program(), "onnx", "--base", base, *given, "--output", str(output)]
-    subprocess.run([*command, "--precision", precision, "--no-verify", "--quiet", *more], check=True)
-
-
-def measured(graphs: Sequence[Path], rounds: int, threads: int) -> list[str]:
-    """Medians in milliseconds, folded and with the table, and their ratio: of a prompt, and of a token after
-    it; and the ratio of a batch of many tasks to one of one task."""
-    models = {
-        "folded": open_model([graphs[0]], threads=threads),
-        "table": open_model([graphs[1]], threads=threads, task=1),
-    }
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    for number, name in take_turns(list(models), rounds + 1):
-        seconds = one_run(models[name])
-        if number:
-            taken[name].append(seconds)
-    cells = []
-    for part in (0, 1):
-        one, other = ([run[part] for run in taken[name]] for name in ("folded", "table"))
-        cells += [f"{1000 * statistics.median(values):.2f}" for values in (one, other)]
-        cells.append(f"{median_ratio(other, one):.3f}")
-    return [*cells, f"{mixed(models['table'], rounds):.3f}"]
-
-
-def one_run(model: OnnxModel) -> tuple[float, float]:
-    """Seconds of a prompt, and of a token after it."""
-    ids = np.random.default_rng(0).integers(5, 60, (1, PROMPT))
-    start = time.perf_counter()
-    step = first_step(model, {}, ids)
-    prompt = time.perf_counter() - start
-    start = time.perf_counter()
-    for _ in range(TOKENS):
-        step = next_step(model, step, step.outputs["logits"].numpy()[:, -1:].argmax(-1))
-    return prompt, (time.perf_counter() - start) / TOKENS
 
 
 def mixed(model: OnnxModel, rounds: int) -> float:
