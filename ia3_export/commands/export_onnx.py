@@ -264,8 +264,11 @@ def _export(
         make_cases(model, tokenizer=find_tokenizer(checkpoint.folder)) if "int4" in graphs.precisions else []
     )
     swapped = named_as_in(model, source.swapped) if source.swapped else []
+    brought = swapped[0].extras if swapped else ()
     live = (
-        attach_tables(model, swapped) if graphs.task_table else attach_vectors(model, live_vectors(swapped))
+        attach_tables(model, swapped)
+        if graphs.task_table
+        else attach_vectors(model, live_vectors(swapped), brought)
     )
     specs = plan_graphs(model, task, sample_inputs(model), graphs.decoder, sentence)
     specs = [live.planned(spec) for spec in specs]
@@ -275,7 +278,7 @@ def _export(
     for graph in traced if swapped else ():
         fill(graph.path, live.values, unread=[TASK])
     if graphs.swappable:  # what adapters bring takes the place of numbers, not of codes
-        traced = [replace(graph, left=frozenset(swapped[0].extras)) for graph in traced]
+        traced = [replace(graph, left=frozenset(brought)) for graph in traced]
     return traced, cases, swapped
 
 

@@ -204,6 +204,8 @@ def _plan(held: OnnxBase, adapters: Sequence[Adapter], base: str | Path | None) 
     if base is None:
         plan = make_plan(make_base(checkpoint_of(held)), adapters, DEFAULT_RECIPE)
         _raise_unnamed(plan, held)
+        # what a checkpoint would lack besides, equal small tensors are kept once in a graph
+        plan = replace(plan, warnings=tuple(w for adapter in plan.adapters for w in adapter.warnings))
     else:
         whole = read_base(base)
         stored = replace(whole.stored, folded=(*whole.stored.folded, *read_folded(held.folder)))

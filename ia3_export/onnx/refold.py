@@ -121,10 +121,11 @@ class Rewriting:
         """
         name, dtype = f"{place.name}_dense", "F32"
         if place.name in self.graph.coded:
+            held = dense_form(read_values(tensor))
+            weight = find_coded(self.graph, place.name, columns=tensor.shape[-1])
+            shape = weight.values().shape
             for part, array in rewire(self.graph, place.name).items():
                 self._set(part, array)
-            held = dense_form(read_values(tensor))
-            shape = self.graph.spans[self.graph.coded[place.name]].shape
             self.dense.append(place.name)
             self.rewired = True
         else:

@@ -87,11 +87,12 @@ class Live:
     planned: Callable[[GraphSpec], GraphSpec]
 
 
-def attach_vectors(model: Any, vectors: Sequence[LiveVector]) -> Live:
+def attach_vectors(model: Any, vectors: Sequence[LiveVector], brought: Collection[str] = ()) -> Live:
     """Multiply the activations of `model` with parameters of its own, one for each of `vectors`, which a
     trace then holds as initializers.
 
-    Their values are random: equal ones would be kept once, and ones be optimized away.
+    Their values are random: equal ones would be kept once, and ones be optimized away. So are, until `fill`
+    gives them back, those of the biases and norms among the parameters that adapters have `brought`.
     """
     import torch
 
@@ -99,12 +100,30 @@ def attach_vectors(model: Any, vectors: Sequence[LiveVector]) -> Live:
     for vector in vectors:
         target = multiplied(model, modules, vector.module)
         trailing = (1,) * max(0, target.weight.dim() - 2)  # a convolution's channels come before its axes
-        values = 1 + torch.rand((vector.size, *trailing), generator=generator)
+        random = 1 + torch.rand((vector.size, *trailing), generator=generator)
         holder = torch.nn.ParameterDict() if not hasattr(target, "ia3_l") else target.ia3_l
-        holder[f"{vector.direction}put"] = torch.nn.Parameter(values, requires_grad=False)
+        holder[f"{vector.direction}put"] = torch.nn.Parameter(random, requires_grad=False)
         target.ia3_l = holder
         _multiply(target, vector.direction)
-    return Live({vector.name: np.ones((), "<f4") for vector in vectors}, lambda spec: spec)
+    values = {vector.name: np.ones((), "<f4") for vector in vectors}
+    return Live(values | _hidden(model, brought, generator), lambda spec: spec)
+
+
+def _hidden(model: Any, names: Collection[str], generator: Any) -> dict[str, Array]:
+    """Replace the numbers of the parameters `names` that have one axis by random ones; what they were, by
+    every name that the model has for them."""
+    import torch
+
+    state, kept = model.state_dict(keep_vars=True), dict[str, Array]()
+    for name in names:
+        parameter = state.get(name)
+        if name not in kept and parameter is not None and parameter.dim() == 1:
+            values = parameter.detach().numpy().copy()
+            same = [n for n, other in state.items() if other.data_ptr() == parameter.data_ptr()]
+            kept |= dict.fromkeys(same, values)
+            with torch.no_grad():
+                parameter.copy_(torch.rand(parameter.shape, generator=generator))
+    return kept
 
 
 def multiplied(model: Any, modules: Mapping[str, Any], path: str) -> Any:
