@@ -56,11 +56,11 @@ def _probe(tensor: StoredTensor) -> _Probe | None:
     if len(tensor.shape) not in (1, 2) or tensor.dtype not in ("F64", "F32", "F16", "BF16"):
         return None
     rows, columns = tensor.shape if len(tensor.shape) == 2 else (1, tensor.shape[0])
-    picked = {row: _elements(tensor, row * columns, columns) for row in {0, rows // 2, rows - 1}}
+    picked = {row: elements(tensor, row * columns, columns) for row in {0, rows // 2, rows - 1}}
     return _Probe((rows, columns), picked) if any(values.any() for values in picked.values()) else None
 
 
-def _elements(tensor: StoredTensor, first: int, count: int) -> Array:
+def elements(tensor: StoredTensor, first: int, count: int) -> Array:
     """Elements of a stored tensor, float32."""
     stored = storage_dtype(tensor.dtype)
     if tensor.computed is not None:

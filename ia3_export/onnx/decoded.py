@@ -67,6 +67,20 @@ def scales_of(graph: GraphFile, own: str) -> ScalesOfCodes:
     return ScalesOfCodes(shape[0], arrays, halves=_halves(graph, arrays))
 
 
+def outputs_first_shape(graph: GraphFile, own: str, columns: int) -> tuple[int, ...]:
+    """The shape of the weight that codes stand for, outputs first.
+
+    Where no product says how many inputs there are, so many `columns` if the last block can hold them.
+    """
+    shape = graph.spans[graph.coded[own]].shape
+    if not in_blocks(graph.coded[own], shape):
+        return shape[::-1] if outputs_last(graph, own) else shape
+    weight = find_coded(graph, own, columns=columns)
+    block = shape[2] * 8 // (weight.bits or 8)
+    held = weight.columns or 0
+    return (shape[0], held) if -(-held // block) == shape[1] else shape
+
+
 def in_blocks(codes: str, shape: Sequence[int]) -> bool:
     """Whether an initializer of this name and shape has the codes of ``MatMulNBits``."""
     return len(shape) == 3 and not codes.rstrip("_").endswith("quantized")

@@ -64,7 +64,7 @@ def external_files(path: Path) -> list[Path]:
         ) from error
     tensors = (*graph.initializer, *(t for node in walk_nodes(graph) for t in _held(node)))
     names = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
-    return [path.with_name(name) for name in sorted(names, key=lambda name: (len(name), name))]
+    return [path.parent / name for name in sorted(names, key=lambda name: (len(name), name))]
 
 
 def size_of(path: Path) -> int:
@@ -79,6 +79,15 @@ def walk_nodes(graph: Any) -> Iterator[Any]:
         for attribute in node.attribute:
             for body in (attribute.g, *attribute.graphs):
                 yield from walk_nodes(body)
+
+
+def bodies(graph: Any) -> Iterator[Any]:
+    """An ``onnx.GraphProto`` and the bodies in it."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs):
+                yield from bodies(body)
 
 
 def _held(node: Any) -> Iterator[Any]:

@@ -12,9 +12,10 @@ import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ia3_export.checkpoint.hub import lies_within
 from ia3_export.errors import DamagedFile, NotFound, Refused, first_line
 
 _VARINT, _FIXED64, LENGTH, _FIXED32 = 0, 1, 2, 5
@@ -99,8 +100,10 @@ def span_of(tensor: Any, path: Path) -> Span | None:
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         return None
     entries = {entry.key: entry.value for entry in tensor.external_data}
-    file = path.parent / entries.get("location", "")
-    if not file.resolve().is_relative_to(path.parent.resolve()):
+    location = PurePosixPath(entries.get("location", ""))
+    file = path.parent / location
+    outside = location.is_absolute() or ".." in location.parts
+    if outside or not (file == path or lies_within(file, path.parent)):
         raise Refused(
             f"{path} names the external data file {file}, which lies outside its folder",
             hint="do not use this file; tell whoever published it",
