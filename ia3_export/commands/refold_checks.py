@@ -116,7 +116,7 @@ def _layer(name: str) -> str:
 def _uses(graph: GraphFile, place: Place) -> int:
     """How many nodes of one graph or body read a tensor.
 
-    Whatever adds a bias; the products of a matrix, and the biases after one that was merged with an equal one.
+    Whatever adds a bias; the products of a matrix, and the biases after one that was merged with its equal.
     """
     name = graph.coded.get(place.name, place.name)
     if name not in graph.spans:

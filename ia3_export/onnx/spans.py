@@ -108,8 +108,16 @@ def span_of(tensor: Any, path: Path) -> Span | None:
             f"{path} names the external data file {file}, which lies outside its folder",
             hint="do not use this file; tell whoever published it",
         )
-    kind = onnx.TensorProto.DataType.Name(tensor.data_type)
     shape = tuple(tensor.dims)
+    try:
+        kind = onnx.TensorProto.DataType.Name(tensor.data_type)
+    except ValueError:
+        kind = ""
+    if not kind or min(shape, default=0) < 0:
+        raise DamagedFile(
+            f"{path}: {tensor.name} has the type {tensor.data_type} and the shape {list(shape)}",
+            hint="the file is damaged or was made by hand; export or fetch it again",
+        )
     try:
         offset, size = int(entries.get("offset", 0)), file.stat().st_size
         nbytes = int(entries.get("length", size - offset))
