@@ -7,6 +7,7 @@ products of them with the same value. What is multiplied into it reaches them al
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -121,10 +122,10 @@ def _uses(graph: GraphFile, place: Place) -> int:
     name = graph.coded.get(place.name, place.name)
     if name not in graph.spans:
         return 0
-    if len(graph.spans[name].shape) > 1 and not _looked_up(graph, name):
-        uses = {node.output[0]: max(1, _biases(graph, node)) for node, _ in products_of(graph, name)}
-    else:
-        uses = dict.fromkeys((node.output[0] for node in graph.readers.get(name, ())), 1)
+    uses = dict.fromkeys((node.output[0] for node in graph.readers.get(name, ())), 1)
+    if len(graph.spans[name].shape) > 1:
+        with suppress(Unsupported):  # what looks rows up, or an operator that is refused by its name later
+            uses = {node.output[0]: max(1, _biases(graph, node)) for node, _ in products_of(graph, name)}
     inside = (
         sum(uses.get(node.output[0], 0) for node in body.node if node.output)
         for body in bodies(graph.model.graph)
@@ -136,10 +137,6 @@ def _biases(graph: GraphFile, product: Any) -> int:
     """The initializers that are added to what a product gives."""
     readers = graph.readers.get(product.output[0], ())
     return sum(node.op_type == "Add" and any(n in graph.spans for n in node.input) for node in readers)
-
-
-def _looked_up(graph: GraphFile, name: str) -> bool:
-    return any(node.op_type in ("Gather", "Shape") for node in graph.readers.get(name, ()))
 
 
 def _all_zero(graph: GraphFile, places: Sequence[Place]) -> bool:

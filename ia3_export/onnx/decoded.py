@@ -125,7 +125,16 @@ def _check_readers(graph: GraphFile, own: str, nodes: Any) -> None:
     """Raise `Unsupported` where what the weight gives is rounded again by a scale that was measured on the
     base."""
     for node in nodes:
-        if node.op_type not in ("MatMulInteger", "DequantizeLinear", "DynamicQuantizeMatMul"):
+        if not node.op_type.startswith("QLinear") and node.op_type not in (
+            "MatMulInteger",
+            "DequantizeLinear",
+            "DynamicQuantizeMatMul",
+        ):
+            raise Unsupported(
+                f"{graph.path.name} multiplies with {own} in a {node.op_type}, which takes no vector here",
+                hint=_HINT,
+            )
+        if node.op_type.startswith("QLinear"):
             raise Unsupported(
                 f"{graph.path.name} multiplies with {own} in a {node.op_type}, whose output has a scale "
                 "that was measured on the base",
@@ -292,11 +301,31 @@ def products_of(graph: GraphFile, codes: str) -> list[tuple[Any, int]]:
                 found.append((node, slot))
             elif node.op_type in ("Gather", "Shape"):
                 raise Unsupported(f"{graph.path.name} looks rows of {codes} up as well", hint=_HINT)
+            elif not all(_is_constant(graph, name) for name in node.input):
+                raise Unsupported(
+                    f"{graph.path.name} computes with {codes} in a {node.op_type}, which is not known here",
+                    hint=_HINT,
+                )
             else:
                 new = [name for name in node.output if name not in seen]
                 waiting += new
                 seen.update(new)
     return found
+
+
+def _is_constant(graph: GraphFile, name: str) -> bool:
+    """Whether a value is made of initializers alone."""
+    waiting, seen = [name], {name}
+    while waiting:
+        value = waiting.pop()
+        if value in graph.constants:
+            continue
+        if value not in graph.makers:
+            return False
+        new = [source for source in graph.makers[value].input if source not in seen]
+        waiting += new
+        seen.update(new)
+    return True
 
 
 def around(graph: GraphFile, node: Any) -> tuple[str, Any]:

@@ -76,9 +76,14 @@ def walk_nodes(graph: Any) -> Iterator[Any]:
     """The nodes of an ``onnx.GraphProto`` and of the bodies in it."""
     for node in graph.node:
         yield node
-        for attribute in node.attribute:
-            for body in (attribute.g, *attribute.graphs):
-                yield from walk_nodes(body)
+        yield from walk_bodies(node)
+
+
+def walk_bodies(node: Any) -> Iterator[Any]:
+    """The nodes of the bodies in a node."""
+    for attribute in node.attribute:
+        for body in (attribute.g, *attribute.graphs):
+            yield from walk_nodes(body)
 
 
 def bodies(graph: Any) -> Iterator[Any]:
@@ -86,7 +91,7 @@ def bodies(graph: Any) -> Iterator[Any]:
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
-            for body in (attribute.g, *attribute.graphs):
+            for body in (attribute.g,) if attribute.HasField("g") else attribute.graphs:
                 yield from bodies(body)
 
 

@@ -45,6 +45,11 @@ class GraphFile:
         return {span.name: span for span in found if span is not None}
 
     @cached_property
+    def constants(self) -> frozenset[str]:
+        """The names of all initializers, and of what is left out in a list of inputs."""
+        return frozenset(("", *(tensor.name for tensor in initializers(self.model.graph))))
+
+    @cached_property
     def readers(self) -> Mapping[str, Sequence[Any]]:
         """The nodes that take a value, by its name; those in bodies, too."""
         found: dict[str, list[Any]] = {}

@@ -108,16 +108,7 @@ def span_of(tensor: Any, path: Path) -> Span | None:
             f"{path} names the external data file {file}, which lies outside its folder",
             hint="do not use this file; tell whoever published it",
         )
-    shape = tuple(tensor.dims)
-    try:
-        kind = onnx.TensorProto.DataType.Name(tensor.data_type)
-    except ValueError:
-        kind = ""
-    if not kind or min(shape, default=0) < 0:
-        raise DamagedFile(
-            f"{path}: {tensor.name} has the type {tensor.data_type} and the shape {list(shape)}",
-            hint="the file is damaged or was made by hand; export or fetch it again",
-        )
+    kind, shape = _kind_of(tensor, path), tuple(tensor.dims)
     try:
         offset, size = int(entries.get("offset", 0)), file.stat().st_size
         nbytes = int(entries.get("length", size - offset))
@@ -139,6 +130,22 @@ def span_of(tensor: Any, path: Path) -> Span | None:
             hint="the file is damaged or was made by hand; export or fetch it again",
         )
     return Span(name=tensor.name, dtype=kind, shape=shape, file=file, offset=offset, nbytes=nbytes)
+
+
+def _kind_of(tensor: Any, path: Path) -> str:
+    """ONNX's name of the element type. Raises `DamagedFile` where there is none, or a size is negative."""
+    import onnx
+
+    try:
+        kind: str = onnx.TensorProto.DataType.Name(tensor.data_type)
+    except ValueError:
+        kind = ""
+    if not kind or min(tensor.dims, default=0) < 0:
+        raise DamagedFile(
+            f"{path}: {tensor.name} has the type {tensor.data_type} and the shape {list(tensor.dims)}",
+            hint="the file is damaged or was made by hand; export or fetch it again",
+        )
+    return kind
 
 
 def _bytes_of(tensor: Any) -> int | None:

@@ -164,6 +164,33 @@ def test_external_data_in_a_subfolder_stay_there(llama: tuple[Path, Path], tmp_p
     assert (tmp_path / "out" / "onnx" / "weights" / "model.bin").is_file()
 
 
+def test_both_branches_of_a_merged_decoder_take_the_vectors(tmp_path: Path) -> None:
+    kind = KINDS["t5"]
+    zoo.build(kind).save_pretrained(tmp_path / "base")
+    zoo.adapt(zoo.build(kind), kind, seed=1).save_pretrained(tmp_path / "adapter")
+    merged = ("--output", tmp_path / "exported", "--decoder", "if", "--no-verify")
+    assert run("onnx", "--model", tmp_path / "base", *merged).code == 0
+    ran = refold(tmp_path / "exported", tmp_path / "adapter", tmp_path / "out")
+    assert ran.code == 0, ran.stderr
+    sources = ("--base", tmp_path / "base", "--adapter", tmp_path / "adapter")
+    ran = run("verify", *sources, "--onnx", tmp_path / "out")
+    assert ran.code == 0, ran.stdout
+
+
+def test_a_weight_in_an_unknown_operator_is_refused_by_name(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    """Products further down are none of it."""
+    adapter, exported = llama
+    shutil.copytree(exported, tmp_path / "odd", ignore=shutil.ignore_patterns("*int8*"))
+    path = tmp_path / "odd" / "onnx" / "model.onnx"
+    model = onnx.load(path)
+    node = next(node for node in model.graph.node if KEY in node.input)
+    node.op_type, node.domain = "FusedMatMul", "com.microsoft"
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    path.write_bytes(model.SerializeToString())
+    ran = refold(tmp_path / "odd", adapter, tmp_path / "out")
+    assert ran.code == 3 and "FusedMatMul" in ran.stderr and "k_proj" in ran.stderr
+
+
 def test_a_configuration_of_odd_values_is_no_crash(llama: tuple[Path, Path], tmp_path: Path) -> None:
     adapter, exported = llama
     shutil.copytree(exported, tmp_path / "odd")
