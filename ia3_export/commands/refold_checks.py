@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from ia3_export.checkpoint.header import StoredTensor, read_values, same_bytes
-from ia3_export.errors import Unsupported
-from ia3_export.onnx.content import elements
+from ia3_export.errors import Refused, Unsupported
+from ia3_export.onnx.content import content_places, elements, probe_of
 from ia3_export.onnx.decoded import products_of, values_of
 from ia3_export.onnx.files import bodies
 from ia3_export.onnx.places import GraphFile, Place
+from ia3_export.onnx.refold import FLOATS
 from ia3_export.planning.changes import Change
 from ia3_export.planning.plan import Plan
 
@@ -89,6 +90,27 @@ def require_told_apart(
                 f"{name} and {twin} are equal in the base, and {graph.path.name} does not tell one from the "
                 "other",
                 hint=_MERGED,
+            )
+
+
+def require_same_values(
+    graph: GraphFile, named: Places, wanted: Collection[str], tensors: Mapping[str, StoredTensor]
+) -> None:
+    """Raise `Refused` where a name leads to floats that are not those of the base.
+
+    Codes are not compared: quantizers may move weights by more than a step.
+    """
+    for name in sorted(named.keys() & wanted):
+        tensor = tensors[name]
+        spots = {p.name for p in named[name] if p.name in graph.spans and graph.spans[p.name].dtype in FLOATS}
+        if not spots or tensor.computed is not None or probe_of(tensor) is None:
+            continue
+        taken = (graph.spans.keys() | graph.coded.keys()) - spots
+        found = content_places(graph, {name: tensor}, taken).get(name, ())
+        if {place.name for place in found} != spots:
+            raise Refused(
+                f"{graph.path.name} holds other values under the name of {name} than the base",
+                hint="give the checkpoint that the graph was made of; or its manifest is another export's",
             )
 
 

@@ -19,7 +19,13 @@ from ia3_export.checkpoint.hub import lies_within, locate
 from ia3_export.checkpoint.manifest import MANIFEST, read_folded, read_record
 from ia3_export.checkpoint.ranges import hash_file
 from ia3_export.commands.export_onnx import SCHEMA, OnnxExport, OnnxFile
-from ia3_export.commands.refold_checks import BROUGHT, require_alone, require_held, require_told_apart
+from ia3_export.commands.refold_checks import (
+    BROUGHT,
+    require_alone,
+    require_held,
+    require_same_values,
+    require_told_apart,
+)
 from ia3_export.errors import NotFound, Refused, Unsupported, UnusedVector, UsageError
 from ia3_export.fold import DTYPE_BITS
 from ia3_export.models.modules import CONV1D_MODEL_TYPES, model_types
@@ -236,6 +242,7 @@ def _found(
         named = {name: found for name, found in held.places[graph.path].items() if name in dense}
         absent = {name: dense[name] for name in wanted - named.keys() if name in dense}
         require_told_apart(graph, named, wanted, dense)
+        require_same_values(graph, named, wanted, dense)
         taken = {place.name for found in named.values() for place in found}
         places[graph.path] = {**named, **search(graph, absent, taken)}
     return places

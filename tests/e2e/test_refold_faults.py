@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -189,6 +190,18 @@ def test_a_weight_in_an_unknown_operator_is_refused_by_name(llama: tuple[Path, P
     path.write_bytes(model.SerializeToString())
     ran = refold(tmp_path / "odd", adapter, tmp_path / "out")
     assert ran.code == 3 and "FusedMatMul" in ran.stderr and "k_proj" in ran.stderr
+
+
+def test_names_that_contradict_the_base_are_refused(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    adapter, exported = llama
+    shutil.copytree(exported, tmp_path / "lie")
+    provenance = json.loads((exported / "ia3_export.json").read_text())["provenance"]
+    rows, other = provenance["model"], KEY.replace("k_proj", "v_proj")
+    rows[KEY], rows[other] = rows[other], rows[KEY]
+    edit_json(tmp_path / "lie" / "ia3_export.json", provenance=provenance)
+    ran = refold(tmp_path / "lie", adapter, tmp_path / "out", "--base", exported.parent / "base")
+    assert ran.code == 3 and "other values under the name" in ran.stderr
+    assert refold(exported, adapter, tmp_path / "out", "--base", exported.parent / "base").code == 0
 
 
 def test_a_configuration_of_odd_values_is_no_crash(llama: tuple[Path, Path], tmp_path: Path) -> None:
