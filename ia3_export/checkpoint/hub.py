@@ -60,6 +60,18 @@ def locate(source: str | Path, *, ignore: Sequence[str] = ()) -> Location:
     return _download(text, match["repo"], match["revision"], ignore)
 
 
+def lies_within(file: Path, folder: Path) -> bool:
+    """Whether a file lies in a folder when links are followed.
+
+    In a snapshot of huggingface_hub's cache files are links to the blobs beside the snapshots, which count.
+    """
+    real = file.resolve()
+    if real.is_relative_to(folder.resolve()):
+        return True
+    snapshots = next((up for up in folder.absolute().parents if up.name == "snapshots"), None)
+    return snapshots is not None and real.parent == snapshots.parent.resolve() / "blobs"
+
+
 def _download(text: str, repo: str, revision: str | None, ignore: Sequence[str]) -> Location:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import tqdm

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ia3_export.checkpoint.side_files import mapping
 from ia3_export.commands.export_verdict import require
 from ia3_export.commands.refolding import OnnxBase, changed_places
 from ia3_export.errors import Unsupported, first_line
@@ -148,8 +149,9 @@ def _sized(model: OnnxModel, size: int) -> OnnxModel:
 
 
 def _head_size(config: Mapping[str, Any]) -> int:
-    heads = config.get("num_attention_heads") or 1
-    return int(config.get("head_dim") or (config.get("hidden_size") or heads) // heads)
+    given = (config.get(name) for name in ("num_attention_heads", "hidden_size", "head_dim"))
+    heads, width, size = (value if type(value) is int and value > 0 else None for value in given)
+    return size or (width or 1) // (heads or 1) or 1
 
 
 def _limit(plan: Plan, precision: str, effect: float, scale: float) -> float:
@@ -229,5 +231,5 @@ def _tokens(held: OnnxBase, plan: Plan) -> tuple[Array, str]:
 
 def _vocabulary(plan: Plan) -> int:
     config = plan.base.stored.config or {}
-    found = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    found = config.get("vocab_size") or mapping(config.get("text_config")).get("vocab_size")
     return found if isinstance(found, int) and found > 0 else 100

@@ -10,17 +10,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ia3_export.adapters import read_adapter
 from ia3_export.adapters.model import Adapter
 from ia3_export.arguments import check_arguments
 from ia3_export.checkpoint.folder import Checkpoint, read_config
 from ia3_export.checkpoint.header import Computed, StoredTensor, count_elements
-from ia3_export.checkpoint.hub import locate
+from ia3_export.checkpoint.hub import lies_within, locate
 from ia3_export.checkpoint.manifest import MANIFEST, read_folded, read_record
 from ia3_export.checkpoint.ranges import hash_file
 from ia3_export.commands.export_onnx import SCHEMA, OnnxExport, OnnxFile
+from ia3_export.commands.refold_checks import (
+    BROUGHT,
+    require_alone,
+    require_held,
+    require_same_values,
+    require_told_apart,
+)
 from ia3_export.errors import NotFound, Refused, Unsupported, UnusedVector, UsageError
 from ia3_export.fold import DTYPE_BITS
 from ia3_export.models.modules import CONV1D_MODEL_TYPES, model_types
@@ -40,7 +45,6 @@ from ia3_export.writing.manifest import as_folded, list_files, tool
 from ia3_export.writing.stage import check_target, copy_file, staged
 
 _FOLDS = ("fold",)
-_BROUGHT = ("replace", "add")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -232,13 +236,15 @@ def _found(
     held: OnnxBase, plan: Plan, search: Callable[..., Mapping[str, Sequence[Place]]]
 ) -> dict[Path, Mapping[str, Sequence[Place]]]:
     """The places of the tensors that `plan` changes, those by content where names do not tell."""
-    wanted = {name for name, change in plan.changes.items() if change.how in (*_FOLDS, *_BROUGHT)}
+    wanted = {name for name, change in plan.changes.items() if change.how in (*_FOLDS, *BROUGHT)}
     wanted |= {change.name for change in _moves(plan).changes.values() if change.how in _FOLDS}
     dense = plan.base.dense.tensors
     places: dict[Path, Mapping[str, Sequence[Place]]] = {}
     for graph in held.graphs:
         named = {name: found for name, found in held.places[graph.path].items() if name in dense}
         absent = {name: dense[name] for name in wanted - named.keys() if name in dense}
+        require_told_apart(graph, named, wanted, dense)
+        require_same_values(graph, named, wanted, dense)
         taken = {place.name for found in named.values() for place in found}
         places[graph.path] = {**named, **search(graph, absent, taken)}
     return places
@@ -261,6 +267,10 @@ def _fold(held: OnnxBase, model: Sequence[GraphFile], plan: Plan) -> Iterator[Re
     changes = {
         name: change for name, change in moved.changes.items() if change.how not in ("cast", "dequantize")
     }
+    require_held(model, [held.places[graph.path] for graph in model], moved)
+    if not plan.base.stored.shards:  # names alone
+        for graph in model:
+            require_alone(graph, held.places[graph.path], changes)
     plain = {plain_stem(graph.path): graph for graph in held.graphs if graph.precision == "fp32"}
     for graph in model:
         rewriting = Rewriting(graph=graph, plain=plain.get(plain_stem(graph.path)))
@@ -270,14 +280,12 @@ def _fold(held: OnnxBase, model: Sequence[GraphFile], plan: Plan) -> Iterator[Re
                 _apply(rewriting, place, change, plan.changes.get(name))
         rewriting.finish()
         yield rewriting
-    missing = [n for n in changes if not any(n in held.places[graph.path] for graph in model)]
-    _require(missing, changes, plan, model)
 
 
 def _apply(rewriting: Rewriting, place: Place, change: Change, before: Change | None) -> None:
     """Note a change of a tensor; its vectors that were not there `before` were moved to its outputs."""
     own = {id(scale) for scale in before.scales} if before is not None else set()
-    if change.how in _BROUGHT:
+    if change.how in BROUGHT:
         rewriting.replace(place, change.source)
     elif change.how != "fold":
         raise Unsupported(
@@ -296,28 +304,6 @@ def _apply(rewriting: Rewriting, place: Place, change: Change, before: Change | 
 def changed_places(rewriting: Rewriting) -> list[tuple[Place, PlacedVector]]:
     """Every vector of a rewritten graph, and where it lies."""
     return [one for laid in (*rewriting.folds.values(), *rewriting.rows.values()) for one in laid]
-
-
-def _require(
-    missing: Sequence[str], changes: Mapping[str, Change], plan: Plan, model: Sequence[GraphFile]
-) -> None:
-    """Raise `Unsupported` for tensors that no graph of a model holds."""
-    for name in missing:
-        change = changes[name]
-        if change.how in _BROUGHT or (name.endswith(".bias") and _is_zero(plan, name)):
-            continue  # a graph of hidden states has no head; equal small tensors are kept once
-        raise Unsupported(
-            f"{' + '.join(graph.path.name for graph in model)} holds {name} under no name that tells it: the "
-            "graph was optimized, quantized or exported so that the site is gone",
-            hint="give --base to look for it by its values, or export the merged model instead",
-        )
-
-
-def _is_zero(plan: Plan, name: str) -> bool:
-    from ia3_export.checkpoint.header import read_values
-
-    tensor = plan.base.dense.tensors[name]
-    return tensor.computed is None and not np.any(read_values(tensor))
 
 
 def _write(held: OnnxBase, written: Sequence[Rewriting], stage: Path) -> list[Path]:
@@ -346,7 +332,7 @@ def _copy_rest(held: OnnxBase, plan: Plan, stage: Path) -> None:
                 or ".onnx_data" in path.name
             ):
                 continue
-            if not path.resolve().is_relative_to(held.folder.resolve()):
+            if not lies_within(path, held.folder):
                 continue
             copy_file(path, there)
     if plan.config is not None:

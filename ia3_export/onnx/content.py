@@ -40,7 +40,7 @@ def content_places(
 ) -> dict[str, list[Place]]:
     """The places of `tensors` in `graph`, among the initializers that are not `taken`. Tensors of zeros are
     not looked for: nothing changes in them."""
-    probes = {name: probe for name, tensor in tensors.items() if (probe := _probe(tensor)) is not None}
+    probes = {name: probe for name, tensor in tensors.items() if (probe := probe_of(tensor)) is not None}
     found: dict[str, list[Place]] = {}
     for own in [own for own in graph.coded if own not in taken and graph.spans[graph.coded[own]].nbytes > 1]:
         for name, place in _among_codes(graph, own, probes):
@@ -52,15 +52,16 @@ def content_places(
     return found
 
 
-def _probe(tensor: StoredTensor) -> _Probe | None:
+def probe_of(tensor: StoredTensor) -> _Probe | None:
+    """Three rows of a matrix or vector; None for tensors of more axes, and for rows of zeros."""
     if len(tensor.shape) not in (1, 2) or tensor.dtype not in ("F64", "F32", "F16", "BF16"):
         return None
     rows, columns = tensor.shape if len(tensor.shape) == 2 else (1, tensor.shape[0])
-    picked = {row: _elements(tensor, row * columns, columns) for row in {0, rows // 2, rows - 1}}
+    picked = {row: elements(tensor, row * columns, columns) for row in {0, rows // 2, rows - 1}}
     return _Probe((rows, columns), picked) if any(values.any() for values in picked.values()) else None
 
 
-def _elements(tensor: StoredTensor, first: int, count: int) -> Array:
+def elements(tensor: StoredTensor, first: int, count: int) -> Array:
     """Elements of a stored tensor, float32."""
     stored = storage_dtype(tensor.dtype)
     if tensor.computed is not None:

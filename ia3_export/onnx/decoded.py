@@ -67,6 +67,20 @@ def scales_of(graph: GraphFile, own: str) -> ScalesOfCodes:
     return ScalesOfCodes(shape[0], arrays, halves=_halves(graph, arrays))
 
 
+def outputs_first_shape(graph: GraphFile, own: str, columns: int) -> tuple[int, ...]:
+    """The shape of the weight that codes stand for, outputs first.
+
+    Where no product says how many inputs there are, so many `columns` if the last block can hold them.
+    """
+    shape = graph.spans[graph.coded[own]].shape
+    if not in_blocks(graph.coded[own], shape):
+        return shape[::-1] if outputs_last(graph, own) else shape
+    weight = find_coded(graph, own, columns=columns)
+    block = shape[2] * 8 // (weight.bits or 8)
+    held = weight.columns or 0
+    return (shape[0], held) if -(-held // block) == shape[1] else shape
+
+
 def in_blocks(codes: str, shape: Sequence[int]) -> bool:
     """Whether an initializer of this name and shape has the codes of ``MatMulNBits``."""
     return len(shape) == 3 and not codes.rstrip("_").endswith("quantized")
@@ -111,7 +125,16 @@ def _check_readers(graph: GraphFile, own: str, nodes: Any) -> None:
     """Raise `Unsupported` where what the weight gives is rounded again by a scale that was measured on the
     base."""
     for node in nodes:
-        if node.op_type not in ("MatMulInteger", "DequantizeLinear", "DynamicQuantizeMatMul"):
+        if not node.op_type.startswith("QLinear") and node.op_type not in (
+            "MatMulInteger",
+            "DequantizeLinear",
+            "DynamicQuantizeMatMul",
+        ):
+            raise Unsupported(
+                f"{graph.path.name} multiplies with {own} in a {node.op_type}, which takes no vector here",
+                hint=_HINT,
+            )
+        if node.op_type.startswith("QLinear"):
             raise Unsupported(
                 f"{graph.path.name} multiplies with {own} in a {node.op_type}, whose output has a scale "
                 "that was measured on the base",
@@ -278,11 +301,31 @@ def products_of(graph: GraphFile, codes: str) -> list[tuple[Any, int]]:
                 found.append((node, slot))
             elif node.op_type in ("Gather", "Shape"):
                 raise Unsupported(f"{graph.path.name} looks rows of {codes} up as well", hint=_HINT)
+            elif not all(_is_constant(graph, name) for name in node.input):
+                raise Unsupported(
+                    f"{graph.path.name} computes with {codes} in a {node.op_type}, which is not known here",
+                    hint=_HINT,
+                )
             else:
                 new = [name for name in node.output if name not in seen]
                 waiting += new
                 seen.update(new)
     return found
+
+
+def _is_constant(graph: GraphFile, name: str) -> bool:
+    """Whether a value is made of initializers alone."""
+    waiting, seen = [name], {name}
+    while waiting:
+        value = waiting.pop()
+        if value in graph.constants:
+            continue
+        if value not in graph.makers:
+            return False
+        new = [source for source in graph.makers[value].input if source not in seen]
+        waiting += new
+        seen.update(new)
+    return True
 
 
 def around(graph: GraphFile, node: Any) -> tuple[str, Any]:

@@ -64,7 +64,7 @@ def external_files(path: Path) -> list[Path]:
         ) from error
     tensors = (*graph.initializer, *(t for node in walk_nodes(graph) for t in _held(node)))
     names = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
-    return [path.with_name(name) for name in sorted(names, key=lambda name: (len(name), name))]
+    return [path.parent / name for name in sorted(names, key=lambda name: (len(name), name))]
 
 
 def size_of(path: Path) -> int:
@@ -76,9 +76,23 @@ def walk_nodes(graph: Any) -> Iterator[Any]:
     """The nodes of an ``onnx.GraphProto`` and of the bodies in it."""
     for node in graph.node:
         yield node
+        yield from walk_bodies(node)
+
+
+def walk_bodies(node: Any) -> Iterator[Any]:
+    """The nodes of the bodies in a node."""
+    for attribute in node.attribute:
+        for body in (attribute.g, *attribute.graphs):
+            yield from walk_nodes(body)
+
+
+def bodies(graph: Any) -> Iterator[Any]:
+    """An ``onnx.GraphProto`` and the bodies in it."""
+    yield graph
+    for node in graph.node:
         for attribute in node.attribute:
-            for body in (attribute.g, *attribute.graphs):
-                yield from walk_nodes(body)
+            for body in (attribute.g,) if attribute.HasField("g") else attribute.graphs:
+                yield from bodies(body)
 
 
 def _held(node: Any) -> Iterator[Any]:

@@ -17,6 +17,7 @@ from ia3_export.checkpoint.header import StoredTensor
 from ia3_export.errors import DamagedFile, Unsupported
 from ia3_export.fold import Array
 from ia3_export.onnx.decoded import around, products_of, values_of
+from ia3_export.onnx.files import bodies, walk_bodies
 from ia3_export.onnx.places import GraphFile, Place, outputs_last, read_graph_file
 from ia3_export.onnx.refold import PlacedVector, Rewriting
 from ia3_export.onnx.rewrite import write_graph
@@ -40,7 +41,7 @@ def write_live(
     """
     graph = read_graph_file(path)
     biases = frozenset(fold.place.name for fold in folds if len(fold.laid.shape) == 1)
-    heads, writer = Rewriting(graph=graph), _Writer(graph, biases)
+    heads, writer = Rewriting(graph=graph), _Writer(graph=graph, biases=biases)
     for place, tensor in brought:
         heads.replace(place, tensor)
     for fold in folds:
@@ -49,16 +50,23 @@ def write_live(
     write_graph(graph, heads.new, target, changed=True)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, kw_only=True)
 class _Writer:
     """`biases` are those with vectors. `half`: what is multiplied next is float16. `latest`: what readers of
-    a value read in its place so far."""
+    a value read in its place so far. `homes`: the graph or body that makes or holds a value."""
 
     graph: GraphFile
     biases: frozenset[str]
     count: int = 0
     half: bool = False
     latest: dict[str, str] = field(default_factory=dict)
+    homes: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for body in bodies(self.graph.model.graph):
+            made = (name for node in body.node for name in node.output)
+            held = (tensor.name for tensor in body.initializer)
+            self.homes.update(dict.fromkeys((*made, *held), body))
 
     def add(self, fold: LiveFold) -> None:
         place, laid = fold.place, fold.laid
@@ -109,6 +117,8 @@ class _Writer:
         old = last.output[0]
         bare = f"{old}.bare"
         last.output[0] = bare
+        if old in self.homes:
+            self.homes[bare] = self.homes[old]
         out = old
         if node.op_type in ("Gemm", "Conv") and len(node.input) > 2 and node.input[2] not in self.biases:
             out = f"{old}.unbiased"  # made by the exporter, of a normalization that comes after the vector
@@ -124,7 +134,7 @@ class _Writer:
         self.count += 1
         name = f"ia3.bias.{self.count}"
         self.graph.model.graph.initializer.append(onnx.numpy_helper.from_array(bias, name))
-        self.graph.model.graph.node.append(onnx.helper.make_node("Add", [value, name], [out], name=name))
+        self._put(onnx.helper.make_node("Add", [value, name], [out], name=name))
 
     def _outputs(self, fold: LiveFold) -> int:
         name = self.graph.coded.get(fold.place.name, fold.place.name)
@@ -162,30 +172,40 @@ class _Writer:
         kept = factors.astype("<f2" if self.half else "<f4")
         self.graph.model.graph.initializer.append(onnx.numpy_helper.from_array(kept, vector))
         name = f"ia3.live.{self.count}"
-        self.graph.model.graph.node.append(onnx.helper.make_node("Mul", [value, vector], [out], name=name))
+        self._put(onnx.helper.make_node("Mul", [value, vector], [out], name=name))
+
+    def _put(self, node: Any) -> None:
+        """Put a node into the graph or body that makes its first input."""
+        home = self.homes.get(node.input[0], self.graph.model.graph)
+        home.node.append(node)
+        self.homes[node.output[0]] = home
 
     def finish(self) -> None:
-        """Put the nodes in an order in which each has its inputs."""
-        graph = self.graph.model.graph
-        known = {port.name for port in graph.input} | {tensor.name for tensor in graph.initializer} | {""}
-        made = {name for node in graph.node for name in node.output}
-        waiting, ordered = list(graph.node), []
-        while waiting:
-            later = []
-            for node in waiting:
-                if all(name in known or name not in made for name in node.input):
-                    ordered.append(node)
-                    known.update(node.output)
-                else:
-                    later.append(node)
-            if len(later) == len(waiting):
-                raise DamagedFile(
-                    f"{self.graph.path} has nodes that wait for each other", hint="export it again"
-                )
-            waiting = later
-        copied = [type(node).FromString(node.SerializeToString()) for node in ordered]
-        del graph.node[:]
-        graph.node.extend(copied)
+        """Put the nodes of the graph and of its bodies in an order in which each has its inputs."""
+        for body in reversed(
+            list(bodies(self.graph.model.graph))
+        ):  # inner ones first: they are copied with outer
+            _sort(body, self.graph.path)
+
+
+def _sort(graph: Any, path: Path) -> None:
+    made = {name for node in graph.node for name in node.output}
+    known, waiting, ordered = set[str](), list(graph.node), []
+    while waiting:
+        later = []
+        for node in waiting:
+            read = [*node.input, *(name for inner in walk_bodies(node) for name in inner.input)]
+            if all(name in known or name not in made for name in read):
+                ordered.append(node)
+                known.update(node.output)
+            else:
+                later.append(node)
+        if len(later) == len(waiting):
+            raise DamagedFile(f"{path} has nodes that wait for each other", hint="export it again")
+        waiting = later
+    copied = [type(node).FromString(node.SerializeToString()) for node in ordered]
+    del graph.node[:]
+    graph.node.extend(copied)
 
 
 def _size(graph: GraphFile, name: str) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ia3_export.checkpoint.side_files import mapping
+from ia3_export.errors import DamagedFile
 from ia3_export.fold import FLOAT_DTYPES
 from ia3_export.models.modules import in_layer_stack
 from ia3_export.onnx.exported import plain_stem, precision_of
@@ -42,6 +43,11 @@ class GraphFile:
         """Where the bytes of its initializers lie, by name."""
         found = (span_of(tensor, self.path) for tensor in initializers(self.model.graph))
         return {span.name: span for span in found if span is not None}
+
+    @cached_property
+    def constants(self) -> frozenset[str]:
+        """The names of all initializers, and of what is left out in a list of inputs."""
+        return frozenset(("", *(tensor.name for tensor in initializers(self.model.graph))))
 
     @cached_property
     def readers(self) -> Mapping[str, Sequence[Any]]:
@@ -91,8 +97,14 @@ class Place:
 
 
 def read_graph_file(path: Path) -> GraphFile:
-    """Raises what `spans.read_light` does."""
-    return GraphFile(path, read_light(path))
+    """Raises what `spans.read_light` does, and `DamagedFile` for nodes that give nothing."""
+    model = read_light(path)
+    for node in walk_nodes(model.graph):
+        if not node.output:
+            raise DamagedFile(
+                f"{path} holds {node.op_type} {node.name}, a node without outputs", hint="export it again"
+            )
+    return GraphFile(path, model)
 
 
 def named_places(
@@ -145,11 +157,12 @@ def _weight_of(graph: GraphFile, node: Any) -> str | None:
     """The own name of the weight that a product multiplies with."""
     if len(node.input) < 2 or node.op_type not in PRODUCTS:
         return None
-    name = node.input[1]
+    name, seen = node.input[1], set[str]()
     while name not in graph.spans:
         maker = graph.makers.get(name)
-        if maker is None or maker.op_type not in PASSED:
+        if maker is None or maker.op_type not in PASSED or not maker.input or name in seen:
             return None
+        seen.add(name)
         name = maker.input[0]
     own = _CODED.sub("", name)
     return own if own in graph.coded else name
@@ -157,7 +170,7 @@ def _weight_of(graph: GraphFile, node: Any) -> str | None:
 
 def outputs_last(graph: GraphFile, name: str) -> bool:
     """Whether the weight `name` (or its codes) lies as the second factor of a product: inputs x outputs."""
-    waiting = [(graph.coded.get(name, name), False)]
+    waiting, seen = [(graph.coded.get(name, name), False)], set[str]()
     while waiting:
         value, turned = waiting.pop()
         for node in graph.readers.get(value, ()):
@@ -165,6 +178,7 @@ def outputs_last(graph: GraphFile, name: str) -> bool:
                 return (len(node.input) > 1 and value == node.input[1]) != turned
             if node.op_type == "Gemm" and value == node.input[1]:
                 return any(a.name == "transB" and a.i for a in node.attribute) == turned
-            if node.op_type in PASSED:
+            if node.op_type in PASSED and node.output and node.output[0] not in seen:
+                seen.add(node.output[0])
                 waiting.append((node.output[0], turned != (node.op_type == "Transpose")))
     return False

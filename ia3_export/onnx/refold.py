@@ -31,7 +31,15 @@ from ia3_export.fold import (
     to_float,
 )
 from ia3_export.onnx.blocks import encode
-from ia3_export.onnx.decoded import CodedWeight, dense_form, find_coded, read_span, rewire, scales_of
+from ia3_export.onnx.decoded import (
+    CodedWeight,
+    dense_form,
+    find_coded,
+    outputs_first_shape,
+    read_span,
+    rewire,
+    scales_of,
+)
 from ia3_export.onnx.places import GraphFile, Place, outputs_last
 from ia3_export.onnx.spans import Span
 
@@ -121,9 +129,8 @@ class Rewriting:
         """
         name, dtype = f"{place.name}_dense", "F32"
         if place.name in self.graph.coded:
-            held = dense_form(read_values(tensor))
-            weight = find_coded(self.graph, place.name, columns=tensor.shape[-1])
-            shape = weight.values().shape
+            shape = outputs_first_shape(self.graph, place.name, tensor.shape[-1])
+            held = dense_form(read_values(tensor)) if tensor.shape == shape else np.empty(0)
             for part, array in rewire(self.graph, place.name).items():
                 self._set(part, array)
             self.dense.append(place.name)
@@ -181,7 +188,8 @@ class Rewriting:
         made = encode(_outputs_first(read_span(plain), turned=turned), 8)
         if not np.array_equal(made.packed, read_span(weight.codes)):
             return False
-        scales = tuple(_turned(one, place, plain.shape) for place, one in laid)
+        # names of codes do not tell how the float32 graph holds the weight
+        scales = tuple(_along(one, place, plain.shape, turned=turned) for place, one in laid)
         folded = partial(_folded_matrix, plain, scales, laid[0][1].dtype, turned=turned)
         for span, part in ((weight.codes, "packed"), (weight.scales, "scales")):
             self._later(span.name, part, folded, span)
@@ -281,6 +289,14 @@ def _turned(laid: PlacedVector, place: Place, shape: tuple[int, ...]) -> Scale:
             )
         factors = np.ones(shape[axis], factors.dtype)
         factors[place.first :][: place.count] = scale.factors
+    return Scale(factors, prod(shape[axis + 1 :]))
+
+
+def _along(laid: PlacedVector, place: Place, shape: tuple[int, ...], *, turned: bool) -> Scale:
+    """The vector over a matrix of `shape`, whose outputs come last if it is `turned`."""
+    axis = int((laid.direction == "in") != turned)
+    factors = np.ones(shape[axis], laid.scale.factors.dtype)
+    factors[place.first :][: len(laid.scale.factors)] = laid.scale.factors
     return Scale(factors, prod(shape[axis + 1 :]))
 
 

@@ -47,6 +47,10 @@ def write_graph(graph: GraphFile, new: Mapping[str, NewTensor], target: Path, *,
     `changed`: nodes are others than in the file. Raises `Unsupported` where a message would be too large.
     """
     spans, folder = graph.spans, target.parent
+
+    def there(file: Path) -> Path:
+        return folder / file.relative_to(graph.path.parent)
+
     kept = {n: t for n, t in new.items() if n in spans and _as_before(t, spans[n])}
     data = sorted({span.file for span in spans.values() if span.file != graph.path})
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,17 +58,17 @@ def write_graph(graph: GraphFile, new: Mapping[str, NewTensor], target: Path, *,
     for name, tensor in kept.items():
         by_file[spans[name].file].append(Patch(spans[name].offset, tensor.nbytes, tensor.blocks))
     for file in data:
-        copy_patched(file, folder / file.name, by_file[file])
+        copy_patched(file, there(file), by_file[file])
     if not changed and len(kept) == len(new):
         copy_patched(graph.path, target, by_file[graph.path])
-        return [target, *(folder / file.name for file in data)]
+        return [target, *map(there, data)]
     _edit(graph, new)
     _prune(graph.model.graph, [port.name for port in graph.model.graph.output])
     moved = {n: t for n, t in new.items() if n not in kept or spans[n].file == graph.path}
     if data:
-        _append(graph, {n: t for n, t in moved.items() if t.nbytes > _PAGE}, folder / data[-1].name)
+        _append(graph, {n: t for n, t in moved.items() if t.nbytes > _PAGE}, folder, there(data[-1]))
     _stream(graph, moved, target)
-    return [target, *(folder / file.name for file in data)]
+    return [target, *map(there, data)]
 
 
 def copy_patched(source: Path, target: Path, patches: Sequence[Patch]) -> None:
@@ -139,8 +143,8 @@ def _prune(graph: Any, wanted: Collection[str]) -> None:
         graph.initializer.remove(tensor)
 
 
-def _append(graph: GraphFile, new: Mapping[str, NewTensor], target: Path) -> None:
-    """Put tensors at the end of a file of external data, and let the graph find them there."""
+def _append(graph: GraphFile, new: Mapping[str, NewTensor], folder: Path, target: Path) -> None:
+    """Put tensors at the end of a file of external data, and let the graph in `folder` find them there."""
     there = {tensor.name: tensor for tensor in initializers(graph.model.graph)}
     with target.open("ab") as file:
         for name, tensor in new.items():
@@ -148,7 +152,7 @@ def _append(graph: GraphFile, new: Mapping[str, NewTensor], target: Path) -> Non
             if held is None or (name in graph.spans and _is_in_place(held, graph.spans[name], tensor)):
                 continue
             file.write(bytes(-file.tell() % _PAGE))
-            _set_external(held, target.name, file.tell(), tensor.nbytes)
+            _set_external(held, target.relative_to(folder).as_posix(), file.tell(), tensor.nbytes)
             for block in tensor.blocks():
                 file.write(block)
 

@@ -12,9 +12,10 @@ import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ia3_export.checkpoint.hub import lies_within
 from ia3_export.errors import DamagedFile, NotFound, Refused, first_line
 
 _VARINT, _FIXED64, LENGTH, _FIXED32 = 0, 1, 2, 5
@@ -99,14 +100,15 @@ def span_of(tensor: Any, path: Path) -> Span | None:
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         return None
     entries = {entry.key: entry.value for entry in tensor.external_data}
-    file = path.parent / entries.get("location", "")
-    if not file.resolve().is_relative_to(path.parent.resolve()):
+    location = PurePosixPath(entries.get("location", ""))
+    file = path.parent / location
+    outside = location.is_absolute() or ".." in location.parts
+    if outside or not (file == path or lies_within(file, path.parent)):
         raise Refused(
             f"{path} names the external data file {file}, which lies outside its folder",
             hint="do not use this file; tell whoever published it",
         )
-    kind = onnx.TensorProto.DataType.Name(tensor.data_type)
-    shape = tuple(tensor.dims)
+    kind, shape = _kind_of(tensor, path), tuple(tensor.dims)
     try:
         offset, size = int(entries.get("offset", 0)), file.stat().st_size
         nbytes = int(entries.get("length", size - offset))
@@ -128,6 +130,22 @@ def span_of(tensor: Any, path: Path) -> Span | None:
             hint="the file is damaged or was made by hand; export or fetch it again",
         )
     return Span(name=tensor.name, dtype=kind, shape=shape, file=file, offset=offset, nbytes=nbytes)
+
+
+def _kind_of(tensor: Any, path: Path) -> str:
+    """ONNX's name of the element type. Raises `DamagedFile` where there is none, or a size is negative."""
+    import onnx
+
+    try:
+        kind: str = onnx.TensorProto.DataType.Name(tensor.data_type)
+    except ValueError:
+        kind = ""
+    if not kind or min(tensor.dims, default=0) < 0:
+        raise DamagedFile(
+            f"{path}: {tensor.name} has the type {tensor.data_type} and the shape {list(tensor.dims)}",
+            hint="the file is damaged or was made by hand; export or fetch it again",
+        )
+    return kind
 
 
 def _bytes_of(tensor: Any) -> int | None:
