@@ -26,7 +26,7 @@ from ia3_export.commands.refold_checks import (
     require_same_values,
     require_told_apart,
 )
-from ia3_export.errors import NotFound, Refused, Unsupported, UnusedVector, UsageError
+from ia3_export.errors import MissingVector, NotFound, Refused, Unsupported, UnusedVector, UsageError
 from ia3_export.fold import DTYPE_BITS
 from ia3_export.models.modules import CONV1D_MODEL_TYPES, model_types
 from ia3_export.onnx.decoded import in_blocks
@@ -224,7 +224,8 @@ def _plan(held: OnnxBase, adapters: Sequence[Adapter], base: str | Path | None) 
 
 def _raise_unnamed(plan: Plan, held: OnnxBase) -> None:
     """Raise `UnusedVector` where the graphs' names may be why a vector finds no weight."""
-    if any(isinstance(problem, UnusedVector) for problem in plan.problems):
+    nameless = (UnusedVector, MissingVector)
+    if any(isinstance(p, nameless) or "not in the base" in str(p) for p in plan.problems):
         raise UnusedVector(
             f"{plan.problems[0]}; the names in {held.graphs[0].path.name} may not be the model's",
             hint="give --base too, the checkpoint that the graphs were made of: weights are then found by "

@@ -19,6 +19,8 @@ from ia3_export.onnx.places import PRODUCTS, GraphFile, outputs_last
 from ia3_export.onnx.spans import Span
 
 _PARTS = ("scales", "offsets", "zero_points", "order")
+#: What the name of a weight ends in that was made float32 of its codes.
+DENSE = "_dense"
 _HINT = "export the merged model instead"
 
 
@@ -239,7 +241,7 @@ def rewire(graph: GraphFile, own: str) -> dict[str, Array]:
 
     Raises `Unsupported` for operators that it is not known how to replace.
     """
-    name, changed = f"{own}_dense", dict[str, Array]()
+    name, changed = f"{own}{DENSE}", dict[str, Array]()
     for node, slot in products_of(graph, graph.coded[own]):
         if node.op_type == "MatMulNBits":
             _become(node, "MatMul", [node.input[0], name])

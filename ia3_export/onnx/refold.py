@@ -32,6 +32,7 @@ from ia3_export.fold import (
 )
 from ia3_export.onnx.blocks import encode
 from ia3_export.onnx.decoded import (
+    DENSE,
     CodedWeight,
     dense_form,
     find_coded,
@@ -127,7 +128,7 @@ class Rewriting:
 
         Raises `Unsupported` for another shape.
         """
-        name, dtype = f"{place.name}_dense", "F32"
+        name, dtype = f"{place.name}{DENSE}", "F32"
         if place.name in self.graph.coded:
             shape = outputs_first_shape(self.graph, place.name, tensor.shape[-1])
             held = dense_form(read_values(tensor)) if tensor.shape == shape else np.empty(0)
@@ -220,7 +221,7 @@ class Rewriting:
             shape = shape[::-1]
         self.dense.append(own)
         self.rewired = True
-        name = f"{own}_dense"
+        name = f"{own}{DENSE}"
         self.new[name] = NewTensor(name, _number("FLOAT"), shape, partial(_dense_blocks, weight, tuple(laid)))
 
     def _set(self, name: str, array: Array) -> None:

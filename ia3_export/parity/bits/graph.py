@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ia3_export.fold import FLOAT_DTYPES, Array, from_float, to_float
+from ia3_export.onnx.decoded import DENSE
 from ia3_export.onnx.weights import constant
 from ia3_export.parity.bits.codes import CODES, check_codes
 from ia3_export.parity.bits.diagnosis import left_out
@@ -55,19 +56,22 @@ def prove_graph(
     floats = {n: t for n, t in graph.initializers.items() if t.dtype.name in FLOATS and t.size > 1}
     matches = _match(rows, floats)
     computed = sorted(floats.keys() - matches.keys())
-    weights = [name for name in computed if not _scales_codes(name, graph)]
+    quantized = graph.precision in CODED_PRECISIONS
+    # what refolding made of codes is as far from the weight as they were
+    widened = [name for name in computed if quantized and name.endswith(DENSE)]
+    weights = [name for name in computed if not _scales_codes(name, graph) and name not in widened]
     found = {row.name for row in matches.values()}
     found |= {row.name for name, row in rows.items() if name not in found and _is_held(row, floats)}
     findings = [*_left_behind(graph, plan, matches)]
     findings += _wrong_values(rows, floats, weights, found)
     findings += _twice(rows, matches, found)
-    quantized = graph.precision in CODED_PRECISIONS
     notes: list[str] = []
     unproven, coded = 0, set[str]()
     if quantized:
         made_of = _made_of(graph, float_graph, matches)
         unproven, coded = _prove_codes(rows, graph, made_of, findings, notes, alone=alone)
         found |= coded
+        unproven += len(widened)
     # a graph that gives hidden states has no head
     headless = graph.outputs == ("last_hidden_state",)
     absent = sorted(
@@ -75,7 +79,10 @@ def prove_graph(
         for n, row in rows.items()
         if row.changed and n not in found and not (headless and row.how in ("replace", "add"))
     )
+    if widened:
+        notes.append(f"made float32 of codes: {_listed(widened)}; the forwards judge")
     if alone:
+        findings += [TensorFinding(n, "not compared", "it was made float32 of codes") for n in widened]
         detail = "no initializer holds it as it must be; without a forward it is not proven"
         findings += [TensorFinding(n, "not found", detail) for n in absent]
     elif unseen := [name for name in absent if not quantized or len(rows[name].source.shape) < 2]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from ia3_export.fold import Array, from_float, to_float
-from ia3_export.onnx.decoded import find_coded, values_of
+from ia3_export.onnx.decoded import DENSE, find_coded, values_of
 from ia3_export.onnx.live_graph import LiveFold
 from ia3_export.onnx.places import GraphFile
 from ia3_export.onnx.refold import FLOATS, fits, raw_blocks
@@ -31,7 +31,7 @@ def prove_refolded(
         by_name.setdefault(fold.place.name, []).append(fold)
     findings: list[TensorFinding] = []
     belonging = {own: _parts(before, own) for own in by_name if own in before.coded}
-    heads = {own.removesuffix("_dense") for own in replaced}
+    heads = {own.removesuffix(DENSE) for own in replaced}
     belonging |= {own: _parts(before, own) for own in heads if own in before.coded}
     judged = set(by_name) | set(replaced) | {part for parts in belonging.values() for part in parts}
     for own, some in by_name.items():
@@ -45,7 +45,7 @@ def prove_refolded(
     for other in others:
         if other in after.spans and not _same_bytes(before.spans[other], after.spans[other]):
             findings.append(TensorFinding(other, "differs", "no vector lies on it, and its bytes are others"))
-        elif other not in after.spans and not any(f"{own}_dense" in after.spans for own in belonging):
+        elif other not in after.spans and not any(f"{own}{DENSE}" in after.spans for own in belonging):
             findings.append(TensorFinding(other, "missing", "the base's graph has it"))
     return WeightsProof(
         name=name,
@@ -118,7 +118,7 @@ def _codes(before: GraphFile, after: GraphFile, own: str, folds: Sequence[LiveFo
             along = (-1, *(1,) * (old.ndim - 1))
             gain[rows] *= factors.reshape(along)
     old *= gain
-    dense, again = after.spans.get(f"{own}_dense"), False
+    dense, again = after.spans.get(f"{own}{DENSE}"), False
     if dense is not None:
         held = values_of(after, dense.name)
         found = held.T if held.ndim == 2 else held
