@@ -149,14 +149,20 @@ def _multiply(target: Any, direction: Direction) -> None:
 
 def fill(path: Path, values: Mapping[str, Array], unread: Collection[str] = ()) -> None:
     """Give initializers of a graph their `values`, by name, in their own shapes, and take away those inputs
-    among `unread` that no node reads. External data stay as they are."""
+    among `unread` that no node reads. Values that lie in external data stay there, but for single numbers."""
     import onnx
 
     model = onnx.load(path, load_external_data=False)
     for tensor in model.graph.initializer:
         if tensor.name in values:
             whole = np.ascontiguousarray(np.broadcast_to(values[tensor.name], tuple(tensor.dims)), "<f4")
-            tensor.CopyFrom(onnx.numpy_helper.from_array(whole, tensor.name))
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            if place and values[tensor.name].ndim:
+                with path.with_name(place["location"]).open("rb+") as data:
+                    data.seek(int(place.get("offset", 0)))
+                    data.write(whole.tobytes())
+            else:
+                tensor.CopyFrom(onnx.numpy_helper.from_array(whole, tensor.name))
     read = {name for node in model.graph.node for name in node.input}
     for port in [port for port in model.graph.input if port.name in set(unread) - read]:
         model.graph.input.remove(port)

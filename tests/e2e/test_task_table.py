@@ -506,3 +506,23 @@ def test_openvino_mixes_tasks(llama: Tabled) -> None:
     compiled = openvino.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     found = compiled(inputs(graph) | {"task": np.array([2, 1])})["logits"]
     np.testing.assert_allclose(found, logits(graph, [2, 1]), rtol=0, atol=2e-5)
+
+
+def test_tables_of_a_large_model_lie_in_its_external_data(
+    llama: Tabled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once: what a trace put there is overwritten."""
+    import onnx
+
+    from ia3_export.onnx import export, files
+
+    monkeypatch.setattr(export, "_STREAMED", 10_000)
+    monkeypatch.setattr(files, "INLINE", 64)
+    sources = [word for adapter in llama.adapters for word in ("--adapter", adapter)]
+    ran = run("onnx", "--base", llama.base, *sources, "--task-table", "--output", tmp_path / "out")
+    assert ran.code == 0, ran.stderr
+    path = tmp_path / "out" / "onnx" / "model.onnx"
+    tables = [
+        t for t in onnx.load(path, load_external_data=False).graph.initializer if ".task_table." in t.name
+    ]
+    assert tables and all(tensor.external_data and not tensor.raw_data for tensor in tables)
