@@ -37,7 +37,7 @@ from ia3_export.onnx.mixing import Mix
 from ia3_export.onnx.options import DEFAULT_GRAPHS, GraphOptions
 from ia3_export.onnx.package import package
 from ia3_export.onnx.precision import Coverage, convert_precision
-from ia3_export.onnx.swap import attach_vectors, fill, live_vectors
+from ia3_export.onnx.swap import attach_vectors, fill
 from ia3_export.onnx.task_table import attach_tables, task_rows
 from ia3_export.onnx.tasks import Task, choose_task, load_model, sentence_head
 from ia3_export.parity.facts import model_id
@@ -264,12 +264,8 @@ def _export(
         make_cases(model, tokenizer=find_tokenizer(checkpoint.folder)) if "int4" in graphs.precisions else []
     )
     swapped = named_as_in(model, source.swapped) if source.swapped else []
-    brought = swapped[0].extras if swapped else ()
-    live = (
-        attach_tables(model, swapped)
-        if graphs.task_table
-        else attach_vectors(model, live_vectors(swapped), brought)
-    )
+    attach = attach_tables if graphs.task_table else attach_vectors
+    live = attach(model, swapped)
     specs = plan_graphs(model, task, sample_inputs(model), graphs.decoder, sentence)
     specs = [live.planned(spec) for spec in specs]
     traced = export_graphs(model, specs, folder, graphs, stored=checkpoint.tensors, say=say)
@@ -278,7 +274,7 @@ def _export(
     for graph in traced if swapped else ():
         fill(graph.path, live.values, unread=[TASK])
     if graphs.swappable:  # what adapters bring takes the place of numbers, not of codes
-        traced = [replace(graph, left=frozenset(brought)) for graph in traced]
+        traced = [replace(graph, left=frozenset(swapped[0].extras)) for graph in traced]
     return traced, cases, swapped
 
 

@@ -87,16 +87,17 @@ class Live:
     planned: Callable[[GraphSpec], GraphSpec]
 
 
-def attach_vectors(model: Any, vectors: Sequence[LiveVector], brought: Collection[str] = ()) -> Live:
-    """Multiply the activations of `model` with parameters of its own, one for each of `vectors`, which a
-    trace then holds as initializers.
+def attach_vectors(model: Any, adapters: Sequence[Adapter]) -> Live:
+    """Multiply the activations of `model` with parameters of its own, one for each vector of `adapters` (by
+    the class's names), which a trace then holds as initializers.
 
     Their values are random: equal ones would be kept once, and ones be optimized away. So are, until `fill`
-    gives them back, those of the biases and norms among the parameters that adapters have `brought`.
+    gives them back, those of the biases and norms among the parameters that the adapters bring.
     """
     import torch
 
     modules, generator = dict(model.named_modules()), torch.Generator().manual_seed(0)
+    vectors = live_vectors(adapters)
     for vector in vectors:
         target = multiplied(model, modules, vector.module)
         trailing = (1,) * max(0, target.weight.dim() - 2)  # a convolution's channels come before its axes
@@ -106,6 +107,7 @@ def attach_vectors(model: Any, vectors: Sequence[LiveVector], brought: Collectio
         target.ia3_l = holder
         _multiply(target, vector.direction)
     values = {vector.name: np.ones((), "<f4") for vector in vectors}
+    brought = adapters[0].extras if adapters else ()
     return Live(values | _hidden(model, brought, generator), lambda spec: spec)
 
 

@@ -57,7 +57,6 @@ def prove_graph(
     matches = _match(rows, floats)
     computed = sorted(floats.keys() - matches.keys())
     quantized = graph.precision in CODED_PRECISIONS
-    # what refolding made of codes is as far from the weight as they were
     widened = [name for name in computed if quantized and name.endswith(DENSE)]
     weights = [name for name in computed if not _scales_codes(name, graph) and name not in widened]
     found = {row.name for row in matches.values()}
@@ -71,7 +70,7 @@ def prove_graph(
         made_of = _made_of(graph, float_graph, matches)
         unproven, coded = _prove_codes(rows, graph, made_of, findings, notes, alone=alone)
         found |= coded
-        unproven += len(widened)
+        unproven += _leave_widened(widened, findings, notes, alone=alone)
     # a graph that gives hidden states has no head
     headless = graph.outputs == ("last_hidden_state",)
     absent = sorted(
@@ -79,10 +78,7 @@ def prove_graph(
         for n, row in rows.items()
         if row.changed and n not in found and not (headless and row.how in ("replace", "add"))
     )
-    if widened:
-        notes.append(f"made float32 of codes: {_listed(widened)}; the forwards judge")
     if alone:
-        findings += [TensorFinding(n, "not compared", "it was made float32 of codes") for n in widened]
         detail = "no initializer holds it as it must be; without a forward it is not proven"
         findings += [TensorFinding(n, "not found", detail) for n in absent]
     elif unseen := [name for name in absent if not quantized or len(rows[name].source.shape) < 2]:
@@ -109,6 +105,17 @@ def prove_graph(
         notes=tuple(notes),
         unproven=unproven,
     )
+
+
+def _leave_widened(
+    names: Sequence[str], findings: list[TensorFinding], notes: list[str], *, alone: bool
+) -> int:
+    """How many weights refolding made float32 of codes: they are as far from the tensor as these were."""
+    if names:
+        notes.append(f"made float32 of codes: {_listed(names)}; the forwards judge")
+    if alone:
+        findings += [TensorFinding(n, "not compared", "it was made float32 of codes") for n in names]
+    return len(names)
 
 
 def _listed(names: Sequence[str]) -> str:
