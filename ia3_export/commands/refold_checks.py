@@ -45,7 +45,9 @@ def require_held(model: Sequence[GraphFile], places: Iterable[Places], plan: Pla
         raise Unsupported(
             f"{' + '.join(graph.path.name for graph in model)} holds {name} under no name that tells it: the "
             "graph was optimized, quantized or exported so that the site is gone",
-            hint=f"give --base to look for it by its values, or {_MERGED}",
+            hint=_MERGED
+            if plan.base.stored.shards
+            else f"give --base to find it by its values, or {_MERGED}",
         )
 
 

@@ -46,7 +46,7 @@ def content_places(
         for name, place in _among_codes(graph, own, probes):
             found.setdefault(name, []).append(place)
     for name, span in graph.spans.items():
-        if name not in taken and span.dtype in FLOATS and span.nbytes and 1 <= len(span.shape) <= 2:
+        if name not in taken and span.dtype in FLOATS and span.nbytes and span.shape:
             for tensor, place in _in_floats(span, probes):
                 found.setdefault(tensor, []).append(place)
     return found
@@ -54,9 +54,10 @@ def content_places(
 
 def probe_of(tensor: StoredTensor) -> _Probe | None:
     """Three rows of a matrix or vector; None for tensors of more axes, and for rows of zeros."""
-    if len(tensor.shape) not in (1, 2) or tensor.dtype not in ("F64", "F32", "F16", "BF16"):
+    if not tensor.shape or not tensor.size or tensor.dtype not in ("F64", "F32", "F16", "BF16"):
         return None
-    rows, columns = tensor.shape if len(tensor.shape) == 2 else (1, tensor.shape[0])
+    rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
+    columns = tensor.size // rows
     picked = {row: elements(tensor, row * columns, columns) for row in {0, rows // 2, rows - 1}}
     return _Probe((rows, columns), picked) if any(values.any() for values in picked.values()) else None
 
@@ -79,7 +80,7 @@ def elements(tensor: StoredTensor, first: int, count: int) -> Array:
 def _in_floats(span: Span, probes: Mapping[str, _Probe]) -> Iterator[tuple[str, Place]]:
     dtype = FLOATS[span.dtype]
     array = np.memmap(span.file, storage_dtype(dtype), "r", span.offset, span.shape)
-    whole = array if array.ndim == 2 else array[None]
+    whole = array.reshape(len(array), -1) if array.ndim > 1 else array[None]
     for name, probe in probes.items():
         rows = probe.rows
         for transposed in (False, True) if array.ndim == 2 else (False,):

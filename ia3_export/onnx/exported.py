@@ -80,6 +80,8 @@ def _groups(files: Iterable[Path]) -> list[tuple[Path, ...]]:
             found = (parts[ENCODER], parts[MERGED])
         elif ENCODER in parts and FIRST in parts:
             found = tuple(parts[stem] for stem in (ENCODER, FIRST, CACHED) if stem in parts)
+        elif MERGED in parts:  # optimum wrote decoders without an encoder so, too
+            found = (parts[MERGED],)
         else:
             continue
         if not any(found[-1].samefile(other[-1]) for other in groups):

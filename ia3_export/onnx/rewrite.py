@@ -72,15 +72,19 @@ def write_graph(graph: GraphFile, new: Mapping[str, NewTensor], target: Path, *,
 
 
 def copy_patched(source: Path, target: Path, patches: Sequence[Patch]) -> None:
-    """Copy a file, with other bytes in some ranges of it that do not overlap; in several threads."""
+    """Copy a file, with other bytes in some ranges of it that do not overlap; in several threads.
+
+    Where it is there already, the external data of another graph as well, it only gets the ranges.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    size = source.stat().st_size
-    with target.open("wb") as file:
-        file.truncate(size)
+    size, there = source.stat().st_size, target.exists()
+    if not there:
+        with target.open("wb") as file:
+            file.truncate(size)
     jobs: list[Callable[[], None]] = []
     at = 0
     for patch in (*sorted(patches, key=lambda patch: patch.offset), Patch(size, 0, lambda: iter(()))):
-        for start in range(at, patch.offset, _PORTION):
+        for start in range(at, patch.offset, _PORTION) if not there else ():
             count = min(_PORTION, patch.offset - start)
             jobs.append(partial(_copy, source, target, start, count))
         jobs.append(partial(_write, target, patch))

@@ -220,6 +220,7 @@ def self_step(model: OnnxModel, ids: Array, mask: Array, positions: Array, cache
     """A step of a decoder alone: `ids` and `positions` are those of the new tokens, `mask` that of all. An
     empty `cache` is the beginning of the texts."""
     feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    feeds["use_cache_branch"] = np.array([bool(cache)])  # of optimum's older decoders
     return _step(model.decoder, {**feeds, **(cache or _empty_cache(model.decoder, len(ids)))}, mask)
 
 

@@ -215,6 +215,24 @@ def test_folders_of_other_tools_take_an_adapter(
         np.testing.assert_array_equal(values_of(before, codes), values_of(after, codes))
 
 
+def test_convolutions_are_found_by_their_values(tmp_path: Path) -> None:
+    base, adapter, exported = folders("convnext", tmp_path)
+    (tmp_path / "bare").mkdir()
+    shutil.copyfile(exported / "config.json", tmp_path / "bare" / "config.json")
+    _bare(exported / "onnx" / "model.onnx", tmp_path / "bare" / "model.onnx")
+    document = refold(tmp_path / "bare", adapter, tmp_path / "out", "--base", base)
+    assert document["report"]["steps"][0]["effect_present"] == pytest.approx(1, abs=1e-3)
+
+
+def test_a_decoder_alone_under_optimum_s_older_name(llama: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    _, adapter, exported = llama
+    (tmp_path / "old").mkdir()
+    shutil.copyfile(exported / "config.json", tmp_path / "old" / "config.json")
+    _optimum(exported / "onnx" / "model.onnx", tmp_path / "old" / "decoder_model_merged.onnx")
+    refold(tmp_path / "old", adapter, tmp_path / "out")
+    assert (tmp_path / "out" / "decoder_model_merged.onnx").exists()
+
+
 def test_without_names_the_refusal_says_to_give_the_base(
     llama: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:

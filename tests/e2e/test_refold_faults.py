@@ -165,6 +165,32 @@ def test_external_data_in_a_subfolder_stay_there(llama: tuple[Path, Path], tmp_p
     assert (tmp_path / "out" / "onnx" / "weights" / "model.bin").is_file()
 
 
+def test_an_encoder_and_a_decoder_may_share_their_external_data(tmp_path: Path) -> None:
+    kind = KINDS["t5"]
+    zoo.build(kind).save_pretrained(tmp_path / "base")
+    zoo.adapt(zoo.build(kind), kind, seed=1).save_pretrained(tmp_path / "adapter")
+    plain = ("--output", tmp_path / "exported", "--no-verify")
+    assert run("onnx", "--model", tmp_path / "base", *plain).code == 0
+    data = tmp_path / "exported" / "onnx" / "weights.data"
+    with data.open("wb") as file:
+        for path in sorted(data.parent.glob("*.onnx")):
+            model = onnx.load(path)
+            for tensor in [t for t in model.graph.initializer if len(t.raw_data) > 64]:
+                place = {
+                    "location": data.name,
+                    "offset": str(file.tell()),
+                    "length": str(len(tensor.raw_data)),
+                }
+                file.write(tensor.raw_data)
+                tensor.ClearField("raw_data")
+                tensor.data_location = onnx.TensorProto.EXTERNAL
+                for key, value in place.items():
+                    tensor.external_data.add(key=key, value=value)
+            path.write_bytes(model.SerializeToString())
+    ran = refold(tmp_path / "exported", tmp_path / "adapter", tmp_path / "out")
+    assert ran.code == 0, ran.stderr
+
+
 def test_both_branches_of_a_merged_decoder_take_the_vectors(tmp_path: Path) -> None:
     kind = KINDS["t5"]
     zoo.build(kind).save_pretrained(tmp_path / "base")
