@@ -41,8 +41,9 @@ from ia3_export.planning.plan import Plan, make_plan
 from ia3_export.planning.recipe import DEFAULT_RECIPE
 from ia3_export.quantization.base import Base, make_base, read_base
 from ia3_export.words import STORED_NAMES
+from ia3_export.writing.dense import dense_base
 from ia3_export.writing.manifest import as_folded, list_files, tool
-from ia3_export.writing.stage import check_target, copy_file, staged
+from ia3_export.writing.stage import check_target, copy_file, scratch_folder, staged
 
 _FOLDS = ("fold",)
 
@@ -184,11 +185,11 @@ def refold(
     inputs = [held.folder, *(path for adapter in read for path in adapter.location.inputs)]
     inputs += [Path(base)] if base is not None and Path(base).exists() else []
     check_target(target, inputs, overwrite=overwrite)
-    plan, held = _plan(held, read, base)
-    say("folding")
     with ExitStack() as stack:
+        plan, held = _plan(held, read, base, stack.enter_context(scratch_folder()))
+        say("folding")
         stage = stack.enter_context(staged(target, overwrite=overwrite))
-        written = [list(_fold(held, model, plan)) for model in held.models]
+        written = [list(_fold(held, model, plan, named=base is None)) for model in held.models]
         each = [rewriting for model in written for rewriting in model]
         files = _write(held, each, stage)
         _copy_rest(held, plan, stage)
@@ -203,7 +204,9 @@ def refold(
         return done
 
 
-def _plan(held: OnnxBase, adapters: Sequence[Adapter], base: str | Path | None) -> tuple[Plan, OnnxBase]:
+def _plan(
+    held: OnnxBase, adapters: Sequence[Adapter], base: str | Path | None, scratch: Path
+) -> tuple[Plan, OnnxBase]:
     """The plan of a merge, and the places of what it changes."""
     if base is None:
         plan = make_plan(make_base(checkpoint_of(held)), adapters, DEFAULT_RECIPE)
@@ -212,6 +215,8 @@ def _plan(held: OnnxBase, adapters: Sequence[Adapter], base: str | Path | None) 
         plan = replace(plan, warnings=tuple(w for adapter in plan.adapters for w in adapter.warnings))
     else:
         whole = read_base(base)
+        if whole.stored.is_gguf:  # a merge of it keeps its codes; graphs hold what they stand for
+            whole = dense_base(whole, scratch / "dense")
         stored = replace(whole.stored, folded=(*whole.stored.folded, *read_folded(held.folder)))
         plan = make_plan(Base(stored, whole.dense, whole.quantization), adapters, DEFAULT_RECIPE)
     plan.raise_problems()
@@ -255,11 +260,16 @@ def _moves(plan: Plan) -> Plan:
     return move_inputs(plan, plan.changes)[0]
 
 
-def _fold(held: OnnxBase, model: Sequence[GraphFile], plan: Plan) -> Iterator[Rewriting]:
-    """The new initializers of the files of one model. Raises `Unsupported` for a site that is in none."""
+def _fold(held: OnnxBase, model: Sequence[GraphFile], plan: Plan, *, named: bool) -> Iterator[Rewriting]:
+    """The new initializers of the files of one model; `named`: their weights are known by names alone.
+
+    Raises `Unsupported` for a site that is in none.
+    """
+    # what a base's own codes take decides for all graphs of its export
+    keeping = [graph for graph in held.graphs if graph.precision == "keep"]
     coded = {
         name
-        for graph in model
+        for graph in (*model, *keeping)
         for name, places in held.places[graph.path].items()
         for place in places
         if place.name in graph.coded
@@ -269,7 +279,7 @@ def _fold(held: OnnxBase, model: Sequence[GraphFile], plan: Plan) -> Iterator[Re
         name: change for name, change in moved.changes.items() if change.how not in ("cast", "dequantize")
     }
     require_held(model, [held.places[graph.path] for graph in model], moved)
-    if not plan.base.stored.shards:  # names alone
+    if named:
         for graph in model:
             require_alone(graph, held.places[graph.path], changes)
     plain = {plain_stem(graph.path): graph for graph in held.graphs if graph.precision == "fp32"}

@@ -83,7 +83,8 @@ class _Writer:
             )
         for node, _ in found:
             if node.op_type == "MatMulNBits":  # its scales are of the type of what it multiplies
-                self.half = self.graph.spans[node.input[2]].dtype == "FLOAT16"
+                scales = self.graph.spans.get(node.input[2])  # none where they are widened before
+                self.half = scales is not None and scales.dtype == "FLOAT16"
             if laid.direction == "in":
                 self._before(node, fold)
             else:

@@ -24,6 +24,7 @@ from ia3_export.onnx.places import read_graph_file
 from tests.e2e.command import edit_json, run
 from tests.support import zoo
 from tests.support.exported import KINDS
+from tests.support.quantized import adapter_for, source_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -383,3 +384,21 @@ def test_the_proof_finds_a_wrong_fold(
     ran = run("onnx", "--onnx-base", base, "--adapter", adapter, "--output", tmp_path / "out")
     assert ran.code == 1 and "layers.1" in ran.stderr
     assert (tmp_path / "out.failed" / "report.json").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("case", ["gguf-q4_k_m", "ct-w4a16-g32-sym", "bnb-int8"])
+def test_the_codes_of_a_quantized_base_stay_and_verify_agrees(case: str, tmp_path: Path) -> None:
+    base, adapter = source_of(case), adapter_for(case, tmp_path / "adapter")
+    plain = ("--output", tmp_path / "exported", "--precision", "fp32,keep", "--no-verify")
+    assert run("onnx", "--model", base, *plain).code == 0
+    document = refold(tmp_path / "exported", adapter, tmp_path / "out")
+    assert [step["precision"] for step in document["report"]["steps"]] == ["float32", "keep"]
+    refold(tmp_path / "exported", adapter, tmp_path / "again", "--base", base)
+    before, after = (
+        read_graph_file(tmp_path / folder / "onnx" / "model_keep.onnx") for folder in ("exported", "out")
+    )
+    assert before.coded
+    for codes in before.coded.values():
+        np.testing.assert_array_equal(values_of(before, codes), values_of(after, codes))
+    ran = run("verify", "--base", base, "--adapter", adapter, "--onnx", tmp_path / "out")
+    assert ran.code == 0, ran.stdout + ran.stderr
