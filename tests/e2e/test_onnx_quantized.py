@@ -148,3 +148,16 @@ def test_codes_of_an_encoder_decoder_stand_an_empty_encoder(tmp_path: Path) -> N
     assert ran.code == 0, ran.stderr
     steps = {step["name"]: step for step in json.loads(ran.stdout)["report"]["steps"]}
     assert steps["onnx int4"]["effect_present"] > 0.5
+
+
+def test_codes_of_convolutions_with_a_normalization_are_compared_with_what_they_were_made_of(
+    tmp_path: Path,
+) -> None:
+    kind = KINDS["resnet"]
+    zoo.build(kind).save_pretrained(tmp_path / "base")
+    zoo.adapt(zoo.build(kind), kind, seed=1).save_pretrained(tmp_path / "adapter")
+    sources = ("--base", tmp_path / "base", "--adapter", tmp_path / "adapter")
+    ran = run("onnx", *sources, "--output", tmp_path / "out", "--precision", "fp32,int8", "--json")
+    assert ran.code == 0, ran.stderr
+    coded = json.loads(ran.stdout)["report"]["weights"][1]
+    assert coded["passed"] and "convolution" not in " ".join(coded["notes"])

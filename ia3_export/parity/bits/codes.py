@@ -87,6 +87,9 @@ def check_codes(
         row, of, distance = _named(rows, own, origins), None, math.inf
         if decoded and row is not None:
             of, distance = row.name, _nearest(whole(row).astype("<f8"), decoded)
+            # a convolution into which the exporter folded a normalization has the name, and other values
+            if distance > _STEPS and decoded[0].values.ndim > 2 and (made := float_weight(own)) is not None:
+                of, distance = own, _nearest(made.astype("<f8"), decoded)
         elif decoded and (weight := float_weight(own)) is not None:
             of, distance = own, _nearest(weight.astype("<f8"), decoded)
         elif decoded:
