@@ -12,7 +12,7 @@ import numpy as np
 
 from ia3_export.checkpoint.side_files import mapping
 from ia3_export.commands.export_verdict import require
-from ia3_export.commands.refolding import OnnxBase, changed_places
+from ia3_export.commands.refolding import OnnxBase
 from ia3_export.errors import Unsupported, first_line
 from ia3_export.fold import Array
 from ia3_export.onnx.exported import ENCODER
@@ -56,7 +56,7 @@ def prove_refold(
     with scratch_folder() as scratch:
         for number, (model, rewritten) in enumerate(zip(held.models, written, strict=True)):
             folds = {
-                graph.path: [LiveFold(place, laid) for place, laid in changed_places(rewriting)]
+                graph.path: [LiveFold(place, laid) for place, laid in rewriting.placed]
                 for graph, rewriting in zip(model, rewritten, strict=True)
             }
             for graph, rewriting in zip(model, rewritten, strict=True):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ from ia3_export.writing.dense import dense_base
 from ia3_export.writing.manifest import as_folded, list_files, tool
 from ia3_export.writing.stage import check_target, copy_file, scratch_folder, staged
 
-_FOLDS = ("fold",)
+#: Files of weights, which are not copied: those that belong to a graph are written with it.
+_WEIGHTS = (".onnx", ".ort", ".safetensors", ".bin")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -192,7 +193,9 @@ def refold(
         written = [list(_fold(held, model, plan, named=base is None)) for model in held.models]
         each = [rewriting for model in written for rewriting in model]
         files = _write(held, each, stage)
-        _copy_rest(held, plan, stage)
+        left = _copy_rest(held, plan, stage)
+        if left:
+            say(f"not copied: {', '.join(left)}")
         done = _describe(held, each, files, target)
         _write_manifest(held, plan, done, stage, hashed=check)
         if check:
@@ -242,8 +245,8 @@ def _found(
     held: OnnxBase, plan: Plan, search: Callable[..., Mapping[str, Sequence[Place]]]
 ) -> dict[Path, Mapping[str, Sequence[Place]]]:
     """The places of the tensors that `plan` changes, those by content where names do not tell."""
-    wanted = {name for name, change in plan.changes.items() if change.how in (*_FOLDS, *BROUGHT)}
-    wanted |= {change.name for change in _moves(plan).changes.values() if change.how in _FOLDS}
+    wanted = {name for name, change in plan.changes.items() if change.how in ("fold", *BROUGHT)}
+    wanted |= {change.name for change in _moves(plan).changes.values() if change.how == "fold"}
     dense = plan.base.dense.tensors
     places: dict[Path, Mapping[str, Sequence[Place]]] = {}
     for graph in held.graphs:
@@ -312,11 +315,6 @@ def _apply(rewriting: Rewriting, place: Place, change: Change, before: Change | 
         rewriting.fold(place, PlacedVector(scale, side, change.shape, change.source.compute_dtype))
 
 
-def changed_places(rewriting: Rewriting) -> list[tuple[Place, PlacedVector]]:
-    """Every vector of a rewritten graph, and where it lies."""
-    return [one for laid in (*rewriting.folds.values(), *rewriting.rows.values()) for one in laid]
-
-
 def _write(held: OnnxBase, written: Sequence[Rewriting], stage: Path) -> list[Path]:
     """The graphs in the stage, at their places; files that are one under several names stay so."""
     files = []
@@ -331,31 +329,31 @@ def _write(held: OnnxBase, written: Sequence[Rewriting], stage: Path) -> list[Pa
     return files
 
 
-def _copy_rest(held: OnnxBase, plan: Plan, stage: Path) -> None:
-    """Configuration, tokenizer and the like; other files of weights stay behind."""
+def _copy_rest(held: OnnxBase, plan: Plan, stage: Path) -> list[str]:
+    """Configuration, tokenizer and the like; other files of weights stay behind, and are returned."""
+    left = []
     for path in sorted(held.folder.rglob("*")):
         name = path.relative_to(held.folder)
         there = stage / name
         hidden = any(part.startswith(".") for part in name.parts)
         if path.is_file() and not hidden and not there.exists() and name.as_posix() != MANIFEST:
-            if (
-                path.suffix in (".onnx", ".ort", ".safetensors", ".bin", ".onnx_data")
-                or ".onnx_data" in path.name
-            ):
-                continue
-            if not lies_within(path, held.folder):
-                continue
-            copy_file(path, there)
+            weights = path.suffix in _WEIGHTS or ".onnx_data" in path.name
+            if weights or not lies_within(path, held.folder):
+                left.append(name.as_posix())
+            else:
+                copy_file(path, there)
     if plan.config is not None:
         (stage / "config.json").write_text(
             json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
+    return left
 
 
 def _describe(
     held: OnnxBase, written: Sequence[Rewriting], files: Sequence[Path], target: Path
 ) -> OnnxExport:
     why = "a vector lies on its input, and no rows that feed it can take it"
+    brought = "the adapter brings it, as numbers"
     opsets = [i.version for r in written for i in r.graph.model.opset_import if i.domain in ("", "ai.onnx")]
     described = [
         OnnxFile(
@@ -365,7 +363,10 @@ def _describe(
             weight_bytes=0,
             converted_bytes=0,
             left=tuple(rewriting.dense),
-            reasons=dict.fromkeys(rewriting.dense, why),
+            reasons={
+                name: brought if any(name == place.name for place, _ in rewriting.heads) else why
+                for name in rewriting.dense
+            },
         )
         for rewriting, file in zip(written, files, strict=True)
     ]
@@ -377,8 +378,6 @@ def _describe(
 
 def _write_manifest(held: OnnxBase, plan: Plan, done: OnnxExport, stage: Path, *, hashed: bool) -> None:
     """Digests of all files only where everything is read for the proof anyhow."""
-    from dataclasses import asdict
-
     before = held.folder / MANIFEST
     content = {
         "schema": SCHEMA,

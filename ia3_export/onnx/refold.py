@@ -99,6 +99,11 @@ class Rewriting:
     folds: dict[str, list[tuple[Place, PlacedVector]]] = field(default_factory=dict)
     rows: dict[str, list[tuple[Place, PlacedVector]]] = field(default_factory=dict)
 
+    @property
+    def placed(self) -> list[tuple[Place, PlacedVector]]:
+        """Every vector, and where it lies."""
+        return [one for laid in (*self.folds.values(), *self.rows.values()) for one in laid]
+
     def fold(self, place: Place, laid: PlacedVector) -> None:
         """Note a vector; `finish` makes tensors of all of them.
 
