@@ -190,7 +190,7 @@ class _Writer:
 
 
 def _sort(graph: Any, path: Path) -> None:
-    made = {name for node in graph.node for name in node.output}
+    made = {name for node in graph.node for name in node.output if name}  # left out ones have none
     known, waiting, ordered = set[str](), list(graph.node), []
     while waiting:
         later = []
