@@ -40,6 +40,8 @@ CODED_PRECISIONS = (*INTEGER_PRECISIONS, "keep")
 TORCH_NAMES: Mapping[str, str] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 #: ... and the way back.
 STORED_NAMES: Mapping[str, str] = {torch: stored for stored, torch in TORCH_NAMES.items()}
+#: ONNX's floating element types (onnx.proto3, ``TensorProto.DataType``), by their names in safetensors.
+ONNX_FLOATS: Mapping[str, str] = {"FLOAT": "F32", "FLOAT16": "F16", "DOUBLE": "F64", "BFLOAT16": "BF16"}
 
 
 def torch_name(dtype: object) -> str:

@@ -18,9 +18,9 @@ from ia3_export.onnx.content import content_places, elements, probe_of
 from ia3_export.onnx.decoded import products_of, values_of
 from ia3_export.onnx.files import bodies
 from ia3_export.onnx.places import GraphFile, Place
-from ia3_export.onnx.refold import FLOATS
 from ia3_export.planning.changes import Change
 from ia3_export.planning.plan import Plan
+from ia3_export.words import ONNX_FLOATS
 
 BROUGHT = ("replace", "add")
 #: Elements by which tensors are sorted before whole ones are compared.
@@ -104,7 +104,9 @@ def require_same_values(
     """
     for name in sorted(named.keys() & wanted):
         tensor = tensors[name]
-        spots = {p.name for p in named[name] if p.name in graph.spans and graph.spans[p.name].dtype in FLOATS}
+        spots = {
+            p.name for p in named[name] if p.name in graph.spans and graph.spans[p.name].dtype in ONNX_FLOATS
+        }
         if not spots or tensor.computed is not None or probe_of(tensor) is None:
             continue
         taken = (graph.spans.keys() | graph.coded.keys()) - spots

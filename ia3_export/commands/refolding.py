@@ -29,18 +29,19 @@ from ia3_export.commands.refold_checks import (
 from ia3_export.errors import MissingVector, NotFound, Refused, Unsupported, UnusedVector, UsageError
 from ia3_export.fold import DTYPE_BITS
 from ia3_export.models.modules import CONV1D_MODEL_TYPES, model_types
+from ia3_export.onnx.content import content_places
 from ia3_export.onnx.decoded import in_blocks
 from ia3_export.onnx.exported import find_onnx, plain_stem
 from ia3_export.onnx.files import size_of
 from ia3_export.onnx.places import GraphFile, Place, named_places, read_graph_file
-from ia3_export.onnx.refold import FLOATS, PlacedVector, Rewriting
+from ia3_export.onnx.refold import PlacedVector, Rewriting
 from ia3_export.onnx.rewrite import write_graph
 from ia3_export.planning.changes import Change
 from ia3_export.planning.moved_inputs import move_inputs
 from ia3_export.planning.plan import Plan, make_plan
 from ia3_export.planning.recipe import DEFAULT_RECIPE
 from ia3_export.quantization.base import Base, make_base, read_base
-from ia3_export.words import STORED_NAMES
+from ia3_export.words import ONNX_FLOATS, STORED_NAMES
 from ia3_export.writing.dense import dense_base
 from ia3_export.writing.manifest import as_folded, list_files, tool
 from ia3_export.writing.stage import check_target, copy_file, scratch_folder, staged
@@ -51,11 +52,12 @@ _WEIGHTS = (".onnx", ".ort", ".safetensors", ".bin")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OnnxBase:
-    """An ONNX folder: its `manifest` if it is ours, its models (the files of each), and where each file holds
-    which stored tensor."""
+    """An ONNX folder: its `manifest` if it is ours, its configuration if there is one, its models (the files
+    of each), and where each file holds which stored tensor."""
 
     folder: Path
     manifest: Mapping[str, Any]
+    config: Mapping[str, Any] | None
     models: tuple[tuple[GraphFile, ...], ...]
     places: Mapping[Path, Mapping[str, Sequence[Place]]]
 
@@ -78,16 +80,21 @@ def read_onnx_base(location: str | Path) -> OnnxBase:
                 hint="give the plain export of the base",
             )
     models = tuple(tuple(read_graph_file(path) for path in paths) for paths in find_onnx(folder))
-    conv1d = bool(CONV1D_MODEL_TYPES.intersection(model_types(_config(folder))))
+    config = read_config(folder / "config.json") if (folder / "config.json").is_file() else None
+    conv1d = _is_conv1d(config)
     places = {graph.path: named_places(graph, manifest, conv1d=conv1d) for model in models for graph in model}
-    return OnnxBase(folder, manifest, models, places)
+    return OnnxBase(folder, manifest, config, models, places)
+
+
+def _is_conv1d(config: Mapping[str, Any] | None) -> bool:
+    """Whether the layers of a model store weights as inputs x outputs."""
+    return not CONV1D_MODEL_TYPES.isdisjoint(model_types(config))
 
 
 def checkpoint_of(onnx_base: OnnxBase) -> Checkpoint:
     """The tensors of the model that an ONNX folder was exported from, as far as its names tell, in their
     stored shapes; their values are not read."""
-    folder = onnx_base.folder
-    config = _config(folder)
+    folder, config = onnx_base.folder, onnx_base.config
     stated = STORED_NAMES.get(str((config or {}).get("dtype") or (config or {}).get("torch_dtype")), "F32")
     tensors: dict[str, StoredTensor] = {}
     for graph in onnx_base.graphs:
@@ -108,14 +115,10 @@ def checkpoint_of(onnx_base: OnnxBase) -> Checkpoint:
     )
 
 
-def _config(folder: Path) -> Mapping[str, Any] | None:
-    return read_config(folder / "config.json") if (folder / "config.json").is_file() else None
-
-
 def _stored_shape(graph: GraphFile, place: Place, config: Mapping[str, Any] | None) -> tuple[int, ...] | None:
     if place.name not in graph.coded:
         span = graph.spans[place.name]
-        return span.shape[::-1] if place.transposed else span.shape if span.dtype in FLOATS else None
+        return span.shape[::-1] if place.transposed else span.shape if span.dtype in ONNX_FLOATS else None
     codes = graph.coded[place.name]
     shape = graph.spans[codes].shape
     if not in_blocks(codes, shape):
@@ -123,7 +126,7 @@ def _stored_shape(graph: GraphFile, place: Place, config: Mapping[str, Any] | No
     for node in graph.readers.get(codes, ()):
         sizes = {attribute.name: attribute.i for attribute in node.attribute}
         if node.op_type == "MatMulNBits":
-            turned = not place.transposed and bool(CONV1D_MODEL_TYPES.intersection(model_types(config or {})))
+            turned = not place.transposed and _is_conv1d(config)
             return (sizes["K"], sizes["N"]) if turned else (sizes["N"], sizes["K"])
     return None
 
@@ -169,8 +172,7 @@ def refold(
         adapters: folded one after the other.
         base: the checkpoint, to find weights whose names did not survive the export by their content.
         check: prove the result: initializers bit for bit, and in ONNX Runtime beside the base's graph with
-        live
-            multiplications.
+            live multiplications.
         overwrite: replace an output folder that a command of ours wrote, and in which nothing else lies.
         on_step: told what is being done.
 
@@ -224,9 +226,7 @@ def _plan(
         plan = make_plan(Base(stored, whole.dense, whole.quantization), adapters, DEFAULT_RECIPE)
     plan.raise_problems()
     if base is not None:
-        from ia3_export.onnx.content import content_places
-
-        held = replace(held, places=_found(held, plan, content_places))
+        held = replace(held, places=_found(held, plan))
     return plan, held
 
 
@@ -241,12 +241,11 @@ def _raise_unnamed(plan: Plan, held: OnnxBase) -> None:
         )
 
 
-def _found(
-    held: OnnxBase, plan: Plan, search: Callable[..., Mapping[str, Sequence[Place]]]
-) -> dict[Path, Mapping[str, Sequence[Place]]]:
+def _found(held: OnnxBase, plan: Plan) -> dict[Path, Mapping[str, Sequence[Place]]]:
     """The places of the tensors that `plan` changes, those by content where names do not tell."""
     wanted = {name for name, change in plan.changes.items() if change.how in ("fold", *BROUGHT)}
-    wanted |= {change.name for change in _moves(plan).changes.values() if change.how == "fold"}
+    moved, _ = move_inputs(plan, plan.changes)
+    wanted |= {change.name for change in moved.changes.values() if change.how == "fold"}
     dense = plan.base.dense.tensors
     places: dict[Path, Mapping[str, Sequence[Place]]] = {}
     for graph in held.graphs:
@@ -255,12 +254,8 @@ def _found(
         require_told_apart(graph, named, wanted, dense)
         require_same_values(graph, named, wanted, dense)
         taken = {place.name for found in named.values() for place in found}
-        places[graph.path] = {**named, **search(graph, absent, taken)}
+        places[graph.path] = {**named, **content_places(graph, absent, taken)}
     return places
-
-
-def _moves(plan: Plan) -> Plan:
-    return move_inputs(plan, plan.changes)[0]
 
 
 def _fold(held: OnnxBase, model: Sequence[GraphFile], plan: Plan, *, named: bool) -> Iterator[Rewriting]:

@@ -16,8 +16,8 @@ from ia3_export.errors import Unsupported
 from ia3_export.fold import Array, storage_dtype, to_float
 from ia3_export.onnx.decoded import find_coded
 from ia3_export.onnx.places import GraphFile, Place, outputs_last
-from ia3_export.onnx.refold import FLOATS
 from ia3_export.onnx.spans import Span
+from ia3_export.words import ONNX_FLOATS
 
 #: Rounding moves a value by half a step, a rounded zero point by another half.
 _STEPS = 1.01
@@ -46,7 +46,7 @@ def content_places(
         for name, place in _among_codes(graph, own, probes):
             found.setdefault(name, []).append(place)
     for name, span in graph.spans.items():
-        if name not in taken and span.dtype in FLOATS and span.nbytes and span.shape:
+        if name not in taken and span.dtype in ONNX_FLOATS and span.nbytes and span.shape:
             for tensor, place in _in_floats(span, probes):
                 found.setdefault(tensor, []).append(place)
     return found
@@ -78,7 +78,7 @@ def elements(tensor: StoredTensor, first: int, count: int) -> Array:
 
 
 def _in_floats(span: Span, probes: Mapping[str, _Probe]) -> Iterator[tuple[str, Place]]:
-    dtype = FLOATS[span.dtype]
+    dtype = ONNX_FLOATS[span.dtype]
     array = np.memmap(span.file, storage_dtype(dtype), "r", span.offset, span.shape)
     whole = array.reshape(len(array), -1) if array.ndim > 1 else array[None]
     for name, probe in probes.items():

@@ -127,19 +127,15 @@ def _check_readers(graph: GraphFile, own: str, nodes: Any) -> None:
     """Raise `Unsupported` where what the weight gives is rounded again by a scale that was measured on the
     base."""
     for node in nodes:
-        if not node.op_type.startswith("QLinear") and node.op_type not in (
-            "MatMulInteger",
-            "DequantizeLinear",
-            "DynamicQuantizeMatMul",
-        ):
-            raise Unsupported(
-                f"{graph.path.name} multiplies with {own} in a {node.op_type}, which takes no vector here",
-                hint=_HINT,
-            )
         if node.op_type.startswith("QLinear"):
             raise Unsupported(
                 f"{graph.path.name} multiplies with {own} in a {node.op_type}, whose output has a scale "
                 "that was measured on the base",
+                hint=_HINT,
+            )
+        if node.op_type not in ("MatMulInteger", "DequantizeLinear", "DynamicQuantizeMatMul"):
+            raise Unsupported(
+                f"{graph.path.name} multiplies with {own} in a {node.op_type}, which takes no vector here",
                 hint=_HINT,
             )
         after = [n for name in node.output for n in graph.readers.get(name, ())]

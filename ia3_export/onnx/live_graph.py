@@ -73,7 +73,7 @@ class _Writer:
         name = self.graph.coded.get(place.name, place.name)
         self.half = self.graph.spans[name].dtype == "FLOAT16"
         if len(laid.shape) == 1:
-            self._multiply_bias(name, self._spread(fold, _size(self.graph, name)))
+            self._multiply_bias(name, self._spread(fold, self.graph.spans[name].shape[0]))
             return
         found = products_of(self.graph, name)
         if not found:
@@ -183,9 +183,8 @@ class _Writer:
 
     def finish(self) -> None:
         """Put the nodes of the graph and of its bodies in an order in which each has its inputs."""
-        for body in reversed(
-            list(bodies(self.graph.model.graph))
-        ):  # inner ones first: they are copied with outer
+        # inner ones first: they are copied with the outer
+        for body in reversed(list(bodies(self.graph.model.graph))):
             _sort(body, self.graph.path)
 
 
@@ -207,7 +206,3 @@ def _sort(graph: Any, path: Path) -> None:
     copied = [type(node).FromString(node.SerializeToString()) for node in ordered]
     del graph.node[:]
     graph.node.extend(copied)
-
-
-def _size(graph: GraphFile, name: str) -> int:
-    return graph.spans[name].shape[0]

@@ -43,10 +43,9 @@ from ia3_export.onnx.decoded import (
 )
 from ia3_export.onnx.places import GraphFile, Place, outputs_last
 from ia3_export.onnx.spans import Span
+from ia3_export.words import ONNX_FLOATS
 
-#: ONNX's floating element types, by their names in safetensors.
-FLOATS = {"FLOAT": "F32", "FLOAT16": "F16", "DOUBLE": "F64", "BFLOAT16": "BF16"}
-_ONNX = {stored: name for name, stored in FLOATS.items()}
+_ONNX = {stored: name for name, stored in ONNX_FLOATS.items()}
 #: Elements that are folded at a time.
 _STEP = 1 << 18
 
@@ -113,7 +112,7 @@ class Rewriting:
             self.rows.setdefault(place.name, []).append((place, laid))
             return
         span = self.graph.spans[place.name]
-        if span.dtype not in FLOATS:
+        if span.dtype not in ONNX_FLOATS:
             raise Unsupported(
                 f"{self.graph.path.name} holds {place.name} as {span.dtype}, which takes no vector",
                 hint="export the merged model instead",
@@ -143,7 +142,7 @@ class Rewriting:
             self.rewired = True
         else:
             span = self.graph.spans[place.name]
-            name, dtype, shape = place.name, FLOATS.get(span.dtype, ""), span.shape
+            name, dtype, shape = place.name, ONNX_FLOATS.get(span.dtype, ""), span.shape
             held = oriented(read_values(tensor), place, dtype) if dtype else np.empty(0)
         if held.size != prod(shape) or sorted(held.shape) != sorted(shape):
             raise Unsupported(
@@ -312,7 +311,7 @@ def _folded(span: Span, scales: Sequence[Scale], rounded: str) -> Iterator[Any]:
     Numbers that all are ones of `rounded`, the dtype of the model, were widened from it, and are rounded to
     it again: a merge of what is stored does the same.
     """
-    dtype = FLOATS[span.dtype]
+    dtype = ONNX_FLOATS[span.dtype]
     kept = rounded if dtype in ("F32", "F16") and fits(span, rounded) else dtype
     work = Workspace()
     for raw, first in raw_blocks(span, max(scale.inner for scale in scales)):
@@ -329,7 +328,7 @@ def _folded(span: Span, scales: Sequence[Scale], rounded: str) -> Iterator[Any]:
 def raw_blocks(span: Span, unit: int = 1) -> Iterator[tuple[Array, int]]:
     """The stored bits of a float initializer, block by block, each a whole number of `unit` elements where
     one fits, with the index of its first element; a block is valid until the next."""
-    stored = storage_dtype(FLOATS[span.dtype])
+    stored = storage_dtype(ONNX_FLOATS[span.dtype])
     step, total = max(_STEP // unit, 1) * unit, span.nbytes // stored.itemsize
     buffer = np.empty(min(step, max(total, 1)), stored)
     with span.file.open("rb", buffering=0) as file, ranges.reading(span.file, span.name):
@@ -341,7 +340,7 @@ def raw_blocks(span: Span, unit: int = 1) -> Iterator[tuple[Array, int]]:
 
 def fits(span: Span, dtype: str) -> bool:
     """Whether all numbers of a float initializer are ones of `dtype`, so that it may have been widened."""
-    own = FLOATS[span.dtype]
+    own = ONNX_FLOATS[span.dtype]
     if dtype not in ("BF16", "F16") or own == dtype:
         return False
     for raw, _ in raw_blocks(span):

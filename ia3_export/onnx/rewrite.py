@@ -7,7 +7,7 @@ Where every new tensor is as long as the old one, the files keep their layout, b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from typing import Any
 
 from ia3_export.checkpoint import ranges
 from ia3_export.errors import Unsupported
-from ia3_export.onnx.files import walk_nodes
+from ia3_export.onnx.files import bodies, walk_nodes
 from ia3_export.onnx.places import GraphFile
 from ia3_export.onnx.refold import NewTensor
 from ia3_export.onnx.spans import LENGTH, Span, initializers, varint
@@ -63,7 +63,7 @@ def write_graph(graph: GraphFile, new: Mapping[str, NewTensor], target: Path, *,
         copy_patched(graph.path, target, by_file[graph.path])
         return [target, *map(there, data)]
     _edit(graph, new)
-    _prune(graph.model.graph, [port.name for port in graph.model.graph.output])
+    _prune(graph.model.graph)
     moved = {n: t for n, t in new.items() if n not in kept or spans[n].file == graph.path}
     if data:
         _append(graph, {n: t for n, t in moved.items() if t.nbytes > _PAGE}, folder, there(data[-1]))
@@ -130,14 +130,11 @@ def _edit(graph: GraphFile, new: Mapping[str, NewTensor]) -> None:
     del graph.model.graph.value_info[:]  # may hold the old types
 
 
-def _prune(graph: Any, wanted: Collection[str]) -> None:
+def _prune(graph: Any) -> None:
     """Take out the nodes and initializers that no output needs."""
     while True:
-        read = {name for node in walk_nodes(graph) for name in node.input} | set(wanted)
-        for node in walk_nodes(graph):
-            for attribute in node.attribute:
-                for body in (attribute.g, *attribute.graphs):
-                    read.update(port.name for port in body.output)
+        read = {name for node in walk_nodes(graph) for name in node.input}
+        read.update(port.name for body in bodies(graph) for port in body.output)
         dead = [node for node in graph.node if not read.intersection(node.output)]
         if not dead:
             break
@@ -180,12 +177,10 @@ def _stream(graph: GraphFile, new: Mapping[str, NewTensor], target: Path) -> Non
     """Write the ``.onnx`` file, with the tensors that lie in it."""
     import onnx
 
-    own = graph.path.name
-    tensors = []
-    for tensor in graph.model.graph.initializer:
-        where = {entry.key: entry.value for entry in tensor.external_data}
-        inside = where.get("location") == own or (tensor.name in new and not where)
-        tensors.append(_Held(tensor, graph.spans.get(tensor.name), new.get(tensor.name), inside))
+    tensors = [
+        _hold(tensor, graph.path.name, graph.spans.get(tensor.name), new.get(tensor.name))
+        for tensor in graph.model.graph.initializer
+    ]
     for tensor in (t for node in graph.model.graph.node for t in _inside(node)):
         _load(tensor, graph.path)
     rest, body = onnx.ModelProto(), onnx.GraphProto()
@@ -212,43 +207,35 @@ def _stream(graph: GraphFile, new: Mapping[str, NewTensor], target: Path) -> Non
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Held:
-    """A tensor of the graph: its bytes lie `inside` the file, old or new ones, or it is written as it is."""
+    """A tensor as it is written: the message but for its bytes, with what introduces these, and so many
+    bytes."""
 
-    tensor: Any
-    span: Span | None
-    new: NewTensor | None
-    inside: bool
-
-    @property
-    def nbytes(self) -> int:
-        return self.new.nbytes if self.new is not None else self.span.nbytes if self.span is not None else 0
-
-    @property
-    def head(self) -> bytes:
-        """The message without the bytes, and what introduces them."""
-        if not self.inside:
-            return bytes(self.tensor.SerializeToString(deterministic=True))
-        import onnx
-
-        bare = onnx.TensorProto(name=self.tensor.name, data_type=self.tensor.data_type, dims=self.tensor.dims)
-        return (
-            bytes(bare.SerializeToString(deterministic=True))
-            + varint(_RAW << 3 | LENGTH)
-            + varint(self.nbytes)
-        )
+    head: bytes
+    nbytes: int = 0
+    bytes_of: Callable[[], Iterator[Any]] = lambda: iter(())
 
     @property
     def size(self) -> int:
-        return len(self.head) + (self.nbytes if self.inside else 0)
+        return len(self.head) + self.nbytes
 
     def blocks(self) -> Iterator[Any]:
         yield self.head
-        if not self.inside:
-            return
-        if self.new is not None:
-            yield from self.new.blocks()
-        elif self.span is not None:
-            yield from _read(self.span)
+        yield from self.bytes_of()
+
+
+def _hold(tensor: Any, own: str, span: Span | None, new: NewTensor | None) -> _Held:
+    """`tensor` of a graph whose file has the name `own`: with its bytes, old or new, if they lie in it."""
+    import onnx
+
+    where = {entry.key: entry.value for entry in tensor.external_data}
+    if where.get("location") != own and (new is None or where):
+        return _Held(tensor.SerializeToString(deterministic=True))
+    nbytes = new.nbytes if new is not None else span.nbytes if span is not None else 0
+    bare = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+    head = bare.SerializeToString(deterministic=True) + varint(_RAW << 3 | LENGTH) + varint(nbytes)
+    if new is not None:
+        return _Held(head, nbytes, new.blocks)
+    return _Held(head, nbytes, partial(_read, span)) if span is not None else _Held(head)
 
 
 def _read(span: Span) -> Iterator[Any]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from ia3_export.checkpoint.hub import lies_within
 from ia3_export.errors import DamagedFile, NotFound, Refused, first_line
+from ia3_export.onnx.files import bodies
 
 _VARINT, _FIXED64, LENGTH, _FIXED32 = 0, 1, 2, 5
 #: Messages that may hold a tensor, by the message and the field that they lie in (onnx.proto3).
@@ -83,11 +84,8 @@ def tensor_spans(path: Path) -> list[Span]:
 
 def initializers(graph: Any) -> Iterator[Any]:
     """The initializers of an ``onnx.GraphProto`` and of the bodies in it."""
-    yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
-            for body in (attribute.g, *attribute.graphs):
-                yield from initializers(body)
+    for body in bodies(graph):
+        yield from body.initializer
 
 
 def span_of(tensor: Any, path: Path) -> Span | None:

@@ -13,13 +13,10 @@ from ia3_export.checkpoint.gguf import MAGIC, read_table
 from ia3_export.checkpoint.header import count_elements, read_header
 from ia3_export.fold import DTYPE_BITS, FLOAT_DTYPES
 from ia3_export.quantization.gguf import SCALES
+from ia3_export.words import ONNX_FLOATS
 
 if TYPE_CHECKING:
     from ia3_export.onnx.spans import Span
-
-
-#: ONNX's names of the dtypes in which numbers can take a factor.
-_ONNX_DTYPES = {"FLOAT": "F32", "FLOAT16": "F16", "BFLOAT16": "BF16", "DOUBLE": "F64"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +102,7 @@ def _without_overlaps(spans: Sequence[Span]) -> Iterator[Region]:
         end = span.offset + span.nbytes
         name = f"{span.name}#{names[span.name]}" if names[span.name] else span.name
         names[span.name] += 1
-        dtype = _ONNX_DTYPES.get(span.dtype, "U8")
+        dtype = ONNX_FLOATS.get(span.dtype, "U8")
         if count_elements(span.shape) * DTYPE_BITS[dtype] != span.nbytes * 8:
             dtype = "U8"
         yield dense(name, dtype, span.shape, span.offset, span.nbytes)
@@ -128,16 +125,13 @@ def dense(name: str, dtype: str, shape: tuple[int, ...], offset: int, nbytes: in
 def _blocks(name: str, kind: str, shape: tuple[int, ...], offset: int, nbytes: int, block: int) -> Region:
     """A tensor in ggml's blocks, whose scales are float16 numbers among the codes."""
     records = (*shape[:-1], shape[-1] // block)
-    count = 1
-    for extent in records:
-        count *= extent
     return Region(
         name=name,
         dtype="F16" if kind in SCALES else kind,
         shape=records,
         offset=offset,
         nbytes=nbytes,
-        stride=nbytes // count,
+        stride=nbytes // count_elements(records),
         at=tuple(sorted(SCALES.get(kind, ()))),
     )
 

@@ -19,10 +19,10 @@ from ia3_export.onnx.weights import constant
 from ia3_export.parity.bits.codes import CODES, check_codes
 from ia3_export.parity.bits.diagnosis import left_out
 from ia3_export.parity.bits.expected import Expected, Reader, expected_blocks, expected_tensors
-from ia3_export.parity.bits.graph_files import FLOATS, Graph
+from ia3_export.parity.bits.graph_files import Graph
 from ia3_export.planning.plan import Plan
 from ia3_export.report.model import TensorFinding, WeightsProof
-from ia3_export.words import CODED_PRECISIONS
+from ia3_export.words import CODED_PRECISIONS, ONNX_FLOATS
 
 #: Scales and offsets of codes.
 _SCALE = re.compile(r"_(scales?|offsets)_*$")
@@ -53,7 +53,7 @@ def prove_graph(
         for row in expected_tensors(plan).values()
         if row.source.dtype in FLOAT_DTYPES and row.source.size > 1
     }
-    floats = {n: t for n, t in graph.initializers.items() if t.dtype.name in FLOATS and t.size > 1}
+    floats = {n: t for n, t in graph.initializers.items() if t.dtype.name in ONNX_FLOATS and t.size > 1}
     matches = _match(rows, floats)
     computed = sorted(floats.keys() - matches.keys())
     quantized = graph.precision in CODED_PRECISIONS
@@ -222,7 +222,7 @@ def _left_behind(graph: Graph, plan: Plan, proven: Collection[str]) -> Iterator[
             yield TensorFinding(name, "adapter node", "the graph still applies an adapter at run time")
     vectors = [(s.module, s.vector) for a in plan.adapters for s in a.sites.values() if np.any(s.vector != 1)]
     for name, tensor in graph.initializers.items():
-        dtype = FLOATS.get(tensor.dtype.name)
+        dtype = ONNX_FLOATS.get(tensor.dtype.name)
         if dtype is None or name in proven or sum(extent > 1 for extent in tensor.shape) > 1:
             continue
         values = None
@@ -242,7 +242,7 @@ def _match(rows: Mapping[str, Expected], floats: Mapping[str, Any]) -> dict[str,
     Equal names first, then any.
     """
     by_start: dict[tuple[Any, ...], list[tuple[Expected, bool]]] = {}
-    for dtype in {FLOATS[tensor.dtype.name] for tensor in floats.values()}:
+    for dtype in {ONNX_FLOATS[tensor.dtype.name] for tensor in floats.values()}:
         for row in rows.values():
             start = _bits(_expected_start(row), row.dtype, dtype).tobytes()
             by_start.setdefault((dtype, row.source.shape, start), []).append((row, False))
@@ -250,7 +250,7 @@ def _match(rows: Mapping[str, Expected], floats: Mapping[str, Any]) -> dict[str,
                 by_start.setdefault((dtype, row.source.shape[::-1], start), []).append((row, True))
     matches: dict[str, Expected] = {}
     for name, tensor in floats.items():
-        dtype, values = FLOATS[tensor.dtype.name], _raw(tensor)
+        dtype, values = ONNX_FLOATS[tensor.dtype.name], _raw(tensor)
         ways = [values, values.T] if values.ndim == 2 else [values]
         starts = [np.ascontiguousarray(way[(0,) * (way.ndim - 1)][:_START]).tobytes() for way in ways]
         candidates = [
@@ -278,7 +278,7 @@ def _is_held(row: Expected, floats: Mapping[str, Any]) -> bool:
     if any(_same_name(row.name, name) for name in floats):
         return False
     for tensor in floats.values():
-        dtype, values = FLOATS[tensor.dtype.name], _raw(tensor)
+        dtype, values = ONNX_FLOATS[tensor.dtype.name], _raw(tensor)
         ways = [values, values.T] if values.ndim == 2 else [values]
         if any(way.shape == row.source.shape and _holds(way, row, dtype) for way in ways):
             return True
@@ -336,7 +336,7 @@ def _wrong_values(
     fuses = any(row.name.endswith("running_var") for row in absent)
     for name in computed:
         values = _raw(floats[name])
-        dtype = FLOATS[floats[name].dtype.name]
+        dtype = ONNX_FLOATS[floats[name].dtype.name]
         named = [row for row in absent if _same_name(row.name, name)]
         shapes = (values.shape, values.shape[::-1] if values.ndim == 2 else None)
         alike = named or [r for r in absent if values.ndim > 1 and r.source.shape in shapes]

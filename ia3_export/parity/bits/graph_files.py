@@ -13,10 +13,7 @@ from ia3_export.checkpoint.manifest import MANIFEST
 from ia3_export.errors import DamagedFile, NotFound, Refused, first_line
 from ia3_export.onnx.exported import SUFFIXES, plain_stem
 from ia3_export.onnx.weights import SHAPING, is_weight, looks_up_task
-from ia3_export.words import CODED_PRECISIONS, TORCH_NAMES
-
-#: ONNX's floating element types, by their names in safetensors.
-FLOATS = {"FLOAT": "F32", "FLOAT16": "F16", "DOUBLE": "F64", "BFLOAT16": "BF16"}
+from ia3_export.words import CODED_PRECISIONS, ONNX_FLOATS, TORCH_NAMES
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -215,9 +212,9 @@ def _precision(model: Any, initializers: Mapping[str, Any]) -> str:
         return "int8"
     sizes: Counter[str] = Counter()
     for tensor in used:
-        sizes[tensor.dtype.name] += tensor.nbytes if tensor.dtype.name in FLOATS else 0
+        sizes[tensor.dtype.name] += tensor.nbytes if tensor.dtype.name in ONNX_FLOATS else 0
     kind = sizes.most_common(1)[0][0] if sizes else "FLOAT"
-    return TORCH_NAMES[FLOATS.get(kind, "F32")]
+    return TORCH_NAMES[ONNX_FLOATS.get(kind, "F32")]
 
 
 def _reachable(model: Any) -> tuple[list[Any], set[str]]:

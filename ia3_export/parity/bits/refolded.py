@@ -11,9 +11,10 @@ from ia3_export.fold import Array, from_float, to_float
 from ia3_export.onnx.decoded import DENSE, find_coded, values_of
 from ia3_export.onnx.live_graph import LiveFold
 from ia3_export.onnx.places import GraphFile
-from ia3_export.onnx.refold import FLOATS, fits, raw_blocks
+from ia3_export.onnx.refold import fits, raw_blocks
 from ia3_export.onnx.spans import Span
 from ia3_export.report.model import TensorFinding, WeightsProof
+from ia3_export.words import ONNX_FLOATS
 
 _BLOCK = 4 << 20
 #: Float32 products in another order: their last places.
@@ -72,7 +73,7 @@ def _floats(before: GraphFile, after: GraphFile, own: str, folds: Sequence[LiveF
     if new is None or (new.dtype, new.shape) != (old.dtype, old.shape):
         yield "it has another type or shape"
         return
-    dtype = FLOATS[old.dtype]
+    dtype = ONNX_FLOATS[old.dtype]
     model = folds[0].laid.dtype
     kept = model if fits(old, model) else dtype
     factors = [_factors(fold, old.shape) for fold in folds]
