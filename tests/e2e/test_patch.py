@@ -11,7 +11,7 @@ import pytest
 from ia3_export.patching.format import FoldRule, Stored, read_patch
 from tests.e2e.command import contents, merge, only_complaint, run
 from tests.e2e.conftest import Tiny
-from tests.support import zoo
+from tests.support.patches import write_merge
 from tests.support.quantized import adapter_for, source_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -54,11 +54,8 @@ def patched(base: Path, merged: Path, folder: Path, *, folds: bool = True) -> tu
     ],
 )
 def test_a_merge_of_any_kind(tmp_path: Path, name: str, dtype: str) -> None:
-    kind = zoo.by_name(name)
-    zoo.build(kind, dtype=dtype).save_pretrained(tmp_path / "base")
-    zoo.adapt(zoo.build(kind), kind, seed=1).save_pretrained(tmp_path / "adapter")
-    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", "--quiet")
-    path, carried = patched(tmp_path / "base", tmp_path / "merged", tmp_path)
+    base, merged = write_merge(tmp_path, name, dtype)
+    path, carried = patched(base, merged, tmp_path)
     # biases as long as their vector, and a head of the adapter's own
     assert carried <= 1500
     assert path.stat().st_size < 12000
@@ -94,10 +91,7 @@ def test_a_quantized_base_whose_codes_a_merge_keeps(tmp_path: Path, case: str) -
 def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `onnx` makes of ``base`` and ``merged``, and, ``folded``, of the base's graphs and the adapter."""
     folder = tmp_path_factory.mktemp("graphs")
-    kind = zoo.by_name("llama")
-    zoo.build(kind, dtype="bfloat16").save_pretrained(folder / "base")
-    zoo.adapt(zoo.build(kind), kind, seed=1).save_pretrained(folder / "adapter")
-    merge(folder / "base", folder / "adapter", folder / "merged", "--quiet")
+    write_merge(folder, "llama", "bfloat16")
     for name, precisions in (("base", "fp32,fp16"), ("merged", "fp32,fp16"), ("base", "int8,int4,q8")):
         output = folder / f"{name}-{precisions}"
         given = ("--model", folder / name, "--output", output, "--precision", precisions)

@@ -27,7 +27,7 @@ from ia3_export.patching.rule import fold_records
 from tests.e2e.command import contents, merge, run
 from tests.patching import test_patch_file as malformed
 from tests.support import zoo
-from tests.support.patches import edit_patch, write_patch
+from tests.support.patches import edit_patch, write_merge, write_patch
 from tests.support.quantized import adapter_for, source_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -118,11 +118,8 @@ def test_a_small_folder(tmp_path: Path) -> None:
     ],
 )
 def test_a_merge(tmp_path: Path, name: str, dtype: str) -> None:
-    kind = zoo.by_name(name)
-    zoo.build(kind, dtype=dtype).save_pretrained(tmp_path / "base")
-    zoo.adapt(zoo.build(kind), kind, seed=1).save_pretrained(tmp_path / "adapter")
-    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", "--quiet")
-    patched(tmp_path / "base", tmp_path / "merged", tmp_path)
+    base, merged = write_merge(tmp_path, name, dtype)
+    patched(base, merged, tmp_path)
 
 
 @pytest.mark.parametrize("case", ["gguf-q4_k_m", "gguf-q8_0", "awq-gemm-g32", "ct-w4a16-g32-sym"])

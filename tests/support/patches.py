@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from ia3_export.commands.patch import patch
+from tests.e2e.command import merge
+from tests.support import zoo
 
 
 def write_pair(folder: Path, *, seed: int = 0) -> tuple[Path, Path]:
@@ -38,6 +40,15 @@ def write_pair(folder: Path, *, seed: int = 0) -> tuple[Path, Path]:
     (merged / "new-name.txt").write_text("moved\n" * 9)
     (merged / "README.md").write_text("# merged\n")
     (merged / "new.json").write_text('{"new": 1}')
+    return base, merged
+
+
+def write_merge(folder: Path, name: str, dtype: str) -> tuple[Path, Path]:
+    """A base of a kind of the zoo in `dtype`, and an adapter merged into it by the command line."""
+    kind, base, merged = zoo.by_name(name), folder / "base", folder / "merged"
+    zoo.build(kind, dtype=dtype).save_pretrained(base)
+    zoo.adapt(zoo.build(kind), kind, seed=1).save_pretrained(folder / "adapter")
+    merge(base, folder / "adapter", merged, "--quiet")
     return base, merged
 
 
